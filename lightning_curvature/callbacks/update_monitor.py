@@ -1,0 +1,232 @@
+"""The part of a monitor that follows optimizer steps: when to measure, what made the step, what it did."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_curvature.isolation import untouched
+from lightning_curvature.objective import ObjectiveFunction, StepObjective
+from lightning_curvature.parallel import local, mean_over_ranks
+from lightning_curvature.probes import Window
+from lightning_curvature.reporting import add_layout, warn
+from lightning_curvature.update import ParameterUpdate, dense_copy
+
+OnError = Literal["warn", "raise"]
+
+
+class UpdateMonitor(pl.Callback):
+    """Base of the monitors that measure along the true update.
+
+    On a measured optimizer step it records the calls of ``training_step`` that make the step, keeps the gradients as
+    they are after ``backward`` (before clipping, and before other callbacks' ``on_before_optimizer_step``), θ_t and η
+    as of ``on_before_optimizer_step``, and calls :meth:`measure` in ``on_train_batch_end``. On other steps its hooks
+    compare two integers.
+
+    Args:
+        every_n_train_steps: measure optimizer steps 0, n, 2n, …
+        objective: see :class:`~lightning_curvature.objective.StepObjective`.
+        outputs: see :class:`~lightning_curvature.objective.StepObjective`.
+        optimizer_index: which optimizer to follow where the module has several.
+        on_error: "warn" logs NaN and warns once when a probe fails, "raise" lets the error through.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_train_steps: int,
+        objective: ObjectiveFunction | None,
+        outputs: str | None,
+        optimizer_index: int,
+        on_error: OnError,
+    ) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(
+                f"every_n_train_steps must be at least 1, got {every_n_train_steps}: 1 measures every optimizer step."
+            )
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}: 'warn' lets training go on.")
+        if optimizer_index < 0:
+            raise ValueError(f"optimizer_index must not be negative, got {optimizer_index}: 0 is the first optimizer.")
+        self.every_n_train_steps = every_n_train_steps
+        self.objective_function = objective
+        self.outputs = outputs
+        self.optimizer_index = optimizer_index
+        self.on_error: OnError = on_error
+        self._objective: StepObjective | None = None
+        self._recording = contextlib.ExitStack()
+        self._armed = False
+        self._update: ParameterUpdate | None = None
+        self._update_step = -1
+        self._segment = 0
+        self._gradients: dict[int, Tensor] = {}
+        self._loss_scale = 1.0
+        self._failure: Exception | None = None
+
+    def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
+        """Measure a completed step; ``window`` is None, with the reason in ``failure``, where it could not be recorded.
+
+        Called on every rank, so that ranks which failed take part in what is communicated.
+        """
+        raise NotImplementedError
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked before optimizers exist."""
+        if stage != "fit" or self.objective_function is not None:
+            return
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise MisconfigurationException(
+                f"{type(self).__name__} must see the batch of a step, got training_step(dataloader_iter): take "
+                "(batch, batch_idx) instead."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the optimizers and lay out TensorBoard."""
+        count = len(trainer.optimizers)
+        if count > 1 and self.objective_function is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs objective= where several optimizers have losses of their own, got "
+                f"{count} optimizers: give a callable (module, batch) -> loss, and optimizer_index= for the optimizer it "
+                "belongs to."
+            )
+        if count and self.optimizer_index >= count:
+            raise MisconfigurationException(
+                f"optimizer_index must be below the number of optimizers, got {self.optimizer_index} of {count}: "
+                "count from 0."
+            )
+        device = trainer.strategy.root_device
+        self._objective = StepObjective(pl_module, device, self.outputs, self.objective_function)
+        self._forget()
+        add_layout(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start recording where the coming optimizer step is to be measured."""
+        # A batch whose end was never reported (an interrupted epoch) must not leave its recorder behind.
+        self._recording.close()
+        self._armed = self._objective is not None and trainer.global_step % self.every_n_train_steps == 0
+        if not self._armed or self._objective is None:
+            return
+        self._recording.enter_context(self._objective.recording(self._note_failure))
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the gradients before anything changes them."""
+        if not self._armed or self._update_step == trainer.global_step:
+            return
+        optimizer = trainer.optimizers[self.optimizer_index]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._keep_gradient(p)
+
+    def _keep_gradient(self, p: Tensor) -> None:
+        kept = self._gradients.get(id(p))
+        if kept is None or p.grad is None or p.grad.is_sparse:
+            self._gradients[id(p)] = dense_copy(p.grad)
+        else:
+            kept.copy_(local(p.grad))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Keep θ_t and η, once a step: LBFGS comes here for each of its closures, at the same ``global_step``."""
+        if not self._armed or self._objective is None:
+            return
+        step = trainer.global_step
+        if step == self._update_step or optimizer is not trainer.optimizers[self.optimizer_index]:
+            return
+        self._update_step, self._update = step, None
+        records = self._objective.records
+        if not records or self._failure is not None:
+            return
+        if not pl_module.automatic_optimization:
+            self._segment = len(records[-1].backward.segments) - 1
+            records[-1].backward.close()
+        try:
+            self._update = ParameterUpdate(optimizer, self._gradient_scale(trainer, pl_module), self._gradients)
+        except Exception as error:
+            self._note_failure(error)
+        self._gradients = {}
+
+    def _gradient_scale(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+        """Factor from the kept gradients to those of the window's mean loss."""
+        assert self._objective is not None
+        if not pl_module.automatic_optimization:
+            return 1.0 / self._loss_scale
+        # Lightning divides each loss by the full number of batches, also where the last window is shorter.
+        return trainer.accumulate_grad_batches / len(self._objective.records) / self._loss_scale
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure where the batch ended with a step."""
+        self._recording.close()
+        objective, update, failure = self._objective, self._update, self._failure
+        if not self._armed or objective is None or self._update_step < 0:
+            return  # not measured, or an accumulation window that goes on
+        try:
+            if update is None or failure is not None:
+                if failure is not None:
+                    self.measure(trainer, None, failure)
+                return
+            with untouched(pl_module, objective.device):
+                update.complete()
+                window = Window(
+                    objective=objective,
+                    update=update,
+                    records=objective.records,
+                    precision=self._precision(trainer),
+                    segment=self._segment,
+                    averaged=pl_module.automatic_optimization or objective.function is not None,
+                )
+                self.measure(trainer, window, None)
+        finally:
+            self._forget()
+
+    def _precision(self, trainer: pl.Trainer) -> Any:
+        return trainer.precision_plugin.train_step_context
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the recorder off the module."""
+        self._recording.close()
+        self._forget()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the last window."""
+        self._recording.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._objective is not None:
+            self._objective.records = []
+        self._update, self._update_step, self._failure = None, -1, None
+        self._gradients, self._loss_scale, self._segment = {}, 1.0, 0
+
+    def _note_failure(self, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        self._failure = error
+
+    def _fail(self, error: Exception) -> None:
+        """Handle a failed probe as ``on_error`` says."""
+        if self.on_error == "raise":
+            raise error
+        warn(f"{type(self).__name__} logs NaN: {type(error).__name__}: {error}")
+
+    @staticmethod
+    def _mean(trainer: pl.Trainer, values: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+        """Mean over the ranks of several scalars: one collective, one synchronization."""
+        names = sorted(values)
+        packed = torch.stack([values[name].detach().to(device, torch.float64).reshape(()) for name in names])
+        return dict(zip(names, mean_over_ranks(trainer, packed).tolist(), strict=True))

@@ -1,0 +1,44 @@
+"""The formulas: tensors in, tensors out. Nothing here knows of modules, optimizers or trainers."""
+
+from lightning_curvature.functional.directional import (
+    critical_sharpness,
+    directional_curvature,
+    finite_difference_curvature,
+    finite_difference_descent,
+    finite_difference_quadratic,
+    gauss_newton_curvature,
+    headroom,
+    kl_curvature,
+)
+from lightning_curvature.functional.likelihoods import (
+    LIKELIHOODS,
+    DivergenceStatistics,
+    Likelihood,
+    divergence_statistics,
+    kl_divergence,
+    output_noise_gain,
+    output_quadratic_form,
+)
+from lightning_curvature.functional.products import hessian_quadratic_form
+from lightning_curvature.functional.step_length import ErrorModel, choose_epsilon
+
+__all__ = [
+    "LIKELIHOODS",
+    "DivergenceStatistics",
+    "ErrorModel",
+    "Likelihood",
+    "choose_epsilon",
+    "critical_sharpness",
+    "directional_curvature",
+    "divergence_statistics",
+    "finite_difference_curvature",
+    "finite_difference_descent",
+    "finite_difference_quadratic",
+    "gauss_newton_curvature",
+    "headroom",
+    "hessian_quadratic_form",
+    "kl_curvature",
+    "kl_divergence",
+    "output_noise_gain",
+    "output_quadratic_form",
+]

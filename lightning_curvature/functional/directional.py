@@ -1,0 +1,238 @@
+"""Curvature along a step: ratios of second-order to first-order change of the loss.
+
+Throughout, d = θ_t − θ_{t+1} = η Δθ is the step actually taken, g and H are the gradient and Hessian of the loss at
+θ_t, and ε counts in steps: θ_t − ε d is θ_{t+1} at ε = 1.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.functional.likelihoods import Likelihood, kl_divergence, output_quadratic_form
+
+Scalar = Tensor | float
+
+
+def _tensor(value: Scalar, like: Scalar | None = None) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    device = like.device if isinstance(like, Tensor) else None
+    return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=device)
+
+
+def _check_epsilon(epsilon: Scalar) -> None:
+    if not isinstance(epsilon, Tensor) and not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}: 1.0 probes as far as the step itself went.")
+
+
+def directional_curvature(quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0) -> Tensor:
+    r"""Directional curvature along the true update.
+
+    .. math:: \lambda_{\text{dir}} = \frac{\Delta\theta^\top H \Delta\theta}{g^\top \Delta\theta}
+        = \frac{1}{\eta} \frac{d^\top H d}{g^\top d}
+
+    Args:
+        quadratic: dᵀHd (or dᵀGd), scalar, units of the loss.
+        descent: gᵀd, scalar, units of the loss.
+        lr: learning rate η that the step used. The default 1 gives the unit-free s, whose edge is 2.
+
+    Returns:
+        λ, in units of 1/η, with the edge 2/η. NaN where gᵀd ≤ 0: a step that goes uphill has no descent boundary.
+
+    Source: P0 (directional curvature), eqs. 1 and 3.
+
+    Example:
+        >>> directional_curvature(quadratic=0.5, descent=1.0, lr=0.1)
+        tensor(5.)
+    """
+    quadratic, descent = _tensor(quadratic, descent), _tensor(descent, quadratic)
+    ratio = quadratic / (descent * lr)
+    return torch.where(descent > 0, ratio, torch.nan)
+
+
+def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
+    r"""By what factor the step could have been longer before it stops descending, to second order.
+
+    .. math:: \frac{2\, g^\top d}{d^\top H d} = \frac{2/\eta}{\lambda}
+
+    Args:
+        quadratic: dᵀHd, scalar.
+        descent: gᵀd, scalar.
+
+    Returns:
+        The factor; 1 is the edge, infinity where the loss does not curve upward along the step, NaN where gᵀd ≤ 0.
+
+    Source: P0 (directional curvature), eqs. 2 and 3.
+    """
+    quadratic, descent = _tensor(quadratic, descent), _tensor(descent, quadratic)
+    value = torch.where(quadratic > 0, 2.0 * descent / quadratic, torch.inf)
+    return torch.where((descent > 0) & ~quadratic.isnan(), value, torch.nan)
+
+
+def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Scalar, epsilon: Scalar) -> Tensor:
+    r"""Second difference of the loss along the step.
+
+    .. math:: \frac{L(\theta+\epsilon d) - 2L(\theta) + L(\theta-\epsilon d)}{\epsilon^2} = d^\top H d + O(\epsilon^2)
+
+    The subtraction is done in float64, so that only the rounding of the three losses themselves is left.
+
+    Args:
+        loss_plus: L(θ + εd), scalar.
+        loss: L(θ), scalar.
+        loss_minus: L(θ − εd), scalar.
+        epsilon: ε > 0, in steps.
+
+    Returns:
+        dᵀHd in float64.
+
+    Raises:
+        ValueError: if a plain number ε is not positive.
+
+    Source: P0 (directional curvature), eq. 4.
+    """
+    _check_epsilon(epsilon)
+    plus, base, minus = (_tensor(value).double() for value in (loss_plus, loss, loss_minus))
+    return ((plus - base) + (minus - base)) / epsilon**2
+
+
+def finite_difference_descent(loss_plus: Scalar, loss_minus: Scalar, epsilon: Scalar) -> Tensor:
+    r"""First difference of the loss along the step, :math:`[L(\theta+\epsilon d) - L(\theta-\epsilon d)]/(2\epsilon)`.
+
+    Args:
+        loss_plus: L(θ + εd), scalar.
+        loss_minus: L(θ − εd), scalar.
+        epsilon: ε > 0, in steps.
+
+    Returns:
+        gᵀd + O(ε²) in float64.
+
+    Raises:
+        ValueError: if a plain number ε is not positive.
+    """
+    _check_epsilon(epsilon)
+    return (_tensor(loss_plus).double() - _tensor(loss_minus).double()) / (2.0 * epsilon)
+
+
+def finite_difference_curvature(
+    loss_plus: Scalar,
+    loss: Scalar,
+    loss_minus: Scalar,
+    epsilon: Scalar,
+    lr: Scalar = 1.0,
+    descent: Scalar | None = None,
+) -> Tensor:
+    r"""Symmetric finite-difference estimate of the directional curvature, two forwards.
+
+    .. math:: \lambda_{\text{FD}} =
+        \frac{L(\theta+\epsilon\Delta\theta) - 2L(\theta) + L(\theta-\epsilon\Delta\theta)}
+             {\epsilon^2\, g^\top \Delta\theta}
+
+    with ε counted here in steps (εd in place of εΔθ).
+
+    Args:
+        loss_plus: L(θ + εd), scalar.
+        loss: L(θ), scalar.
+        loss_minus: L(θ − εd), scalar.
+        epsilon: ε > 0, in steps.
+        lr: η of the step; 1 gives the unit-free s.
+        descent: gᵀd. Default: the first difference of the same pair.
+
+    Returns:
+        λ_FD; NaN where gᵀd ≤ 0.
+
+    Raises:
+        ValueError: if a plain number ε is not positive.
+
+    Source: P0 (directional curvature), eq. 5.
+    """
+    if descent is None:
+        descent = finite_difference_descent(loss_plus, loss_minus, epsilon)
+    return directional_curvature(finite_difference_quadratic(loss_plus, loss, loss_minus, epsilon), descent, lr)
+
+
+def kl_curvature(
+    outputs: Tensor,
+    shifted_outputs: Tensor,
+    epsilon: Scalar,
+    descent: Scalar,
+    lr: Scalar = 1.0,
+    likelihood: Likelihood = "categorical",
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    r"""KL estimate of the curvature, one forward.
+
+    .. math:: \lambda_{\text{KL}} =
+        \frac{2\,\mathbb E_x\,\mathrm{KL}(p_\theta \| p_{\theta-\epsilon\Delta\theta})}{\epsilon^2\, g^\top\Delta\theta}
+        = \frac{\Delta\theta^\top F \Delta\theta}{g^\top \Delta\theta} + O(\epsilon)
+
+    Args:
+        outputs: outputs at θ, shape (..., C).
+        shifted_outputs: outputs at θ − εd, same shape.
+        epsilon: ε > 0, in steps.
+        descent: gᵀd, scalar.
+        lr: η of the step; 1 gives the unit-free s.
+        likelihood: see :func:`~lightning_curvature.functional.kl_divergence`.
+        weights: weight of each position, shape (...).
+        scale: the loss as a multiple of the mean negative log-likelihood of a position; ``mse_loss`` with its mean
+            reduction over (P, C) is 2/C times the Gaussian one.
+
+    Returns:
+        λ_KL; NaN where gᵀd ≤ 0.
+
+    Raises:
+        ValueError: if a plain number ε is not positive, for an unknown likelihood or shapes that do not agree.
+
+    Source: P0 (directional curvature), eq. 8.
+    """
+    _check_epsilon(epsilon)
+    divergence = kl_divergence(outputs, shifted_outputs, likelihood, weights)
+    return directional_curvature(2.0 * scale * divergence / epsilon**2, descent, lr)
+
+
+def gauss_newton_curvature(
+    outputs: Tensor,
+    tangent: Tensor,
+    descent: Scalar,
+    lr: Scalar = 1.0,
+    likelihood: Likelihood = "categorical",
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    r"""Gauss–Newton curvature from one forward-mode product, without ε.
+
+    .. math:: \lambda_{\text{GN}} = \frac{\Delta\theta^\top G \Delta\theta}{g^\top \Delta\theta}, \quad
+        d^\top G d = \mathbb E_x\, u^\top (\partial^2\ell/\partial z^2)\, u, \quad u = J d
+
+    Args:
+        outputs: outputs at θ, shape (..., C).
+        tangent: u = J d, same shape.
+        descent: gᵀd, scalar.
+        lr: η of the step; 1 gives the unit-free s.
+        likelihood: see :func:`~lightning_curvature.functional.output_quadratic_form`.
+        weights: weight of each position, shape (...).
+        scale: as in :func:`kl_curvature`.
+
+    Returns:
+        λ_GN; NaN where gᵀd ≤ 0.
+
+    Raises:
+        ValueError: for an unknown likelihood or shapes that do not agree.
+
+    Source: P0 (directional curvature), eqs. 11-13.
+    """
+    return directional_curvature(scale * output_quadratic_form(outputs, tangent, likelihood, weights), descent, lr)
+
+
+def critical_sharpness(critical_factor: Scalar, lr: Scalar = 1.0) -> Tensor:
+    r"""Critical sharpness :math:`2/\eta_c`, η_c the smallest learning rate at which the step would raise the loss.
+
+    Args:
+        critical_factor: η_c/η, the length at which L(θ − c·d) first exceeds L(θ), in steps.
+        lr: η of the step.
+
+    Returns:
+        2/η_c; its edge is 2/η.
+
+    Source: Kalra et al. 2026 (arXiv 2601.16979).
+    """
+    return 2.0 / (_tensor(critical_factor) * lr)

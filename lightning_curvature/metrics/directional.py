@@ -1,0 +1,204 @@
+"""Metrics of the curvature along the true update."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_curvature.functional import (
+    Likelihood,
+    directional_curvature,
+    finite_difference_descent,
+    finite_difference_quadratic,
+    kl_divergence,
+    output_quadratic_form,
+)
+from lightning_curvature.functional import headroom as _headroom
+
+Scalar = Tensor | float
+
+
+class DirectionalCurvature(Metric):
+    r"""Curvature along the optimizer's steps as a ratio of weighted sums.
+
+    .. math:: \lambda = \frac{\sum w\, d^\top H d / \eta^2}{\sum w\, g^\top d / \eta}
+
+    Reset after every step it is λ_dir of that step (merged over the ranks, each with its own share of the data). Not
+    reset, it is along the trajectory the generalized directional curvature
+
+    .. math:: \lambda_{\text{gen}} =
+        \frac{\operatorname{tr}(H\, \mathbb E[\Delta\theta\Delta\theta^\top])}{g^\top \mathbb E[\Delta\theta]}
+
+    ``update`` takes ``quadratic`` (dᵀHd), ``descent`` (gᵀd), ``lr`` (η; 1 gives the unit-free s with edge 2) and
+    ``weight``; ``compute`` gives λ, in units of 1/η with the edge 2/η, NaN where Σ gᵀd ≤ 0.
+
+    Source: P0 (directional curvature), eqs. 1 and 10.
+
+    Example:
+        >>> metric = DirectionalCurvature()
+        >>> metric.update(quadratic=0.5, descent=1.0, lr=0.1)
+        >>> metric.compute()
+        tensor(5., dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    numerator: Tensor
+    denominator: Tensor
+    weight: Tensor
+    lr_sum: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("numerator", "denominator", "weight", "lr_sum"):
+            # float64: differences of losses keep their digits, sums over a trajectory too.
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _accumulate(self, quadratic: Scalar, descent: Scalar, lr: Scalar, weight: Scalar) -> None:
+        quadratic, descent, lr, weight = (
+            torch.as_tensor(value, dtype=torch.float64, device=self.device)
+            for value in (quadratic, descent, lr, weight)
+        )
+        self.numerator += weight * quadratic / lr**2
+        self.denominator += weight * descent / lr
+        self.weight += weight
+        self.lr_sum += weight * lr
+
+    def update(self, quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:
+        """Add one step: dᵀHd, gᵀd, η and the weight of its data."""
+        self._accumulate(quadratic, descent, lr, weight)
+
+    def compute(self) -> Tensor:
+        """Return λ."""
+        return directional_curvature(self.numerator, self.denominator)
+
+    def headroom(self) -> Tensor:
+        """(2/η)/λ at the mean learning rate of the steps seen: 1 is the edge."""
+        return _headroom(self.numerator * self.lr_sum / self.weight, self.denominator)
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot one value or several.
+
+        Args:
+            val: a value of ``compute`` or a sequence of them; default: ``compute()`` now.
+            ax: matplotlib axes to draw into.
+
+        Returns:
+            Figure and axes.
+        """
+        return self._plot(val, ax)
+
+
+class FiniteDifferenceCurvature(DirectionalCurvature):
+    r"""Finite-difference estimate λ_FD of the directional curvature; two forwards a step.
+
+    ``update`` takes the losses at θ+εd, θ, θ−εd, ε, and optionally ``descent`` (gᵀd; default: the first difference
+    of the pair). See :func:`~lightning_curvature.functional.finite_difference_curvature`.
+
+    Source: P0 (directional curvature), eq. 5.
+
+    Example:
+        >>> metric = FiniteDifferenceCurvature()
+        >>> metric.update(loss_plus=1.25, loss=1.0, loss_minus=0.85, epsilon=1.0)  # dᵀHd = 0.1, gᵀd = 0.2
+        >>> round(metric.compute().item(), 6)
+        0.5
+    """
+
+    def update(  # type: ignore[override]
+        self,
+        loss_plus: Scalar,
+        loss: Scalar,
+        loss_minus: Scalar,
+        epsilon: Scalar,
+        lr: Scalar = 1.0,
+        descent: Scalar | None = None,
+        weight: Scalar = 1.0,
+    ) -> None:
+        """Add one step."""
+        if descent is None:
+            descent = finite_difference_descent(loss_plus, loss_minus, epsilon)
+        self._accumulate(finite_difference_quadratic(loss_plus, loss, loss_minus, epsilon), descent, lr, weight)
+
+
+class KLCurvature(DirectionalCurvature):
+    r"""KL estimate λ_KL of the curvature; one forward a step.
+
+    ``update`` takes the outputs at θ and at θ−εd (shape (..., C)), ε, ``descent`` and η. See
+    :func:`~lightning_curvature.functional.kl_curvature`.
+
+    Args:
+        likelihood: "categorical", "gaussian" or "bernoulli".
+        scale: the loss as a multiple of the mean negative log-likelihood of a position.
+        kwargs: arguments of ``torchmetrics.Metric``.
+
+    Source: P0 (directional curvature), eq. 8.
+    """
+
+    def __init__(self, likelihood: Likelihood = "categorical", scale: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.likelihood = likelihood
+        self.scale = scale
+
+    def update(  # type: ignore[override]
+        self,
+        outputs: Tensor,
+        shifted_outputs: Tensor,
+        epsilon: Scalar,
+        descent: Scalar,
+        lr: Scalar = 1.0,
+        mask: Tensor | None = None,
+        weight: Scalar = 1.0,
+    ) -> None:
+        """Add one step."""
+        divergence = kl_divergence(outputs, shifted_outputs, self.likelihood, mask).double()
+        self._accumulate(2.0 * self.scale * divergence / epsilon**2, descent, lr, weight)
+
+
+class GaussNewtonCurvature(KLCurvature):
+    r"""Gauss–Newton curvature λ_GN from the tangent u = J d of the outputs; no ε.
+
+    ``update`` takes outputs and tangent (shape (..., C)), ``descent`` and η. See
+    :func:`~lightning_curvature.functional.gauss_newton_curvature`.
+
+    Source: P0 (directional curvature), eqs. 11-13.
+    """
+
+    def update(  # type: ignore[override]
+        self,
+        outputs: Tensor,
+        tangent: Tensor,
+        descent: Scalar,
+        lr: Scalar = 1.0,
+        mask: Tensor | None = None,
+        weight: Scalar = 1.0,
+    ) -> None:
+        """Add one step."""
+        quadratic = output_quadratic_form(outputs, tangent, self.likelihood, mask).double()
+        self._accumulate(self.scale * quadratic, descent, lr, weight)
+
+
+class CriticalSharpness(DirectionalCurvature):
+    r"""Critical sharpness 2/η_c, η_c the learning rate at which a step would first raise the loss.
+
+    ``update`` takes ``critical_factor`` (η_c/η), η and a weight; over several steps the value is
+    :math:`2 \sum w / \sum w\, \eta_c`. A NaN factor (no boundary was found) makes the value NaN.
+
+    Source: Kalra et al. 2026 (arXiv 2601.16979).
+
+    Example:
+        >>> metric = CriticalSharpness()
+        >>> metric.update(critical_factor=4.0, lr=0.1)
+        >>> metric.compute()
+        tensor(5., dtype=torch.float64)
+    """
+
+    def update(self, critical_factor: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:  # type: ignore[override]
+        """Add one step."""
+        # With dᵀHd = 2η² and gᵀd = η·η_c the ratio of the base class is Σ 2w / Σ w η_c.
+        lr, factor = (torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (lr, critical_factor))
+        self._accumulate(2.0 * lr**2, factor * lr**2, lr, weight)

@@ -1,0 +1,290 @@
+"""A LightningModule's training step as a function of its parameters: recorded once, repeated at will."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_curvature.isolation import ModuleState, RandomState, muted, patched
+from lightning_curvature.manual import BackwardLog, inert_optimization, recording_backward
+from lightning_curvature.targets import tensors
+
+ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
+
+OUTPUTS_REMEDY = (
+    "return them from training_step as {'loss': …, 'outputs': …}, compute them by calling self(…) exactly once, or "
+    "name the submodule that makes them, outputs='head'"
+)
+
+
+@dataclass
+class Evaluation:
+    """Loss and, where they can be had, outputs of one batch.
+
+    Attributes:
+        loss: scalar mean loss.
+        outputs: outputs of shape (B, …), or None.
+        mask: weight of each position, or None.
+    """
+
+    loss: Tensor
+    outputs: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass
+class RecordedBatch:
+    """All that is needed to repeat one call of ``training_step``, and what it gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    randomness: RandomState
+    state: ModuleState
+    global_step: int
+    forward_dtype: torch.dtype
+    base: Evaluation | None = None
+    backward: BackwardLog = field(default_factory=BackwardLog)
+
+    @property
+    def batch(self) -> Any:
+        """The batch as training_step received it."""
+        if self.args:
+            return self.args[0]
+        return next(iter(self.kwargs.values()))
+
+    def fresh_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments whose containers and, where a step writes into them, tensors are copies."""
+        written = [t._version for t in tensors((self.args, self.kwargs))] != self.versions
+        copy = _clone if written else _same
+        return _rebuild(self.args, copy), _rebuild(self.kwargs, copy)
+
+
+class StepObjective:
+    """Records calls of ``training_step`` and repeats them.
+
+    A repetition starts from the random state and the module state of the recorded call, runs under the Trainer's
+    precision, writes no logs and leaves the caller to put states back (see :func:`~.isolation.untouched`).
+
+    Args:
+        module: the module.
+        device: the device it trains on.
+        outputs: name of the submodule whose output counts as the outputs; default: the module's own forward.
+        function: replaces ``training_step`` in repetitions; called as ``function(module, batch)``.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        device: torch.device,
+        outputs: str | None = None,
+        function: ObjectiveFunction | None = None,
+    ) -> None:
+        if outputs is not None and outputs not in dict(module.named_modules()):
+            raise ValueError(
+                f"outputs must name a submodule of {type(module).__name__}, got {outputs!r}: "
+                f"choose one of {[name for name, _ in module.named_modules() if name][:10]}."
+            )
+        self.module = module
+        self.device = device
+        self.function = function
+        self._outputs_name = outputs
+        self._step: Callable[..., Any] = module.training_step
+        # A step compiled as a whole is one graph: what happens inside cannot be watched, and it is repeated eagerly.
+        self.compiled = getattr(module, "_compiler_ctx", None) is not None
+        self.records: list[RecordedBatch] = []
+
+    @contextlib.contextmanager
+    def recording(self, on_error: Callable[[Exception], None]) -> Generator[None, None, None]:
+        """Record the calls of ``training_step`` inside the block, the first of each batch.
+
+        LBFGS calls a step several times a batch; only the first is at θ_t. A failure to record goes to ``on_error``
+        and never into the step.
+        """
+        self._step = step = self.module.training_step
+        called = False
+
+        @functools.wraps(step)
+        def recorded_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            if called:
+                return step(*args, **kwargs)
+            called = True
+            record = _attempt(on_error, lambda: self._begin(args, kwargs))
+            if record is None:
+                return step(*args, **kwargs)
+            with contextlib.ExitStack() as stack:
+                seen = stack.enter_context(self._watching_outputs())
+                if not self.module.automatic_optimization:
+                    stack.enter_context(recording_backward(self.module, record.backward))
+                self.records.append(record)
+                result = step(*args, **kwargs)
+            _attempt(on_error, lambda: self._finish(record, result, seen))
+            return result
+
+        with patched(self.module, training_step=recorded_step):
+            yield
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
+        kept_args, kept_kwargs = _rebuild(args, _clone), _rebuild(kwargs, _clone)
+        return RecordedBatch(
+            args=kept_args,
+            kwargs=kept_kwargs,
+            versions=[t._version for t in tensors((kept_args, kept_kwargs))],
+            randomness=RandomState(self.device),
+            state=ModuleState(self.module),
+            global_step=self.module.trainer.global_step,
+            forward_dtype=_forward_dtype(self.module, self.device),
+        )
+
+    def _finish(self, record: RecordedBatch, result: Any, seen: list[Any]) -> None:
+        if self.function is not None:
+            return
+        if self.module.automatic_optimization:
+            if result is None:
+                self.records.remove(record)
+                return
+            record.base = _evaluation(result, seen)
+            if not record.base.loss.requires_grad:
+                raise ValueError(
+                    "training_step must return a loss that requires grad, got a constant: leave no_grad and detach "
+                    "out of it."
+                )
+        else:
+            record.base = Evaluation(torch.full((), torch.nan, device=self.device), _find_outputs(result, seen))
+        # The graph must not outlive the step.
+        record.base.loss = record.base.loss.detach()
+        if record.base.outputs is not None:
+            record.base.outputs = record.base.outputs.detach()
+
+    def base_loss(self, record: RecordedBatch, segment: int) -> Tensor:
+        """Return the loss the step itself had; in manual optimization that of the segment it belongs to."""
+        if not self.module.automatic_optimization:
+            return record.backward.loss(segment).float()
+        assert record.base is not None
+        return record.base.loss
+
+    def evaluate(self, record: RecordedBatch, segment: int = 0) -> Evaluation:
+        """Repeat a recorded step with the parameters as they are now.
+
+        Under ``torch.no_grad`` unless the caller enabled gradients.
+
+        Raises:
+            ValueError: if the loss is not a scalar.
+        """
+        record.state.restore()
+        record.randomness.restore()
+        args, kwargs = record.fresh_arguments()
+        with muted(self.module, record.global_step), contextlib.ExitStack() as stack:
+            if self.function is not None:
+                return _evaluation(self.function(self.module, args[0] if args else next(iter(kwargs.values()))), [])
+            seen = stack.enter_context(self._watching_outputs())
+            if self.module.automatic_optimization:
+                return _evaluation(self._step(*args, **kwargs), seen)
+            log = BackwardLog()
+            stack.enter_context(inert_optimization(self.module, log))
+            result = self._step(*args, **kwargs)
+            return Evaluation(log.loss(segment), _find_outputs(result, seen))
+
+    @contextlib.contextmanager
+    def _watching_outputs(self) -> Generator[list[Any], None, None]:
+        """Collect what the module's forward, or the named submodule, returns inside the block."""
+        seen: list[Any] = []
+        if self.compiled or self.function is not None:
+            yield seen
+        elif self._outputs_name is not None:
+            submodule = self.module.get_submodule(self._outputs_name)
+            handle = submodule.register_forward_hook(lambda module, args, output: seen.append(output))
+            try:
+                yield seen
+            finally:
+                handle.remove()
+        else:
+            forward = self.module.forward
+
+            @functools.wraps(forward)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                output = forward(*args, **kwargs)
+                seen.append(output)
+                return output
+
+            with patched(self.module, forward=watched):
+                yield seen
+
+
+class PureStep(nn.Module):
+    """A recorded step as a module, so that ``torch.func.functional_call`` can give it any parameters."""
+
+    def __init__(self, objective: StepObjective) -> None:
+        super().__init__()
+        self.module = objective.module
+        self._objective = [objective]  # in a list: the objective is no submodule's business
+
+    def forward(self, record: RecordedBatch, segment: int) -> tuple[Tensor, Tensor | None]:
+        """Return loss and outputs of the recorded step."""
+        result = self._objective[0].evaluate(record, segment)
+        return result.loss, result.outputs
+
+
+def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except Exception as error:
+        on_error(error)
+        return None
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _rebuild(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return apply_to_collection(data, Tensor, function)
+
+
+def _forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """The coarsest type in which the forward pass computes."""
+    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    return max(types or {torch.float32}, key=lambda t: torch.finfo(t).eps)
+
+
+def _evaluation(result: Any, seen: list[Any]) -> Evaluation:
+    """Read what a step, or the user's objective, returned."""
+    loss = result.get("loss") if isinstance(result, dict) else result
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"the step must return a loss tensor or a dict with 'loss', got {type(loss).__name__}: return the loss, "
+            "or give objective=."
+        )
+    if loss.numel() != 1:
+        raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean().")
+    mask = result.get("mask") if isinstance(result, dict) else None
+    return Evaluation(loss.reshape(()), _find_outputs(result, seen), mask)
+
+
+def _find_outputs(result: Any, seen: list[Any]) -> Tensor | None:
+    """Outputs from the returned dict, else from the one forward that was seen."""
+    if isinstance(result, dict):
+        for key in ("outputs", "logits"):
+            if isinstance(result.get(key), Tensor):
+                return result[key]
+    if len(seen) != 1:
+        return None
+    output = seen[0]
+    if isinstance(output, dict):
+        output = output.get("logits", output.get("outputs"))
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) and output.is_floating_point() else None

@@ -1,0 +1,320 @@
+"""Evaluations of the objective along the update, turned into the local sums that a measurement consists of.
+
+Every function returns plain numbers of *this rank* (float64 scalars on the device) whose mean over all ranks is the
+number of the job; nothing here communicates, except where the line search has to decide.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_curvature.functional import (
+    divergence_statistics,
+    hessian_quadratic_form,
+    output_noise_gain,
+    output_quadratic_form,
+)
+from lightning_curvature.objective import Evaluation, PureStep, RecordedBatch, StepObjective
+from lightning_curvature.parallel import fresh_shards
+from lightning_curvature.targets import OutputModel
+from lightning_curvature.update import ParameterUpdate
+
+Values = dict[str, Tensor]
+
+
+@dataclass
+class Window:
+    """The batches that made one optimizer step, with everything needed to evaluate their loss along it.
+
+    Attributes:
+        objective: repeats the recorded steps.
+        update: the optimizer step.
+        records: the recorded batches; one, or several under gradient accumulation.
+        precision: makes the context of a forward.
+        segment: manual optimization: which of the optimizer steps of the last batch is measured.
+        averaged: whether the loss is the mean over the records (else their sum).
+        model: how the loss depends on the outputs; None where there are none.
+        base: loss and outputs of each record at θ_t.
+        forwards: passes over the window made so far.
+    """
+
+    objective: StepObjective
+    update: ParameterUpdate
+    records: list[RecordedBatch]
+    precision: Callable[[], contextlib.AbstractContextManager[object]]
+    segment: int = 0
+    averaged: bool = True
+    model: OutputModel | None = None
+    base: list[Evaluation] = field(default_factory=list)
+    forwards: int = 0
+
+    @property
+    def weight(self) -> float:
+        """Weight of one record in the loss."""
+        return 1.0 / len(self.records) if self.averaged else 1.0
+
+    def evaluations(self) -> Iterator[tuple[int, Evaluation]]:
+        """One pass over the window with the parameters as they are now."""
+        self.forwards += 1
+        for index, record in enumerate(self.records):
+            # In manual optimization every earlier batch of the window ended without a step: segment 0.
+            segment = self.segment if index == len(self.records) - 1 else 0
+            with self.precision():
+                result = self.objective.evaluate(record, segment)
+            yield index, result
+
+    @contextlib.contextmanager
+    def at(self, position: float) -> Generator[None, None, None]:
+        """Set the parameters to θ_t − position·d, without gradients."""
+        with self.update.at(position), fresh_shards(self.objective.module), torch.no_grad():
+            yield
+
+    def loss_at(self, position: float) -> Tensor:
+        """Local loss at θ_t − position·d."""
+        with self.at(position):
+            return self._total([e.loss for _, e in self.evaluations()])
+
+    def _total(self, terms: list[Tensor]) -> Tensor:
+        return torch.stack([t.detach().double() for t in terms]).sum() * self.weight
+
+    def base_loss(self) -> Tensor:
+        """Local loss at θ_t."""
+        return self._total([e.loss for e in self.base])
+
+    def mask(self, index: int) -> Tensor | None:
+        """Weights of the positions of one record."""
+        given = self.base[index].mask
+        if given is not None:
+            return given.reshape(-1)
+        return None if self.model is None else self.model.weights(self.records[index].batch)
+
+    def arranged(self, outputs: Tensor | None) -> Tensor:
+        """Outputs with the components last.
+
+        Raises:
+            ValueError: if a repetition gave none though the step itself did.
+        """
+        if outputs is None or self.model is None:
+            raise ValueError("outputs must come with every evaluation, got none in a repetition: return them always.")
+        return self.model.arrange(outputs)
+
+    def mean_of(self, statistic: Callable[[int, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """Weighted sum over the records of ``scale · statistic(index, base outputs, mask)``."""
+        assert self.model is not None
+        terms = []
+        for index, base in enumerate(self.base):
+            mask = self.mask(index)
+            scale = self.model.scale(self.base[index].outputs, mask)  # type: ignore[arg-type]
+            terms.append(scale * statistic(index, self.arranged(base.outputs), mask))
+        return self._total(terms)
+
+
+def take_base(window: Window, repeat: bool) -> None:
+    """Collect loss and outputs at θ_t: the step's own, or (``repeat``) those of a forward of the probes' kind."""
+    if repeat:
+        with window.at(0.0):
+            window.base = [e for _, e in window.evaluations()]
+        return
+    last = len(window.records) - 1
+    for index, record in enumerate(window.records):
+        assert record.base is not None
+        loss = window.objective.base_loss(record, window.segment if index == last else 0)
+        window.base.append(Evaluation(loss, record.base.outputs, record.base.mask))
+
+
+def rounding_statistics(window: Window) -> Values:
+    """What rounding errors of the outputs do to the loss and to quadratic forms, as multiples of the unit squared."""
+
+    def loss_gain(index: int, z: Tensor, mask: Tensor | None) -> Tensor:
+        assert window.model is not None
+        residual = window.model.residual(window.base[index].outputs, window.records[index].batch)  # type: ignore[arg-type]
+        rows = residual.square().sum(-1) * z.reshape(residual.shape).float().square().mean(-1)
+        return rows.mean() if mask is None else (mask * rows).sum() / mask.sum()
+
+    def count(index: int, z: Tensor, mask: Tensor | None) -> Tensor:
+        components = z.shape[-1] if z.ndim > 1 else 1
+        return z.new_tensor(z.numel() // components, dtype=torch.float64) if mask is None else mask.sum().double()
+
+    assert window.model is not None
+    likelihood = window.model.likelihood
+    positions = [count(i, window.arranged(e.outputs), window.mask(i)) for i, e in enumerate(window.base)]
+    return {
+        "noise_gain": window.mean_of(lambda i, z, w: output_noise_gain(z, likelihood, w)),
+        "loss_noise_gain": window.mean_of(loss_gain),
+        "positions": torch.stack(positions).sum(),
+    }
+
+
+def one_sided(window: Window, epsilon: float) -> Values:
+    """Loss and KL divergence at θ_t − εd: one pass."""
+    assert window.model is not None
+    likelihood = window.model.likelihood
+    losses: list[Tensor] = []
+    shifted: list[Tensor] = []
+    with window.at(epsilon):
+        for _, result in window.evaluations():
+            losses.append(result.loss)
+            shifted.append(window.arranged(result.outputs))
+    statistics = [
+        divergence_statistics(window.arranged(base.outputs), z, likelihood, window.mask(i))
+        for i, (base, z) in enumerate(zip(window.base, shifted, strict=True))
+    ]
+    return {
+        "loss_minus": window._total(losses),
+        "twice_divergence": window.mean_of(lambda i, z, w: 2.0 * statistics[i].divergence),
+        "departure": window.mean_of(lambda i, z, w: statistics[i].departure),
+    }
+
+
+def symmetric_pair(window: Window, epsilon: float, with_outputs: bool) -> Values:
+    """Losses at θ_t ± εd, and the symmetric form of the KL divergence: two passes.
+
+    With z_± the outputs at θ_t ± εd: ``signal`` is the quadratic form of ½(z_+ − z_−), whose even orders are gone;
+    ``defect`` that of ½(z_+ + z_−) − z_0, which is all curvature of the outputs and rounding.
+    """
+    losses: dict[float, list[Tensor]] = {1.0: [], -1.0: []}
+    outputs: dict[float, list[Tensor]] = {1.0: [], -1.0: []}
+    for sign in (1.0, -1.0):
+        with window.at(sign * epsilon):
+            for _, result in window.evaluations():
+                losses[sign].append(result.loss)
+                if with_outputs:
+                    outputs[sign].append(window.arranged(result.outputs))
+    values = {"loss_minus": window._total(losses[1.0]), "loss_plus": window._total(losses[-1.0])}
+    if not with_outputs:
+        return values
+    assert window.model is not None
+    likelihood = window.model.likelihood
+    minus, plus = outputs[1.0], outputs[-1.0]
+
+    def wide(z: Tensor) -> Tensor:
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def signal(i: int, z: Tensor, w: Tensor | None) -> Tensor:
+        return output_quadratic_form(wide(z), 0.5 * (wide(plus[i]) - wide(minus[i])), likelihood, w)
+
+    def defect(i: int, z: Tensor, w: Tensor | None) -> Tensor:
+        mean = 0.5 * ((wide(plus[i]) - wide(z)) + (wide(minus[i]) - wide(z)))
+        return output_quadratic_form(wide(z), mean, likelihood, w)
+
+    return values | {"signal": window.mean_of(signal), "defect": window.mean_of(defect)}
+
+
+@dataclass(frozen=True)
+class CriticalStep:
+    """Outcome of the line search.
+
+    Attributes:
+        factor: η_c/η, NaN where the cap on forwards came first.
+        half_width: relative half width of the last bracket.
+        forwards: passes made.
+        capped: whether the cap came before the bracket was narrow enough.
+    """
+
+    factor: float
+    half_width: float
+    forwards: int
+    capped: bool
+
+
+# The bracket is halved until its width is this fraction of its upper end.
+CRITICAL_TOLERANCE = 1.0 / 16.0
+
+
+def critical_step(loss_at: Callable[[float], float], base_loss: float, start: float, max_forwards: int) -> CriticalStep:
+    """Find the step length at which the loss first exceeds its value at θ_t.
+
+    From ``start`` (the last value) doubling while the loss has not increased, or halving while it has; then
+    bisection. A NaN or infinite loss counts as increased, so that a search always ends.
+
+    Args:
+        loss_at: loss over the whole job at θ_t − c·d.
+        base_loss: loss at θ_t.
+        start: first c to try, in steps.
+        max_forwards: cap on evaluations.
+
+    Source: Kalra et al. 2026 (arXiv 2601.16979), with bisection to a relative width instead of a fixed count.
+    """
+    used = 0
+
+    def increased(factor: float) -> bool:
+        nonlocal used
+        used += 1
+        return not loss_at(factor) <= base_loss
+
+    low, high = 0.0, float("inf")
+    factor = start
+    while used < max_forwards and (low == 0.0 or high == float("inf")):
+        if increased(factor):
+            high, factor = factor, factor / 2.0
+        else:
+            low, factor = factor, factor * 2.0
+    if low == 0.0 or high == float("inf"):
+        return CriticalStep(float("nan"), float("nan"), used, True)
+    while used < max_forwards and high - low > CRITICAL_TOLERANCE * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if increased(middle) else (middle, high)
+    width = high - low
+    return CriticalStep(0.5 * (low + high), width / (low + high), used, width > CRITICAL_TOLERANCE * high)
+
+
+@contextlib.contextmanager
+def _differentiable() -> Generator[None, None, None]:
+    # Fused attention has no double backward and no forward mode; compiled graphs have no double backward.
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def exact(window: Window, hvp: bool, gauss_newton: bool) -> Values:
+    """dᵀHd by double backward and dᵀGd by one forward-mode product, both with gᵀd. Uses the update up."""
+    values: Values = {}
+    with window.update.direction() as direction, _differentiable():
+        if gauss_newton:
+            with torch.no_grad():
+                values |= _gauss_newton(window, direction)
+        if hvp:
+            with torch.enable_grad():
+                values |= _hessian(window, direction)
+    return values
+
+
+def _hessian(window: Window, direction: list[Tensor]) -> Values:
+    descents, quadratics = [], []
+    for _, result in window.evaluations():
+        descent, quadratic = hessian_quadratic_form(result.loss, window.update.parameters, direction)
+        descents.append(descent)
+        quadratics.append(quadratic)
+    return {"hvp_descent": window._total(descents), "hvp_quadratic": window._total(quadratics)}
+
+
+def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
+    assert window.model is not None
+    model = window.model
+    step = PureStep(window.objective)
+    tangents = {id(p): d for p, d in zip(window.update.parameters, direction, strict=True)}
+    names = {name: p for name, p in step.named_parameters() if id(p) in tangents}
+    descents: list[Tensor] = []
+    quadratics: list[Tensor] = []
+    window.forwards += 1
+    last = len(window.records) - 1
+    for index, record in enumerate(window.records):
+        with forward_ad.dual_level(), window.precision():
+            duals = {name: forward_ad.make_dual(p.detach(), tangents[id(p)]) for name, p in names.items()}
+            loss, outputs = functional_call(step, duals, (record, window.segment if index == last else 0))
+            z, u = forward_ad.unpack_dual(window.arranged(outputs))
+            _, slope = forward_ad.unpack_dual(loss)
+        if u is None or slope is None:
+            raise ValueError(
+                "outputs and loss must depend on the parameters that moved, got no derivative: check outputs=."
+            )
+        mask = window.mask(index)
+        assert outputs is not None
+        quadratics.append(model.scale(outputs, mask) * output_quadratic_form(z, u, model.likelihood, mask))
+        descents.append(slope)
+    return {"gn_descent": window._total(descents), "gn_quadratic": window._total(quadratics)}
