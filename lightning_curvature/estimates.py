@@ -105,16 +105,20 @@ class Rounding:
         return own + self.unit * math.sqrt(max(values["loss_noise_gain"], 0.0)) / root
 
     def learn(self, values: dict[str, float], epsilon: float) -> None:
-        """Raise κ where a clearly smaller ε than last time gave a larger ratio of defect to signal.
+        """Correct κ by what the symmetric pair shows.
 
-        Truncation would have fallen with ε; what rises is rounding.
+        Down where the defect bounds it from above. Up where a clearly smaller ε than last time gave a larger ratio of
+        defect to signal: truncation would have fallen with ε, so what rises is rounding.
         """
         if not values["signal"] > 0.0 or not values["noise_gain"] > 0.0:
             return
+        bound = math.sqrt(values["defect"] / 1.5 / values["noise_gain"]) / unit_roundoff(
+            self.dtype, self.coarse_products
+        )
         ratio = values["defect"] / values["signal"]
-        if self.last is not None and epsilon < 0.7 * self.last[0] and ratio > self.last[1]:
-            unit = unit_roundoff(self.dtype, self.coarse_products)
-            self.growth = max(self.growth, math.sqrt(values["defect"] / 1.5 / values["noise_gain"]) / unit)
+        rising = self.last is not None and epsilon < 0.7 * self.last[0] and ratio > self.last[1]
+        if bound > 0.0 and (rising or bound < self.growth):
+            self.growth = bound
         self.last = (epsilon, ratio)
 
 
@@ -126,13 +130,13 @@ def finite_difference_estimate(values: dict[str, float], epsilon: float, roundin
         return _lost(overflow=size != 0.0)
     noise = math.sqrt(6.0) * rounding.loss_deviation(values) / size
     if "signal" in values:
-        excess = max(values["defect"] - 1.5 * rounding.outputs_variance(values), 0.0)
-        ratio = excess / values["signal"] if values["signal"] > 0 else 0.0
-        truncation = _DIFFERENCE_TRUNCATION * ratio * max(values["signal"], size) / size
+        coefficient = _DIFFERENCE_TRUNCATION * max(values["signal"], size) / size
+        truncation = coefficient * _excess(values, rounding)
+        bound = coefficient * values["defect"] / values["signal"] if values["signal"] > 0.0 else truncation
     else:
         slope = (values["loss_plus"] - values["loss_minus"]) / 2.0
-        truncation = _SLOPE_TRUNCATION * ((slope - epsilon * values["descent"]) / size) ** 2
-    return _known(second / epsilon**2, ErrorModel(noise, truncation))
+        bound = truncation = _SLOPE_TRUNCATION * ((slope - epsilon * values["descent"]) / size) ** 2
+    return _known(second / epsilon**2, ErrorModel(noise, truncation), bound)
 
 
 def symmetric_kl_estimate(values: dict[str, float], epsilon: float, rounding: Rounding) -> Estimate:
@@ -141,9 +145,9 @@ def symmetric_kl_estimate(values: dict[str, float], epsilon: float, rounding: Ro
     if not 0.0 < signal < math.inf:
         return _lost(overflow=signal != 0.0)
     variance = rounding.outputs_variance(values)
-    excess = max(values["defect"] - 1.5 * variance, 0.0)
-    model = ErrorModel(0.5 * variance / signal, _SYMMETRIC_TRUNCATION * excess / signal, 2, _KL_WEIGHT)
-    return _known(signal / epsilon**2, model)
+    truncation = _SYMMETRIC_TRUNCATION * _excess(values, rounding)
+    model = ErrorModel(0.5 * variance / signal, truncation, 2, _KL_WEIGHT)
+    return _known(signal / epsilon**2, model, _SYMMETRIC_TRUNCATION * values["defect"] / signal)
 
 
 def one_sided_kl_estimate(values: dict[str, float], epsilon: float, rounding: Rounding, gaussian: bool) -> Estimate:
@@ -157,12 +161,20 @@ def one_sided_kl_estimate(values: dict[str, float], epsilon: float, rounding: Ro
         truncation = 0.5 * math.sqrt(signal / values["noise_gain"]) if values["noise_gain"] > 0 else math.inf
     else:
         truncation = _ONE_SIDED_TRUNCATION * values["departure"] / signal
-    return _known(signal / epsilon**2, ErrorModel(noise, truncation, 1, _KL_WEIGHT))
+    return _known(signal / epsilon**2, ErrorModel(noise, truncation, 1, _KL_WEIGHT), truncation)
 
 
-def _known(quadratic: float, model: ErrorModel) -> Estimate:
+def _excess(values: dict[str, float], rounding: Rounding) -> float:
+    """Part of defect/signal that rounding does not explain."""
+    if not values["signal"] > 0.0:
+        return 0.0
+    return max(values["defect"] - 1.5 * rounding.outputs_variance(values), 0.0) / values["signal"]
+
+
+def _known(quadratic: float, model: ErrorModel, truncation_bound: float) -> Estimate:
+    """Estimate whose reported error takes the truncation at its bound; ε is chosen by the likelier value."""
     lost = not model.noise <= NOISE_LIMIT
-    return Estimate(math.nan if lost else quadratic, model.total(), model)
+    return Estimate(math.nan if lost else quadratic, model.noise + truncation_bound, model)
 
 
 def _lost(overflow: bool) -> Estimate:

@@ -1,0 +1,29 @@
+# Each target sets up what it needs in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint benchmark clean
+
+# gradient descent and AdamW reach the edge of stability on real data: table, picture, TensorBoard log
+demo: $(VENV)/.ready
+	$(BIN)/python examples/edge_of_stability.py $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(VENV)/.ready
+	$(BIN)/python benchmarks/directional.py $(ARGS)
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[examples,test,benchmarks]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

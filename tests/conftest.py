@@ -1,0 +1,15 @@
+"""Settings of every test."""
+
+import logging
+
+import pytest
+import torch
+
+# Two processes share the cores in the distributed tests; one thread each keeps sums in one order, too.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,84 @@
+"""Curvature along a step from the dense Hessian and the dense Gauss-Newton matrix, in float64."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Second-order quantities of one step: gᵀd, dᵀHd, dᵀGd, all of the loss of the whole window."""
+
+    descent: float
+    hessian: float
+    gauss_newton: float
+
+
+@dataclass
+class Part:
+    """One batch of the window: its data and the states its forward started from."""
+
+    x: Tensor
+    y: Tensor
+    rng: Tensor
+    buffers: dict[str, Tensor]
+
+
+def reference(
+    network: nn.Module,
+    loss: Loss,
+    parts: list[Part],
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    gauss_newton: bool = True,
+) -> Reference:
+    """Evaluate the definitions at ``before`` along d = before − after, one dense matrix a batch.
+
+    Args:
+        network: maps x to outputs; only its structure is used.
+        loss: of outputs and targets, the mean over the batch.
+        parts: the batches whose mean loss made the step.
+        before: parameters θ_t by name.
+        after: parameters θ_{t+1} by name.
+        gauss_newton: whether dᵀGd is wanted.
+    """
+    network = copy.deepcopy(network).double()
+    names = [name for name, _ in network.named_parameters()]  # tied weights appear once
+    sizes = [before[name].numel() for name in names]
+    theta = torch.cat([before[name].double().reshape(-1) for name in names])
+    d = theta - torch.cat([after[name].double().reshape(-1) for name in names])
+
+    def outputs_at(flat: Tensor, part: Part) -> Tensor:
+        pieces = flat.split(sizes)
+        values = {n: piece.reshape(before[n].shape) for n, piece in zip(names, pieces, strict=True)}
+        buffers = {n: b.double().clone() if b.is_floating_point() else b.clone() for n, b in part.buffers.items()}
+        torch.set_rng_state(part.rng)
+        x = part.x.double() if part.x.is_floating_point() else part.x
+        return functional_call(network, values | buffers, (x,))
+
+    descent = hessian = curvature = 0.0
+    for part in parts:
+        y = part.y.double() if part.y.is_floating_point() else part.y
+
+        def loss_at(flat: Tensor, part: Part = part, y: Tensor = y) -> Tensor:
+            return loss(outputs_at(flat, part), y)
+
+        g = torch.autograd.functional.jacobian(loss_at, theta)
+        h = torch.autograd.functional.hessian(loss_at, theta)
+        descent += float(g @ d) / len(parts)
+        hessian += float(d @ h @ d) / len(parts)
+        if gauss_newton:
+            z = outputs_at(theta, part).detach()
+            j = torch.autograd.functional.jacobian(lambda flat, part=part: outputs_at(flat, part), theta)
+            j = j.reshape(-1, theta.numel())
+            inner = torch.autograd.functional.hessian(
+                lambda flat, z=z, y=y: loss(flat.reshape(z.shape), y), z.reshape(-1)
+            )
+            curvature += float(d @ (j.T @ inner @ j) @ d) / len(parts)
+    return Reference(descent, hessian, curvature)
