@@ -17,8 +17,10 @@ import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
+from curves import CurveLogger
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -30,6 +32,15 @@ MAX_DEFAULT_TEXT = 2_000_000  # characters: several epochs of the default run, r
 MLP_EXPANSION = 4
 FINAL_LR_SHARE = 0.1  # the cosine ends at a tenth of the peak
 CLIP_NORM = 1.0
+
+TABLE_ROWS = 12
+COLUMNS = {
+    "loss": "train_loss",
+    "2/η": "curvature/two_over_lr",
+    "λ_KL": "curvature/lambda_kl",
+    "λ_FD": "curvature/lambda_fd",
+    "headroom": "curvature/headroom",
+}
 
 # Shape letters below: B batch, T characters of context, V vocabulary, C model width, H heads.
 
@@ -167,7 +178,17 @@ class CharTransformer(pl.LightningModule):
         return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parse_arguments() -> argparse.Namespace:
+def table(curves: CurveLogger) -> str:
+    """What was measured along the run, at up to ``TABLE_ROWS`` of the measured steps."""
+    columns = {title: dict(zip(*curves.curve(key), strict=True)) for title, key in COLUMNS.items()}
+    measured = curves.curve("curvature/two_over_lr")[0]
+    shown = measured[np.unique(np.linspace(0, len(measured) - 1, TABLE_ROWS).round().astype(int))]
+    lines = [f"{'step':>6}" + "".join(f"{title:>10}" for title in columns)]
+    lines += [f"{step:>6}" + "".join(f"{column[step]:>10.4g}" for column in columns.values()) for step in shown]
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="text to learn (the sources of Python's standard library)")
@@ -184,12 +205,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/char_transformer"))
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Train, then print what the monitor measured last."""
-    args = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    """Train, then print what the monitor measured."""
+    args = parse_arguments(arguments)
     # The windows are slices of one tensor: a worker would only add its own cost.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning 2.6 asks newer versions of PyTorch in a way that they warn about.
@@ -214,25 +235,27 @@ def main() -> None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} characters, "
         f"vocabulary of {len(characters.vocabulary)}"
     )
+    curves = CurveLogger()
     trainer = pl.Trainer(
         accelerator=args.accelerator,
         devices=1,
         precision=args.precision,
         max_steps=args.max_steps,
         gradient_clip_val=CLIP_NORM,
-        logger=TensorBoardLogger(args.out.parent, name=args.out.name),
+        logger=[TensorBoardLogger(args.out.parent, name=args.out.name), curves],
         callbacks=[DirectionalCurvatureMonitor()],
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
-        log_every_n_steps=10,
+        log_every_n_steps=1,
     )
     trainer.fit(model, loader)
 
-    print(f"after {trainer.global_step} steps, as last measured:")
-    for key, value in sorted(trainer.callback_metrics.items()):
-        print(f"  {key:<32} {float(value):.4g}")
-    print(f"tensorboard --logdir {args.out}")
+    print(
+        f"\n{table(curves)}\n\nheadroom = (2/η)/λ: by what factor the step could have been longer before it stops to "
+        f"lower the loss.\n1 is the edge of stability; warm-up raises η, so 2/η comes down to meet λ.\n\n"
+        f"tensorboard --logdir {args.out}"
+    )
 
 
 if __name__ == "__main__":

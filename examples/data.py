@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,10 +16,12 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 DIGITS_SAMPLES = 1797
 DIGITS_MAX_PIXEL = 16.0
 
-# Share of the digits whose label is drawn anew. Clean digits are learnt within a hundred steps, and a fitted
-# network is flat: the curvature would never reach the edge. Labels to be memorized keep it rising.
-DIGITS_LABEL_NOISE = 0.7
-DIGITS_LABEL_SEED = 0
+# Mean and standard deviation of all pixels of the digits, in [0, 1].
+DIGITS_MEAN = 0.3053
+DIGITS_STD = 0.3760
+
+CLASSES = 10
+LABEL_NOISE_SEED = 0
 
 
 class FullBatchData(pl.LightningDataModule):
@@ -28,16 +31,19 @@ class FullBatchData(pl.LightningDataModule):
     costs little more than the step.
 
     Args:
-        dataset: "digits" (embedded in scikit-learn, most of the labels random) or "cifar10".
+        dataset: "digits" (embedded in scikit-learn) or "cifar10".
         samples: how many samples, from the start of the training set.
         micro_batch: samples that go through the network at once; None for all. Must divide ``samples``, because
             accumulated gradients are averaged over micro-batches, which is the full-batch gradient only for
             micro-batches of one size.
         data_dir: where torchvision downloads CIFAR-10 to.
         npz: file with ``x_train`` (N, 32, 32, 3) uint8 and ``y_train`` (N,), to be read instead of a download.
+        one_hot: targets as float vectors (N, classes) for a squared error, instead of class indices (N,).
+        label_noise: share of the labels drawn anew at random.
 
     Raises:
-        ValueError: if ``micro_batch`` does not divide the number of samples, or ``npz`` holds too few.
+        ValueError: if ``micro_batch`` does not divide the number of samples, ``label_noise`` is no share, or there are
+            fewer samples than asked for.
     """
 
     def __init__(
@@ -48,8 +54,12 @@ class FullBatchData(pl.LightningDataModule):
         micro_batch: int | None = None,
         data_dir: Path = Path("data"),
         npz: Path | None = None,
+        one_hot: bool = False,
+        label_noise: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0.0 <= label_noise <= 1.0:
+            raise ValueError(f"label_noise must be a share between 0 and 1, got {label_noise}.")
         self.dataset = dataset
         self.samples = min(samples, DIGITS_SAMPLES) if dataset == "digits" else samples
         self.micro_batch = micro_batch or self.samples
@@ -59,6 +69,8 @@ class FullBatchData(pl.LightningDataModule):
             )
         self.data_dir = data_dir
         self.npz = npz
+        self.one_hot = one_hot
+        self.label_noise = label_noise
         self.batches: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -86,6 +98,12 @@ class FullBatchData(pl.LightningDataModule):
         x, y = x[: self.samples], y[: self.samples]
         if len(x) < self.samples:
             raise ValueError(f"samples must be at most the {len(x)} in the data, got {self.samples}.")
+        if self.label_noise:
+            generator = torch.Generator().manual_seed(LABEL_NOISE_SEED)
+            redrawn = torch.rand(len(y), generator=generator) < self.label_noise
+            y = torch.where(redrawn, torch.randint(CLASSES, (len(y),), generator=generator), y)
+        if self.one_hot:
+            y = F.one_hot(y, CLASSES).to(x.dtype)
         self.batches = list(zip(x.split(self.micro_batch), y.split(self.micro_batch), strict=True))
 
     def train_dataloader(self) -> DataLoader:
@@ -94,15 +112,12 @@ class FullBatchData(pl.LightningDataModule):
 
     @staticmethod
     def _digits() -> tuple[Tensor, Tensor]:
-        """8×8 digits as (N, 64) with pixels in [0, 1], a share of the labels redrawn."""
+        """8×8 digits as (N, 64), standardized."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        x = torch.tensor(digits.data, dtype=torch.float32) / DIGITS_MAX_PIXEL
-        y = torch.tensor(digits.target)
-        generator = torch.Generator().manual_seed(DIGITS_LABEL_SEED)
-        redrawn = torch.rand(len(y), generator=generator) < DIGITS_LABEL_NOISE
-        return x, torch.where(redrawn, torch.randint(10, (len(y),), generator=generator), y)
+        pixels = torch.tensor(digits.data, dtype=torch.float32) / DIGITS_MAX_PIXEL
+        return (pixels - DIGITS_MEAN) / DIGITS_STD, torch.tensor(digits.target)
 
     def _cifar10(self) -> tuple[Tensor, Tensor]:
         """Channel-normalized images as (N, 3, 32, 32), no augmentation."""

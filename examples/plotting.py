@@ -1,59 +1,33 @@
-"""Curves kept in memory while a run logs them, what they say in numbers, and their picture."""
+"""What the runs of the edge-of-stability example say in numbers, and their picture."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
-from lightning.pytorch.loggers.logger import Logger
+from curves import Curve
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Curve = tuple[np.ndarray, np.ndarray]  # steps, values
-
-# A run counts as having reached the edge once its reference curvature first exceeds this share of 2/η.
+# A run has reached the edge where the median of λη/2 over the next PLATEAU_STEPS steps first exceeds EDGE_SHARE. The
+# median of a stretch, since a single step with gᵀΔθ close to 0 has a large λ that says nothing.
 EDGE_SHARE = 0.9
+PLATEAU_STEPS = 50
 
-LABELS = {
-    "lambda_dir": r"$\lambda_{\mathrm{dir}}$  (exact, one HVP)",
-    "lambda_fd": r"$\lambda_{\mathrm{FD}}$  (two forwards)",
-    "lambda_kl": r"$\lambda_{\mathrm{KL}}$  (one forward)",
-    "lambda_gn": r"$\lambda_{\mathrm{GN}}$  (Gauss–Newton)",
-    "critical_sharpness": "critical sharpness",
+# Beyond this relative distance from λ_dir the table says what λ_KL and λ_GN leave out.
+GAUSS_NEWTON_GAP = 0.05
+
+COLUMNS = 3  # runs side by side before the picture goes on below
+
+# λ_dir is drawn broad and pale, as the ground on which the estimators of it have to lie.
+STYLES = {
+    "lambda_dir": {"label": r"$\lambda_{\mathrm{dir}}$  exact", "color": "#8fc7ea", "linewidth": 4.5},
+    "lambda_fd": {"label": r"$\lambda_{\mathrm{FD}}$  two forwards", "color": "#e69f00", "linewidth": 2.0},
+    "lambda_kl": {"label": r"$\lambda_{\mathrm{KL}}$  one forward", "color": "#1b3a6b", "linewidth": 0.9},
+    "lambda_gn": {"label": r"$\lambda_{\mathrm{GN}}$  Gauss–Newton", "color": "#009e73", "linewidth": 0.9},
+    "critical_sharpness": {"label": "critical sharpness", "color": "#cc79a7", "linewidth": 0.9},
 }
-
-
-class CurveLogger(Logger):
-    """A Lightning logger that keeps every scalar it is given, for pictures and tables at the end of a script."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._points: dict[str, dict[int, float]] = {}
-
-    @property
-    def name(self) -> str:
-        """Name of the logger; nothing is written under it."""
-        return "curves"
-
-    @property
-    def version(self) -> str:
-        """Version of the logger; nothing is written under it."""
-        return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Hyperparameters are not curves."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep the values of one step."""
-        for key, value in metrics.items():
-            self._points.setdefault(key, {})[step or 0] = float(value)
-
-    def curve(self, key: str) -> Curve:
-        """Steps and values logged under ``key``, in order of steps."""
-        points = sorted(self._points.get(key, {}).items())
-        return np.array([step for step, _ in points], dtype=int), np.array([value for _, value in points])
 
 
 @dataclass(frozen=True)
@@ -78,10 +52,14 @@ class Run:
         return 2 / self.learning_rate
 
     def edge_step(self) -> int | None:
-        """First measured step at which the reference exceeds ``EDGE_SHARE`` of 2/η; None if it never does."""
+        """Measured step from which the reference is at the edge; None if it never gets there."""
         steps, values = next(iter(self.curvature.values()))
-        above = np.flatnonzero(values > EDGE_SHARE * self.edge)  # NaN compares as False.
-        return int(steps[above[0]]) if above.size else None
+        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+        for start in steps[steps + PLATEAU_STEPS <= steps.max(initial=0)]:
+            stretch = values[(steps >= start) & (steps <= start + PLATEAU_STEPS)]
+            if np.median(stretch) > EDGE_SHARE * self.edge:
+                return int(start)
+        return None
 
     def plateau(self, key: str) -> np.ndarray:
         """λη/2 under ``key`` from the edge step on, without the steps at which it is undefined (NaN)."""
@@ -94,45 +72,90 @@ class Run:
 def table(runs: list[Run]) -> str:
     """Mean and median of λη/2 on the plateau, per run and estimator; 1 is the edge of stability."""
     lines = [
-        f"λη/2 on the plateau: all steps from the first where the reference λ exceeds {EDGE_SHARE} of 2/η.",
-        "1 is the edge of stability. Where gᵀΔθ is close to 0 the ratio is large: the median does not mind.",
-        f"{'optimizer':<10} {'η':>8} {'estimator':<20} {'mean':>8} {'median':>8}   {'from step':<11} {'final loss'}",
+        f"λη/2 on the plateau, the steps from the first whose next {PLATEAU_STEPS} have a median above {EDGE_SHARE}; "
+        "1 is the edge of stability.",
+        f"{'optimizer':<10}{'η':>8}{'2/η':>11}  {'estimator':<19}{'mean':>7}{'median':>8}{'last':>8}   "
+        f"{'from step':<13}{'final loss':>10}",
     ]
     for run in runs:
-        for key in run.curvature:
+        for key, (_, values) in run.curvature.items():
             plateau, start = run.plateau(key), run.edge_step()
+            finite = values[np.isfinite(values)] / run.edge
             mean, median = (f"{f(plateau):.3f}" if plateau.size else "–" for f in (np.mean, np.median))
+            last = f"{finite[-1]:.3f}" if finite.size else "–"
             reached = "not reached" if start is None else str(start)
             lines.append(
-                f"{run.title:<10} {run.learning_rate:>8.3g} {key:<20} {mean:>8} {median:>8}   {reached:<11} "
-                f"{run.loss[1][-1]:>10.4f}"
+                f"{run.title:<10}{run.learning_rate:>8.3g}{run.edge:>11.4g}  {key:<19}{mean:>7}{median:>8}{last:>8}   "
+                f"{reached:<13}{run.loss[1][-1]:>10.3g}"
             )
+    gaps = list(filter(None, (_gauss_newton_gap(run) for run in runs)))
+    if gaps:
+        lines.append(
+            "λ_KL and λ_GN hold the Gauss–Newton part G of H = G + R only, and R lasts as long as the residuals:\n"
+            f"their mean differs from that of λ_dir by {', '.join(gaps)}."
+        )
     return "\n".join(lines)
 
 
-def draw(runs: list[Run], path: Path) -> None:
-    """Write the picture to ``path``: one column a run, one row an estimator, 2/η dashed, the training loss below."""
-    keys = list(runs[0].curvature)
-    rows = len(keys) + 1
-    figure, axes = plt.subplots(
-        rows, len(runs), figsize=(4.8 * len(runs), 1.6 * rows + 0.6), sharex="col", squeeze=False, layout="constrained"
+def _gauss_newton_gap(run: Run) -> str | None:
+    """Mean of a Gauss–Newton estimator against that of λ_dir on the plateau, where the two are apart."""
+    own = [key for key in ("lambda_kl", "lambda_gn") if key in run.curvature]
+    if not own or "lambda_dir" not in run.curvature or not run.plateau("lambda_dir").size:
+        return None
+    plateau = run.plateau(own[0])
+    gap = np.mean(plateau) / np.mean(run.plateau("lambda_dir")) - 1 if plateau.size else 0.0
+    return f"{gap:+.0%} ({run.title}, η = {run.learning_rate:g})" if abs(gap) > GAUSS_NEWTON_GAP else None
+
+
+def draw(runs: list[Run], path: Path, *, subject: str, loss_label: str, log_loss: bool) -> None:
+    """Write the picture to ``path``: one column a run, the curvatures over the loss.
+
+    Args:
+        runs: what to draw.
+        path: PNG.
+        subject: what was trained on what, under the title.
+        loss_label: axis label of the loss.
+        log_loss: whether the loss has a logarithmic axis.
+    """
+    columns = min(COLUMNS, len(runs))
+    blocks = -(-len(runs) // columns)
+    figure = plt.figure(figsize=(5.6 * columns + 0.4, 5.4 * blocks + 1.0), layout="constrained")
+    figure.suptitle(
+        f"Curvature along the optimizer's steps, and the edge of stability 2/η\n{subject}", fontsize=13, linespacing=1.5
     )
-    for column, run in zip(axes.T, runs, strict=True):
-        column[0].set_title(f"{run.title},  η = {run.learning_rate:g}")
-        for axis, key, colour in zip(column[:-1], keys, plt.cm.tab10.colors, strict=False):
-            steps, values = run.curvature[key]
-            axis.plot(steps, values, color=colour, linewidth=1)
-            axis.axhline(run.edge, color="black", linestyle="--", linewidth=1, label=f"2/η = {run.edge:g}")
-            # A step with gᵀΔθ close to 0 sends λ far away; the band around the edge is what there is to see.
-            axis.set_ylim(-0.15 * run.edge, 2 * run.edge)
-            axis.set_ylabel(LABELS.get(key, key).replace("  ", "\n"))
-        column[0].legend(loc="upper left", frameon=False)
-        column[-1].plot(*run.loss, color="dimgray", linewidth=1)
-        column[-1].set_ylabel("training loss")
-        column[-1].set_xlabel("step")
-        for axis in column:
-            axis.grid(alpha=0.25)
-            axis.margins(x=0.01)
+    rows = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=[1.9, 1] * blocks)
+    for axis in rows.flat[2 * len(runs) :]:
+        axis.set_visible(False)
+    for number, run in enumerate(runs):
+        top, column = 2 * (number // columns), number % columns
+        _draw_run(run, rows[top, column], rows[top + 1, column])
+        rows[top + 1, column].set_yscale("log" if log_loss else "linear")
+        if column == 0:
+            rows[top, column].set_ylabel("curvature λ  (units of 1/η)")
+            rows[top + 1, column].set_ylabel(loss_label)
+    figure.align_ylabels(rows[:, 0])
+    handles, labels = rows[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw_run(run: Run, curvature: plt.Axes, loss: plt.Axes) -> None:
+    for key, (steps, values) in run.curvature.items():
+        curvature.plot(steps, values, solid_joinstyle="round", **STYLES[key])
+    curvature.axhline(run.edge, color="black", linestyle="--", linewidth=1.3, label="2/η  edge of stability")
+    # Undefined and very large values (gᵀΔθ close to 0) leave the frame: the band around the edge is what there is to
+    # see.
+    curvature.set_ylim(-0.12 * run.edge, 2 * run.edge)
+    curvature.set_title(f"{run.title},  η = {run.learning_rate:.3g}")
+    right_of_axes = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
+    curvature.annotate(f"2/η = {run.edge:.3g}", (1.0, run.edge), va="center", **right_of_axes)
+    loss.plot(*run.loss, color="dimgray", linewidth=1)
+    loss.set_xlabel("optimizer step")
+    curvature.tick_params(labelbottom=False)
+    last = run.loss[0].max(initial=1)
+    for axis in (curvature, loss):
+        axis.set_xlim(-0.01 * last, 1.01 * last)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)

@@ -1,13 +1,8 @@
-"""What a repeated forward must not leave behind: random states, module state, log entries."""
+"""What a repeated forward must not leave behind: changed state, gradients, learning rates, log entries."""
 
 import contextlib
 import copy
-import functools
-import random
-import sys
-import types
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,184 +10,19 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from lightning_curvature.parallel import local
+from lightning_curvature.module_state import ModuleState, RandomState
 
 
-class RandomState:
-    """State of every random-number generator that a training step may draw from.
-
-    Python's, numpy's (where it is imported), torch's on the CPU and on the module's device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self._torch = torch.get_rng_state()
-        self._device = device
-        self._accelerator = None if device.type == "cpu" else _device_module(device).get_rng_state(*_index(device))
-
-    def restore(self) -> None:
-        """Set all of them back."""
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._accelerator is not None:
-            _device_module(self._device).set_rng_state(self._accelerator, *_index(self._device))
-
-
-def _device_module(device: torch.device) -> Any:
-    return getattr(torch, device.type)
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    # torch.mps has one device and takes no argument.
-    return () if device.type == "mps" else (device,)
-
-
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-
-# What torch and Lightning keep on a module for themselves: structure and links, not state of the computation.
-_STRUCTURE = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "training", "prepare_data_per_node"}
-_FOREIGN = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "builtins", "numpy"}
-# Plain objects inside a module (an average meter, a replay buffer) are followed this deep.
-_DEPTH = 2
-
-
-class ModuleState:
-    """Buffers and plain attributes of a module and all its submodules.
-
-    That covers BatchNorm statistics, torchmetrics held by the module (their states are plain attributes), lists a
-    step appends to, counters, running sums, generators. Everything is put back *into the objects that were there*, so
-    that references held elsewhere stay good.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._restorers: list[Callable[[], object]] = []
-        self._seen: set[int] = set()
-        # Attributes that share memory with a parameter follow the parameter.
-        self._parameter_memory = {_memory(p) for p in module.parameters()}
-        for submodule in module.modules():
-            self._save_module(submodule)
-
-    def restore(self) -> None:
-        """Put all of it back, in the order in which it was found."""
-        with torch.no_grad():
-            for restorer in self._restorers:
-                restorer()
-
-    def _first_time(self, value: object) -> bool:
-        if id(value) in self._seen:
-            return False
-        self._seen.add(id(value))
-        return True
-
-    def _save_module(self, module: nn.Module) -> None:
-        if not self._first_time(module):
-            return
-        self._save_namespace(module._buffers, depth=0)
-        self._save_namespace(module.__dict__, depth=0)
-
-    def _save_namespace(self, namespace: dict[str, Any], depth: int) -> None:
-        saved = {name: value for name, value in namespace.items() if _is_state(name, value)}
-
-        def restore() -> None:
-            for name in [n for n, value in namespace.items() if n not in saved and _is_state(n, value)]:
-                del namespace[name]
-            namespace.update(saved)
-
-        self._restorers.append(restore)
-        for value in saved.values():
-            self._save_value(value, depth)
-
-    def _save_value(self, value: Any, depth: int) -> None:
-        if isinstance(value, (bool, int, float, str, bytes, type(None), nn.Parameter)) or not self._first_time(value):
-            return
-        if isinstance(value, Tensor):
-            self._save_tensor(value)
-        elif isinstance(value, nn.Module):
-            self._seen.discard(id(value))
-            for submodule in value.modules():
-                self._save_module(submodule)
-        elif isinstance(value, (list, deque)):
-            self._save_sequence(value, depth)
-        elif isinstance(value, dict):
-            self._save_mapping(value, depth)
-        elif isinstance(value, set):
-            self._save_set(value)
-        elif isinstance(value, torch.Generator):
-            self._restorers.append(functools.partial(value.set_state, value.get_state()))
-        elif hasattr(value, "bit_generator"):
-            state = copy.deepcopy(value.bit_generator.state)
-            self._restorers.append(lambda: setattr(value.bit_generator, "state", state))
-        elif isinstance(value, random.Random):
-            self._restorers.append(functools.partial(value.setstate, value.getstate()))
-        elif type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "__setitem__"):
-            array = value.copy()
-            self._restorers.append(lambda: value.__setitem__(..., array))
-        elif depth < _DEPTH and _is_plain_object(value):
-            self._save_namespace(value.__dict__, depth + 1)
-
-    def _save_tensor(self, value: Tensor) -> None:
-        if value.is_inference() or _memory(value) in self._parameter_memory:
-            return
-        content = value.detach().clone()
-        self._restorers.append(lambda: value.detach().copy_(content))
-
-    def _save_sequence(self, value: Any, depth: int) -> None:
-        elements = list(value)
-
-        def restore() -> None:
-            value.clear()
-            value.extend(elements)
-
-        self._restorers.append(restore)
-        for element in elements:
-            # A long list of tensors is a record that steps append to: its elements are not copied.
-            if isinstance(element, nn.Module):
-                self._save_value(element, depth + 1)
-
-    def _save_mapping(self, value: dict[Any, Any], depth: int) -> None:
-        entries = dict(value)
-
-        def restore() -> None:
-            value.clear()
-            value.update(entries)
-
-        self._restorers.append(restore)
-        if depth < _DEPTH:
-            for entry in entries.values():
-                self._save_value(entry, depth + 1)
-
-    def _save_set(self, value: set[Any]) -> None:
-        elements = set(value)
-
-        def restore() -> None:
-            value.clear()
-            value.update(elements)
-
-        self._restorers.append(restore)
-
-
-def _is_state(name: str, value: Any) -> bool:
-    return name not in _STRUCTURE and not name.endswith("_hooks") and not isinstance(value, _FUNCTIONS)
-
-
-def _memory(tensor: Tensor) -> int:
-    return local(tensor).untyped_storage().data_ptr()
-
-
-def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (type, types.ModuleType, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
-        return False
-    return type(value).__module__.partition(".")[0] not in _FOREIGN
+def _silent(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``log``, ``log_dict``, ``print`` and ``save_checkpoint`` while a step is repeated."""
 
 
 class ReplayTrainer:
     """The Trainer as the step saw it: its optimizer-step count then, and loggers that write nothing.
 
     Everything else is the real Trainer's. A step that reads ``self.global_step`` (an annealed loss term) thus
-    computes the same loss when it is repeated after the count has moved on; what a step sets here is dropped.
+    computes the same loss when it is repeated after the count has moved on; what a step sets here is dropped, what it
+    writes to the metrics goes to copies, and a checkpoint of perturbed parameters is never written.
     """
 
     def __init__(self, trainer: pl.Trainer, global_step: int) -> None:
@@ -200,13 +30,11 @@ class ReplayTrainer:
         self.global_step = global_step
         self.loggers = [DummyLogger() for _ in trainer.loggers]
         self.logger = self.loggers[0] if self.loggers else None
+        self.save_checkpoint = _silent
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-
-def _silent(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``log``, ``log_dict`` and ``print`` while a step is repeated."""
+        value = getattr(self._real, name)
+        return dict(value) if name in ("callback_metrics", "logged_metrics", "progress_bar_metrics") else value
 
 
 @contextlib.contextmanager
@@ -219,9 +47,11 @@ def patched(target: object, **attributes: Any) -> Iterator[None]:
             namespace[name] = value
         yield
     finally:
-        for name in attributes:
-            namespace.pop(name, None)
-        namespace.update(before)
+        for name, value in attributes.items():
+            # What someone else has put there since stays.
+            if namespace.get(name) is value:
+                del namespace[name]
+                namespace |= {name: before[name]} if name in before else {}
 
 
 @contextlib.contextmanager
@@ -235,12 +65,55 @@ def muted(module: pl.LightningModule, global_step: int) -> Generator[None, None,
         yield
 
 
+class _Gradients:
+    """Gradients taken off their parameters: a step that writes to ``p.grad`` or zeroes it finds none."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._gradients = [(p, p.grad) for p in parameters]
+        for p, _ in self._gradients:
+            p.grad = None
+
+    def restore(self) -> None:
+        for p, gradient in self._gradients:
+            p.grad = gradient
+
+
+class _Options:
+    """Learning rates and all else that ``param_groups`` hold beside the parameters."""
+
+    def __init__(self, optimizers: Iterable[Any]) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._options = [
+            (group, {name: copy.deepcopy(v) for name, v in group.items() if name != "params"}) for group in groups
+        ]
+
+    def restore(self) -> None:
+        for group, options in self._options:
+            for name in [name for name in group if name != "params" and name not in options]:
+                del group[name]
+            for name, value in options.items():
+                if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
+                    group[name].copy_(value)  # a learning rate on the device is held by others too
+                else:
+                    group[name] = value
+
+
 @contextlib.contextmanager
-def untouched(module: nn.Module, device: torch.device) -> Generator[None, None, None]:
-    """Put module state and random states back as they are now, also after an error."""
-    randomness, state = RandomState(device), ModuleState(module)
-    try:
+def untouched(
+    module: nn.Module, device: torch.device, parameters: Iterable[Tensor] = (), optimizers: Iterable[Any] = ()
+) -> Generator[None, None, None]:
+    """Put everything back as it is now, also after an error; inside the block parameters have no gradients.
+
+    Args:
+        module: its state, modes and gradients.
+        device: its random state.
+        parameters: parameters whose values are put back too (see :class:`~.module_state.Bystanders`).
+        optimizers: their learning rates.
+    """
+    with contextlib.ExitStack() as stack:
+        # Each is called, also where another fails.
+        stack.callback(RandomState(device).restore)
+        stack.callback(ModuleState(module, parameters).restore)
+        stack.callback(_Options(optimizers).restore)
+        stack.callback(_Gradients(module.parameters()).restore)
         yield
-    finally:
-        state.restore()
-        randomness.restore()

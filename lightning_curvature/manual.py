@@ -52,8 +52,9 @@ class _Inert:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def step(self, *args: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> None:
-        if closure is not None:
+    def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> None:
+        # By position or by name; a scheduler may be given an epoch or a metric here.
+        if callable(closure):
             closure()
         if self._on_step is not None:
             self._on_step()

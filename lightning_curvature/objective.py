@@ -1,6 +1,7 @@
 """A LightningModule's training step as a function of its parameters: recorded once, repeated at will."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_curvature.isolation import ModuleState, RandomState, muted, patched
+from lightning_curvature.isolation import muted, patched
 from lightning_curvature.manual import BackwardLog, inert_optimization, recording_backward
+from lightning_curvature.module_state import Bystanders, ModuleState, RandomState
 from lightning_curvature.targets import tensors
 
 ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
@@ -44,11 +46,11 @@ class RecordedBatch:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    versions: list[int]
     randomness: RandomState
     state: ModuleState
     global_step: int
     forward_dtype: torch.dtype
+    bystanders: dict[str, tuple[int, int]] = field(default_factory=dict)
     base: Evaluation | None = None
     backward: BackwardLog = field(default_factory=BackwardLog)
 
@@ -60,10 +62,9 @@ class RecordedBatch:
         return next(iter(self.kwargs.values()))
 
     def fresh_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return arguments whose containers and, where a step writes into them, tensors are copies."""
-        written = [t._version for t in tensors((self.args, self.kwargs))] != self.versions
-        copy = _clone if written else _same
-        return _rebuild(self.args, copy), _rebuild(self.kwargs, copy)
+        """Return copies of the arguments: a step may write into its batch."""
+        args, kwargs = _copied((self.args, self.kwargs))
+        return args, kwargs
 
 
 class StepObjective:
@@ -99,6 +100,7 @@ class StepObjective:
         # A step compiled as a whole is one graph: what happens inside cannot be watched, and it is repeated eagerly.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
         self.records: list[RecordedBatch] = []
+        self.bystanders = Bystanders(module, module.trainer.optimizers)
 
     @contextlib.contextmanager
     def recording(self, on_error: Callable[[Exception], None]) -> Generator[None, None, None]:
@@ -107,11 +109,9 @@ class StepObjective:
         LBFGS calls a step several times a batch; only the first is at θ_t. A failure to record goes to ``on_error``
         and never into the step.
         """
-        self._step = step = self.module.training_step
         called = False
 
-        @functools.wraps(step)
-        def recorded_step(*args: Any, **kwargs: Any) -> Any:
+        def record_call(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal called
             if called:
                 return step(*args, **kwargs)
@@ -128,24 +128,37 @@ class StepObjective:
             _attempt(on_error, lambda: self._finish(record, result, seen))
             return result
 
-        with patched(self.module, training_step=recorded_step):
+        with _recorded_through(self.module, record_call) as self._step:
             yield
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
-        kept_args, kept_kwargs = _rebuild(args, _clone), _rebuild(kwargs, _clone)
+        kept_args, kept_kwargs = _copied((args, kwargs))
+        state = ModuleState(self.module, self.bystanders.saved)
+        if state.unrepeatable and self.function is None:
+            raise ValueError(
+                f"training_step must not depend on what cannot be put back, got {state.unrepeatable} on the module, "
+                "iterators or open files: keep them elsewhere, or give objective=."
+            )
+        self.bystanders.begin()
         return RecordedBatch(
             args=kept_args,
             kwargs=kept_kwargs,
-            versions=[t._version for t in tensors((kept_args, kept_kwargs))],
             randomness=RandomState(self.device),
-            state=ModuleState(self.module),
+            state=state,
+            bystanders=self.bystanders.versions(),
             global_step=self.module.trainer.global_step,
             forward_dtype=_forward_dtype(self.module, self.device),
         )
 
     def _finish(self, record: RecordedBatch, result: Any, seen: list[Any]) -> None:
+        written = self.bystanders.written_since(record.bystanders)
         if self.function is not None:
             return
+        if written:
+            raise ValueError(
+                f"training_step wrote to parameters that no optimizer holds and that it left alone before, got "
+                f"{written[:3]}: this step cannot be repeated, later ones can."
+            )
         if self.module.automatic_optimization:
             if result is None:
                 self.records.remove(record)
@@ -166,7 +179,8 @@ class StepObjective:
     def base_loss(self, record: RecordedBatch, segment: int) -> Tensor:
         """Return the loss the step itself had; in manual optimization that of the segment it belongs to."""
         if not self.module.automatic_optimization:
-            return record.backward.loss(segment).float()
+            loss = record.backward.loss(segment)
+            return loss.to(torch.promote_types(loss.dtype, torch.float32))
         assert record.base is not None
         return record.base.loss
 
@@ -181,14 +195,15 @@ class StepObjective:
         record.state.restore()
         record.randomness.restore()
         args, kwargs = record.fresh_arguments()
-        with muted(self.module, record.global_step), contextlib.ExitStack() as stack:
+        with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
             if self.function is not None:
                 return _evaluation(self.function(self.module, args[0] if args else next(iter(kwargs.values()))), [])
             seen = stack.enter_context(self._watching_outputs())
+            log = BackwardLog()
+            # Also in automatic optimization: a step may reach for its optimizer or step a scheduler.
+            stack.enter_context(inert_optimization(self.module, log))
             if self.module.automatic_optimization:
                 return _evaluation(self._step(*args, **kwargs), seen)
-            log = BackwardLog()
-            stack.enter_context(inert_optimization(self.module, log))
             result = self._step(*args, **kwargs)
             return Evaluation(log.loss(segment), _find_outputs(result, seen))
 
@@ -232,6 +247,53 @@ class PureStep(nn.Module):
         return result.loss, result.outputs
 
 
+class _SharedWrapper:
+    """The one wrapper of a module's ``training_step`` through which all monitors record it.
+
+    Wrappers around wrappers would come off in the wrong order (monitors end a batch in the order in which they began
+    it) and pile up; and Lightning, which reads the step's arguments through one wrapper only, would hand ``batch_idx``
+    to a step that takes none.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.step: Callable[..., Any] = module.training_step
+        self.recorders: list[Callable[..., Any]] = []
+        self._patch = contextlib.ExitStack()
+
+        @functools.wraps(self.step)
+        def recorded_step(*args: Any, **kwargs: Any) -> Any:
+            # Off before the step begins: who copies or pickles the module from here on finds it as it was.
+            self.take_off()
+            step = self.step
+            for recorder in self.recorders:
+                step = functools.partial(recorder, step)
+            return step(*args, **kwargs)
+
+        self._patch.enter_context(patched(module, training_step=recorded_step))
+
+    def take_off(self) -> None:
+        """Put back what was there."""
+        self._patch.close()
+
+
+_wrappers: dict[int, _SharedWrapper] = {}  # by id of the module; an entry lives as long as a recording
+
+
+@contextlib.contextmanager
+def _recorded_through(
+    module: pl.LightningModule, recorder: Callable[..., Any]
+) -> Generator[Callable[..., Any], None, None]:
+    """Send calls of ``training_step`` through ``recorder(step, *args)`` inside the block, which receives the step."""
+    wrapper = _wrappers.get(id(module)) or _wrappers.setdefault(id(module), _SharedWrapper(module))
+    wrapper.recorders.append(recorder)
+    try:
+        yield wrapper.step
+    finally:
+        wrapper.recorders.remove(recorder)
+        if not wrapper.recorders:
+            _wrappers.pop(id(module)).take_off()
+
+
 def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
     try:
         return action()
@@ -244,12 +306,12 @@ def _clone(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _rebuild(data: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    return apply_to_collection(data, Tensor, function)
+def _copied(data: Any) -> Any:
+    """Copy a batch with all its containers and objects; tensors become leaves."""
+    try:
+        return copy.deepcopy(data, {id(t): _clone(t) for t in tensors(data)})
+    except Exception:  # an object that refuses to be copied
+        return apply_to_collection(data, Tensor, _clone)
 
 
 def _forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:

@@ -6,10 +6,13 @@ with the number of shards. One all-reduce then serves all the numbers of a measu
 """
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -39,26 +42,65 @@ def mean_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
     """Mean of a tensor over all ranks, one all-reduce; the tensor itself on one process."""
     if trainer.world_size == 1:
         return values
-    return trainer.strategy.reduce(values.clone(), reduce_op="mean")  # type: ignore[return-value]
+    if not (dist.is_available() and dist.is_initialized()):
+        return trainer.strategy.reduce(values.clone(), reduce_op="mean")  # type: ignore[return-value]
+    # Not the strategy's own, which puts a barrier before each reduction: a second wait for the slowest rank.
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / trainer.world_size
+
+
+def mean_of_scalars(trainer: pl.Trainer, values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Mean over the ranks of several scalars: one collective, one synchronization."""
+    names = sorted(values)
+    packed = torch.stack([values[name].detach().to(device, torch.float64).reshape(()) for name in names])
+    return dict(zip(names, mean_over_ranks(trainer, packed).tolist(), strict=True))
 
 
 @contextlib.contextmanager
 def fresh_shards(module: nn.Module) -> Generator[None, None, None]:
-    """Make FSDP2 gather the parameters anew inside and after the block.
+    """Make FSDP2 gather the parameters anew inside and after the block, which only runs forwards.
 
     After a forward that no backward follows, FSDP2 keeps the gathered parameters of its root for the next one; written
-    local shards would go unseen.
+    local shards would go unseen. After a forward that an error ended, it takes the next one for a part of it.
     """
-    _reshard(module)
+    units = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    _reshard(units)
     try:
         yield
+    except BaseException:
+        _reset(units)
+        raise
     finally:
-        _reshard(module)
+        _reshard(units)
+        _forget_forwards(units)
 
 
-def _reshard(module: nn.Module) -> None:
-    from torch.distributed.fsdp import FSDPModule
+def _reshard(units: Sequence[FSDPModule]) -> None:
+    for unit in units:
+        unit.reshard()
 
-    for submodule in module.modules():
-        if isinstance(submodule, FSDPModule):
-            submodule.reshard()
+
+def _forget_forwards(units: Sequence[FSDPModule]) -> None:
+    """Drop the order of the forwards, in which the next backward would gather a unit that it has no use for.
+
+    The names are private to torch: where they are others, that one gathering is all it costs.
+    """
+    for unit in units:
+        state = unit._get_fsdp_state()
+        order = getattr(getattr(state, "_comm_ctx", None), "post_forward_order", None)
+        if order:
+            for group in order:
+                group._post_forward_indices.clear()
+            order.clear()
+
+
+def _reset(units: Sequence[FSDPModule]) -> None:
+    """Bring FSDP2 back from a forward that an error ended (newer versions of torch have the means)."""
+    for unit in units:
+        if hasattr(unit, "reset_iter_state") and unit._get_fsdp_state()._is_root:
+            assert isinstance(unit, nn.Module)
+            gradients = [(p, p.grad) for p in unit.parameters()]
+            unit.reset_iter_state()
+            for p, gradient in gradients:
+                p.grad = gradient  # it drops them; other callbacks may still look

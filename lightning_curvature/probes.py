@@ -15,10 +15,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_curvature.functional import (
+    PairStatistics,
     divergence_statistics,
     hessian_quadratic_form,
     output_noise_gain,
     output_quadratic_form,
+    pair_statistics,
 )
 from lightning_curvature.objective import Evaluation, PureStep, RecordedBatch, StepObjective
 from lightning_curvature.parallel import fresh_shards
@@ -26,6 +28,9 @@ from lightning_curvature.targets import OutputModel
 from lightning_curvature.update import ParameterUpdate
 
 Values = dict[str, Tensor]
+
+# What the symmetric pair of outputs contributes.
+PAIR_NAMES = PairStatistics._fields
 
 
 @dataclass
@@ -173,11 +178,7 @@ def one_sided(window: Window, epsilon: float) -> Values:
 
 
 def symmetric_pair(window: Window, epsilon: float, with_outputs: bool) -> Values:
-    """Losses at θ_t ± εd, and the symmetric form of the KL divergence: two passes.
-
-    With z_± the outputs at θ_t ± εd: ``signal`` is the quadratic form of ½(z_+ − z_−), whose even orders are gone;
-    ``defect`` that of ½(z_+ + z_−) − z_0, which is all curvature of the outputs and rounding.
-    """
+    """Losses at θ_t ± εd, and what their outputs tell (see ``pair_statistics``): two passes."""
     losses: dict[float, list[Tensor]] = {1.0: [], -1.0: []}
     outputs: dict[float, list[Tensor]] = {1.0: [], -1.0: []}
     for sign in (1.0, -1.0):
@@ -191,19 +192,11 @@ def symmetric_pair(window: Window, epsilon: float, with_outputs: bool) -> Values
         return values
     assert window.model is not None
     likelihood = window.model.likelihood
-    minus, plus = outputs[1.0], outputs[-1.0]
-
-    def wide(z: Tensor) -> Tensor:
-        return z.to(torch.promote_types(z.dtype, torch.float32))
-
-    def signal(i: int, z: Tensor, w: Tensor | None) -> Tensor:
-        return output_quadratic_form(wide(z), 0.5 * (wide(plus[i]) - wide(minus[i])), likelihood, w)
-
-    def defect(i: int, z: Tensor, w: Tensor | None) -> Tensor:
-        mean = 0.5 * ((wide(plus[i]) - wide(z)) + (wide(minus[i]) - wide(z)))
-        return output_quadratic_form(wide(z), mean, likelihood, w)
-
-    return values | {"signal": window.mean_of(signal), "defect": window.mean_of(defect)}
+    found = [
+        pair_statistics(window.arranged(base.outputs), plus, minus, likelihood, window.mask(i))
+        for i, (base, plus, minus) in enumerate(zip(window.base, outputs[-1.0], outputs[1.0], strict=True))
+    ]
+    return values | {name: window.mean_of(lambda i, z, w, n=name: getattr(found[i], n)) for name in PAIR_NAMES}  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,15 @@ from lightning_curvature.functional import Likelihood
 
 IGNORED = -100  # the ignore_index of torch's cross-entropy
 
-# A loss that equals a multiple of the mean negative log-likelihood to this tolerance is taken to be that multiple.
-# bf16 losses carry three digits; label smoothing and penalties differ by far more than this.
-_MATCH = 1e-2
+# A loss that equals a multiple of the mean negative log-likelihood to this tolerance (two roundings in half precision)
+# is taken to be that multiple: float32 sums differ in the seventh digit by their order, penalties and weights show in
+# the first four. A fitted network's loss is rounded at unit scale, log(1 + small), hence the absolute part.
+_MATCH = 1e-4
+_ABSOLUTE_MATCH = 1e-6
+# A loss that is one n-th of a mean was divided by hand, as Lightning's guide to manual accumulation has it. The match
+# must be closer: a loss of another kind falls within this distance of some 1/n up to the limit by chance once in 200.
+_FRACTION_MATCH = 1e-5
+_LARGEST_DIVISOR = 256
 
 Reduction = Literal["mean", "half_mean", "sum", "half_sum", "per_sample", "half_per_sample"]
 
@@ -29,29 +35,43 @@ class OutputModel:
         target: index of the target among the tensors of the batch, or None.
         reduction: how the loss sums the elements.
         class_dimension: dimension of ``outputs`` that holds the vector of one position.
+        factor: constant by which the step multiplies the loss.
+        shift: by how many positions of a sequence the target runs ahead of the outputs: 1 where a language model
+            predicts its own input.
+        reproduced: whether all that gives the loss that the step had.
     """
 
     likelihood: Likelihood
     target: int | None
     reduction: Reduction
     class_dimension: int = -1
+    factor: float = 1.0
+    shift: int = 0
+    reproduced: bool = True
 
     def arrange(self, outputs: Tensor) -> Tensor:
-        """Return outputs as (..., C)."""
+        """Return outputs as (..., C), those without a target left out."""
+        if self.shift:
+            return outputs[:, : -self.shift]
         return outputs.movedim(self.class_dimension, -1) if self.class_dimension != -1 else outputs
 
     def weights(self, batch: Any) -> Tensor | None:
         """Weight of each position, flat: 0 where the target is ignored. None where all count."""
         if self.likelihood != "categorical" or self.target is None:
             return None
-        return (tensors(batch)[self.target] != IGNORED).reshape(-1)
+        return (self.targets(tensors(batch)) != IGNORED).reshape(-1)
+
+    def targets(self, batch: list[Tensor]) -> Tensor:
+        """The target among the tensors of a batch, in the order of the arranged outputs."""
+        assert self.target is not None
+        return batch[self.target][:, self.shift :] if self.shift else batch[self.target]
 
     def scale(self, outputs: Tensor, weights: Tensor | None) -> float:
         """The loss as a multiple of the mean negative log-likelihood of a position (½‖z−y‖² for a Gaussian)."""
         arranged = self.arrange(outputs)
         components = arranged.shape[-1] if arranged.ndim > 1 else 1
         positions = arranged.numel() // components if weights is None else int(weights.sum())
-        return _scale(self.likelihood, self.reduction, components, positions, outputs.shape[0])
+        return self.factor * _scale(self.likelihood, self.reduction, components, positions, outputs.shape[0])
 
     def residual(self, outputs: Tensor, batch: Any) -> Tensor:
         """Derivative ∂ℓ/∂z of each position's negative log-likelihood, (P, C): p − y, or z − y.
@@ -60,7 +80,7 @@ class OutputModel:
         """
         z = self.arrange(outputs).detach()
         z = z.reshape(-1, z.shape[-1] if z.ndim > 1 else 1).float()
-        target = None if self.target is None else tensors(batch)[self.target]
+        target = None if self.target is None else self.targets(tensors(batch))
         if self.likelihood == "categorical":
             labels = z.argmax(-1) if target is None else target.reshape(-1).long().clamp_min(0)
             return z.softmax(-1) - F.one_hot(labels, z.shape[-1])
@@ -104,8 +124,9 @@ def _walk(value: Any) -> Iterator[Tensor]:
 def identify(outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str) -> OutputModel | None:
     """Find likelihood, target and reduction of a loss from one step.
 
-    Every reading of the batch that fits by shape and type is tried; the one that reproduces the loss wins. Where none
-    does (label smoothing, class weights, extra terms), a categorical or named likelihood keeps the mean reduction.
+    Every reading of the batch that fits by shape and type is tried; the one that reproduces the loss wins, then the one
+    of which the loss is a whole fraction. Where none does (label smoothing, class weights, extra terms), a categorical
+    or named likelihood keeps the mean reduction.
 
     Args:
         outputs: outputs of the step.
@@ -118,21 +139,28 @@ def identify(outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str) 
     """
     readings = list(_readings(outputs, tensors(batch), likelihood))
     if loss is not None and outputs.is_floating_point():
-        scored = [(_mismatch(outputs, tensors(batch), loss, r), i, r) for i, r in enumerate(readings)]
-        fitting = [entry for entry in scored if entry[0] < _MATCH]
+        ratios = [_ratio(outputs, tensors(batch), loss, r) for r in readings]
+        tolerance = max(_MATCH, 2.0 * torch.finfo(loss.dtype).eps)
+        fitting = [(abs(1.0 - ratio), i) for i, ratio in enumerate(ratios) if abs(1.0 - ratio) < tolerance]
         if fitting:
-            return min(fitting)[2]
-    plain = [r for r in readings if r.reduction == "mean"]
+            return readings[min(fitting)[1]]
+        divided = [(n, r) for n, r in zip(map(_divisor, ratios), readings, strict=True) if n and r.reduction == "mean"]
+        if divided:
+            n, reading = min(divided, key=lambda entry: entry[0])
+            return replace(reading, factor=1.0 / n)
+    # Among several integer tensors (token ids beside labels) one with ignored positions is the target.
+    plain = [replace(r, reproduced=False) for r in readings if r.reduction == "mean" and not r.shift]
+    plain.sort(key=lambda r: not _has_ignored(tensors(batch), r))
     if likelihood != "auto":
         named: Likelihood = likelihood  # type: ignore[assignment]
-        return plain[0] if plain else OutputModel(named, None, "mean")
+        return plain[0] if plain else OutputModel(named, None, "mean", reproduced=False)
     categorical = [r for r in plain if r.likelihood == "categorical"]
     if categorical:
         return categorical[0]
     vectors = outputs.ndim > 1 and outputs.shape[-1] > 1
     floats_like_outputs = any(t.is_floating_point() and t.shape == outputs.shape for t in tensors(batch))
     if vectors and not floats_like_outputs and any(_is_integer(t) for t in tensors(batch)):
-        return OutputModel("categorical", None, "mean")
+        return OutputModel("categorical", None, "mean", reproduced=False)
     return None
 
 
@@ -143,10 +171,12 @@ def _is_integer(tensor: Tensor) -> bool:
 def _readings(outputs: Tensor, batch: list[Tensor], likelihood: str) -> Iterator[OutputModel]:
     for index, target in enumerate(batch):
         if likelihood in ("auto", "categorical") and _is_integer(target) and outputs.ndim > 1:
-            dimension = _class_dimension(outputs, target)
-            if dimension is not None:
+            for dimension in _class_dimensions(outputs, target):
                 for reduction in ("mean", "sum", "per_sample"):
                     yield OutputModel("categorical", index, reduction, dimension)  # type: ignore[arg-type]
+            if outputs.ndim == 3 and target.shape == outputs.shape[:2] and target.shape[1] > 1:
+                for reduction in ("mean", "sum", "per_sample"):
+                    yield OutputModel("categorical", index, reduction, shift=1)  # type: ignore[arg-type]
         if target.numel() != outputs.numel() or target.is_complex():
             continue
         if likelihood in ("auto", "gaussian"):
@@ -157,20 +187,31 @@ def _readings(outputs: Tensor, batch: list[Tensor], likelihood: str) -> Iterator
                 yield OutputModel("bernoulli", index, reduction)  # type: ignore[arg-type]
 
 
-def _class_dimension(outputs: Tensor, target: Tensor) -> int | None:
+def _class_dimensions(outputs: Tensor, target: Tensor) -> Iterator[int]:
+    """Where the classes may stand: last, as in (B, T, C), or second, as torch's cross-entropy has it for images."""
     if outputs.shape[-1] > 1 and target.numel() * outputs.shape[-1] == outputs.numel():
         same = target.shape == outputs.shape[:-1]
         if same or outputs.ndim == 2 or target.ndim == 1:
-            return -1
+            yield -1
     if outputs.ndim > 2 and target.shape == outputs.shape[:1] + outputs.shape[2:]:
-        return 1
-    return None
+        yield 1
 
 
-def _mismatch(outputs: Tensor, batch: list[Tensor], loss: Tensor, model: OutputModel) -> float:
-    """Relative distance of the loss from what the reading says it should be."""
-    assert model.target is not None
-    target = batch[model.target]
+def _has_ignored(batch: list[Tensor], model: OutputModel) -> bool:
+    return model.likelihood == "categorical" and bool((model.targets(batch) == IGNORED).any())
+
+
+def _divisor(ratio: float) -> int | None:
+    """Whole number n > 1 of which ``ratio`` is the inverse, or None."""
+    if not 0.5 / _LARGEST_DIVISOR < ratio < 1.0:
+        return None
+    n = round(1.0 / ratio)
+    return n if 1 < n <= _LARGEST_DIVISOR and abs(n * ratio - 1.0) < _FRACTION_MATCH else None
+
+
+def _ratio(outputs: Tensor, batch: list[Tensor], loss: Tensor, model: OutputModel) -> float:
+    """The loss over what the reading says it should be; infinite where the reading is out of the question."""
+    target = model.targets(batch)
     z = model.arrange(outputs.detach()).float()
     z = z.reshape(-1, z.shape[-1] if z.ndim > 1 else 1)
     weights = model.weights(batch)
@@ -189,5 +230,7 @@ def _mismatch(outputs: Tensor, batch: list[Tensor], loss: Tensor, model: OutputM
                 return math.inf
             value = F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1).mean()
     expected = float(value) * model.scale(outputs, weights)
-    distance = abs(expected - float(loss.detach()))
-    return distance / max(abs(expected), 1e-30)
+    found = float(loss.detach())
+    if abs(found - expected) < _ABSOLUTE_MATCH:
+        return 1.0 + (found - expected)  # still the closest of several wins
+    return found / expected if expected > 0.0 else math.inf

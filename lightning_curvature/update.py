@@ -95,7 +95,7 @@ class ParameterUpdate:
             step = before - after
             shards = shard_count(p)
             # Sums in float64: at 1e8 parameters a float32 sum keeps four digits.
-            rows.append(torch.stack([_dot(gradient, step) * shards, _dot(step, step) * shards]))
+            rows.append(torch.stack(_moments(gradient, step)) * shards)
             if gradient.dtype == after.dtype and gradient.shape == after.shape:
                 gradient.copy_(after)
             else:
@@ -112,6 +112,14 @@ class ParameterUpdate:
     def squared_norm(self) -> Tensor:
         """‖d‖², float64 scalar whose mean over all ranks is the value of the job."""
         return self._completed()[1]
+
+    def squared_size(self) -> Tensor:
+        """‖θ_t‖², float64 scalar whose mean over all ranks is the value of the job; one pass over the parameters."""
+        terms = [
+            torch.sum(before.double() ** 2) * shard_count(p)
+            for p, before in zip(self.parameters, self._before, strict=True)
+        ]
+        return torch.stack(terms).sum()
 
     def _completed(self) -> Tensor:
         if self._moments is None:
@@ -166,6 +174,8 @@ def dense_copy(gradient: Tensor | None) -> Tensor:
     return part.to_dense() if part.is_sparse else part.clone()
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    dtype = torch.promote_types(b.dtype, torch.float32)
-    return torch.sum(a.to(dtype) * b.to(dtype), dtype=torch.float64)
+def _moments(gradient: Tensor, step: Tensor) -> list[Tensor]:
+    """Σ g d and Σ d², accumulated in float64."""
+    dtype = torch.promote_types(step.dtype, torch.float32)
+    step = step.to(dtype)
+    return [torch.sum(t, dtype=torch.float64) for t in (gradient.to(dtype) * step, step * step)]

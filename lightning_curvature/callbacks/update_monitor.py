@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_curvature.isolation import untouched
 from lightning_curvature.objective import ObjectiveFunction, StepObjective
-from lightning_curvature.parallel import local, mean_over_ranks
+from lightning_curvature.parallel import local
 from lightning_curvature.probes import Window
 from lightning_curvature.reporting import add_layout, warn
 from lightning_curvature.update import ParameterUpdate, dense_copy
@@ -47,14 +47,17 @@ class UpdateMonitor(pl.Callback):
         optimizer_index: int,
         on_error: OnError,
     ) -> None:
-        if every_n_train_steps < 1:
+        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
             raise ValueError(
-                f"every_n_train_steps must be at least 1, got {every_n_train_steps}: 1 measures every optimizer step."
+                f"every_n_train_steps must be a whole number of at least 1, got {every_n_train_steps!r}: 1 measures "
+                "every optimizer step."
             )
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}: 'warn' lets training go on.")
-        if optimizer_index < 0:
-            raise ValueError(f"optimizer_index must not be negative, got {optimizer_index}: 0 is the first optimizer.")
+        if not isinstance(optimizer_index, int) or optimizer_index < 0:
+            raise ValueError(
+                f"optimizer_index must not be negative, got {optimizer_index!r}: 0 is the first optimizer."
+            )
         self.every_n_train_steps = every_n_train_steps
         self.objective_function = objective
         self.outputs = outputs
@@ -93,8 +96,8 @@ class UpdateMonitor(pl.Callback):
         if count > 1 and self.objective_function is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} needs objective= where several optimizers have losses of their own, got "
-                f"{count} optimizers: give a callable (module, batch) -> loss, and optimizer_index= for the optimizer it "
-                "belongs to."
+                f"{count} optimizers: give a callable (module, batch) -> loss, and optimizer_index= for the optimizer "
+                "it belongs to."
             )
         if count and self.optimizer_index >= count:
             raise MisconfigurationException(
@@ -124,11 +127,13 @@ class UpdateMonitor(pl.Callback):
         optimizer = trainer.optimizers[self.optimizer_index]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._keep_gradient(p)
+        try:
+            with torch.no_grad():
+                for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                    self._keep_gradient(p)
+        except Exception as error:  # out of memory, most likely
+            self._gradients = {}
+            self._note_failure(error)
 
     def _keep_gradient(self, p: Tensor) -> None:
         kept = self._gradients.get(id(p))
@@ -180,8 +185,15 @@ class UpdateMonitor(pl.Callback):
                 if failure is not None:
                     self.measure(trainer, None, failure)
                 return
-            with untouched(pl_module, objective.device):
-                update.complete()
+            with contextlib.ExitStack() as stack:
+                try:
+                    bystanders = objective.bystanders.saved
+                    stack.enter_context(untouched(pl_module, objective.device, bystanders, trainer.optimizers))
+                    update.complete()
+                except Exception as error:
+                    self._note_failure(error)
+                    self.measure(trainer, None, error)
+                    return
                 window = Window(
                     objective=objective,
                     update=update,
@@ -191,11 +203,16 @@ class UpdateMonitor(pl.Callback):
                     averaged=pl_module.automatic_optimization or objective.function is not None,
                 )
                 self.measure(trainer, window, None)
+                objective.bystanders.settle()
         finally:
             self._forget()
 
     def _precision(self, trainer: pl.Trainer) -> Any:
         return trainer.precision_plugin.train_step_context
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the recorder off where the epoch ended before the batch did."""
+        self._recording.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the recorder off the module."""
@@ -223,10 +240,3 @@ class UpdateMonitor(pl.Callback):
         if self.on_error == "raise":
             raise error
         warn(f"{type(self).__name__} logs NaN: {type(error).__name__}: {error}")
-
-    @staticmethod
-    def _mean(trainer: pl.Trainer, values: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-        """Mean over the ranks of several scalars: one collective, one synchronization."""
-        names = sorted(values)
-        packed = torch.stack([values[name].detach().to(device, torch.float64).reshape(()) for name in names])
-        return dict(zip(names, mean_over_ranks(trainer, packed).tolist(), strict=True))

@@ -19,6 +19,7 @@ from lightning_curvature.functional.likelihoods import (
     output_noise_gain,
     output_quadratic_form,
 )
+from lightning_curvature.functional.pairs import PairStatistics, pair_statistics
 from lightning_curvature.functional.products import hessian_quadratic_form
 from lightning_curvature.functional.step_length import ErrorModel, choose_epsilon
 
@@ -27,6 +28,7 @@ __all__ = [
     "DivergenceStatistics",
     "ErrorModel",
     "Likelihood",
+    "PairStatistics",
     "choose_epsilon",
     "critical_sharpness",
     "directional_curvature",
@@ -41,4 +43,5 @@ __all__ = [
     "kl_divergence",
     "output_noise_gain",
     "output_quadratic_form",
+    "pair_statistics",
 ]

@@ -15,11 +15,17 @@ Scalar = Tensor | float
 def _tensor(value: Scalar, like: Scalar | None = None) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    device = like.device if isinstance(like, Tensor) else None
-    return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=device)
+    if isinstance(like, Tensor):
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return torch.as_tensor(value, dtype=torch.get_default_dtype())
 
 
-def _check_epsilon(epsilon: Scalar) -> None:
+def _double(value: Scalar) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def check_epsilon(epsilon: Scalar) -> None:
+    """Raise ValueError unless ε is positive; one in a tensor is not read, which would wait for the device."""
     if not isinstance(epsilon, Tensor) and not epsilon > 0:
         raise ValueError(f"epsilon must be positive, got {epsilon}: 1.0 probes as far as the step itself went.")
 
@@ -62,6 +68,10 @@ def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
         The factor; 1 is the edge, infinity where the loss does not curve upward along the step, NaN where gᵀd ≤ 0.
 
     Source: P0 (directional curvature), eqs. 2 and 3.
+
+    Example:
+        >>> headroom(quadratic=0.5, descent=1.0)  # the step could have been four times as long
+        tensor(4.)
     """
     quadratic, descent = _tensor(quadratic, descent), _tensor(descent, quadratic)
     value = torch.where(quadratic > 0, 2.0 * descent / quadratic, torch.inf)
@@ -88,9 +98,13 @@ def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Sca
         ValueError: if a plain number ε is not positive.
 
     Source: P0 (directional curvature), eq. 4.
+
+    Example:
+        >>> finite_difference_quadratic(loss_plus=1.5, loss=1.0, loss_minus=0.75, epsilon=0.5)
+        tensor(1., dtype=torch.float64)
     """
-    _check_epsilon(epsilon)
-    plus, base, minus = (_tensor(value).double() for value in (loss_plus, loss, loss_minus))
+    check_epsilon(epsilon)
+    plus, base, minus = (_double(value) for value in (loss_plus, loss, loss_minus))
     return ((plus - base) + (minus - base)) / epsilon**2
 
 
@@ -107,9 +121,13 @@ def finite_difference_descent(loss_plus: Scalar, loss_minus: Scalar, epsilon: Sc
 
     Raises:
         ValueError: if a plain number ε is not positive.
+
+    Example:
+        >>> finite_difference_descent(loss_plus=1.5, loss_minus=0.75, epsilon=0.5)
+        tensor(0.7500, dtype=torch.float64)
     """
-    _check_epsilon(epsilon)
-    return (_tensor(loss_plus).double() - _tensor(loss_minus).double()) / (2.0 * epsilon)
+    check_epsilon(epsilon)
+    return (_double(loss_plus) - _double(loss_minus)) / (2.0 * epsilon)
 
 
 def finite_difference_curvature(
@@ -143,6 +161,10 @@ def finite_difference_curvature(
         ValueError: if a plain number ε is not positive.
 
     Source: P0 (directional curvature), eq. 5.
+
+    Example:
+        >>> finite_difference_curvature(loss_plus=1.5, loss=1.0, loss_minus=0.75, epsilon=0.5, lr=0.1)
+        tensor(13.3333, dtype=torch.float64)
     """
     if descent is None:
         descent = finite_difference_descent(loss_plus, loss_minus, epsilon)
@@ -183,8 +205,13 @@ def kl_curvature(
         ValueError: if a plain number ε is not positive, for an unknown likelihood or shapes that do not agree.
 
     Source: P0 (directional curvature), eq. 8.
+
+    Example:
+        >>> z, shifted = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.1, 0.0]])
+        >>> kl_curvature(z, shifted, epsilon=1.0, descent=0.01)  # 2 KL = 0.1² p(1 − p) + …
+        tensor(0.1936)
     """
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
     divergence = kl_divergence(outputs, shifted_outputs, likelihood, weights)
     return directional_curvature(2.0 * scale * divergence / epsilon**2, descent, lr)
 
@@ -219,6 +246,11 @@ def gauss_newton_curvature(
         ValueError: for an unknown likelihood or shapes that do not agree.
 
     Source: P0 (directional curvature), eqs. 11-13.
+
+    Example:
+        >>> z, tangent = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.1, 0.0]])
+        >>> gauss_newton_curvature(z, tangent, descent=0.01)  # 0.1² p(1 − p)
+        tensor(0.1966)
     """
     return directional_curvature(scale * output_quadratic_form(outputs, tangent, likelihood, weights), descent, lr)
 
@@ -234,5 +266,9 @@ def critical_sharpness(critical_factor: Scalar, lr: Scalar = 1.0) -> Tensor:
         2/η_c; its edge is 2/η.
 
     Source: Kalra et al. 2026 (arXiv 2601.16979).
+
+    Example:
+        >>> critical_sharpness(critical_factor=4.0, lr=0.1)
+        tensor(5.)
     """
     return 2.0 / (_tensor(critical_factor) * lr)

@@ -16,10 +16,14 @@ LIKELIHOODS: tuple[Likelihood, ...] = ("categorical", "gaussian", "bernoulli")
 # (64 MiB each in float32) however many tokens a batch holds.
 _ELEMENTS_PER_PIECE = 2**24
 
-# Below this |x| the series of eˣ − 1 − x is used: its first dropped term is under the rounding of the type, and
-# above it the subtraction loses at most the factor |x| / (x²/2) = 20.
+# Below this |x| the series of eˣ − 1 − x is used: its first dropped term, 2xⁿ⁻¹/(n+1)! of the sum after n orders, is
+# under the rounding of the type (4e-9, 5e-17), and above it the subtraction loses at most the factor |x|/(x²/2) = 20.
 _SERIES_LIMIT = 0.1
-_SERIES_TERMS = {torch.float32: 5, torch.float64: 10}
+_SERIES_TERMS = {torch.float32: 6, torch.float64: 10}
+
+# Above this x the summand p·(eˣ − 1 − x) is taken as e^(log p + x) − p·(1 + x): eˣ alone overflows where the sum need
+# not (p may be 0 in the type), and from here on the subtraction costs no digit.
+_EXPONENT_LIMIT = 10.0
 
 
 class DivergenceStatistics(NamedTuple):
@@ -49,9 +53,19 @@ def exponential_remainder(x: Tensor) -> Tensor:
     return torch.where(x.abs() < _SERIES_LIMIT, series, torch.expm1(x) - x)
 
 
-def _check(likelihood: str) -> None:
+def check_likelihood(likelihood: str) -> None:
+    """Raise ValueError for an unknown likelihood."""
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {likelihood!r}: name the one that is trained.")
+
+
+def _check(likelihood: str, outputs: Tensor | None = None) -> None:
+    check_likelihood(likelihood)
+    if likelihood == "categorical" and outputs is not None and (outputs.ndim < 2 or outputs.shape[-1] < 2):
+        raise ValueError(
+            f"outputs must hold at least two components for 'categorical', got shape {tuple(outputs.shape)}: use "
+            "'bernoulli' for a single logit."
+        )
 
 
 def _rows(outputs: Tensor, other: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,28 +96,54 @@ def _probabilities(z: Tensor, likelihood: str) -> Tensor:
     return z.sigmoid() if likelihood == "bernoulli" else z
 
 
+def _two_outcomes(z: Tensor) -> Tensor:
+    """Logits of the two outcomes of each component, (P, C, 2): Bernoulli is categorical over (z, 0)."""
+    return torch.stack([z, torch.zeros_like(z)], -1)
+
+
 def _centred(p: Tensor, delta: Tensor) -> Tensor:
+    """δ − E_p[δ]."""
+    # Seen from the likeliest outcome: there δ − E[δ] is a sum over the others, whose p may all be below the rounding
+    # of its own δ. Subtracting E[δ] from it would leave nothing of a confident row.
+    delta = delta - delta.gather(-1, p.argmax(-1, keepdim=True))
     return delta - (p * delta).sum(-1, keepdim=True)
 
 
-def _quadratic_rows(p: Tensor, delta: Tensor, likelihood: str) -> Tensor:
+def _quadratic_rows(z: Tensor, delta: Tensor, likelihood: str) -> Tensor:
     """δᵀ(∂²ℓ/∂z²)δ of each position, (P,)."""
-    if likelihood == "categorical":
-        return (p * _centred(p, delta).square()).sum(-1)
+    if likelihood == "gaussian":
+        return delta.square().sum(-1)
     if likelihood == "bernoulli":
-        return (p * (1.0 - p) * delta.square()).sum(-1)
-    return delta.square().sum(-1)
+        return (z.sigmoid() * (-z).sigmoid() * delta.square()).sum(-1)
+    p = z.softmax(-1)
+    return (p * _centred(p, delta).square()).sum(-1)
 
 
-def _divergence_rows(p: Tensor, delta: Tensor, likelihood: str) -> Tensor:
+def _divergence_rows(z: Tensor, delta: Tensor, likelihood: str) -> Tensor:
     """KL(p_z ‖ p_{z+δ}) of each position, (P,)."""
-    if likelihood == "categorical":
-        return torch.log1p((p * exponential_remainder(_centred(p, delta))).sum(-1))
+    if likelihood == "gaussian":
+        return 0.5 * delta.square().sum(-1)
     if likelihood == "bernoulli":
-        # log E[e^{δ b}] over b ~ Bernoulli(p), less its mean p δ: the two outcomes have centred values δ(1−p), −δp.
-        remainder = p * exponential_remainder(delta * (1.0 - p)) + (1.0 - p) * exponential_remainder(-delta * p)
-        return torch.log1p(remainder).sum(-1)
-    return 0.5 * delta.square().sum(-1)
+        return _categorical_divergence(_two_outcomes(z), _two_outcomes(delta)).sum(-1)
+    return _categorical_divergence(z, delta)
+
+
+def _categorical_divergence(z: Tensor, delta: Tensor) -> Tensor:
+    """KL over the last dimension."""
+    p = z.softmax(-1)
+    x = _centred(p, delta)
+    exponent = z.log_softmax(-1) + x
+    terms = torch.where(
+        x > _EXPONENT_LIMIT, exponent.exp() - p * (1.0 + x), p * exponential_remainder(x.clamp_max(_EXPONENT_LIMIT))
+    )
+    total = terms.sum(-1)
+    # Where even the sum overflows its logarithm, log E[eˣ], is taken term by term.
+    return torch.where(total.isfinite(), torch.log1p(total), exponent.logsumexp(-1))
+
+
+def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
+    """Weighted sum over the positions; one without weight counts for nothing, whatever it holds."""
+    return weights @ torch.where(weights == 0.0, 0.0, rows)
 
 
 def divergence_statistics(
@@ -130,19 +170,24 @@ def divergence_statistics(
         Position-weighted means, scalars in nats; NaN when no position has weight.
 
     Raises:
-        ValueError: for an unknown likelihood or shapes that do not agree.
+        ValueError: for an unknown likelihood, shapes that do not agree, or categorical outputs of one component.
 
     Source: P0 (directional curvature), eq. 7.
+
+    Example:
+        >>> statistics = divergence_statistics(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.1, 0.0]]))
+        >>> round(2 * statistics.divergence.item(), 6), round(statistics.quadratic.item(), 6)
+        (0.001936, 0.001966)
     """
-    _check(likelihood)
+    _check(likelihood, outputs)
     z, shifted, w = _rows(outputs, shifted_outputs, weights)
     rows = max(1, _ELEMENTS_PER_PIECE // max(1, z.shape[-1]))
     totals = z.new_zeros(3)
     for piece, other, weight in zip(z.split(rows), shifted.split(rows), w.split(rows), strict=True):
-        p, delta = _probabilities(piece, likelihood), other - piece
-        divergence, quadratic = _divergence_rows(p, delta, likelihood), _quadratic_rows(p, delta, likelihood)
+        delta = other - piece
+        divergence, quadratic = _divergence_rows(piece, delta, likelihood), _quadratic_rows(piece, delta, likelihood)
         departure = (2.0 * divergence - quadratic).abs()
-        totals += torch.stack([weight @ divergence, weight @ quadratic, weight @ departure])
+        totals += torch.stack([_weighted(weight, rows) for rows in (divergence, quadratic, departure)])
     return DivergenceStatistics(*(totals / w.sum()).unbind())
 
 
@@ -152,7 +197,12 @@ def kl_divergence(
     likelihood: Likelihood = "categorical",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean KL divergence in nats a position; arguments and errors as in :func:`divergence_statistics`."""
+    """Mean KL divergence in nats a position; arguments and errors as in :func:`divergence_statistics`.
+
+    Example:
+        >>> kl_divergence(torch.zeros(1, 3), torch.ones(1, 3), likelihood="gaussian")
+        tensor(1.5000)
+    """
     return divergence_statistics(outputs, shifted_outputs, likelihood, weights).divergence
 
 
@@ -177,16 +227,20 @@ def output_quadratic_form(
         A scalar.
 
     Raises:
-        ValueError: for an unknown likelihood or shapes that do not agree.
+        ValueError: for an unknown likelihood, shapes that do not agree, or categorical outputs of one component.
 
     Source: P0 (directional curvature), eqs. 11-13.
+
+    Example:
+        >>> output_quadratic_form(torch.zeros(1, 2), torch.tensor([[0.2, 0.0]]))  # 0.2² · ¼
+        tensor(0.0100)
     """
-    _check(likelihood)
+    _check(likelihood, outputs)
     z, delta, w = _rows(outputs, change, weights)
     rows = max(1, _ELEMENTS_PER_PIECE // max(1, z.shape[-1]))
     total = z.new_zeros(())
     for piece, step, weight in zip(z.split(rows), delta.split(rows), w.split(rows), strict=True):
-        total = total + weight @ _quadratic_rows(_probabilities(piece, likelihood), step, likelihood)
+        total = total + _weighted(weight, _quadratic_rows(piece, step, likelihood))
     return total / w.sum()
 
 
@@ -204,14 +258,17 @@ def output_noise_gain(outputs: Tensor, likelihood: Likelihood = "categorical", w
 
     Returns:
         A scalar in the units of :func:`output_quadratic_form`.
+
+    Example:
+        >>> output_noise_gain(torch.tensor([[3.0, 4.0]]), likelihood="gaussian")
+        tensor(25.)
     """
-    _check(likelihood)
+    _check(likelihood, outputs)
     z, _, w = _rows(outputs, outputs, weights)
     if likelihood == "gaussian":
         values = z.square().sum(-1)
     elif likelihood == "bernoulli":
-        p = z.sigmoid()
-        values = (p * (1.0 - p) * z.square()).sum(-1)
+        values = (z.sigmoid() * (-z).sigmoid() * z.square()).sum(-1)
     else:
         values = (1.0 - z.softmax(-1).square().sum(-1)).clamp_min(0.0) * z.square().mean(-1)
-    return w @ values / w.sum()
+    return _weighted(w, values) / w.sum()

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# One measured step moves ε by at most this factor: the models below are local.
-_LARGEST_MOVE = 10.0
+# One measured step lowers ε by at most the first factor and raises it by at most the second: the models are local,
+# and too far is worse than too near where the next step is a longer one.
+_LARGEST_CUT = 10.0
+_LARGEST_RISE = 4.0
 _GRID = 81
 
 
@@ -14,24 +16,26 @@ class ErrorModel:
     """Relative error of one estimator as a function of ε, known at one ε.
 
     Attributes:
-        noise: relative error from rounding; falls as ε⁻², since the signal grows as ε².
+        noise: relative error from rounding that adds to the signal; falls as ε⁻², since the signal grows as ε².
         truncation: relative error from higher derivatives; grows as ε to the ``order``.
         order: 1 for one-sided, 2 for symmetric estimates.
         weight: how much this estimator counts when several share one ε.
+        crossed: relative error from rounding that multiplies the signal's root; falls as ε⁻¹.
     """
 
     noise: float
     truncation: float
     order: int = 2
     weight: float = 1.0
+    crossed: float = 0.0
 
     def total(self, factor: float = 1.0) -> float:
         """Error expected at ``factor`` times the ε of the model."""
-        return self.noise / factor**2 + self.truncation * factor**self.order
+        return self.noise / factor**2 + self.crossed / factor + self.truncation * factor**self.order
 
 
 def choose_epsilon(epsilon: float, models: Sequence[ErrorModel]) -> float:
-    """Return the ε within a factor of ten of ``epsilon`` at which the weighted expected error is least.
+    """Return the ε between a tenth and four times ``epsilon`` at which the weighted expected error is least.
 
     An error x counts as x/(1+x): an estimator that is lost either way does not outvote one that can be had.
 
@@ -41,6 +45,11 @@ def choose_epsilon(epsilon: float, models: Sequence[ErrorModel]) -> float:
 
     Returns:
         The next ε, in steps; ``epsilon`` itself where no model is finite.
+
+    Example:
+        >>> from lightning_curvature.functional import ErrorModel
+        >>> round(choose_epsilon(1.0, [ErrorModel(noise=1e-6, truncation=1e-2)]), 1)  # (1e-6/1e-2)^(1/4)
+        0.1
     """
     finite = [m for m in models if math.isfinite(m.noise) and math.isfinite(m.truncation)]
     if not finite:
@@ -49,5 +58,6 @@ def choose_epsilon(epsilon: float, models: Sequence[ErrorModel]) -> float:
     def cost(factor: float) -> float:
         return sum(m.weight * (x := m.total(factor)) / (1.0 + x) for m in finite)
 
-    exponents = (2.0 * i / (_GRID - 1) - 1.0 for i in range(_GRID))
-    return epsilon * min((_LARGEST_MOVE**e for e in exponents), key=cost)
+    low, high = -math.log(_LARGEST_CUT), math.log(_LARGEST_RISE)
+    factors = (math.exp(low + (high - low) * i / (_GRID - 1)) for i in range(_GRID))
+    return epsilon * min(factors, key=cost)

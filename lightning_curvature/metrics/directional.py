@@ -16,6 +16,8 @@ from lightning_curvature.functional import (
     output_quadratic_form,
 )
 from lightning_curvature.functional import headroom as _headroom
+from lightning_curvature.functional.directional import check_epsilon
+from lightning_curvature.functional.likelihoods import check_likelihood
 
 Scalar = Tensor | float
 
@@ -38,15 +40,14 @@ class DirectionalCurvature(Metric):
 
     Example:
         >>> metric = DirectionalCurvature()
-        >>> metric.update(quadratic=0.5, descent=1.0, lr=0.1)
+        >>> metric.update(quadratic=0.5, descent=1.0, lr=0.25)
         >>> metric.compute()
-        tensor(5., dtype=torch.float64)
+        tensor(2., dtype=torch.float64)
     """
 
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
-    plot_lower_bound = 0.0
 
     numerator: Tensor
     denominator: Tensor
@@ -136,11 +137,21 @@ class KLCurvature(DirectionalCurvature):
         scale: the loss as a multiple of the mean negative log-likelihood of a position.
         kwargs: arguments of ``torchmetrics.Metric``.
 
+    Raises:
+        ValueError: for an unknown likelihood.
+
     Source: P0 (directional curvature), eq. 8.
+
+    Example:
+        >>> metric = KLCurvature(likelihood="gaussian")
+        >>> metric.update(torch.zeros(1, 2), torch.ones(1, 2), epsilon=2.0, descent=0.25)
+        >>> metric.compute()
+        tensor(2., dtype=torch.float64)
     """
 
     def __init__(self, likelihood: Likelihood = "categorical", scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_likelihood(likelihood)
         self.likelihood = likelihood
         self.scale = scale
 
@@ -155,6 +166,7 @@ class KLCurvature(DirectionalCurvature):
         weight: Scalar = 1.0,
     ) -> None:
         """Add one step."""
+        check_epsilon(epsilon)
         divergence = kl_divergence(outputs, shifted_outputs, self.likelihood, mask).double()
         self._accumulate(2.0 * self.scale * divergence / epsilon**2, descent, lr, weight)
 
@@ -166,6 +178,12 @@ class GaussNewtonCurvature(KLCurvature):
     :func:`~lightning_curvature.functional.gauss_newton_curvature`.
 
     Source: P0 (directional curvature), eqs. 11-13.
+
+    Example:
+        >>> metric = GaussNewtonCurvature(likelihood="gaussian")
+        >>> metric.update(torch.zeros(1, 2), torch.ones(1, 2), descent=0.5)
+        >>> metric.compute()
+        tensor(4., dtype=torch.float64)
     """
 
     def update(  # type: ignore[override]
@@ -192,9 +210,9 @@ class CriticalSharpness(DirectionalCurvature):
 
     Example:
         >>> metric = CriticalSharpness()
-        >>> metric.update(critical_factor=4.0, lr=0.1)
+        >>> metric.update(critical_factor=4.0, lr=0.25)
         >>> metric.compute()
-        tensor(5., dtype=torch.float64)
+        tensor(2., dtype=torch.float64)
     """
 
     def update(self, critical_factor: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:  # type: ignore[override]

@@ -82,3 +82,24 @@ def reference(
             )
             curvature += float(d @ (j.T @ inner @ j) @ d) / len(parts)
     return Reference(descent, hessian, curvature)
+
+
+@torch.no_grad()
+def loss_along(
+    network: nn.Module,
+    loss: Loss,
+    parts: list[Part],
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    factor: float,
+) -> float:
+    """Mean loss of the window at θ_t − factor·d; arguments as in :func:`reference`."""
+    network = copy.deepcopy(network).double()
+    values = {name: b.double() + factor * (after[name].double() - b.double()) for name, b in before.items()}
+    total = 0.0
+    for part in parts:
+        buffers = {n: b.double().clone() if b.is_floating_point() else b.clone() for n, b in part.buffers.items()}
+        torch.set_rng_state(part.rng)
+        x, y = (t.double() if t.is_floating_point() else t for t in (part.x, part.y))
+        total += float(loss(functional_call(network, values | buffers, (x,)), y)) / len(parts)
+    return total

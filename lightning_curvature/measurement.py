@@ -1,0 +1,290 @@
+"""One measurement along a step: probes on every rank, one exchange of numbers, estimates, the next ε."""
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_curvature import probes
+from lightning_curvature.estimates import Estimate, estimate, loss_descent, next_epsilon
+from lightning_curvature.objective import OUTPUTS_REMEDY
+from lightning_curvature.parallel import mean_of_scalars
+from lightning_curvature.probes import CriticalStep, Window
+from lightning_curvature.reporting import warn
+from lightning_curvature.rounding import Rounding, coarse_products, first_distance
+from lightning_curvature.targets import OutputModel, identify
+
+# Estimators that cannot do without outputs, and that know their error better with them.
+_NEEDS_OUTPUTS = ("kl", "gauss_newton")
+_USES_OUTPUTS = (*_NEEDS_OUTPUTS, "finite_difference")
+_EXACT = {"hvp": "hvp", "gauss_newton": "gn"}  # estimator → prefix of its values
+
+# What the ranks agree on before the probes.
+_START = ("loss", "descent", "squared_norm", "squared_size", "failed")
+
+Fail = Callable[[Exception], None]
+
+
+@dataclass
+class Result:
+    """What one step gave.
+
+    Attributes:
+        estimates: by estimator; empty where nothing could be measured.
+        critical: outcome of the line search, or None.
+        descent: gᵀd, NaN where unknown.
+        norm: ‖d‖.
+        epsilon: ε of the probes, in steps.
+    """
+
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    critical: CriticalStep | None = None
+    descent: float = math.nan
+    norm: float = math.nan
+    epsilon: float = math.nan
+
+
+class _SearchEndedError(Exception):
+    """A rank failed during the line search."""
+
+
+class DirectionalMeasurement:
+    """Measures steps one after the other, and learns from each where to probe the next.
+
+    Args:
+        estimators: names.
+        epsilon: ε in steps, or "auto".
+        likelihood: "auto" or a likelihood.
+        other_precision: whether the probes run in float32 whatever the step ran in.
+        critical_max_forwards: cap of the line search.
+        default: whether "kl" may be left out where it cannot be had.
+
+    Attributes:
+        active: the estimators that can be had; known after the first measured step.
+    """
+
+    def __init__(
+        self,
+        estimators: Sequence[str],
+        epsilon: float | str,
+        likelihood: str,
+        other_precision: bool,
+        critical_max_forwards: int,
+        default: bool,
+    ) -> None:
+        self.estimators = tuple(estimators)
+        self.epsilon = epsilon
+        self.likelihood = likelihood
+        self.other_precision = other_precision
+        self.critical_max_forwards = critical_max_forwards
+        self.default = default
+        # "auto" keeps the distance ε‖d‖ rather than ε: a step may be ten times as long as the one measured before.
+        self._distance = math.nan
+        self._learned: tuple[float, list[tuple[float, float]]] = (0.0, [])
+        self._critical_start = 1.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the module: a new fit may bring another. What was learned about ε stays."""
+        self.active = self.estimators
+        self._model: OutputModel | None = None
+        self._rounding: Rounding | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned about ε and the line search."""
+        return {"distance": self._distance, "rounding": self._learned, "critical_start": self._critical_start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up ε and the line search where a checkpoint left them."""
+        self._distance = state_dict["distance"]
+        self._learned = state_dict["rounding"]
+        self._critical_start = state_dict["critical_start"]
+
+    def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None, fail: Fail) -> Result:
+        """Measure one step.
+
+        Every rank comes here, also one that has nothing to measure, and takes part in all that is communicated: two
+        collectives, and one for each forward of the line search.
+
+        Args:
+            trainer: the Trainer.
+            window: the step, or None where it could not be recorded.
+            failure: why not.
+            fail: called with an error of this rank; returns where training is to go on.
+        """
+        device = trainer.strategy.root_device
+        start = mean_of_scalars(trainer, self._start(window, failure, fail), device)
+        norm = math.sqrt(max(start["squared_norm"], 0.0))
+        result = Result(norm=norm, epsilon=self._choose_epsilon(norm, math.sqrt(max(start["squared_size"], 0.0))))
+        if start["failed"] > 0.0 or window is None:
+            return result
+        if not (math.isfinite(start["loss"]) and math.isfinite(start["descent"])):
+            warn(f"the loss or its gradient is not finite ({start['loss']}, gᵀd = {start['descent']}): logging NaN.")
+            return result
+        if norm == 0.0:
+            warn("the step did not move the parameters (a skipped fp16 step, or a learning rate of 0): logging NaN.")
+            return result
+        local, result.critical = self._probe(trainer, window, result.epsilon, start["loss"], fail)
+        # A rank that failed must still send as many numbers as the others: all names are known beforehand.
+        missing = torch.full((), torch.nan)
+        names = _value_names(self.active, self._model is not None)
+        values = start | mean_of_scalars(trainer, {n: local.get(n, missing) for n in names}, device)
+        if values["failed"] > 0.0:
+            return Result(norm=norm, epsilon=result.epsilon)
+        values["positions"] = values.get("positions", math.nan) * trainer.world_size
+        self._conclude(values, result)
+        return result
+
+    def _start(self, window: Window | None, failure: Exception | None, fail: Fail) -> dict[str, Tensor]:
+        """Base loss and update of this rank."""
+        try:
+            if failure is not None:
+                raise failure
+            assert window is not None
+            repeat = window.objective.function is not None or self.other_precision or window.objective.compiled
+            probes.take_base(window, repeat)
+            loss = window.base_loss()
+            # A loss that is lost does not tell what it belongs to: the next one will.
+            if self._rounding is not None or bool(loss.isfinite()):
+                self._find_model(window)
+            return {
+                "loss": loss,
+                "descent": window.update.descent,
+                "squared_norm": window.update.squared_norm,
+                # ‖θ‖ sets the first distance; afterwards nobody asks.
+                "squared_size": window.update.squared_size() if math.isnan(self._distance) else torch.zeros(()),
+                "failed": torch.zeros(()),
+            }
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            fail(error)
+            return dict.fromkeys(_START, torch.zeros(())) | {"failed": torch.ones(())}
+
+    def _find_model(self, window: Window) -> None:
+        """On the first measured step: which likelihood, which target; which estimators can be had."""
+        if self._rounding is None:
+            record, base = window.records[0], window.base[0]
+            # The finite difference can do without outputs, but knows its own error better with them.
+            if base.outputs is not None and set(_USES_OUTPUTS) & set(self.estimators):
+                self._model = identify(base.outputs, record.batch, base.loss, self.likelihood)
+            wanted = [name for name in self.estimators if name in _NEEDS_OUTPUTS]
+            if wanted and self._model is None:
+                self._go_without_outputs(wanted, found=base.outputs is not None)
+            elif wanted and self._model is not None and not self._model.reproduced:
+                warn(
+                    f"the loss is not the mean {self._model.likelihood} negative log-likelihood of the outputs (label "
+                    f"smoothing, weights or a penalty?): {wanted} leave out what differs. Where that matters, give "
+                    "objective= with 'outputs' and 'mask'."
+                )
+            dtype = torch.float32 if self.other_precision else record.forward_dtype
+            coarse = coarse_products(window.objective.module, window.objective.device, dtype)
+            self._rounding = Rounding(dtype, base.loss.dtype, coarse, *self._learned)
+            if self._rounding.half and "kl" in self.active and "finite_difference" not in self.active:
+                warn(
+                    "'kl' by itself cannot be told from rounding in half precision: add 'finite_difference', which "
+                    "makes it symmetric, or give probe_precision='32-true'."
+                )
+        window.model = self._model
+
+    def _go_without_outputs(self, wanted: Sequence[str], found: bool) -> None:
+        reason = (
+            f"{wanted} need the likelihood of the loss, which likelihood='auto' could not read off the batch: name it, "
+            "likelihood='categorical', 'gaussian' or 'bernoulli'"
+            if found
+            else f"{wanted} need the outputs of the model, got none: {OUTPUTS_REMEDY}"
+        )
+        if not self.default:
+            raise MisconfigurationException(f"{reason}.")
+        warn(f"{reason}. Going on with 'finite_difference' alone.")
+        self.active = ("finite_difference",)
+
+    def _choose_epsilon(self, norm: float, size: float) -> float:
+        """ε of a step of length ``norm`` from parameters of norm ``size``."""
+        if self.epsilon != "auto":
+            return float(self.epsilon)
+        if self._rounding is None or not 0.0 < norm < math.inf:
+            return math.nan
+        if math.isnan(self._distance):
+            self._distance = first_distance(size, self._rounding.dtype, "finite_difference" in self.active)
+        return self._distance / norm
+
+    def _probe(
+        self, trainer: pl.Trainer, window: Window, epsilon: float, base_loss: float, fail: Fail
+    ) -> tuple[dict[str, Tensor], CriticalStep | None]:
+        """Numbers of this rank; an error of one probe leaves only "failed"."""
+        failed = False
+        device = trainer.strategy.root_device
+
+        def attempt(probe: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+            nonlocal failed
+            try:
+                return {} if failed else probe()
+            except Exception as error:
+                failed = True
+                fail(error)
+                return {}
+
+        def loss_at(factor: float) -> float:
+            # The search decides on the loss of the whole job. A rank that failed still communicates, and all end it.
+            local = attempt(lambda: {"loss": window.loss_at(factor)}) or {"loss": torch.zeros(())}
+            total = mean_of_scalars(trainer, local | {"failed": torch.tensor(float(failed))}, device)
+            if total["failed"] > 0.0:
+                raise _SearchEndedError
+            return total["loss"]
+
+        values, critical = attempt(lambda: self._forwards(window, epsilon)), None
+        if "critical" in self.active:
+            with contextlib.suppress(_SearchEndedError):
+                critical = self._search(loss_at, base_loss)
+        if not set(_EXACT).isdisjoint(self.active):
+            values |= attempt(lambda: probes.exact(window, "hvp" in self.active, "gauss_newton" in self.active))
+        return values | {"failed": torch.tensor(float(failed))}, critical
+
+    def _forwards(self, window: Window, epsilon: float) -> dict[str, Tensor]:
+        """Run the estimators with an ε: one pass for KL alone, two with the finite difference."""
+        values: dict[str, Tensor] = {}
+        if "finite_difference" in self.active:
+            values |= probes.symmetric_pair(window, epsilon, self._model is not None)
+        elif "kl" in self.active:
+            values |= probes.one_sided(window, epsilon)
+        return values | (probes.rounding_statistics(window) if self._model is not None else {})
+
+    def _search(self, loss_at: Callable[[float], float], base_loss: float) -> CriticalStep:
+        found = probes.critical_step(loss_at, base_loss, self._critical_start, self.critical_max_forwards)
+        if math.isfinite(found.factor):
+            self._critical_start = found.factor
+        if found.capped:
+            warn(f"the search for the critical step stopped at critical_max_forwards={self.critical_max_forwards}.")
+        return found
+
+    def _conclude(self, values: dict[str, float], result: Result) -> None:
+        """Turn the numbers of the job into estimates, and choose the next ε."""
+        assert self._rounding is not None
+        epsilon, distance = result.epsilon, result.epsilon * result.norm
+        result.estimates = estimate(self.active, values, epsilon, distance, self._rounding)
+        result.descent, trusted = loss_descent(values, epsilon, self._rounding, result.estimates)
+        if not trusted:
+            warn("the gradient after backward is not that of the loss: gᵀd is taken from the loss at θ ± εd.")
+        self._distance = result.norm * next_epsilon(epsilon, list(result.estimates.values()))
+        self._learned = (self._rounding.growth, self._rounding.history)
+
+
+def _value_names(active: Collection[str], outputs: bool) -> list[str]:
+    """Names of all numbers that one measurement brings together, the same on every rank."""
+    names = ["failed"]
+    if "finite_difference" in active:
+        names += ["loss_plus", "loss_minus"] + (list(probes.PAIR_NAMES) if outputs else [])
+    elif "kl" in active:
+        names += ["loss_minus", "twice_divergence", "departure"]
+    if outputs:
+        names += ["noise_gain", "loss_noise_gain", "positions"]
+    return names + [
+        f"{short}_{part}" for n, short in _EXACT.items() if n in active for part in ("descent", "quadratic")
+    ]

@@ -1,0 +1,108 @@
+"""Runs under DDP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor, nn
+
+from tests.distributed.cases import BATCHES, Case, adamw, batches, momentum
+from tests.runs import Batch, Classifier, MakeOptimizer, mlp
+
+
+def classifier(make_optimizer: MakeOptimizer = momentum, *hidden: int, dtype: torch.dtype = torch.float64) -> Any:
+    return Classifier(mlp(4, *(hidden or (6,)), 3, dtype=dtype), make_optimizer)
+
+
+single = {"batches": partial(batches, dtype=torch.float32), "trainer": {"precision": "32-true"}}
+
+sgd_64 = Case(partial(classifier, momentum))
+adamw_64 = Case(partial(classifier, adamw))
+sgd_32 = Case(partial(classifier, momentum, dtype=torch.float32), **single)
+adamw_32 = Case(partial(classifier, adamw, dtype=torch.float32), **single)
+# Five batches in windows of two: the last window has one batch only.
+accumulated = Case(partial(classifier), partial(batches, 5), trainer={"accumulate_grad_batches": 2})
+adapted = Case(classifier, monitor={"epsilon": "auto"}, estimators=("kl", "finite_difference"))
+
+
+def regressor() -> Classifier:
+    return Classifier(mlp(4, 6, 2), momentum, F.mse_loss)
+
+
+def regression() -> list[Batch]:
+    return [(x, torch.stack([x.square().sum(-1).sin(), x.sum(-1)], -1)) for x, _ in batches()]
+
+
+squared_error = Case(regressor, regression)
+
+
+class Unused(Classifier):
+    """Holds a layer that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(4, 6, 3), momentum)
+        self.spare = nn.Linear(3, 3).double()
+
+
+class Rare(Classifier):
+    """Sends some of the samples through a layer more; a process that got none of these does not touch the layer."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(4, 6, 3), momentum)
+        self.extra = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 1.0
+        outputs = self.network(x)
+        if chosen.any():
+            outputs = outputs.index_add(0, chosen.nonzero().squeeze(-1), self.extra(x[chosen]))
+        return outputs
+
+
+def rare_batches() -> list[Batch]:
+    """Only the second process's half of a global batch holds samples for the extra layer."""
+    found = []
+    for x, y in batches():
+        column = x[:, 0].clamp(max=1.0)
+        column[len(x) // 2 :: 3] = 1.5
+        found.append((torch.cat([column[:, None], x[:, 1:]], -1), y))
+    return found
+
+
+unused = Case(Unused, strategy="ddp_find_unused_parameters_true")
+rare = Case(Rare, rare_batches, strategy="ddp_find_unused_parameters_true")
+
+
+def noisy() -> Classifier:
+    """Everything that a repeated forward could disturb: batch statistics, random numbers, averages."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)]
+    return Classifier(nn.Sequential(*layers).double(), adamw)
+
+
+disturbed = Case(noisy)
+undisturbed = disturbed.unwatched()
+
+# One collective more or less is one collective: few steps, each measured or not, tell.
+seldom = Case(classifier, estimators=("kl", "finite_difference"), monitor={"every_n_train_steps": 2})
+seldom_deep = replace(seldom, module=partial(classifier, momentum, 6, 6, 6))
+exact = replace(seldom, estimators=("hvp", "gauss_newton", "kl", "finite_difference"))
+searching = replace(seldom, estimators=("critical",))
+unwatched = seldom.unwatched()
+unwatched_deep = seldom_deep.unwatched()
+
+
+def early_stopping() -> list[Any]:
+    return [EarlyStopping("curvature/headroom", mode="max", patience=1, check_on_train_epoch_end=True)]
+
+
+EPOCHS = 8
+stopped = Case(classifier, estimators=("hvp",), callbacks=early_stopping, trainer={"max_epochs": EPOCHS})
+
+JOBS = [name for name, value in list(globals().items()) if isinstance(value, Case)]
+MEASURED = [step % 2 == 0 for step in range(BATCHES)]

@@ -1,0 +1,85 @@
+"""Two processes with sharded parameters (FSDP2) against one with the union of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from tests.distributed import fsdp2_jobs as jobs
+from tests.distributed.cases import BATCHES, Outcome
+from tests.distributed.compare import assert_same_state, assert_same_values
+from tests.distributed.launch import Launch
+
+Results = dict[str, list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All runs of this file, by one pair of processes."""
+    return Launch(jobs.__name__, [*jobs.JOBS, "refusal", "interrupted"], tmp_path_factory.mktemp("fsdp2")).results()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "as_one", "squared_error", "one_sided", "accumulated"])
+def test_values_are_those_of_the_union(results: Results, name: str) -> None:
+    assert_same_values(results[name], getattr(jobs, name)(), torch.float64)
+
+
+def test_parameters_are_in_shards(results: Results) -> None:
+    # Three outputs over two processes: two rows and one. A single number: all of it and nothing.
+    assert [len(outcome.state["network.2.weight"]) for outcome in results["sgd"]] == [2, 1]
+    assert [outcome.state["network.2.bias"].numel() for outcome in results["squared_error"]] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "squared_error", "disturbed"])
+def test_all_ranks_log_and_watch_the_same_numbers(results: Results, name: str) -> None:
+    first, second = results[name]
+    assert [row["train_loss"] for row in first.rows.values()] != [row["train_loss"] for row in second.rows.values()]
+    for step, row in first.rows.items():
+        own = {key: value for key, value in row.items() if key.startswith("curvature/")}
+        assert len(own) >= 8
+        assert own == {key: second.rows[step][key] for key in own}
+    assert first.metrics == second.metrics
+
+
+@pytest.mark.parametrize(
+    ("watched", "unwatched"),
+    [("disturbed", "undisturbed"), ("sgd", "sgd_unwatched"), ("as_one", "as_one_unwatched")],
+)
+def test_training_is_the_same_to_the_bit(results: Results, watched: str, unwatched: str) -> None:
+    for with_monitor, without in zip(results[watched], results[unwatched], strict=True):
+        assert len(with_monitor.rows) == BATCHES
+        assert_same_state(with_monitor, without)
+
+
+@pytest.mark.parametrize(
+    ("watched", "unwatched", "units"),
+    [("seldom", "seldom_unwatched", 2), ("seldom_deep", "seldom_deep_unwatched", 4)],
+)
+def test_nothing_is_gathered_but_by_the_forwards(results: Results, watched: str, unwatched: str, units: int) -> None:
+    # Two reductions, and in each of the two forwards one gathering of each unit with parameters. A displacement, a
+    # norm or a dot product over gathered parameters would add to it, and so would parameters gathered once too often
+    # in the next step.
+    for with_monitor, without in zip(results[watched], results[unwatched], strict=True):
+        extra = [a - b for a, b in zip(with_monitor.collectives, without.collectives, strict=True)]
+        assert extra == [2 + 2 * units, 0, 2 + 2 * units, 0]
+        assert [a - b for a, b in zip(with_monitor.forwards, without.forwards, strict=True)] == [2, 0, 2, 0]
+
+
+def test_derivatives_are_refused_in_one_sentence(results: dict[str, list[str]]) -> None:
+    expected = (
+        "estimators must be forward-only where parameters are sharded, got ['hvp', 'gauss_newton']: use 'kl', "
+        "'finite_difference' or 'critical'."
+    )
+    assert results["refusal"] == [expected, expected]
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="this version of torch cannot end an open forward"
+)
+def test_a_failed_forward_leaves_none_open(results: dict[str, list[dict[str, bool]]]) -> None:
+    # On a GPU the next forward would not wait for the parameters to be put back.
+    expected = {"within a forward": False, "in shards": True, "with gradients": True}
+    assert results["interrupted"] == [expected, expected]
