@@ -51,10 +51,11 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, nn.Parameter)
 
 # What torch and Lightning keep on a module for themselves: structure and links, not state of the computation.
-_STRUCTURE = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "prepare_data_per_node"}
+_STRUCTURE = {"_trainer", "_fabric", "prepare_data_per_node"}
+_STRUCTURE |= {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}  # hooks among them
 # Objects of these are not opened. The standard library's belong to other threads (queues, log handlers) or have no
 # state of a computation; its two bags of attributes are the exception.
 _FOREIGN = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "numpy"}
@@ -131,7 +132,7 @@ class ModuleState:
             self._save_value(value, depth)
 
     def _save_value(self, value: Any, depth: int) -> None:
-        if isinstance(value, (*_ATOMS, nn.Parameter)) or not self._first_time(value):
+        if isinstance(value, _ATOMS) or not self._first_time(value):
             return
         if isinstance(value, Tensor):
             self._save_tensor(value)

@@ -1,13 +1,17 @@
 """The true update of an optimizer step: d = θ_t − θ_{t+1}, its learning rate, its dot product with the gradient."""
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.parallel import local, shard_count
+
+# Parameters are worked on in pieces of this many numbers: on a CPU they stay in its cache, on an accelerator one kernel
+# is worth its launch; and no temporary is as large as a large parameter.
+_PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
 
 
 class HasParameterGroups(Protocol):
@@ -92,10 +96,7 @@ class ParameterUpdate:
         rows = []
         for index, (p, before, gradient) in enumerate(zip(self.parameters, self._before, self._gradients, strict=True)):
             after = local(p).detach()
-            step = before - after
-            shards = shard_count(p)
-            # Sums in float64: at 1e8 parameters a float32 sum keeps four digits.
-            rows.append(torch.stack(_moments(gradient, step)) * shards)
+            rows.append(_moments(gradient, before, after) * shard_count(p))
             if gradient.dtype == after.dtype and gradient.shape == after.shape:
                 gradient.copy_(after)
             else:
@@ -115,11 +116,10 @@ class ParameterUpdate:
 
     def squared_size(self) -> Tensor:
         """‖θ_t‖², float64 scalar whose mean over all ranks is the value of the job; one pass over the parameters."""
-        terms = [
-            torch.sum(before.double() ** 2) * shard_count(p)
-            for p, before in zip(self.parameters, self._before, strict=True)
-        ]
-        return torch.stack(terms).sum()
+        norms = torch._foreach_norm(self._before)
+        return torch.stack(
+            [n.double() ** 2 * shard_count(p) for p, n in zip(self.parameters, norms, strict=True)]
+        ).sum()
 
     def _completed(self) -> Tensor:
         if self._moments is None:
@@ -136,9 +136,9 @@ class ParameterUpdate:
         targets = [local(p).detach() for p in self.parameters]
         try:
             with torch.no_grad():
-                for target, before, after in zip(targets, self._before, self._after, strict=True):
-                    # lerp in place: no third copy of the parameters.
-                    target.copy_(before).lerp_(after, position)
+                # In place: no third copy of the parameters.
+                torch._foreach_copy_(targets, self._before)
+                torch._foreach_lerp_(targets, self._after, position)
             yield
         finally:
             self._put_back(targets)
@@ -154,17 +154,15 @@ class ParameterUpdate:
         before, self._before = self._before, []
         try:
             with torch.no_grad():
-                for target, start, after in zip(targets, before, self._after, strict=True):
-                    target.copy_(start)
-                    start.sub_(after)
+                torch._foreach_copy_(targets, before)
+                torch._foreach_sub_(before, self._after)
             yield before
         finally:
             self._put_back(targets)
 
     @torch.no_grad()
-    def _put_back(self, targets: Sequence[Tensor]) -> None:
-        for target, after in zip(targets, self._after, strict=True):
-            target.copy_(after)
+    def _put_back(self, targets: list[Tensor]) -> None:
+        torch._foreach_copy_(targets, self._after)
 
 
 def dense_copy(gradient: Tensor | None) -> Tensor:
@@ -174,8 +172,11 @@ def dense_copy(gradient: Tensor | None) -> Tensor:
     return part.to_dense() if part.is_sparse else part.clone()
 
 
-def _moments(gradient: Tensor, step: Tensor) -> list[Tensor]:
-    """Σ g d and Σ d², accumulated in float64."""
-    dtype = torch.promote_types(step.dtype, torch.float32)
-    step = step.to(dtype)
-    return [torch.sum(t, dtype=torch.float64) for t in (gradient.to(dtype) * step, step * step)]
+def _moments(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Σ g d and Σ d² in float64: at 1e8 parameters a float32 sum keeps four digits."""
+    size = _PIECE if before.device.type == "cpu" else _ACCELERATOR_PIECE
+    total = torch.zeros(2, dtype=torch.float64, device=before.device)
+    for g, a, b in zip(*(t.reshape(-1).split(size) for t in (gradient, before, after)), strict=True):
+        d = (a - b).double()
+        total += torch.stack([torch.dot(g.double(), d), torch.dot(d, d)])
+    return total

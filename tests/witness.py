@@ -93,7 +93,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
         state[f"buffer {name}"] = frozen(b)
     for name, submodule in module.named_modules():
         for key, value in vars(submodule).items():
-            if key not in _LINKS and not key.endswith("_hooks"):
+            if key not in _LINKS and "_hooks" not in key:
                 state[f"attribute {name}.{key}"] = frozen(value)
     return state
 

@@ -46,11 +46,12 @@ def exponential_remainder(x: Tensor) -> Tensor:
     The KL divergence is log E[eˣ] with E[x] = 0. Summed as ``expm1(x)`` the first-order terms cancel only up to
     their own rounding, 6e-8·|x| in float32 beside a value of x²/2; without them nothing is left to cancel.
     """
-    series = torch.zeros_like(x)
-    for order in range(_SERIES_TERMS.get(x.dtype, 10), 2, -1):
-        series = (series + 1.0) * x / order
-    series = (series + 1.0) * x * x / 2.0
-    return torch.where(x.abs() < _SERIES_LIMIT, series, torch.expm1(x) - x)
+    orders = _SERIES_TERMS.get(x.dtype, 10)
+    series = x / orders
+    for order in range(orders - 1, 2, -1):
+        series.add_(1.0).mul_(x).div_(order)
+    series.add_(1.0).mul_(x).mul_(x).div_(2.0)
+    return torch.where(x.abs() < _SERIES_LIMIT, series, torch.expm1(x).sub_(x))
 
 
 def check_likelihood(likelihood: str) -> None:
@@ -89,13 +90,6 @@ def _rows(outputs: Tensor, other: Tensor, weights: Tensor | None) -> tuple[Tenso
     return z, other, weights.detach().reshape(-1).to(dtype)
 
 
-def _probabilities(z: Tensor, likelihood: str) -> Tensor:
-    """Mean of the outcome given the outputs: softmax, sigmoid, or the outputs themselves."""
-    if likelihood == "categorical":
-        return z.softmax(-1)
-    return z.sigmoid() if likelihood == "bernoulli" else z
-
-
 def _two_outcomes(z: Tensor) -> Tensor:
     """Logits of the two outcomes of each component, (P, C, 2): Bernoulli is categorical over (z, 0)."""
     return torch.stack([z, torch.zeros_like(z)], -1)
@@ -119,26 +113,31 @@ def _quadratic_rows(z: Tensor, delta: Tensor, likelihood: str) -> Tensor:
     return (p * _centred(p, delta).square()).sum(-1)
 
 
-def _divergence_rows(z: Tensor, delta: Tensor, likelihood: str) -> Tensor:
-    """KL(p_z ‖ p_{z+δ}) of each position, (P,)."""
+def _divergence_rows(z: Tensor, delta: Tensor, likelihood: str) -> tuple[Tensor, Tensor]:
+    """KL(p_z ‖ p_{z+δ}) and δᵀ(∂²ℓ/∂z²)δ of each position, both (P,)."""
     if likelihood == "gaussian":
-        return 0.5 * delta.square().sum(-1)
+        square = delta.square().sum(-1)
+        return 0.5 * square, square
     if likelihood == "bernoulli":
-        return _categorical_divergence(_two_outcomes(z), _two_outcomes(delta)).sum(-1)
+        divergence, variance = _categorical_divergence(_two_outcomes(z), _two_outcomes(delta))
+        return divergence.sum(-1), variance.sum(-1)
     return _categorical_divergence(z, delta)
 
 
-def _categorical_divergence(z: Tensor, delta: Tensor) -> Tensor:
-    """KL over the last dimension."""
+def _categorical_divergence(z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and variance of δ over the last dimension."""
     p = z.softmax(-1)
     x = _centred(p, delta)
+    variance = (p * x.square()).sum(-1)
+    if not bool((x > _EXPONENT_LIMIT).any()):
+        return torch.log1p((p * exponential_remainder(x)).sum(-1)), variance
     exponent = z.log_softmax(-1) + x
     terms = torch.where(
         x > _EXPONENT_LIMIT, exponent.exp() - p * (1.0 + x), p * exponential_remainder(x.clamp_max(_EXPONENT_LIMIT))
     )
     total = terms.sum(-1)
     # Where even the sum overflows its logarithm, log E[eˣ], is taken term by term.
-    return torch.where(total.isfinite(), torch.log1p(total), exponent.logsumexp(-1))
+    return torch.where(total.isfinite(), torch.log1p(total), exponent.logsumexp(-1)), variance
 
 
 def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
@@ -185,7 +184,7 @@ def divergence_statistics(
     totals = z.new_zeros(3)
     for piece, other, weight in zip(z.split(rows), shifted.split(rows), w.split(rows), strict=True):
         delta = other - piece
-        divergence, quadratic = _divergence_rows(piece, delta, likelihood), _quadratic_rows(piece, delta, likelihood)
+        divergence, quadratic = _divergence_rows(piece, delta, likelihood)
         departure = (2.0 * divergence - quadratic).abs()
         totals += torch.stack([_weighted(weight, rows) for rows in (divergence, quadratic, departure)])
     return DivergenceStatistics(*(totals / w.sum()).unbind())
