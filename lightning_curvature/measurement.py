@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +30,8 @@ _START = ("loss", "descent", "squared_norm", "squared_size", "failed")
 
 Fail = Callable[[Exception], None]
 
+_ELSEWHERE = "a probe failed on another rank, which tells more"
+
 
 @dataclass
 class Result:
@@ -40,6 +42,7 @@ class Result:
         critical: outcome of the line search, or None.
         descent: gᵀd, NaN where unknown.
         norm: ‖d‖.
+        lr: η of the step.
         epsilon: ε of the probes, in steps.
     """
 
@@ -47,6 +50,7 @@ class Result:
     critical: CriticalStep | None = None
     descent: float = math.nan
     norm: float = math.nan
+    lr: float = math.nan
     epsilon: float = math.nan
 
 
@@ -116,27 +120,33 @@ class DirectionalMeasurement:
             trainer: the Trainer.
             window: the step, or None where it could not be recorded.
             failure: why not.
-            fail: called with an error of this rank; returns where training is to go on.
+            fail: called on every rank with the error that ended the measurement, once all ranks know that there is
+                one, so that none waits for a rank that has left; returns where training is to go on.
         """
         device = trainer.strategy.root_device
-        start = mean_of_scalars(trainer, self._start(window, failure, fail), device)
-        norm = math.sqrt(max(start["squared_norm"], 0.0))
-        result = Result(norm=norm, epsilon=self._choose_epsilon(norm, math.sqrt(max(start["squared_size"], 0.0))))
+        errors: list[Exception] = []
+        start = mean_of_scalars(trainer, self._start(window, failure, errors.append), device)
         if start["failed"] > 0.0 or window is None:
-            return result
+            _hand_over(errors, fail)
+            return Result()  # means over the ranks that did not fail are not numbers of the job
+        norm = math.sqrt(max(start["squared_norm"], 0.0))
+        result = Result(norm=norm, lr=window.update.lr)
         if not (math.isfinite(start["loss"]) and math.isfinite(start["descent"])):
             warn(f"the loss or its gradient is not finite ({start['loss']}, gᵀd = {start['descent']}): logging NaN.")
             return result
         if norm == 0.0:
             warn("the step did not move the parameters (a skipped fp16 step, or a learning rate of 0): logging NaN.")
             return result
-        local, result.critical = self._probe(trainer, window, result.epsilon, start["loss"], fail)
+        # Not before all ranks have a model: the distance is remembered, and must be the same on all of them.
+        result.epsilon = self._choose_epsilon(norm, math.sqrt(max(start["squared_size"], 0.0)))
+        local, result.critical = self._probe(trainer, window, result.epsilon, start["loss"], errors.append)
         # A rank that failed must still send as many numbers as the others: all names are known beforehand.
         missing = torch.full((), torch.nan)
         names = _value_names(self.active, self._model is not None)
         values = start | mean_of_scalars(trainer, {n: local.get(n, missing) for n in names}, device)
         if values["failed"] > 0.0:
-            return Result(norm=norm, epsilon=result.epsilon)
+            _hand_over(errors, fail)
+            return replace(result, critical=None)
         values["positions"] = values.get("positions", math.nan) * trainer.world_size
         self._conclude(values, result)
         return result
@@ -161,8 +171,6 @@ class DirectionalMeasurement:
                 "squared_size": window.update.squared_size() if math.isnan(self._distance) else torch.zeros(()),
                 "failed": torch.zeros(()),
             }
-        except MisconfigurationException:
-            raise
         except Exception as error:
             fail(error)
             return dict.fromkeys(_START, torch.zeros(())) | {"failed": torch.ones(())}
@@ -274,6 +282,18 @@ class DirectionalMeasurement:
             warn("the gradient after backward is not that of the loss: gᵀd is taken from the loss at θ ± εd.")
         self._distance = result.norm * next_epsilon(epsilon, list(result.estimates.values()))
         self._learned = (self._rounding.growth, self._rounding.history)
+
+
+def _hand_over(errors: list[Exception], fail: Fail) -> None:
+    """Call ``fail`` with the first error of this rank, if it has one, and let go of them all.
+
+    An error holds the frames it came through, and they hold the update: a list that kept it would keep two copies of
+    the parameters until the collector comes by.
+    """
+    try:
+        fail(errors[0] if errors else RuntimeError(_ELSEWHERE))
+    finally:
+        errors.clear()
 
 
 def _value_names(active: Collection[str], outputs: bool) -> list[str]:

@@ -4,6 +4,7 @@ The only home of private Trainer attributes.
 """
 
 import math
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -33,9 +34,15 @@ class HasCharts(Protocol):
         ...
 
 
-def warn(message: str) -> None:
-    """Warn once a process for each distinct message (Python's own registry of warnings sees to that)."""
-    rank_zero_warn(message, category=CurvatureWarning, stacklevel=4)
+def warn(message: str, any_rank: bool = False) -> None:
+    """Warn once a process for each distinct message (Python's own registry of warnings sees to that).
+
+    On rank 0 only, unless ``any_rank``: what is wrong on one rank is to be seen from there.
+    """
+    if any_rank:
+        warnings.warn(message, category=CurvatureWarning, stacklevel=3)
+    else:
+        rank_zero_warn(message, category=CurvatureWarning, stacklevel=4)
 
 
 def report(trainer: pl.Trainer, values: Mapping[str, float], progress_bar: Sequence[str] = ()) -> None:

@@ -1,7 +1,7 @@
 """Which distribution the loss belongs to, and which positions count: read off the batch, checked by the loss."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -109,7 +109,7 @@ def tensors(batch: Any) -> list[Tensor]:
 def _walk(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from _walk(item)
     elif isinstance(value, (list, tuple)):

@@ -191,7 +191,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
         """Measure one step and write what it gave."""
         result = self._measurement.measure(trainer, window, failure, self._fail)
-        lr = window.update.lr if window is not None else math.nan
+        lr = result.lr
         logged = self._curvatures(result, lr)
         logged |= {
             "two_over_lr": 2.0 / lr if lr else math.inf,

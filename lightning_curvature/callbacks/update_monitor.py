@@ -236,7 +236,7 @@ class UpdateMonitor(pl.Callback):
         self._failure = error
 
     def _fail(self, error: Exception) -> None:
-        """Handle a failed probe as ``on_error`` says."""
-        if self.on_error == "raise":
+        """Handle a failed measurement as ``on_error`` says."""
+        if self.on_error == "raise" or isinstance(error, MisconfigurationException):
             raise error
-        warn(f"{type(self).__name__} logs NaN: {type(error).__name__}: {error}")
+        warn(f"{type(self).__name__} logs NaN: {type(error).__name__}: {error}", any_rank=True)
