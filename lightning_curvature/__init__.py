@@ -1,6 +1,7 @@
-"""Loss curvature along the optimizer's true steps, for PyTorch Lightning."""
+"""Loss curvature along the steps an optimizer really takes, as Lightning callbacks and torchmetrics metrics."""
 
 from lightning_curvature.callbacks import DirectionalCurvatureMonitor
 from lightning_curvature.reporting import CurvatureWarning
+from lightning_curvature.update import ParameterUpdate
 
-__all__ = ["CurvatureWarning", "DirectionalCurvatureMonitor"]
+__all__ = ["CurvatureWarning", "DirectionalCurvatureMonitor", "ParameterUpdate"]

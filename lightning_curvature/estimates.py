@@ -22,14 +22,16 @@ _DIFFERENCE_TRUNCATION = 4.0
 # That of the symmetric KL in the same units, ε²⟨z‴,z′⟩/(3|z′|²) against ε²|z″|²/(4|z′|²): measured between 1 and 12,
 # the more the further activations saturate. Where the outputs move so far that the softmax's own fourth order counts,
 # networks saturate too: a quarter of that share is added. ε is chosen by the sum; the reported error takes it twice.
-_SYMMETRIC_TRUNCATION, _SATURATION, _CAUTION = 3.0, 0.25, 2.0
+_SYMMETRIC_TRUNCATION, _SATURATION = 3.0, 0.25
 # The sum over positions is carried by P/10 of them or more.
 _CONCENTRATION = 10.0
 # The network's share in that of the one-sided KL, in units of |δ|/|z|.
 _ONE_SIDED_TRUNCATION = 0.5
-# Without outputs: the slope's truncation r = εφ‴/(6q) is known from the gradient; with φ⁗ ~ φ‴²/q the second
-# difference has 3r².
+# The slope's truncation r = εφ‴/(6q) is known from the gradient; with φ⁗ ~ φ‴²/q the second difference has 3r².
 _SLOPE_TRUNCATION = 3.0
+
+# The pair's slope and gᵀd may differ by this share of the slope: across the kinks of a ReLU network they did by 30 %.
+_SLOPE_DISAGREEMENT = 0.5
 
 # The error of gᵀd as a share of its bound (see _with_slope). Measured in bf16: 0.2 to 0.3, one time in ten 1.
 _SLOPE_SHARE = 0.5
@@ -61,14 +63,19 @@ def finite_difference_estimate(values: dict[str, float], epsilon: float, roundin
     if size == 0.0 or not math.isfinite(second):
         return _lost(overflow=size != 0.0)
     noise = math.sqrt(6.0) * rounding.loss_deviation(values) / size
-    if "signal" in values:
-        network = _DIFFERENCE_TRUNCATION * _excess(values, rounding) * max(values["signal"], size) / size
-        truncation = network + abs(values["fourth"]) / (12.0 * size)
-    else:
-        ratio = abs((values["loss_plus"] - values["loss_minus"]) / 2.0 - epsilon * values["descent"]) / size
+    slope = (values["loss_plus"] - values["loss_minus"]) / 2.0
+    if "signal" not in values:
+        ratio = abs(slope - epsilon * values["descent"]) / size
         # In half precision the slope's rounding hides what its truncation may be.
-        truncation = ratio if rounding.half else _SLOPE_TRUNCATION * ratio**2
-    return _known(second / epsilon**2, ErrorModel(noise, truncation), _CAUTION if rounding.half else 1.0)
+        return _known(second / epsilon**2, ErrorModel(noise, ratio if rounding.half else _SLOPE_TRUNCATION * ratio**2))
+    network = _DIFFERENCE_TRUNCATION * _excess(values, rounding) * max(values["signal"], size) / size
+    model = ErrorModel(noise, network + abs(values["fourth"]) / (12.0 * size))
+    if rounding.half:
+        return _known(second / epsilon**2, model, doubt=model.truncation)
+    # Kinks of the loss (ReLU, max pooling) between the ends: no ε is small enough, and no output shows them. But they
+    # add to the slope as much as to the second difference, and more than a smooth third order would.
+    bent = max(abs(slope - epsilon * values["descent"] - values["third"] / 6.0) / size - noise, 0.0)
+    return _known(second / epsilon**2, model, doubt=min(_SLOPE_TRUNCATION * bent**2, bent))
 
 
 def symmetric_kl_estimate(values: dict[str, float], epsilon: float, rounding: Rounding) -> Estimate:
@@ -81,7 +88,7 @@ def symmetric_kl_estimate(values: dict[str, float], epsilon: float, rounding: Ro
     truncation += _SATURATION * abs(values["fourth"]) / (12.0 * signal)
     crossed = math.sqrt(2.0 * variance / signal * _CONCENTRATION / max(values["positions"], _CONCENTRATION))
     model = ErrorModel(0.5 * variance / signal, truncation, 2, _KL_WEIGHT[rounding.half], crossed)
-    return _known(signal / epsilon**2, model, _CAUTION)
+    return _known(signal / epsilon**2, model, doubt=truncation)
 
 
 def one_sided_kl_estimate(values: dict[str, float], epsilon: float, rounding: Rounding) -> Estimate:
@@ -114,10 +121,10 @@ def _excess(values: dict[str, float], rounding: Rounding) -> float:
     return max(values["defect"] - 1.5 * rounding.outputs_variance(values), 0.0) / values["signal"]
 
 
-def _known(quadratic: float, model: ErrorModel, caution: float = 1.0) -> Estimate:
-    """Estimate whose reported error takes the truncation ``caution`` times; ε is chosen by the likelier value."""
+def _known(quadratic: float, model: ErrorModel, doubt: float = 0.0) -> Estimate:
+    """Estimate whose reported error is that of the model and ``doubt``, which has no say in the choice of ε."""
     lost = not model.noise + model.crossed <= NOISE_LIMIT
-    return Estimate(math.nan if lost else quadratic, model.total() + (caution - 1.0) * model.truncation, model)
+    return Estimate(math.nan if lost else quadratic, model.total() + doubt, model)
 
 
 def _lost(overflow: bool) -> Estimate:
@@ -170,10 +177,10 @@ def _with_slope(one: Estimate, values: dict[str, float], rounding: Rounding) -> 
         bound = math.sqrt(abs(one.quadratic) * rounding.unit**2 * values["noise_gain"])
         slope = _SLOPE_SHARE * bound / values["descent"]
     error = one.error + slope
-    noise = one.model.noise + one.model.crossed if one.model is not None else 0.0
-    # In half precision rounding and truncation are of one size and sit in the same numbers: their sum decides, and
-    # rounding by itself may come out at twice its deviation.
-    lost = rounding.half and not (error <= NOISE_LIMIT and noise <= NOISE_LIMIT / 2.0)
+    noise = one.model.noise if one.model is not None else 0.0
+    # In half precision rounding and truncation are of one size and sit in the same numbers: their sum decides, rounding
+    # at twice its deviation.
+    lost = rounding.half and not error + noise <= NOISE_LIMIT
     # A lost value never comes with an error that looks as if it could be had.
     return Estimate(math.nan if lost else one.quadratic, max(error, NOISE_LIMIT) if lost else error, one.model)
 
@@ -198,7 +205,7 @@ def loss_descent(
     # _SLOPE_TRUNCATION.
     rounded = 3.0 * rounding.loss_deviation(values)
     bent = abs(values.get("third", 0.0)) / 6.0 + 2.0 * epsilon**2 * abs(pair.quadratic) * math.sqrt(pair.error)
-    if abs(slope - kept) > (rounded + bent) / epsilon + 0.05 * abs(slope):
+    if abs(slope - kept) > (rounded + bent) / epsilon + _SLOPE_DISAGREEMENT * abs(slope):
         return slope, False
     return kept, True
 

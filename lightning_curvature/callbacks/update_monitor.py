@@ -26,7 +26,8 @@ class UpdateMonitor(pl.Callback):
     """Base of the monitors that measure along the true update.
 
     On a measured optimizer step it records the calls of ``training_step`` that make the step, keeps the gradients as
-    they are after ``backward`` (before clipping, and before other callbacks' ``on_before_optimizer_step``), θ_t and η
+    they are after ``backward`` (before clipping, before other callbacks' ``on_before_optimizer_step``, and before the
+    ``on_after_backward`` of callbacks that stand after it in the Trainer's list), θ_t and η
     as of ``on_before_optimizer_step``, and calls :meth:`measure` in ``on_train_batch_end``. On other steps its hooks
     compare two integers.
 

@@ -15,11 +15,11 @@ from tests.oracles.along_step import DIFFERENCE, EXACT, check, monitors, norm_of
 from tests.runs import Batch, Classifier, Outcome, classification, mlp, run
 
 
-def spoil(pl_module: pl.LightningModule) -> None:
+def spoil(pl_module: pl.LightningModule, factor: float = 0.5) -> None:
     """Turn the gradients into something else of the same size, in place."""
     for p in pl_module.parameters():
         assert p.grad is not None
-        p.grad.mul_(0.5).add_(p.detach(), alpha=0.3)
+        p.grad.mul_(factor).add_(p.detach(), alpha=0.3)
 
 
 class BeforeStep(pl.Callback):
@@ -28,8 +28,11 @@ class BeforeStep(pl.Callback):
 
 
 class AfterBackward(pl.Callback):
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        spoil(pl_module)
+        spoil(pl_module, self.factor)
 
 
 def sgd() -> Classifier:
@@ -58,10 +61,14 @@ def test_a_module_that_changes_its_gradients_itself() -> None:
     check(run(module, classification(3), *monitors()), steps=3)
 
 
-def test_gradients_changed_right_after_backward_are_seen_through() -> None:
-    """No hook comes before that: the symmetric pair of losses tells that the gradient is another, and replaces it."""
+def test_gradients_changed_right_after_backward_by_a_later_callback() -> None:
+    check(run(sgd(), classification(3), *monitors(), AfterBackward()), steps=3)
+
+
+def test_gradients_changed_grossly_before_the_monitor_are_seen_through() -> None:
+    """The symmetric pair of losses tells that the gradient is another, and replaces it."""
     with pytest.warns(CurvatureWarning, match="gradient after backward is not that of the loss"):
-        outcome = run(sgd(), classification(4), AfterBackward(), *monitors())
+        outcome = run(sgd(), classification(4), AfterBackward(factor=3.0), *monitors())
     for index, (exact, pair, step) in enumerate(
         zip(rows_of(outcome), rows_of(outcome, "pair"), outcome.steps, strict=True)
     ):
