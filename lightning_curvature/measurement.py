@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_curvature import probes
 from lightning_curvature.estimates import Estimate, estimate, loss_descent, next_epsilon
-from lightning_curvature.objective import OUTPUTS_REMEDY
+from lightning_curvature.evaluation import OUTPUTS_REMEDY
+from lightning_curvature.line_search import CriticalStep, critical_step
 from lightning_curvature.parallel import mean_of_scalars
-from lightning_curvature.probes import CriticalStep, Window
+from lightning_curvature.probes import Window
 from lightning_curvature.reporting import warn
 from lightning_curvature.rounding import Rounding, coarse_products, first_distance
 from lightning_curvature.targets import OutputModel, identify
@@ -265,7 +266,7 @@ class DirectionalMeasurement:
         return values | (probes.rounding_statistics(window) if self._model is not None else {})
 
     def _search(self, loss_at: Callable[[float], float], base_loss: float) -> CriticalStep:
-        found = probes.critical_step(loss_at, base_loss, self._critical_start, self.critical_max_forwards)
+        found = critical_step(loss_at, base_loss, self._critical_start, self.critical_max_forwards)
         if math.isfinite(found.factor):
             self._critical_start = found.factor
         if found.capped:

@@ -12,32 +12,14 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_curvature.evaluation import Evaluation, find_outputs, read_result
 from lightning_curvature.isolation import muted, patched
 from lightning_curvature.manual import BackwardLog, inert_optimization, recording_backward
 from lightning_curvature.module_state import Bystanders, ModuleState, RandomState
+from lightning_curvature.step_wrapper import recorded_through
 from lightning_curvature.targets import tensors
 
 ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
-
-OUTPUTS_REMEDY = (
-    "return them from training_step as {'loss': …, 'outputs': …}, compute them by calling self(…) exactly once, or "
-    "name the submodule that makes them, outputs='head'"
-)
-
-
-@dataclass
-class Evaluation:
-    """Loss and, where they can be had, outputs of one batch.
-
-    Attributes:
-        loss: scalar mean loss.
-        outputs: outputs of shape (B, …), or None.
-        mask: weight of each position, or None.
-    """
-
-    loss: Tensor
-    outputs: Tensor | None = None
-    mask: Tensor | None = None
 
 
 @dataclass
@@ -128,7 +110,7 @@ class StepObjective:
             _attempt(on_error, lambda: self._finish(record, result, seen))
             return result
 
-        with _recorded_through(self.module, record_call) as self._step:
+        with recorded_through(self.module, record_call) as self._step:
             yield
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
@@ -163,14 +145,14 @@ class StepObjective:
             if result is None:
                 self.records.remove(record)
                 return
-            record.base = _evaluation(result, seen)
+            record.base = read_result(result, seen)
             if not record.base.loss.requires_grad:
                 raise ValueError(
                     "training_step must return a loss that requires grad, got a constant: leave no_grad and detach "
                     "out of it."
                 )
         else:
-            record.base = Evaluation(torch.full((), torch.nan, device=self.device), _find_outputs(result, seen))
+            record.base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
         # The graph must not outlive the step.
         record.base.loss = record.base.loss.detach()
         if record.base.outputs is not None:
@@ -197,15 +179,15 @@ class StepObjective:
         args, kwargs = record.fresh_arguments()
         with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
             if self.function is not None:
-                return _evaluation(self.function(self.module, args[0] if args else next(iter(kwargs.values()))), [])
+                return read_result(self.function(self.module, args[0] if args else next(iter(kwargs.values()))), [])
             seen = stack.enter_context(self._watching_outputs())
             log = BackwardLog()
             # Also in automatic optimization: a step may reach for its optimizer or step a scheduler.
             stack.enter_context(inert_optimization(self.module, log))
             if self.module.automatic_optimization:
-                return _evaluation(self._step(*args, **kwargs), seen)
+                return read_result(self._step(*args, **kwargs), seen)
             result = self._step(*args, **kwargs)
-            return Evaluation(log.loss(segment), _find_outputs(result, seen))
+            return Evaluation(log.loss(segment), find_outputs(result, seen))
 
     @contextlib.contextmanager
     def _watching_outputs(self) -> Generator[list[Any], None, None]:
@@ -247,53 +229,6 @@ class PureStep(nn.Module):
         return result.loss, result.outputs
 
 
-class _SharedWrapper:
-    """The one wrapper of a module's ``training_step`` through which all monitors record it.
-
-    Wrappers around wrappers would come off in the wrong order (monitors end a batch in the order in which they began
-    it) and pile up; and Lightning, which reads the step's arguments through one wrapper only, would hand ``batch_idx``
-    to a step that takes none.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.step: Callable[..., Any] = module.training_step
-        self.recorders: list[Callable[..., Any]] = []
-        self._patch = contextlib.ExitStack()
-
-        @functools.wraps(self.step)
-        def recorded_step(*args: Any, **kwargs: Any) -> Any:
-            # Off before the step begins: who copies or pickles the module from here on finds it as it was.
-            self.take_off()
-            step = self.step
-            for recorder in self.recorders:
-                step = functools.partial(recorder, step)
-            return step(*args, **kwargs)
-
-        self._patch.enter_context(patched(module, training_step=recorded_step))
-
-    def take_off(self) -> None:
-        """Put back what was there."""
-        self._patch.close()
-
-
-_wrappers: dict[int, _SharedWrapper] = {}  # by id of the module; an entry lives as long as a recording
-
-
-@contextlib.contextmanager
-def _recorded_through(
-    module: pl.LightningModule, recorder: Callable[..., Any]
-) -> Generator[Callable[..., Any], None, None]:
-    """Send calls of ``training_step`` through ``recorder(step, *args)`` inside the block, which receives the step."""
-    wrapper = _wrappers.get(id(module)) or _wrappers.setdefault(id(module), _SharedWrapper(module))
-    wrapper.recorders.append(recorder)
-    try:
-        yield wrapper.step
-    finally:
-        wrapper.recorders.remove(recorder)
-        if not wrapper.recorders:
-            _wrappers.pop(id(module)).take_off()
-
-
 def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
     try:
         return action()
@@ -320,33 +255,3 @@ def _forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type):
         types.add(torch.get_autocast_dtype(device.type))
     return max(types or {torch.float32}, key=lambda t: torch.finfo(t).eps)
-
-
-def _evaluation(result: Any, seen: list[Any]) -> Evaluation:
-    """Read what a step, or the user's objective, returned."""
-    loss = result.get("loss") if isinstance(result, dict) else result
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"the step must return a loss tensor or a dict with 'loss', got {type(loss).__name__}: return the loss, "
-            "or give objective=."
-        )
-    if loss.numel() != 1:
-        raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean().")
-    mask = result.get("mask") if isinstance(result, dict) else None
-    return Evaluation(loss.reshape(()), _find_outputs(result, seen), mask)
-
-
-def _find_outputs(result: Any, seen: list[Any]) -> Tensor | None:
-    """Outputs from the returned dict, else from the one forward that was seen."""
-    if isinstance(result, dict):
-        for key in ("outputs", "logits"):
-            if isinstance(result.get(key), Tensor):
-                return result[key]
-    if len(seen) != 1:
-        return None
-    output = seen[0]
-    if isinstance(output, dict):
-        output = output.get("logits", output.get("outputs"))
-    elif not isinstance(output, Tensor):
-        output = getattr(output, "logits", None)
-    return output if isinstance(output, Tensor) and output.is_floating_point() else None
