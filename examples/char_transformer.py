@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from curves import CurveLogger
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -157,7 +157,7 @@ class CharTransformer(pl.LightningModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with two parameter groups of one learning rate, and a schedule that moves at every step."""
         decayed = [p for p in self.parameters() if p.dim() >= 2]
         others = [p for p in self.parameters() if p.dim() < 2]

@@ -24,6 +24,7 @@ _SERIES_TERMS = {torch.float32: 6, torch.float64: 10}
 # Above this x the summand p·(eˣ − 1 − x) is taken as e^(log p + x) − p·(1 + x): eˣ alone overflows where the sum need
 # not (p may be 0 in the type), and from here on the subtraction costs no digit.
 _EXPONENT_LIMIT = 10.0
+_LARGEST_SUM = 1e30
 
 
 class DivergenceStatistics(NamedTuple):
@@ -136,8 +137,8 @@ def _categorical_divergence(z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         x > _EXPONENT_LIMIT, exponent.exp() - p * (1.0 + x), p * exponential_remainder(x.clamp_max(_EXPONENT_LIMIT))
     )
     total = terms.sum(-1)
-    # Where even the sum overflows its logarithm, log E[eˣ], is taken term by term.
-    return torch.where(total.isfinite(), torch.log1p(total), exponent.logsumexp(-1)), variance
+    # Where even the sum overflows its logarithm, log E[eˣ], is taken term by term; some log1p overflow before that.
+    return torch.where(total < _LARGEST_SUM, torch.log1p(total), exponent.logsumexp(-1)), variance
 
 
 def _weighted(weights: Tensor, rows: Tensor) -> Tensor:

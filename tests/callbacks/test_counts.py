@@ -108,17 +108,17 @@ def test_hvp_is_one_forward_and_two_backwards() -> None:
 
 
 def test_critical_makes_the_forwards_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_curvature import probes
+    from lightning_curvature import measurement
 
     said: list[int] = []
-    search = probes.critical_step
+    search = measurement.critical_step
 
-    def noted(*args: Any, **kwargs: Any) -> probes.CriticalStep:
+    def noted(*args: Any, **kwargs: Any) -> measurement.CriticalStep:
         found = search(*args, **kwargs)
         said.append(found.forwards)
         return found
 
-    monkeypatch.setattr(probes, "critical_step", noted)
+    monkeypatch.setattr(measurement, "critical_step", noted)
     counter = counted(("critical",))
     extra = [counter.forwards[step] - 1 for step in MEASURED]
     assert said == extra
