@@ -1,7 +1,7 @@
 """The true update of an optimizer step: d = θ_t − θ_{t+1}, its learning rate, its dot product with the gradient."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -93,14 +93,18 @@ class ParameterUpdate:
         """Take θ_{t+1} from the parameters as they are now."""
         if self._gradients is None:
             raise RuntimeError("complete() must be called once, got a second call: create one update for each step.")
-        afters = [local(p).detach() for p in self.parameters]
-        shards = [shard_count(p) for p in self.parameters]
-        self._moments = _moments(self._gradients, self._before, afters, shards)
-        for index, (gradient, after) in enumerate(zip(self._gradients, afters, strict=True)):
+        rows: list[Tensor] = []
+        for index, (p, before, gradient) in enumerate(zip(self.parameters, self._before, self._gradients, strict=True)):
+            after = local(p).detach()
+            rows.append(_moments(gradient, before, after))
             if gradient.dtype == after.dtype and gradient.shape == after.shape:
                 gradient.copy_(after)
             else:
                 self._gradients[index] = after.clone()
+        # One device for all: a model may be laid out over several.
+        device = rows[0].device
+        shards = torch.tensor([shard_count(p) for p in self.parameters], dtype=torch.float64, device=device)
+        self._moments = shards @ torch.stack([row.to(device, torch.float64) for row in rows])
         self._after, self._gradients = self._gradients, None
 
     @property
@@ -171,34 +175,14 @@ def dense_copy(gradient: Tensor | None) -> Tensor:
     return part.to_dense() if part.is_sparse else part.clone()
 
 
-def _moments(gradients: list[Tensor], before: list[Tensor], after: list[Tensor], shards: list[int]) -> Tensor:
-    """Σ g d and Σ d² in float64: dot products of pieces in float32 or wider, their weighted sum in float64."""
-    size = _PIECE if before[0].device.type == "cpu" else _ACCELERATOR_PIECE
-    dots, weights = [], []
-    for indices in _groups([t.numel() for t in before], shards, size):
-        g, a, b = (_joined([ts[i] for i in indices]) for ts in (gradients, before, after))
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        for gradient, start, end in zip(g.split(size), a.split(size), b.split(size), strict=True):
-            d = (start - end).to(dtype)
-            dots += [torch.dot(gradient.to(dtype), d), torch.dot(d, d)]
-            weights.append(float(shards[indices[0]]))
-    # One device for all: a model may be laid out over several.
-    total = torch.stack([dot.double().to(dots[0].device) for dot in dots]).view(-1, 2)
-    return (total * total.new_tensor(weights)[:, None]).sum(0)
-
-
-def _groups(sizes: list[int], shards: list[int], limit: int) -> Iterator[list[int]]:
-    """Indices of consecutive small tensors, to be worked on together, and of single large ones."""
-    group: list[int] = []
-    for index, size in enumerate(sizes):
-        if group and (sum(sizes[i] for i in group) + size > limit or shards[group[0]] != shards[index]):
-            yield group
-            group = []
-        group.append(index)
-    yield group
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    flat = [t.reshape(-1) for t in tensors]
-    same = len({(t.dtype, t.device) for t in flat}) == 1
-    return flat[0] if len(flat) == 1 else torch.cat(flat if same else [t.to(flat[0].device) for t in flat])
+def _moments(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Σ g d and Σ d²: dot products of pieces in float32 or wider, their sum in float64."""
+    size = _PIECE if before.device.type == "cpu" else _ACCELERATOR_PIECE
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    dots = []
+    for g, a, b in zip(*(t.reshape(-1).split(size) for t in (gradient, before, after)), strict=True):
+        d = (a - b).to(dtype)
+        dots += [torch.dot(g.to(dtype), d), torch.dot(d, d)]
+    if len(dots) == 2:
+        return torch.stack(dots)
+    return torch.stack(dots).double().view(-1, 2).sum(0)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,3 +96,7 @@ def main(rank: int, folder: Path, collective_seconds: int, module: str, jobs: Se
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+
+
+# FSDP2 runs on CPUs since their streams have events; before that only accelerators could.
+needs_fsdp2 = pytest.mark.skipif(not hasattr(torch.cpu.Stream(), "record_event"), reason="torch without FSDP2 on CPUs")

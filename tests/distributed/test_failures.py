@@ -10,7 +10,9 @@ import pytest
 from tests.distributed import failing_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch
+from tests.distributed.launch import Launch, needs_fsdp2
+
+pytestmark = needs_fsdp2
 
 Results = dict[str, list[Outcome]]
 

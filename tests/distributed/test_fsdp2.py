@@ -11,7 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from tests.distributed import fsdp2_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
 from tests.distributed.compare import assert_same_state, assert_same_values
-from tests.distributed.launch import Launch
+from tests.distributed.launch import Launch, needs_fsdp2
+
+pytestmark = needs_fsdp2
 
 Results = dict[str, list[Outcome]]
 
