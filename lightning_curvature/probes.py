@@ -5,6 +5,8 @@ number of the job; nothing here communicates, except where the line search has t
 """
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
@@ -229,8 +231,17 @@ def _hessian(window: Window, direction: list[Tensor]) -> Values:
     return {"hvp_descent": window._total(descents), "hvp_quadratic": window._total(quadratics)}
 
 
+@functools.cache
+def _load_forward_mode() -> None:
+    """Let torch load its forward-mode formulas, which newer versions do in a way that they warn users about."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
 def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
     assert window.model is not None
+    _load_forward_mode()
     model = window.model
     step = PureStep(window.objective)
     tangents = {id(p): d for p, d in zip(window.update.parameters, direction, strict=True)}
