@@ -33,6 +33,9 @@ _SLOPE_TRUNCATION = 3.0
 # The pair's slope and gᵀd may differ by this share of the slope: across the kinks of a ReLU network they did by 30 %.
 _SLOPE_DISAGREEMENT = 0.5
 
+# That of a pair that may be asked.
+_WELL_BEHAVED = 0.3
+
 # The error of gᵀd as a share of its bound (see _with_slope). Measured in bf16: 0.2 to 0.3, one time in ten 1.
 _SLOPE_SHARE = 0.5
 
@@ -65,7 +68,7 @@ def finite_difference_estimate(values: dict[str, float], epsilon: float, roundin
     noise = math.sqrt(6.0) * rounding.loss_deviation(values) / size
     slope = (values["loss_plus"] - values["loss_minus"]) / 2.0
     if "signal" not in values:
-        ratio = abs(slope - epsilon * values["descent"]) / size
+        ratio = rounding.beyond_offset(abs(slope - epsilon * values["descent"]), abs(slope)) / size
         # In half precision the slope's rounding hides what its truncation may be.
         return _known(second / epsilon**2, ErrorModel(noise, ratio if rounding.half else _SLOPE_TRUNCATION * ratio**2))
     network = _DIFFERENCE_TRUNCATION * _excess(values, rounding) * max(values["signal"], size) / size
@@ -74,7 +77,8 @@ def finite_difference_estimate(values: dict[str, float], epsilon: float, roundin
         return _known(second / epsilon**2, model, doubt=model.truncation)
     # Kinks of the loss (ReLU, max pooling) between the ends: no ε is small enough, and no output shows them. But they
     # add to the slope as much as to the second difference, and more than a smooth third order would.
-    bent = max(abs(slope - epsilon * values["descent"] - values["third"] / 6.0) / size - noise, 0.0)
+    bent = abs(slope - epsilon * values["descent"] - values["third"] / 6.0)
+    bent = max(rounding.beyond_offset(bent, abs(slope)) / size - noise, 0.0)
     return _known(second / epsilon**2, model, doubt=min(_SLOPE_TRUNCATION * bent**2, bent))
 
 
@@ -99,10 +103,10 @@ def one_sided_kl_estimate(values: dict[str, float], epsilon: float, rounding: Ro
     variance = rounding.outputs_variance(values)
     noise = 2.0 * variance / signal
     crossed = math.sqrt(8.0 * variance / signal * _CONCENTRATION / max(values["positions"], _CONCENTRATION))
-    # The network bends on the scale of the outputs themselves, √(signal/noise gain) = |δ|/|z|; the softmax's own bend,
+    # The network bends on the scale of the outputs themselves, √(signal/spread gain) = |δ|/|z|; the softmax's own bend,
     # none for a Gaussian, is known.
     truncation = (
-        _ONE_SIDED_TRUNCATION * math.sqrt(signal / values["noise_gain"]) if values["noise_gain"] > 0 else math.inf
+        _ONE_SIDED_TRUNCATION * math.sqrt(signal / values["spread_gain"]) if values["spread_gain"] > 0 else math.inf
     )
     truncation += values["departure"] / signal
     found = _known(signal / epsilon**2, ErrorModel(noise, truncation, 1, _KL_WEIGHT[rounding.half], crossed))
@@ -152,6 +156,8 @@ def estimate(
     found: dict[str, Estimate] = {}
     if "signal" in values:
         rounding.learn(values, distance)
+    if "loss_plus" in values:
+        rounding.learn_offset(values, epsilon, distance)
     if "kl" in wanted and "signal" in values:
         found["kl"] = symmetric_kl_estimate(values, epsilon, rounding)
     elif "kl" in wanted:
@@ -198,8 +204,10 @@ def loss_descent(
             return values[exact], True
     kept = values["descent"]
     pair = estimates.get("finite_difference")
-    if pair is None or not math.isfinite(pair.quadratic):
+    if pair is None or pair.model is None or not math.isfinite(pair.quadratic):
         return kept, True
+    if pair.model.total() > _WELL_BEHAVED:
+        return kept, True  # the pair left the range in which its slope could tell
     slope = (values["loss_plus"] - values["loss_minus"]) / (2.0 * epsilon)
     # The slope's own error: rounding, and the third order: the softmax's share is known, the network's estimated as in
     # _SLOPE_TRUNCATION.

@@ -26,8 +26,8 @@ class Evaluation:
     mask: Tensor | None = None
 
 
-def read_result(result: Any, seen: list[Any]) -> Evaluation:
-    """Read what a step, or the user's objective, returned."""
+def read_result(result: Any, seen: list[Any], objective: bool = False) -> Evaluation:
+    """Read what a step, or the user's objective, returned; only the latter's "mask" means weights of positions."""
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor):
         raise ValueError(
@@ -36,12 +36,12 @@ def read_result(result: Any, seen: list[Any]) -> Evaluation:
         )
     if loss.numel() != 1:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean().")
-    mask = result.get("mask") if isinstance(result, dict) else None
+    mask = result.get("mask") if objective and isinstance(result, dict) else None
     return Evaluation(loss.reshape(()), find_outputs(result, seen), mask)
 
 
 def find_outputs(result: Any, seen: list[Any]) -> Tensor | None:
-    """Outputs from the returned dict, else from the one forward that was seen."""
+    """Outputs from the returned dict, else from the one forward that was seen (of a tuple the first)."""
     if isinstance(result, dict):
         for key in ("outputs", "logits"):
             if isinstance(result.get(key), Tensor):
@@ -51,6 +51,8 @@ def find_outputs(result: Any, seen: list[Any]) -> Tensor | None:
     output = seen[0]
     if isinstance(output, dict):
         output = output.get("logits", output.get("outputs"))
+    elif isinstance(output, (tuple, list)):
+        output = output[0] if output else None
     elif not isinstance(output, Tensor):
         output = getattr(output, "logits", None)
     return output if isinstance(output, Tensor) and output.is_floating_point() else None

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +15,43 @@ from lightning_curvature.module_state import ModuleState, RandomState
 
 def _silent(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log``, ``log_dict``, ``print`` and ``save_checkpoint`` while a step is repeated."""
+
+
+class _Inert:
+    """An optimizer or scheduler that may be read but does nothing."""
+
+    def __init__(self, real: Any, on_step: Callable[[], None] | None) -> None:
+        self._real = real
+        self._on_step = on_step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    @property
+    def optimizer(self) -> "_Inert":
+        """What Lightning's wrapper hands out: the optimizer itself, as inert as the wrapper."""
+        return _Inert(self._real.optimizer, self._on_step)
+
+    def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> None:
+        # By position or by name; a scheduler may be given an epoch or a metric here.
+        if callable(closure):
+            closure()
+        if self._on_step is not None:
+            self._on_step()
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def toggle_model(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
+        yield
+
+
+def inert(real: Any, on_step: Callable[[], None] | None) -> Any:
+    """An optimizer or scheduler, or a list of them, of which nothing is stepped; ``on_step`` hears of the attempts."""
+    if isinstance(real, list):
+        return [_Inert(one, on_step) for one in real]
+    return None if real is None else _Inert(real, on_step)
 
 
 class ReplayTrainer:
@@ -31,6 +68,7 @@ class ReplayTrainer:
         self.loggers = [DummyLogger() for _ in trainer.loggers]
         self.logger = self.loggers[0] if self.loggers else None
         self.save_checkpoint = _silent
+        self.optimizers = inert(list(trainer.optimizers), None)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)

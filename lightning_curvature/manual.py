@@ -1,13 +1,13 @@
 """Manual optimization: the loss is what training_step hands to ``manual_backward`` between two optimizer steps."""
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_curvature.isolation import patched
+from lightning_curvature.isolation import inert, patched
 
 
 class BackwardLog:
@@ -42,37 +42,6 @@ class BackwardLog:
         return total
 
 
-class _Inert:
-    """An optimizer or scheduler that may be read but does nothing."""
-
-    def __init__(self, real: Any, on_step: Callable[[], None] | None) -> None:
-        self._real = real
-        self._on_step = on_step
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> None:
-        # By position or by name; a scheduler may be given an epoch or a metric here.
-        if callable(closure):
-            closure()
-        if self._on_step is not None:
-            self._on_step()
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    @contextlib.contextmanager
-    def toggle_model(self, *args: Any, **kwargs: Any) -> Generator[None, None, None]:
-        yield
-
-
-def _inert(real: Any, on_step: Callable[[], None] | None) -> Any:
-    if isinstance(real, list):
-        return [_Inert(one, on_step) for one in real]
-    return None if real is None else _Inert(real, on_step)
-
-
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
@@ -101,8 +70,8 @@ def inert_optimization(module: pl.LightningModule, log: BackwardLog) -> Generato
     with patched(
         module,
         manual_backward=manual_backward,
-        optimizers=lambda *args, **kwargs: _inert(optimizers(*args, **kwargs), log.close),
-        lr_schedulers=lambda *args, **kwargs: _inert(schedulers(*args, **kwargs), None),
+        optimizers=lambda *args, **kwargs: inert(optimizers(*args, **kwargs), log.close),
+        lr_schedulers=lambda *args, **kwargs: inert(schedulers(*args, **kwargs), None),
         clip_gradients=_nothing,
         toggle_optimizer=_nothing,
         untoggle_optimizer=_nothing,

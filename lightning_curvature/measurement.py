@@ -18,8 +18,8 @@ from lightning_curvature.line_search import CriticalStep, critical_step
 from lightning_curvature.parallel import mean_of_scalars
 from lightning_curvature.probes import Window
 from lightning_curvature.reporting import warn
-from lightning_curvature.rounding import Rounding, coarse_products, first_distance
-from lightning_curvature.targets import OutputModel, identify
+from lightning_curvature.rounding import Rounding, coarse_products, first_epsilon
+from lightning_curvature.targets import OutputModel, confirm, identify
 
 # Estimators that cannot do without outputs, and that know their error better with them.
 _NEEDS_OUTPUTS = ("kl", "gauss_newton")
@@ -91,7 +91,7 @@ class DirectionalMeasurement:
         self.default = default
         # "auto" keeps the distance ε‖d‖ rather than ε: a step may be ten times as long as the one measured before.
         self._distance = math.nan
-        self._learned: tuple[float, list[tuple[float, float]]] = (0.0, [])
+        self._learned: tuple[Any, ...] = ()
         self._critical_start = 1.0
         self.begin()
 
@@ -139,7 +139,7 @@ class DirectionalMeasurement:
             warn("the step did not move the parameters (a skipped fp16 step, or a learning rate of 0): logging NaN.")
             return result
         # Not before all ranks have a model: the distance is remembered, and must be the same on all of them.
-        result.epsilon = self._choose_epsilon(norm, math.sqrt(max(start["squared_size"], 0.0)))
+        result.epsilon = self._choose_epsilon(norm, start)
         local, result.critical = self._probe(trainer, window, result.epsilon, start["loss"], errors.append)
         # A rank that failed must still send as many numbers as the others: all names are known beforehand.
         missing = torch.full((), torch.nan)
@@ -148,8 +148,13 @@ class DirectionalMeasurement:
         if values["failed"] > 0.0:
             _hand_over(errors, fail)
             return replace(result, critical=None)
+        wanted = set(self.active)
+        if values["exact_failed"] > 0.0:
+            _hand_over(errors, fail)
+            wanted -= set(_EXACT)
+            values = {n: v for n, v in values.items() if not n.startswith(tuple(_EXACT.values()))}
         values["positions"] = values.get("positions", math.nan) * trainer.world_size
-        self._conclude(values, result)
+        self._conclude(wanted, values, result)
         return result
 
     def _start(self, window: Window | None, failure: Exception | None, fail: Fail) -> dict[str, Tensor]:
@@ -177,21 +182,18 @@ class DirectionalMeasurement:
             return dict.fromkeys(_START, torch.zeros(())) | {"failed": torch.ones(())}
 
     def _find_model(self, window: Window) -> None:
-        """On the first measured step: which likelihood, which target; which estimators can be had."""
-        if self._rounding is None:
-            record, base = window.records[0], window.base[0]
+        """On the first measured step: which likelihood, which target, which estimators; later: whether that holds."""
+        record, base = window.records[0], window.base[0]
+        if self._rounding is not None:
+            if self._model is not None and base.outputs is not None:
+                self._model = confirm(self._model, base.outputs, record.batch, base.loss, self.likelihood, base.mask)
+        else:
             # The finite difference can do without outputs, but knows its own error better with them.
             if base.outputs is not None and set(_USES_OUTPUTS) & set(self.estimators):
-                self._model = identify(base.outputs, record.batch, base.loss, self.likelihood)
+                self._model = identify(base.outputs, record.batch, base.loss, self.likelihood, base.mask)
             wanted = [name for name in self.estimators if name in _NEEDS_OUTPUTS]
             if wanted and self._model is None:
                 self._go_without_outputs(wanted, found=base.outputs is not None)
-            elif wanted and self._model is not None and not self._model.reproduced:
-                warn(
-                    f"the loss is not the mean {self._model.likelihood} negative log-likelihood of the outputs (label "
-                    f"smoothing, weights or a penalty?): {wanted} leave out what differs. Where that matters, give "
-                    "objective= with 'outputs' and 'mask'."
-                )
             dtype = torch.float32 if self.other_precision else record.forward_dtype
             coarse = coarse_products(window.objective.module, window.objective.device, dtype)
             self._rounding = Rounding(dtype, base.loss.dtype, coarse, *self._learned)
@@ -201,6 +203,13 @@ class DirectionalMeasurement:
                     "makes it symmetric, or give probe_precision='32-true'."
                 )
         window.model = self._model
+        wanted = [name for name in self.active if name in _NEEDS_OUTPUTS]
+        if wanted and self._model is not None and not self._model.reproduced:
+            warn(
+                f"the loss is not the mean {self._model.likelihood} negative log-likelihood of the outputs (label "
+                f"smoothing, weights, an ignored class or a penalty?): {wanted} leave out what differs. Where that "
+                "matters, give objective= with 'outputs' and 'mask'."
+            )
 
     def _go_without_outputs(self, wanted: Sequence[str], found: bool) -> None:
         reason = (
@@ -214,21 +223,22 @@ class DirectionalMeasurement:
         warn(f"{reason}. Going on with 'finite_difference' alone.")
         self.active = ("finite_difference",)
 
-    def _choose_epsilon(self, norm: float, size: float) -> float:
-        """ε of a step of length ``norm`` from parameters of norm ``size``."""
+    def _choose_epsilon(self, norm: float, start: dict[str, float]) -> float:
+        """ε of a step of length ``norm``, the same on every rank."""
         if self.epsilon != "auto":
             return float(self.epsilon)
-        if self._rounding is None or not 0.0 < norm < math.inf:
-            return math.nan
+        assert self._rounding is not None
         if math.isnan(self._distance):
-            self._distance = first_distance(size, self._rounding.dtype, "finite_difference" in self.active)
+            size, dtype = math.sqrt(max(start["squared_size"], 0.0)), self._rounding.dtype
+            symmetric = "finite_difference" in self.active
+            self._distance = norm * first_epsilon(start["loss"], start["descent"], norm, size, dtype, symmetric)
         return self._distance / norm
 
     def _probe(
         self, trainer: pl.Trainer, window: Window, epsilon: float, base_loss: float, fail: Fail
     ) -> tuple[dict[str, Tensor], CriticalStep | None]:
-        """Numbers of this rank; an error of one probe leaves only "failed"."""
-        failed = False
+        """Numbers of this rank; an error leaves "failed", one in the exact products "exact_failed"."""
+        failed = exact_failed = False
         device = trainer.strategy.root_device
 
         def attempt(probe: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -252,9 +262,14 @@ class DirectionalMeasurement:
         if "critical" in self.active:
             with contextlib.suppress(_SearchEndedError):
                 critical = self._search(loss_at, base_loss)
-        if not set(_EXACT).isdisjoint(self.active):
+        if not failed and not set(_EXACT).isdisjoint(self.active):
             values |= attempt(lambda: probes.exact(window, "hvp" in self.active, "gauss_newton" in self.active))
-        return values | {"failed": torch.tensor(float(failed))}, critical
+            # Not every module has these derivatives: what the forwards gave stays.
+            failed, exact_failed = failed and set(_EXACT).issuperset(self.active), failed
+        return values | {
+            "failed": torch.tensor(float(failed)),
+            "exact_failed": torch.tensor(float(exact_failed)),
+        }, critical
 
     def _forwards(self, window: Window, epsilon: float) -> dict[str, Tensor]:
         """Run the estimators with an ε: one pass for KL alone, two with the finite difference."""
@@ -273,16 +288,27 @@ class DirectionalMeasurement:
             warn(f"the search for the critical step stopped at critical_max_forwards={self.critical_max_forwards}.")
         return found
 
-    def _conclude(self, values: dict[str, float], result: Result) -> None:
+    def _judged(self, name: str, one: Estimate) -> Estimate:
+        """Add what the outputs do not explain of the loss, and drop a value of which not even the size is known."""
+        assert self._model is not None
+        error = one.error + (self._model.mismatch if name in _NEEDS_OUTPUTS else 0.0)
+        # With an ε of the user's the value is what was asked for.
+        lost = self.epsilon == "auto" and one.model is not None and not one.model.total() <= 1.0
+        return Estimate(math.nan if lost else one.quadratic, error, one.model)
+
+    def _conclude(self, wanted: Collection[str], values: dict[str, float], result: Result) -> None:
         """Turn the numbers of the job into estimates, and choose the next ε."""
         assert self._rounding is not None
         epsilon, distance = result.epsilon, result.epsilon * result.norm
-        result.estimates = estimate(self.active, values, epsilon, distance, self._rounding)
+        result.estimates = estimate(wanted, values, epsilon, distance, self._rounding)
         result.descent, trusted = loss_descent(values, epsilon, self._rounding, result.estimates)
         if not trusted:
             warn("the gradient after backward is not that of the loss: gᵀd is taken from the loss at θ ± εd.")
         self._distance = result.norm * next_epsilon(epsilon, list(result.estimates.values()))
-        self._learned = (self._rounding.growth, self._rounding.history)
+        if self._model is not None:
+            result.estimates = {name: self._judged(name, one) for name, one in result.estimates.items()}
+        rounding = self._rounding
+        self._learned = (rounding.growth, rounding.history, rounding.offset, rounding.slopes)
 
 
 def _hand_over(errors: list[Exception], fail: Fail) -> None:
@@ -299,13 +325,13 @@ def _hand_over(errors: list[Exception], fail: Fail) -> None:
 
 def _value_names(active: Collection[str], outputs: bool) -> list[str]:
     """Names of all numbers that one measurement brings together, the same on every rank."""
-    names = ["failed"]
+    names = ["failed", "exact_failed"]
     if "finite_difference" in active:
         names += ["loss_plus", "loss_minus"] + (list(probes.PAIR_NAMES) if outputs else [])
     elif "kl" in active:
         names += ["loss_minus", "twice_divergence", "departure"]
     if outputs:
-        names += ["noise_gain", "loss_noise_gain", "positions"]
+        names += ["noise_gain", "spread_gain", "loss_noise_gain", "positions"]
     return names + [
         f"{short}_{part}" for n, short in _EXACT.items() if n in active for part in ("descent", "quadratic")
     ]

@@ -22,7 +22,7 @@ from lightning_curvature.targets import tensors
 ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
 
 
-@dataclass
+@dataclass(eq=False)
 class RecordedBatch:
     """All that is needed to repeat one call of ``training_step``, and what it gave."""
 
@@ -179,7 +179,8 @@ class StepObjective:
         args, kwargs = record.fresh_arguments()
         with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
             if self.function is not None:
-                return read_result(self.function(self.module, args[0] if args else next(iter(kwargs.values()))), [])
+                batch = args[0] if args else next(iter(kwargs.values()))
+                return read_result(self.function(self.module, batch), [], objective=True)
             seen = stack.enter_context(self._watching_outputs())
             log = BackwardLog()
             # Also in automatic optimization: a step may reach for its optimizer or step a scheduler.

@@ -9,12 +9,14 @@ import functools
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.functional import (
@@ -73,7 +75,7 @@ class Window:
         for index, record in enumerate(self.records):
             # In manual optimization every earlier batch of the window ended without a step: segment 0.
             segment = self.segment if index == len(self.records) - 1 else 0
-            with self.precision():
+            with self.precision(), _same_attention(self.objective.module):
                 result = self.objective.evaluate(record, segment)
             yield index, result
 
@@ -149,11 +151,18 @@ def rounding_statistics(window: Window) -> Values:
         components = z.shape[-1] if z.ndim > 1 else 1
         return z.new_tensor(z.numel() // components, dtype=torch.float64) if mask is None else mask.sum().double()
 
+    def spread(index: int, z: Tensor, mask: Tensor | None) -> Tensor:
+        # What all positions have in common says nothing of the scale on which the network bends.
+        rows = z.reshape(-1, z.shape[-1] if z.ndim > 1 else 1)
+        return output_noise_gain(rows - rows.mean(0), likelihood, mask)
+
     assert window.model is not None
     likelihood = window.model.likelihood
+    noise = window.mean_of(lambda i, z, w: output_noise_gain(z, likelihood, w))
     positions = [count(i, window.arranged(e.outputs), window.mask(i)) for i, e in enumerate(window.base)]
     return {
-        "noise_gain": window.mean_of(lambda i, z, w: output_noise_gain(z, likelihood, w)),
+        "noise_gain": noise,
+        "spread_gain": noise if likelihood != "gaussian" else window.mean_of(spread),
         "loss_noise_gain": window.mean_of(loss_gain),
         "positions": torch.stack(positions).sum(),
     }
@@ -204,9 +213,37 @@ def symmetric_pair(window: Window, epsilon: float, with_outputs: bool) -> Values
 
 @contextlib.contextmanager
 def _differentiable() -> Generator[None, None, None]:
-    # Fused attention has no double backward and no forward mode; compiled graphs have no double backward.
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+    """Fused attention has no double backward and no forward mode, compiled graphs and reentrant checkpoints neither."""
+
+    def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    # An inherited classmethod: what is set on the class itself comes off again.
+    CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign, assignment]
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        del CheckpointFunction.apply
+
+
+@contextlib.contextmanager
+def _same_attention(module: nn.Module) -> Generator[None, None, None]:
+    """Keep attention layers in eval mode off their inference path, which the step itself, with gradients, did not take.
+
+    It leaves padded positions at zero: other outputs, not only another rounding.
+    """
+    layers = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    trained = any(
+        isinstance(m, layers) and not m.training and any(p.requires_grad for p in m.parameters())
+        for m in module.modules()
+    )
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(enabled and not trained)
         yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def exact(window: Window, hvp: bool, gauss_newton: bool) -> Values:

@@ -41,6 +41,9 @@ class Rounding:
         coarse: whether matrix products run in TF32.
         growth: κ; above its prior where the defect turned out not to fall with the distance.
         history: distance ε‖d‖ and the bound on κ that the defect gave, of the last measurements.
+        offset: relative difference between the pair's slope and gᵀd that does not fall with the distance: the gradient
+            is not quite that of the loss (another optimizer stepped in between, an objective with draws of its own).
+        slopes: distance and that difference, of the last measurements.
     """
 
     dtype: torch.dtype
@@ -48,6 +51,8 @@ class Rounding:
     coarse: bool = False
     growth: float = 0.0
     history: list[tuple[float, float]] = field(default_factory=list)
+    offset: float = 0.0
+    slopes: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.growth = self.growth or self.prior
@@ -76,7 +81,8 @@ class Rounding:
         """Standard deviation δL of the loss."""
         loss = abs(values["loss"])
         if "loss_noise_gain" not in values:
-            return unit_roundoff(self.dtype, self.coarse) * loss
+            # Many losses are logarithms of numbers near one, rounded at unit scale however small they are.
+            return unit_roundoff(self.dtype, self.coarse) * (loss + 1.0)
         root = math.sqrt(max(values["positions"], 1.0))
         own = unit_roundoff(self.loss_dtype) * (loss + 1.0 / root)
         return own + self.unit * math.sqrt(max(values["loss_noise_gain"], 0.0)) / root
@@ -97,6 +103,20 @@ class Rounding:
         self.growth = max(self.prior, min(self.growth, bound))
         self.history = [*self.history[1 - _HISTORY :], (distance, bound)]
 
+    def learn_offset(self, values: dict[str, float], epsilon: float, distance: float) -> None:
+        """Find what of the difference between slope and gᵀd stays when the distance falls; a third order would not."""
+        slope = (values["loss_plus"] - values["loss_minus"]) / 2.0
+        if slope == 0.0 or not math.isfinite(slope):
+            return
+        difference = abs(slope - epsilon * values["descent"]) / abs(slope)
+        stays = any(distance * _FLOOR_CUT < far and difference * _FLOOR_DROP > old for far, old in self.slopes)
+        self.offset = max(self.offset, difference) if stays else min(self.offset, difference)
+        self.slopes = [*self.slopes[1 - _HISTORY :], (distance, difference)]
+
+    def beyond_offset(self, difference: float, slope: float) -> float:
+        """Difference between slope and gᵀd less what the gradient's own offset explains."""
+        return max(difference - self.offset * slope, 0.0)
+
 
 def coarse_products(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the float32 products of a module run in TF32 on this device."""
@@ -106,10 +126,26 @@ def coarse_products(module: torch.nn.Module, device: torch.device, dtype: torch.
     return torch.backends.cuda.matmul.allow_tf32 or (convolutions and torch.backends.cudnn.allow_tf32)
 
 
-def first_distance(size: float, dtype: torch.dtype, symmetric: bool) -> float:
-    """Distance ε‖d‖ of the first probe, in the units of ‖θ‖ = ``size``.
+# Of the step whose distance is chosen first: a curvature of a twentieth of the edge, and a network that bends at a
+# tenth of the size of its parameters. Off by ten either way they move the first ε by a factor of two to three.
+_FIRST_RATIO, _FIRST_REACH = 0.1, 0.1
 
-    With everything else of size one the second difference has truncation ε² and rounding u/ε², least together at
-    u^¼‖θ‖: 1e-4, 0.016 and 0.2 of ‖θ‖ in float64, float32 and bf16. One-sided it is ε against u/ε²: u^⅓‖θ‖.
+
+def first_epsilon(loss: float, descent: float, norm: float, size: float, dtype: torch.dtype, symmetric: bool) -> float:
+    """ε of the first probe, before anything is known but the step itself.
+
+    The second difference has rounding A/ε² with A = √6 u|L|/dᵀHd, and truncation (ε/ε_T)², ε_T the step number at which
+    the network bends; they meet at √(ε_T √A). One-sided it is ε/ε_T, and (A ε_T)^⅓.
+
+    Args:
+        loss: L.
+        descent: gᵀd.
+        norm: ‖d‖.
+        size: ‖θ‖.
+        dtype: type of the forward pass.
+        symmetric: whether the probes are a symmetric pair.
     """
-    return size * unit_roundoff(dtype) ** (1.0 / 4.0 if symmetric else 1.0 / 3.0)
+    reach = _FIRST_REACH * size / norm if size > 0.0 else 1.0
+    slope = descent if descent > 0.0 else abs(loss) or 1.0
+    noise = math.sqrt(6.0) * unit_roundoff(dtype) * max(abs(loss), slope) / (_FIRST_RATIO * slope)
+    return math.sqrt(reach * math.sqrt(noise)) if symmetric else (reach * noise) ** (1.0 / 3.0)

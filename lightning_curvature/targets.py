@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ IGNORED = -100  # the ignore_index of torch's cross-entropy
 # the first four. A fitted network's loss is rounded at unit scale, log(1 + small), hence the absolute part.
 _MATCH = 1e-4
 _ABSOLUTE_MATCH = 1e-6
+# The mismatch of a reading that cannot be compared at all.
+_HOPELESS = 1e6
 # A loss that is one n-th of a mean was divided by hand, as Lightning's guide to manual accumulation has it. The match
 # must be closer: a loss of another kind falls within this distance of some 1/n up to the limit by chance once in 200.
 _FRACTION_MATCH = 1e-5
@@ -39,6 +41,7 @@ class OutputModel:
         shift: by how many positions of a sequence the target runs ahead of the outputs: 1 where a language model
             predicts its own input.
         reproduced: whether all that gives the loss that the step had.
+        mismatch: |loss over what the reading says − 1| where it does not.
     """
 
     likelihood: Likelihood
@@ -48,6 +51,7 @@ class OutputModel:
     factor: float = 1.0
     shift: int = 0
     reproduced: bool = True
+    mismatch: float = field(default=0.0, compare=False)
 
     def arrange(self, outputs: Tensor) -> Tensor:
         """Return outputs as (..., C), those without a target left out."""
@@ -82,7 +86,8 @@ class OutputModel:
         z = z.reshape(-1, z.shape[-1] if z.ndim > 1 else 1).float()
         target = None if self.target is None else self.targets(tensors(batch))
         if self.likelihood == "categorical":
-            labels = z.argmax(-1) if target is None else target.reshape(-1).long().clamp_min(0)
+            # Ignored positions have no weight; their labels need only be some label.
+            labels = z.argmax(-1) if target is None else target.reshape(-1).long().clamp(0, z.shape[-1] - 1)
             return z.softmax(-1) - F.one_hot(labels, z.shape[-1])
         mean = z.sigmoid() if self.likelihood == "bernoulli" else z
         if target is None:
@@ -121,7 +126,32 @@ def _walk(value: Any) -> Iterator[Tensor]:
                 yield item
 
 
-def identify(outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str) -> OutputModel | None:
+def confirm(
+    model: OutputModel, outputs: Tensor, batch: Any, loss: Tensor, likelihood: str, mask: Tensor | None = None
+) -> OutputModel:
+    """Check a reading on another step: the same where it still holds, else one that does, else marked as not holding.
+
+    The first batch may fit several readings (one sample: mean and sum; no padding: any ignored index; equal logits: any
+    class weights). Arguments as in :func:`identify`.
+    """
+    if model.target is None:
+        return model
+    distance = abs(1.0 - _ratio(outputs, tensors(batch), loss, replace(model, factor=1.0), mask) / model.factor)
+    if distance < _tolerance(loss):
+        return model if model.reproduced else replace(model, mismatch=distance)
+    found = identify(outputs, batch, loss, likelihood, mask)
+    if found is not None and found.reproduced:
+        return found
+    return replace(model, reproduced=False, mismatch=min(distance, _HOPELESS))
+
+
+def _tolerance(loss: Tensor) -> float:
+    return max(_MATCH, 2.0 * torch.finfo(loss.dtype).eps)
+
+
+def identify(
+    outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str, mask: Tensor | None = None
+) -> OutputModel | None:
     """Find likelihood, target and reduction of a loss from one step.
 
     Every reading of the batch that fits by shape and type is tried; the one that reproduces the loss wins, then the one
@@ -133,14 +163,16 @@ def identify(outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str) 
         batch: the batch.
         loss: loss of the step, or None where it is not known.
         likelihood: "auto" or a likelihood.
+        mask: weight of each position, where the objective gave them.
 
     Returns:
         The model, or None where "auto" finds nothing that fits.
     """
     readings = list(_readings(outputs, tensors(batch), likelihood))
+    ratios = [math.nan] * len(readings)
     if loss is not None and outputs.is_floating_point():
-        ratios = [_ratio(outputs, tensors(batch), loss, r) for r in readings]
-        tolerance = max(_MATCH, 2.0 * torch.finfo(loss.dtype).eps)
+        ratios = [_ratio(outputs, tensors(batch), loss, r, mask) for r in readings]
+        tolerance = _tolerance(loss)
         fitting = [(abs(1.0 - ratio), i) for i, ratio in enumerate(ratios) if abs(1.0 - ratio) < tolerance]
         if fitting:
             return readings[min(fitting)[1]]
@@ -149,7 +181,10 @@ def identify(outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str) 
             n, reading = min(divided, key=lambda entry: entry[0])
             return replace(reading, factor=1.0 / n)
     # Among several integer tensors (token ids beside labels) one with ignored positions is the target.
-    plain = [replace(r, reproduced=False) for r in readings if r.reduction == "mean" and not r.shift]
+    mismatches = dict(zip(readings, map(_mismatch, ratios), strict=True))
+    plain = [
+        replace(r, reproduced=False, mismatch=mismatches[r]) for r in readings if r.reduction == "mean" and not r.shift
+    ]
     plain.sort(key=lambda r: not _has_ignored(tensors(batch), r))
     if likelihood != "auto":
         named: Likelihood = likelihood  # type: ignore[assignment]
@@ -162,6 +197,11 @@ def identify(outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str) 
     if vectors and not floats_like_outputs and any(_is_integer(t) for t in tensors(batch)):
         return OutputModel("categorical", None, "mean", reproduced=False)
     return None
+
+
+def _mismatch(ratio: float) -> float:
+    """|ratio − 1|; as good as everything where the reading is out of the question, nothing where it was not asked."""
+    return 0.0 if math.isnan(ratio) else min(abs(1.0 - ratio), _HOPELESS)
 
 
 def _is_integer(tensor: Tensor) -> bool:
@@ -209,28 +249,29 @@ def _divisor(ratio: float) -> int | None:
     return n if 1 < n <= _LARGEST_DIVISOR and abs(n * ratio - 1.0) < _FRACTION_MATCH else None
 
 
-def _ratio(outputs: Tensor, batch: list[Tensor], loss: Tensor, model: OutputModel) -> float:
+def _ratio(outputs: Tensor, batch: list[Tensor], loss: Tensor, model: OutputModel, mask: Tensor | None = None) -> float:
     """The loss over what the reading says it should be; infinite where the reading is out of the question."""
     target = model.targets(batch)
     z = model.arrange(outputs.detach()).float()
     z = z.reshape(-1, z.shape[-1] if z.ndim > 1 else 1)
-    weights = model.weights(batch)
+    weights = model.weights(batch) if mask is None else mask.reshape(-1)
     if model.likelihood == "categorical":
         labels = target.reshape(-1).long()
         counted = labels[labels != IGNORED]
         if counted.numel() == 0 or int(counted.min()) < 0 or int(counted.max()) >= z.shape[-1]:
             return math.inf
-        value = F.cross_entropy(z, labels, ignore_index=IGNORED)
+        rows = F.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
     else:
         y = target.reshape(z.shape).float()
         if model.likelihood == "gaussian":
-            value = 0.5 * (z - y).square().sum(-1).mean()
+            rows = 0.5 * (z - y).square().sum(-1)
         else:
             if bool((y < 0).any()) or bool((y > 1).any()):
                 return math.inf
-            value = F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1).mean()
+            rows = F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1)
+    value = rows.mean() if weights is None else (weights * rows).sum() / weights.sum()
     expected = float(value) * model.scale(outputs, weights)
     found = float(loss.detach())
-    if abs(found - expected) < _ABSOLUTE_MATCH:
+    if model.likelihood != "gaussian" and abs(found - expected) < _ABSOLUTE_MATCH:
         return 1.0 + (found - expected)  # still the closest of several wins
     return found / expected if expected > 0.0 else math.inf

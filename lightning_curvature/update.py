@@ -70,7 +70,7 @@ class ParameterUpdate:
         for group in optimizer.param_groups:
             active = [p for p in group["params"] if p.grad is not None]
             self.parameters += active
-            if active and float(group.get("lr", 0.0)) != 0.0:
+            if active and float(group.get("lr") or 0.0) != 0.0:
                 rates.append(float(group["lr"]))
         if not self.parameters:
             raise ValueError(

@@ -29,8 +29,9 @@ KEYS: dict[str, str] = {
     "gauss_newton": "lambda_gn",
     "critical": "critical_sharpness",
 }
-# Which estimator the headroom is taken from: those of the loss's own Hessian first.
+# Which estimator the headroom is taken from: those of the loss's own Hessian first, if they know their value this well.
 _HEADROOM_ORDER = ("hvp", "finite_difference", "gauss_newton", "kl", "critical")
+_HEADROOM_ERROR = 0.3
 _DEFAULT: tuple[Estimator, ...] = ("kl", "finite_difference")
 
 
@@ -62,8 +63,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     pass and the size of outputs and loss, checked against the even part of the outputs' change; truncation from that
     same even part, or without outputs from the difference between the pair's slope and gᵀd. The next ε is the one
     that makes the sum least, between a tenth and four times the last; it is kept as a distance ε‖d‖, so that a
-    suddenly longer step is not probed further out. No forward is spent on it. It starts at ε‖d‖ = u^¼‖θ‖, u the
-    unit roundoff (u^⅓‖θ‖ for "kl" alone, which is one-sided), and is part of the checkpoint.
+    suddenly longer step is not probed further out. No forward is spent on it. The first is chosen from the sizes
+    of loss, gᵀd, step and parameters; the distance is part of the checkpoint.
 
     Args:
         estimators: which of "kl", "finite_difference", "hvp", "gauss_newton", "critical". From the default pair "kl"
@@ -226,7 +227,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
                 if result.descent <= 0.0:
                     logged[f"{key}_numerator"] = one.quadratic / lr**2 if lr else math.nan
             logged |= {key: float(metric.compute()), f"{key}_error": error}
-            if math.isnan(headroom):
+            if error <= _HEADROOM_ERROR and math.isnan(headroom):
                 headroom = float(metric.headroom())
         return logged | {"headroom": headroom}
 
