@@ -2,7 +2,7 @@
 
 Weight decay on some parameters only, warm-up and cosine decay, gradient clipping, mini-batches and, if you like, bf16:
 none of it needs a setting, since the monitor measures along the step that was actually taken. Look at
-``curvature/headroom``: by what factor the step could have been longer before it stops to lower the loss.
+``curvature/headroom``: by what factor the step could have been longer before it stops lowering the loss.
 
     python examples/char_transformer.py                      # learns Python's own standard library
     python examples/char_transformer.py --text my.txt --precision bf16-mixed
@@ -252,8 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.fit(model, loader)
 
     print(
-        f"\n{table(curves)}\n\nheadroom = (2/η)/λ: by what factor the step could have been longer before it stops to "
-        f"lower the loss.\n1 is the edge of stability; warm-up raises η, so 2/η comes down to meet λ.\n\n"
+        f"\n{table(curves)}\n\nheadroom = (2/η)/λ: by what factor the step could have been longer before it stops "
+        f"lowering the loss.\n1 is the edge of stability; warm-up raises η, so 2/η comes down to meet λ.\n\n"
         f"tensorboard --logdir {args.out}"
     )
 

@@ -1,7 +1,7 @@
 """Gradient descent and AdamW walk up to 2/η and stay there.
 
 A full-batch run is the cleanest place to see it: the curvature along the steps that the optimizer takes rises until
-it reaches 2/η, where a step just stops to lower the loss, and hovers there while the loss goes on falling, not
+it reaches 2/η, where a step just stops lowering the loss, and hovers there while the loss goes on falling, not
 monotonically any more. The threshold is the same for AdamW as for gradient descent, since momentum and
 preconditioning are already in the step.
 

@@ -23,8 +23,8 @@ COLUMNS = 3  # runs side by side before the picture goes on below
 # λ_dir is drawn broad and pale, as the ground on which the estimators of it have to lie.
 STYLES = {
     "lambda_dir": {"label": r"$\lambda_{\mathrm{dir}}$  exact", "color": "#8fc7ea", "linewidth": 4.5},
-    "lambda_fd": {"label": r"$\lambda_{\mathrm{FD}}$  two forwards", "color": "#e69f00", "linewidth": 2.0},
-    "lambda_kl": {"label": r"$\lambda_{\mathrm{KL}}$  one forward", "color": "#1b3a6b", "linewidth": 0.9},
+    "lambda_fd": {"label": r"$\lambda_{\mathrm{FD}}$  loss at θ ± εd", "color": "#e69f00", "linewidth": 2.0},
+    "lambda_kl": {"label": r"$\lambda_{\mathrm{KL}}$  outputs at θ ± εd", "color": "#1b3a6b", "linewidth": 0.9},
     "lambda_gn": {"label": r"$\lambda_{\mathrm{GN}}$  Gauss–Newton", "color": "#009e73", "linewidth": 0.9},
     "critical_sharpness": {"label": "critical sharpness", "color": "#cc79a7", "linewidth": 0.9},
 }

@@ -77,8 +77,7 @@ def finite_difference_estimate(values: dict[str, float], epsilon: float, roundin
         return _known(second / epsilon**2, model, doubt=model.truncation)
     # Kinks of the loss (ReLU, max pooling) between the ends: no ε is small enough, and no output shows them. But they
     # add to the slope as much as to the second difference, and more than a smooth third order would.
-    bent = abs(slope - epsilon * values["descent"] - values["third"] / 6.0)
-    bent = max(rounding.beyond_offset(bent, abs(slope)) / size - noise, 0.0)
+    bent = max(abs(slope - epsilon * values["descent"] - values["third"] / 6.0) / size - noise, 0.0)
     return _known(second / epsilon**2, model, doubt=min(_SLOPE_TRUNCATION * bent**2, bent))
 
 
