@@ -188,7 +188,6 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning 2.6 asks newer versions of PyTorch in a way that they warn about.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # PyTorch's own forward mode, used by gauss_newton, loads a part of PyTorch that is deprecated.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     if args.model == "mlp":

@@ -21,7 +21,7 @@ from lightning_curvature.reporting import warn
 from lightning_curvature.rounding import Rounding, coarse_products, first_epsilon
 from lightning_curvature.targets import OutputModel, confirm, identify
 
-# Estimators that cannot do without outputs, and that know their error better with them.
+# Estimators that cannot do without outputs, and with the one that knows its error better with them.
 _NEEDS_OUTPUTS = ("kl", "gauss_newton")
 _USES_OUTPUTS = (*_NEEDS_OUTPUTS, "finite_difference")
 _EXACT = {"hvp": "hvp", "gauss_newton": "gn"}  # estimator → prefix of its values

@@ -51,7 +51,6 @@ class Window:
         averaged: whether the loss is the mean over the records (else their sum).
         model: how the loss depends on the outputs; None where there are none.
         base: loss and outputs of each record at θ_t.
-        forwards: passes over the window made so far.
     """
 
     objective: StepObjective
@@ -62,7 +61,6 @@ class Window:
     averaged: bool = True
     model: OutputModel | None = None
     base: list[Evaluation] = field(default_factory=list)
-    forwards: int = 0
 
     @property
     def weight(self) -> float:
@@ -71,7 +69,6 @@ class Window:
 
     def evaluations(self) -> Iterator[tuple[int, Evaluation]]:
         """One pass over the window with the parameters as they are now."""
-        self.forwards += 1
         for index, record in enumerate(self.records):
             # In manual optimization every earlier batch of the window ended without a step: segment 0.
             segment = self.segment if index == len(self.records) - 1 else 0
@@ -285,7 +282,6 @@ def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
     names = {name: p for name, p in step.named_parameters() if id(p) in tangents}
     descents: list[Tensor] = []
     quadratics: list[Tensor] = []
-    window.forwards += 1
     last = len(window.records) - 1
     for index, record in enumerate(window.records):
         with forward_ad.dual_level(), window.precision():

@@ -31,6 +31,11 @@ def unit_roundoff(dtype: torch.dtype, coarse: bool = False) -> float:
     return max(torch.finfo(dtype).eps / 2.0, 2.0**-11 if coarse else 0.0)
 
 
+def _stays(history: list[tuple[float, float]], distance: float, value: float) -> bool:
+    """Whether a value that should fall with the distance did not, beside one of the last measurements."""
+    return any(distance * _FLOOR_CUT < far and value * _FLOOR_DROP > old for far, old in history)
+
+
 @dataclass
 class Rounding:
     """Rounding of the forward pass, as known before and during a run.
@@ -97,8 +102,7 @@ class Rounding:
             return
         unit = unit_roundoff(self.dtype, self.coarse)
         bound = math.sqrt(values["defect"] / 1.5 / values["noise_gain"]) / unit
-        floor = any(distance * _FLOOR_CUT < far and bound * _FLOOR_DROP > old for far, old in self.history)
-        if floor and bound < _LARGEST_GROWTH * self.prior:
+        if _stays(self.history, distance, bound) and bound < _LARGEST_GROWTH * self.prior:
             self.growth = max(self.growth, bound)
         self.growth = max(self.prior, min(self.growth, bound))
         self.history = [*self.history[1 - _HISTORY :], (distance, bound)]
@@ -109,7 +113,7 @@ class Rounding:
         if slope == 0.0 or not math.isfinite(slope):
             return
         difference = abs(slope - epsilon * values["descent"]) / abs(slope)
-        stays = any(distance * _FLOOR_CUT < far and difference * _FLOOR_DROP > old for far, old in self.slopes)
+        stays = _stays(self.slopes, distance, difference)
         self.offset = max(self.offset, difference) if stays else min(self.offset, difference)
         self.slopes = [*self.slopes[1 - _HISTORY :], (distance, difference)]
 

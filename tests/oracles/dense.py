@@ -30,6 +30,17 @@ class Part:
     buffers: dict[str, Tensor]
 
 
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _outputs(network: nn.Module, values: dict[str, Tensor], part: Part) -> Tensor:
+    """Outputs for one batch at given parameters, from the buffers and the random state its forward started from."""
+    buffers = {name: _double(b).clone() for name, b in part.buffers.items()}
+    torch.set_rng_state(part.rng)
+    return functional_call(network, values | buffers, (_double(part.x),))
+
+
 def reference(
     network: nn.Module,
     loss: Loss,
@@ -57,14 +68,11 @@ def reference(
     def outputs_at(flat: Tensor, part: Part) -> Tensor:
         pieces = flat.split(sizes)
         values = {n: piece.reshape(before[n].shape) for n, piece in zip(names, pieces, strict=True)}
-        buffers = {n: b.double().clone() if b.is_floating_point() else b.clone() for n, b in part.buffers.items()}
-        torch.set_rng_state(part.rng)
-        x = part.x.double() if part.x.is_floating_point() else part.x
-        return functional_call(network, values | buffers, (x,))
+        return _outputs(network, values, part)
 
     descent = hessian = curvature = 0.0
     for part in parts:
-        y = part.y.double() if part.y.is_floating_point() else part.y
+        y = _double(part.y)
 
         def loss_at(flat: Tensor, part: Part = part, y: Tensor = y) -> Tensor:
             return loss(outputs_at(flat, part), y)
@@ -98,8 +106,5 @@ def loss_along(
     values = {name: b.double() + factor * (after[name].double() - b.double()) for name, b in before.items()}
     total = 0.0
     for part in parts:
-        buffers = {n: b.double().clone() if b.is_floating_point() else b.clone() for n, b in part.buffers.items()}
-        torch.set_rng_state(part.rng)
-        x, y = (t.double() if t.is_floating_point() else t for t in (part.x, part.y))
-        total += float(loss(functional_call(network, values | buffers, (x,)), y)) / len(parts)
+        total += float(loss(_outputs(network, values, part), _double(part.y))) / len(parts)
     return total
