@@ -129,3 +129,17 @@ def test_reported_errors_are_neither_boasts_nor_excuses(estimator: str) -> None:
     within = sum(abs(row.distance) <= 3.0 * row.reported for row in found)
     assert within >= 0.9 * len(found)
     assert sorted(row.reported for row in found)[len(found) // 2] < 0.05
+
+
+def test_float32_probes_of_a_bf16_run() -> None:
+    """dᵀGd and dᵀHd as precise as in a float32 run; gᵀd is still that of the bf16 backward: it is multiplied out."""
+    network = mlp(64, 24, 10, dtype=torch.float32)
+    module = Classifier(network, lambda m: torch.optim.SGD(m.parameters(), lr=0.2))
+    monitor = DirectionalCurvatureMonitor(every_n_train_steps=1, probe_precision="32-true")
+    outcome = run(module, digits(64, 12), monitor, precision="bf16-mixed")
+    for index, step in enumerate(outcome.steps):
+        truth = classification_reference(network, step.parts, step.before, step.after)
+        row = outcome.capture.rows[index]
+        scale = row["curvature/descent"] * step.lr**2
+        assert row["curvature/lambda_kl"] * scale == pytest.approx(truth.gauss_newton, rel=SINGLE["kl"])
+        assert row["curvature/lambda_fd"] * scale == pytest.approx(truth.hessian, rel=SINGLE["finite_difference"])
