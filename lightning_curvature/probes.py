@@ -9,15 +9,13 @@ import functools
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointFunction
 
+from lightning_curvature.differentiation import differentiable, same_attention
 from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.functional import (
     PairStatistics,
@@ -72,7 +70,7 @@ class Window:
         for index, record in enumerate(self.records):
             # In manual optimization every earlier batch of the window ended without a step: segment 0.
             segment = self.segment if index == len(self.records) - 1 else 0
-            with self.precision(), _same_attention(self.objective.module):
+            with self.precision(), same_attention(self.objective.module):
                 result = self.objective.evaluate(record, segment)
             yield index, result
 
@@ -208,45 +206,10 @@ def symmetric_pair(window: Window, epsilon: float, with_outputs: bool) -> Values
     return values | {name: window.mean_of(lambda i, z, w, n=name: getattr(found[i], n)) for name in PAIR_NAMES}  # type: ignore[misc]
 
 
-@contextlib.contextmanager
-def _differentiable() -> Generator[None, None, None]:
-    """Fused attention has no double backward and no forward mode, compiled graphs and reentrant checkpoints neither."""
-
-    def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-    # An inherited classmethod: what is set on the class itself comes off again.
-    CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign, assignment]
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        del CheckpointFunction.apply
-
-
-@contextlib.contextmanager
-def _same_attention(module: nn.Module) -> Generator[None, None, None]:
-    """Keep attention layers in eval mode off their inference path, which the step itself, with gradients, did not take.
-
-    It leaves padded positions at zero: other outputs, not only another rounding.
-    """
-    layers = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-    trained = any(
-        isinstance(m, layers) and not m.training and any(p.requires_grad for p in m.parameters())
-        for m in module.modules()
-    )
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(enabled and not trained)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
 def exact(window: Window, hvp: bool, gauss_newton: bool) -> Values:
     """dᵀHd by double backward and dᵀGd by one forward-mode product, both with gᵀd. Uses the update up."""
     values: Values = {}
-    with window.update.direction() as direction, _differentiable():
+    with window.update.direction() as direction, differentiable():
         if gauss_newton:
             with torch.no_grad():
                 values |= _gauss_newton(window, direction)

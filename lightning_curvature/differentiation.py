@@ -1,0 +1,45 @@
+"""Contexts in which a model can be differentiated twice, and runs the same code without gradients as with them."""
+
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
+
+
+@contextlib.contextmanager
+def differentiable() -> Generator[None, None, None]:
+    """Fused attention has no double backward and no forward mode, compiled graphs and reentrant checkpoints neither."""
+
+    def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    # An inherited classmethod: what is set on the class itself comes off again.
+    CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign, assignment]
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        del CheckpointFunction.apply
+
+
+@contextlib.contextmanager
+def same_attention(module: nn.Module) -> Generator[None, None, None]:
+    """Keep attention layers in eval mode off their inference path, which the step itself, with gradients, did not take.
+
+    It leaves padded positions at zero: other outputs, not only another rounding.
+    """
+    layers = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    trained = any(
+        isinstance(m, layers) and not m.training and any(p.requires_grad for p in m.parameters())
+        for m in module.modules()
+    )
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(enabled and not trained)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,152 @@
+"""Vectors with the structure of a list of tensors, kept flat: what the algorithms know of a model."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Dot products are taken over pieces of this many coordinates in the type of the vectors, and summed in float64. On a
+# CPU a piece stays in the cache; on an accelerator one kernel is worth its launch.
+_PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
+
+Reduce = Callable[[Tensor], Tensor]
+Cut = Callable[[Tensor], Tensor]
+Distribution = Literal["normal", "rademacher"]
+
+
+class VectorSpace:
+    r"""The space in which a list of tensors is one vector of N coordinates.
+
+    A vector is a flat tensor of this rank's coordinates, (n,), so that a dot product, a sum over ranks and a linear
+    combination of many vectors are one operation each, whatever the number of tensors; :meth:`views` gives it the
+    shapes of the list, without a copy. Its type is that of the tensors, float32 at least.
+
+    Where ranks hold parts of a vector, ``reduce`` sums over them and ``shares`` says by how much a coordinate that
+    several ranks hold counts on each (1 for a part of one's own, 1/ranks for a replica):
+
+    .. math:: \langle a, b\rangle = \sum_{\text{ranks}} \sum_i s_i\, a_i b_i .
+
+    Args:
+        tensors: the list; this rank's part of each tensor.
+        reduce: sum over the ranks of a small float64 tensor; None where every rank holds all coordinates.
+        shares: s of each tensor; read only with ``reduce``.
+        shapes: full shapes, where ``tensors`` are parts: random vectors are drawn in them and cut.
+        cut: one function for each tensor, from a full tensor to this rank's part.
+
+    Attributes:
+        dtype: type of the vectors.
+        device: where they live: the device of the first tensor.
+        size: n, coordinates on this rank.
+        dimension: N, coordinates in all.
+
+    Raises:
+        ValueError: if the list is empty.
+
+    Example:
+        >>> space = VectorSpace([torch.zeros(2, 2), torch.zeros(3)])
+        >>> v = space.pack([torch.ones(2, 2), torch.arange(3.0)])
+        >>> space.dimension, space.norm(v)
+        (7, 3.0)
+        >>> [tuple(part.shape) for part in space.views(v)]
+        [(2, 2), (3,)]
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        reduce: Reduce | None = None,
+        shares: Sequence[float] = (),
+        shapes: Sequence[torch.Size] = (),
+        cut: Sequence[Cut] = (),
+    ) -> None:
+        if not tensors:
+            raise ValueError("tensors must not be empty, got none: give the parameters that are trained.")
+        self.device = tensors[0].device
+        self.dtype = torch.float32
+        for tensor in tensors:
+            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+        self._shapes = [tensor.shape for tensor in tensors]
+        self._sizes = [tensor.numel() for tensor in tensors]
+        self.size = sum(self._sizes)
+        self._full_shapes, self._cut, self._reduce = list(shapes) or self._shapes, list(cut), reduce
+        self._segments = _segments(self._sizes, shares if reduce is not None else [1.0] * len(tensors))
+        count = torch.tensor(sum(s * (stop - start) for start, stop, s in self._segments), dtype=torch.float64)
+        self.dimension = round(float(self._summed(count.to(self.device))))
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return values if self._reduce is None else self._reduce(values)
+
+    def zeros(self, *rows: int) -> Tensor:
+        """Return a zero vector, or (rows, n) of them."""
+        return torch.zeros(*rows, self.size, dtype=self.dtype, device=self.device)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Return the vector, (…, n), as the list of tensors, (…, shape); they share its memory."""
+        parts = vector.split(self._sizes, dim=-1)
+        return [part.reshape(*vector.shape[:-1], *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def pack(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return a list of tensors as one vector; None stands for zeros."""
+        return self.add_(self.zeros(), tensors, 1.0)
+
+    def add_(self, vector: Tensor, tensors: Sequence[Tensor | None], factor: float) -> Tensor:
+        """Add a multiple of a list of tensors to a vector in place."""
+        for view, tensor in zip(self.views(vector), tensors, strict=True):
+            if tensor is not None:
+                view.add_(tensor.detach().to(self.device, self.dtype), alpha=factor)
+        return vector
+
+    def random(self, generator: torch.Generator, distribution: Distribution = "normal") -> Tensor:
+        """Return a vector of independent coordinates, mean 0, variance 1.
+
+        Drawn tensor by tensor in its full shape, so that it is the same however the tensors are cut; the generator must
+        be in the same state on every rank.
+        """
+        vector = self.zeros()
+        for index, (view, shape) in enumerate(zip(self.views(vector), self._full_shapes, strict=True)):
+            full = torch.empty(shape, dtype=self.dtype, device=self.device)
+            if distribution == "normal":
+                full.normal_(generator=generator)
+            else:
+                full.bernoulli_(0.5, generator=generator).mul_(2.0).sub_(1.0)
+            view.copy_(self._cut[index](full) if self._cut else full)
+        return vector
+
+    def dots(self, blocks: Sequence[Tensor], vector: Tensor) -> Tensor:
+        """Dot products of a vector with the rows of blocks (m, n), one after the other, float64.
+
+        Summed in float64 over pieces, so that the rounding is that of one piece; where ranks hold parts, one reduction.
+        """
+        piece = _PIECE if self.device.type == "cpu" else _ACCELERATOR_PIECE
+        totals = []
+        for rows in blocks:
+            total = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+            for start, stop, share in self._segments:
+                for first in range(start, stop, piece):
+                    last = min(first + piece, stop)
+                    total += share * (rows[:, first:last] @ vector[first:last]).double()
+            totals.append(total)
+        return self._summed(torch.cat(totals))
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """Dot product."""
+        return float(self.dots([a.unsqueeze(0)], b))
+
+    def norm(self, vector: Tensor) -> float:
+        """Euclidean norm."""
+        return self.dot(vector, vector) ** 0.5
+
+
+def _segments(sizes: Sequence[int], shares: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Runs of coordinates with one share: start, stop, share."""
+    bounds = [0, *itertools.accumulate(sizes)]
+    segments: list[tuple[int, int, float]] = []
+    for (start, stop), share in zip(itertools.pairwise(bounds), shares, strict=True):
+        if segments and segments[-1][2] == share:
+            segments[-1] = (segments[-1][0], stop, share)
+        else:
+            segments.append((start, stop, share))
+    return segments
