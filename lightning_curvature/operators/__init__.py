@@ -1,0 +1,17 @@
+"""Curvature as operators on the space of the parameters: products with a matrix that is never formed."""
+
+from lightning_curvature.operators.composed import PreconditionedOperator, SecondMomentOperator
+from lightning_curvature.operators.differences import GradientDifferenceOperator
+from lightning_curvature.operators.exact import CurvatureOperator, GaussNewtonOperator, HessianOperator
+from lightning_curvature.operators.micro_batches import MicroBatch, micro_batches
+
+__all__ = [
+    "CurvatureOperator",
+    "GaussNewtonOperator",
+    "GradientDifferenceOperator",
+    "HessianOperator",
+    "MicroBatch",
+    "PreconditionedOperator",
+    "SecondMomentOperator",
+    "micro_batches",
+]

@@ -1,0 +1,105 @@
+"""Operators made of others: preconditioned, and the second moment of mini-batch Hessians."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.operators.exact import CurvatureOperator, HessianOperator
+from lightning_curvature.operators.micro_batches import MicroBatch
+
+
+class PreconditionedOperator:
+    r"""Products with :math:`P^{-1/2} A\, P^{-1/2}`, P diagonal and positive.
+
+    Its eigenvalues are those of P⁻¹A, which decide on the stability of an optimizer that divides by P.
+
+    Args:
+        operator: A.
+        diagonal: P, one tensor for each parameter, infinite where the optimizer does not move it.
+
+    Source: Cohen et al. 2022, section 3.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> data = [(torch.tensor([[1.0]]), torch.zeros(1, 1))]
+        >>> hessian = HessianOperator.of(model, torch.nn.functional.mse_loss, data)
+        >>> PreconditionedOperator(hessian, [torch.tensor([[4.0]])])(torch.ones(1))
+        tensor([0.5000])
+    """
+
+    def __init__(self, operator: CurvatureOperator, diagonal: Sequence[Tensor]) -> None:
+        self.operator, self.space = operator, operator.space
+        self._scale = self.space.pack([p.to(torch.promote_types(p.dtype, torch.float32)).rsqrt() for p in diagonal])
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Return P^{-1/2} A P^{-1/2} v."""
+        return self.operator(vector * self._scale).mul_(self._scale)
+
+    @property
+    def error(self) -> Exception | None:
+        """What made this rank fail."""
+        return self.operator.error
+
+    def close(self) -> None:
+        """Let go of what the operator keeps."""
+        self.operator.close()
+
+
+class SecondMomentOperator(HessianOperator):
+    r"""Products with the part of the second-moment contraction that is not the identity.
+
+    .. math:: S v = -2\eta\, \mathbb E_B[H_B v] + \eta^2\, \mathbb E_B[H_B (H_B v)],
+        \qquad \mathbb E_B[(I - \eta H_B)^2] = I + S
+
+    Two products with each mini-batch Hessian H_B; H itself is their mean. The eigenvalues of S are computed without the
+    identity, against which their digits would be lost.
+
+    Args:
+        parts: this rank's micro-batches, those of one mini-batch after one another.
+        parameters: see :class:`CurvatureOperator`.
+        lr: η.
+        batch_of: for each micro-batch the number of its mini-batch; default: each is a mini-batch.
+        **options: of :class:`HessianOperator`.
+
+    Source: Wu et al. 2018; P4, eqs. 37 and 39.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> data = [(torch.tensor([[1.0]]), torch.zeros(1, 1)), (torch.tensor([[2.0]]), torch.zeros(1, 1))]
+        >>> operator = SecondMomentOperator.of(model, torch.nn.functional.mse_loss, data, lr=0.5)
+        >>> operator(torch.ones(1))  # H_B = 2, 8: −2η · 5 + η² · (4 + 64)/2
+        tensor([3.5000])
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[MicroBatch],
+        parameters: Sequence[Tensor],
+        *,
+        lr: float,
+        batch_of: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(parts, parameters, **options)
+        self.lr = lr
+        numbers = list(batch_of) if batch_of is not None else list(range(len(self.parts)))
+        self._batches = [[i for i, n in enumerate(numbers) if n == number] for number in dict.fromkeys(numbers)]
+
+    def local_product(self, vector: Tensor) -> Tensor:
+        """This rank's part of Sv."""
+        total = self.space.zeros()
+        for batch in self._batches:
+            weight = sum(self.parts[i].weight for i in batch)
+            once = self._batch_product(batch, weight, vector)
+            twice = self._batch_product(batch, weight, once)
+            total.add_(once, alpha=-2.0 * self.lr * weight).add_(twice, alpha=self.lr**2 * weight)
+        return total
+
+    def _batch_product(self, batch: list[int], weight: float, vector: Tensor) -> Tensor:
+        """H_B v."""
+        total, views = self.space.zeros(), self.space.views(vector)
+        for index in batch:
+            self.space.add_(total, self.product_of(index, views), self.parts[index].weight / weight)
+        return total

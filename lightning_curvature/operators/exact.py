@@ -1,0 +1,235 @@
+"""Exact products with the Hessian and the Gauss–Newton matrix of a loss, summed over micro-batches and ranks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.operators.graphs import Graphs, KeepGraph, pull_back
+from lightning_curvature.operators.micro_batches import MicroBatch, building_graphs, micro_batches
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class CurvatureOperator:
+    """A symmetric operator on the space of the parameters: v ↦ Av, called with a flat vector of ``space``.
+
+    Each rank sums over its own micro-batches, and one reduction a product brings the sums together. A rank whose part
+    fails sends NaN, so that none waits for it; its error is kept in ``error``.
+
+    Args:
+        parts: this rank's micro-batches; their weights add up to 1 over all ranks.
+        parameters: the parameters that are differentiated, each once.
+        reduce: sum over the ranks, in place or not; None on one process.
+
+    Attributes:
+        space: the vector space.
+        error: what made this rank fail, or None.
+
+    Raises:
+        ValueError: if there are no parameters.
+    """
+
+    def __init__(
+        self, parts: Sequence[MicroBatch], parameters: Sequence[Tensor], *, reduce: Reduce | None = None
+    ) -> None:
+        self.parts, self.parameters, self.reduce = list(parts), list(parameters), reduce
+        self.space = VectorSpace(self.parameters)
+        self.error: Exception | None = None
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Return Av."""
+        if self.reduce is None:
+            return self.local_product(vector)
+        try:
+            product = self.local_product(vector)
+        except Exception as error:
+            self.error = error
+            product = torch.full_like(vector, torch.nan)
+        return self.reduce(product)
+
+    def local_product(self, vector: Tensor) -> Tensor:
+        """This rank's part of Av, in a new tensor."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of what is kept from product to product."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Any], Tensor],
+        batches: Sequence[tuple[Any, Any]],
+        **options: Any,
+    ) -> "CurvatureOperator":
+        """Make the operator of a model's loss on (inputs, targets), for the parameters that require gradients.
+
+        Args:
+            model: in the mode in which its curvature is wanted; dropout must be off, and BatchNorm in eval mode unless
+                the loss of each batch by its own statistics is meant.
+            loss_function: mean loss of (outputs, targets).
+            batches: all data, any sizes.
+            **options: of the class.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return cls(micro_batches(model, loss_function, batches), parameters, **options)
+
+
+class HessianOperator(CurvatureOperator):
+    r"""Products with the Hessian by double backward.
+
+    .. math:: Hv = \sum_m w_m\, \partial_\theta (\nabla L_m \cdot v)
+
+    The gradient's graph is kept where it fits (see :class:`~.graphs.Graphs`); a product then costs about two
+    forward+backwards of the data, else one more.
+
+    Args:
+        parts: see :class:`CurvatureOperator`.
+        parameters: see :class:`CurvatureOperator`.
+        reduce: see :class:`CurvatureOperator`.
+        keep_graph: True, False, or "auto": as many as fit into memory.
+        processes: how many processes share the memory.
+
+    Raises:
+        ValueError: if a loss has no graph to any of the parameters.
+
+    Source: Pearlmutter 1994.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> data = [(torch.tensor([[1.0]]), torch.zeros(1, 1)), (torch.tensor([[2.0], [3.0]]), torch.zeros(2, 1))]
+        >>> hessian = HessianOperator.of(model, nn.functional.mse_loss, data)
+        >>> hessian(torch.ones(1))  # 2 E x² = 2 · (1 + 4 + 9) / 3
+        tensor([9.3333])
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[MicroBatch],
+        parameters: Sequence[Tensor],
+        *,
+        reduce: Reduce | None = None,
+        keep_graph: KeepGraph = "auto",
+        processes: int = 1,
+    ) -> None:
+        super().__init__(parts, parameters, reduce=reduce)
+        self._graphs = Graphs(self._build, len(self.parts), keep_graph, self.parameters, processes)
+
+    def _build(self, index: int) -> tuple[Tensor | None, ...]:
+        with building_graphs():
+            loss = self.parts[index].evaluate().loss
+            _check_graph(loss)
+            return torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+
+    def product_of(self, index: int, vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Product with the Hessian of one micro-batch, unweighted."""
+        gradients = self._graphs[index]
+        with building_graphs():
+            return pull_back(gradients, self.parameters, vectors, retain=self._graphs.keeps(index))
+
+    def local_product(self, vector: Tensor) -> Tensor:
+        """This rank's part of Hv."""
+        total, views = self.space.zeros(), self.space.views(vector)
+        for index, part in enumerate(self.parts):
+            self.space.add_(total, self.product_of(index, views), part.weight)
+        return total
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self._graphs.clear()
+
+
+class _GaussNewtonGraph(NamedTuple):
+    """Graph of one micro-batch: outputs z, ∂ℓ/∂z, a cotangent w of z that is a variable, and Jᵀw."""
+
+    outputs: Tensor
+    residual: Tensor
+    cotangent: Tensor
+    pulled_back: tuple[Tensor | None, ...]
+
+
+class GaussNewtonOperator(CurvatureOperator):
+    r"""Products with the Gauss–Newton matrix of any loss ℓ(z) of the outputs z.
+
+    .. math:: Gv = \sum_m w_m\, J_m^\top (\nabla^2_z \ell_m)\, J_m v
+
+    Jv is the derivative of Jᵀw with respect to w, so that no forward mode is needed and one kept graph serves all
+    products; a product then costs about one forward+backward of the data.
+
+    Args:
+        parts: see :class:`CurvatureOperator`; their evaluations must come with outputs, in the graph of the loss.
+        parameters: see :class:`CurvatureOperator`.
+        reduce: see :class:`CurvatureOperator`.
+        keep_graph: see :class:`HessianOperator`.
+        processes: see :class:`HessianOperator`.
+
+    Raises:
+        ValueError: if an evaluation has no outputs, or the loss does not depend on them.
+
+    Source: Schraudolph 2002; P4, appendix P.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> data = [(torch.tensor([[1.0]]), torch.zeros(1, 1)), (torch.tensor([[2.0], [3.0]]), torch.zeros(2, 1))]
+        >>> GaussNewtonOperator.of(model, nn.functional.mse_loss, data)(torch.ones(1))
+        tensor([9.3333])
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[MicroBatch],
+        parameters: Sequence[Tensor],
+        *,
+        reduce: Reduce | None = None,
+        keep_graph: KeepGraph = "auto",
+        processes: int = 1,
+    ) -> None:
+        super().__init__(parts, parameters, reduce=reduce)
+        self._graphs = Graphs(self._build, len(self.parts), keep_graph, self.parameters, processes)
+
+    def _build(self, index: int) -> _GaussNewtonGraph:
+        with building_graphs():
+            result = self.parts[index].evaluate()
+            _check_graph(result.loss)
+            outputs = result.outputs
+            if outputs is None or not outputs.requires_grad:
+                raise ValueError(
+                    "outputs must come with the loss, in its graph, got none: compute them by calling self(…) exactly "
+                    "once, or name the submodule that makes them, outputs='head'."
+                )
+            (residual,) = torch.autograd.grad(result.loss, outputs, create_graph=True, allow_unused=True)
+            if residual is None:
+                raise ValueError(
+                    "the loss must be computed from the outputs, got outputs that it does not depend on: return those "
+                    "that go into the loss."
+                )
+            cotangent = torch.zeros_like(outputs, requires_grad=True)
+            pulled_back = torch.autograd.grad(outputs, self.parameters, cotangent, create_graph=True, allow_unused=True)
+        return _GaussNewtonGraph(outputs, residual, cotangent, pulled_back)
+
+    def local_product(self, vector: Tensor) -> Tensor:
+        """This rank's part of Gv."""
+        total, views = self.space.zeros(), self.space.views(vector)
+        for index, part in enumerate(self.parts):
+            graph, keep = self._graphs[index], self._graphs.keeps(index)
+            with building_graphs():
+                (jv,) = pull_back(graph.pulled_back, [graph.cotangent], views, retain=True)
+                curved = None if jv is None else pull_back([graph.residual], [graph.outputs], [jv], retain=True)[0]
+                if curved is not None:
+                    products = pull_back([graph.outputs], self.parameters, [curved], retain=keep)
+                    self.space.add_(total, products, part.weight)
+        return total
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self._graphs.clear()
+
+
+def _check_graph(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss must depend on the parameters, got a constant: compute it with gradients enabled, without detach."
+        )

@@ -1,0 +1,88 @@
+"""Graphs of micro-batches, kept from product to product while they fit into memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.operators.memory import SavedBytes, available_memory
+
+KeepGraph = bool | Literal["auto"]
+Graph = TypeVar("Graph")
+
+# Share of the memory that is free when the first graph has been built that kept graphs may take: products need room
+# for one more graph's worth of intermediate values, and the basis for its vectors.
+_SHARE = 0.5
+
+
+class Graphs(Generic[Graph]):
+    """Graphs by index, built when they are first asked for.
+
+    A graph that is kept spares every later product the forward and the first backward. ``"auto"`` keeps the first ones,
+    as many as fit: the first is measured while it is built, by the bytes that autograd saves for it.
+
+    Args:
+        build: makes graph i.
+        count: how many there are.
+        keep: True, False or "auto".
+        parameters: tensors that graphs share.
+        processes: how many processes share the memory.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[int], Graph],
+        count: int,
+        keep: KeepGraph,
+        parameters: Sequence[Tensor],
+        processes: int = 1,
+    ) -> None:
+        if keep not in (True, False, "auto"):
+            raise ValueError(f"keep_graph must be True, False or 'auto', got {keep!r}: 'auto' keeps what fits.")
+        self._build, self._parameters, self._processes = build, parameters, processes
+        self._kept: dict[int, Graph] = {}
+        # A single graph is alive during every product anyway.
+        self._limit = count if keep is True or count == 1 else 0 if keep is False else None
+
+    def keeps(self, index: int) -> bool:
+        """Whether graph i stays, so that it must be retained."""
+        return self._limit is None or index < self._limit
+
+    def __getitem__(self, index: int) -> Graph:
+        if index in self._kept:
+            return self._kept[index]
+        if self._limit is None:
+            saved = SavedBytes(self._parameters)
+            with saved.counting():
+                graph = self._build(index)
+            free = available_memory(self._parameters[0].device) / self._processes
+            # The first graph is already there: the share counts it as free memory that it took.
+            self._limit = int(_SHARE * (free + saved.count) / max(saved.count, 1))
+        else:
+            graph = self._build(index)
+        if index < self._limit:
+            self._kept[index] = graph
+        return graph
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._kept.clear()
+
+
+def differentiable_pairs(
+    outputs: Sequence[Tensor | None], vectors: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Those outputs that have a graph, with their vectors in the type of the outputs."""
+    found = [(o, v.to(o.dtype)) for o, v in zip(outputs, vectors, strict=True) if o is not None and o.requires_grad]
+    return [o for o, _ in found], [v for _, v in found]
+
+
+def pull_back(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], vectors: Sequence[Tensor], retain: bool
+) -> tuple[Tensor | None, ...]:
+    """Vector–Jacobian product; None for inputs that the outputs do not depend on."""
+    with_graph, cotangents = differentiable_pairs(outputs, vectors)
+    if not with_graph:
+        return (None,) * len(inputs)
+    return torch.autograd.grad(with_graph, inputs, cotangents, retain_graph=retain, allow_unused=True)
