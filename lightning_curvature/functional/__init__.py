@@ -22,6 +22,7 @@ from lightning_curvature.functional.likelihoods import (
 from lightning_curvature.functional.pairs import PairStatistics, pair_statistics
 from lightning_curvature.functional.products import hessian_quadratic_form
 from lightning_curvature.functional.step_length import ErrorModel, choose_epsilon
+from lightning_curvature.functional.thresholds import adaptive_threshold, momentum_threshold
 
 __all__ = [
     "LIKELIHOODS",
@@ -29,6 +30,7 @@ __all__ = [
     "ErrorModel",
     "Likelihood",
     "PairStatistics",
+    "adaptive_threshold",
     "choose_epsilon",
     "critical_sharpness",
     "directional_curvature",
@@ -41,6 +43,7 @@ __all__ = [
     "hessian_quadratic_form",
     "kl_curvature",
     "kl_divergence",
+    "momentum_threshold",
     "output_noise_gain",
     "output_quadratic_form",
     "pair_statistics",

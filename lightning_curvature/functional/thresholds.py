@@ -1,0 +1,117 @@
+"""Where the step of an optimizer turns unstable: thresholds on the largest eigenvalue of the Hessian.
+
+On the quadratic ½ a θ² every optimizer here is a linear recursion of two terms. It is stable while the roots z of its
+characteristic polynomial lie inside the unit circle. As a grows from 0, one of them leaves through z = −1: the step
+begins to overshoot by more than it came from. The thresholds are the a at which z = −1 is a root.
+"""
+
+import math
+
+
+def momentum_threshold(
+    lr: float,
+    momentum: float = 0.0,
+    *,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> float:
+    r"""Eigenvalue of the Hessian at which gradient descent with momentum turns unstable.
+
+    .. math:: \frac{2}{\eta}, \qquad \frac{2 + 2\beta}{(1 - \tau)\,\eta}, \qquad
+        \frac{2 + 2\beta}{(1 + 2\beta)\,\eta}, \qquad \text{each minus } \lambda
+
+    for gradient descent, heavy-ball momentum β with dampening τ, and Nesterov momentum, as ``torch.optim.SGD`` has
+    them. Weight decay λ of this kind (in the gradient) adds λ to every eigenvalue.
+
+    Derivation, with a the eigenvalue plus λ: b ← βb + (1−τ)aθ, θ ← θ − ηb has the characteristic polynomial
+    (z−1)(z−β) + (1−τ)ηaz; at z = −1: 2(1+β) = (1−τ)ηa.
+    Nesterov's b ← βb + aθ, θ ← θ − η(aθ + βb) has (z−1)(z−β) + ηa((1+β)z − β); at z = −1: 2(1+β) = (1+2β)ηa.
+
+    Args:
+        lr: learning rate η ≥ 0.
+        momentum: β in [0, 1).
+        dampening: τ < 1; without momentum it has no effect.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: λ ≥ 0.
+
+    Returns:
+        The threshold, in units of 1/η; infinite at η = 0. Where it is negative, weight decay alone is unstable.
+
+    Raises:
+        ValueError: for values outside these ranges, or Nesterov momentum with dampening.
+
+    Source: Cohen et al. 2021 (arXiv 2103.00065) for τ = 0, λ = 0.
+
+    Example:
+        >>> momentum_threshold(lr=0.1), round(momentum_threshold(lr=0.1, momentum=0.9), 9)
+        (20.0, 38.0)
+    """
+    _check_lr(lr)
+    _check_decay("momentum", momentum)
+    if not weight_decay >= 0.0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}: pass 0 for none.")
+    if nesterov and dampening != 0.0:
+        raise ValueError(
+            f"dampening must be 0 with Nesterov momentum, got {dampening}: torch.optim.SGD refuses it, too."
+        )
+    if momentum == 0.0:
+        dampening = 0.0  # torch keeps no buffer then
+    if not dampening < 1.0:
+        raise ValueError(f"dampening must be below 1, got {dampening}: no gradient would reach the parameters.")
+    gain = 1.0 + 2.0 * momentum if nesterov else 1.0 - dampening
+    return (2.0 + 2.0 * momentum) / (gain * lr) - weight_decay if lr else math.inf
+
+
+def adaptive_threshold(
+    lr: float, beta1: float = 0.0, *, decoupled_weight_decay: float = 0.0, bias_correction: float = 1.0
+) -> float:
+    r"""Eigenvalue of the preconditioned Hessian at which Adam and its kin turn unstable.
+
+    .. math:: \frac{(2 - \eta\lambda)(1 + \beta_1)\, c}{(1 - \beta_1)\,\eta}, \quad
+        \text{simply } \frac{2 + 2\beta_1}{(1 - \beta_1)\,\eta} \text{ for } \lambda = 0,\ c = 1,
+
+    on :math:`\lambda_{\max}(P^{-1/2} H P^{-1/2})` with the preconditioner P taken as constant. The first moment is a
+    moving average, which divides the gain of a heavy ball by 1/(1−β₁).
+    RMSprop's momentum is a heavy ball of g/P: its threshold is :func:`momentum_threshold`, on the same matrix.
+
+    Derivation, with a the eigenvalue: m ← β₁m + (1−β₁)aθ, θ ← (1−ηλ)θ − (η/c)m has the characteristic polynomial
+    (z−1+ηλ)(z−β₁) + (1−β₁)(η/c)az; at z = −1: (2−ηλ)(1+β₁) = (1−β₁)(η/c)a.
+
+    Args:
+        lr: learning rate η ≥ 0.
+        beta1: β₁ in [0, 1), decay of the first moment.
+        decoupled_weight_decay: λ ≥ 0 of AdamW.
+        bias_correction: c = 1 − β₁ᵗ of the first moment, in (0, 1]; 1 once t is large.
+
+    Returns:
+        The threshold, in units of 1/η; infinite at η = 0. Where it is negative, weight decay alone is unstable.
+
+    Raises:
+        ValueError: for values outside these ranges.
+
+    Source: Cohen et al. 2022 (arXiv 2207.14484) for λ = 0, c = 1.
+
+    Example:
+        >>> round(adaptive_threshold(lr=0.1, beta1=0.9), 9)  # 38/η
+        380.0
+    """
+    _check_lr(lr)
+    _check_decay("beta1", beta1)
+    if not decoupled_weight_decay >= 0.0:
+        raise ValueError(f"decoupled_weight_decay must not be negative, got {decoupled_weight_decay}: pass 0 for none.")
+    if not 0.0 < bias_correction <= 1.0:
+        raise ValueError(f"bias_correction must lie in (0, 1], got {bias_correction}: it is 1 − beta1 ** step.")
+    if not lr:
+        return math.inf
+    return (2.0 - lr * decoupled_weight_decay) * (1.0 + beta1) * bias_correction / ((1.0 - beta1) * lr)
+
+
+def _check_lr(lr: float) -> None:
+    if not lr >= 0.0:
+        raise ValueError(f"lr must not be negative, got {lr}: pass the learning rate of the step.")
+
+
+def _check_decay(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}: from 1 on no step is stable.")
