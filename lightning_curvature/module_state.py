@@ -148,7 +148,7 @@ class ModuleState:
             self._save_container(value, set(value), value.update, depth)
         elif isinstance(value, tuple):
             self._save_elements(value, depth)
-        elif (state := _generator_state(value)) is not None:
+        elif (state := generator_state(value)) is not None:
             self._restorers.append(state)
         elif type(value).__module__ == "numpy" and hasattr(value, "flags"):
             if value.flags.writeable:
@@ -199,7 +199,7 @@ def _without_overlap(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _generator_state(value: Any) -> Callable[[], object] | None:
+def generator_state(value: Any) -> Callable[[], object] | None:
     """Return what sets a random-number generator back, or None where ``value`` is none."""
     if isinstance(value, torch.Generator):
         return functools.partial(value.set_state, value.get_state())

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class RecordedBatch:
 
     def fresh_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return copies of the arguments: a step may write into its batch."""
-        args, kwargs = _copied((self.args, self.kwargs))
+        args, kwargs = copied((self.args, self.kwargs))
         return args, kwargs
 
 
@@ -114,7 +115,7 @@ class StepObjective:
             yield
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
-        kept_args, kept_kwargs = _copied((args, kwargs))
+        kept_args, kept_kwargs = copied((args, kwargs))
         state = ModuleState(self.module, self.bystanders.saved)
         if state.unrepeatable and self.function is None:
             raise ValueError(
@@ -128,6 +129,21 @@ class StepObjective:
             randomness=RandomState(self.device),
             state=state,
             bystanders=self.bystanders.versions(),
+            global_step=self.module.trainer.global_step,
+            forward_dtype=_forward_dtype(self.module, self.device),
+        )
+
+    def prepare(self, batch: Any, batch_idx: int, randomness: RandomState, state: ModuleState) -> RecordedBatch:
+        """Make the record of a step that did not run, to be evaluated from the given states."""
+        args: tuple[Any, ...] = (batch,)
+        # As Lightning decides whether a step is given the index.
+        if is_param_in_hook_signature(self._step, "batch_idx", min_args=2):
+            args += (batch_idx,)
+        return RecordedBatch(
+            args=args,
+            kwargs={},
+            randomness=randomness,
+            state=state,
             global_step=self.module.trainer.global_step,
             forward_dtype=_forward_dtype(self.module, self.device),
         )
@@ -242,7 +258,7 @@ def _clone(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _copied(data: Any) -> Any:
+def copied(data: Any) -> Any:
     """Copy a batch with all its containers and objects; tensors become leaves."""
     try:
         return copy.deepcopy(data, {id(t): _clone(t) for t in tensors(data)})

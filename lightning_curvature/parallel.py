@@ -6,7 +6,8 @@ with the number of shards. One all-reduce then serves all the numbers of a measu
 """
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+
+from lightning_curvature.linalg import VectorSpace
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -55,6 +58,40 @@ def mean_of_scalars(trainer: pl.Trainer, values: Mapping[str, Tensor], device: t
     names = sorted(values)
     packed = torch.stack([values[name].detach().to(device, torch.float64).reshape(()) for name in names])
     return dict(zip(names, mean_over_ranks(trainer, packed).tolist(), strict=True))
+
+
+def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
+    """Sum of a tensor over all ranks, one all-reduce; None on one process."""
+    if trainer.world_size == 1:
+        return None
+    return lambda values: mean_over_ranks(trainer, values).mul_(trainer.world_size)
+
+
+def vector_space(trainer: pl.Trainer, parameters: Sequence[Tensor]) -> VectorSpace:
+    """The space of the parameters, of which ranks may hold parts."""
+    if not is_sharded(parameters):
+        return VectorSpace(parameters)
+    return VectorSpace(
+        [local(p) for p in parameters],
+        reduce=sum_over_ranks(trainer),
+        shares=[shard_count(p) / trainer.world_size for p in parameters],
+        shapes=[p.shape for p in parameters],
+        cut=[functools.partial(own_part, like=p) for p in parameters],
+    )
+
+
+def own_part(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that is cut as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return full
+    mesh = like.device_mesh
+    for dimension, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            chunks = full.chunk(mesh.size(dimension), placement.dim)
+            rank = mesh.get_local_rank(dimension)
+            # torch cuts like chunk: the last ranks may be left with nothing.
+            full = chunks[rank] if rank < len(chunks) else full.narrow(placement.dim, 0, 0)
+    return full
 
 
 @contextlib.contextmanager

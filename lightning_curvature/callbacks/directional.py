@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_curvature.callbacks.update_monitor import OnError, UpdateMonitor
+from lightning_curvature.callbacks.monitor import OnError
+from lightning_curvature.callbacks.update_monitor import UpdateMonitor
 from lightning_curvature.estimates import Estimate
 from lightning_curvature.functional import LIKELIHOODS
 from lightning_curvature.measurement import DirectionalMeasurement, Result
@@ -112,15 +113,15 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             objective=objective,
             outputs=outputs,
             optimizer_index=optimizer_index,
+            prefix=prefix,
             on_error=on_error,
         )
-        _check_arguments(estimators, epsilon, likelihood, probe_precision, critical_max_forwards, prefix)
+        _check_arguments(estimators, epsilon, likelihood, probe_precision, critical_max_forwards)
         self.estimators: tuple[Estimator, ...] = tuple(dict.fromkeys(estimators))
         self.epsilon = epsilon
         self.likelihood = likelihood
         self.probe_precision = probe_precision
         self.critical_max_forwards = critical_max_forwards
-        self.prefix = prefix
         self.progress_bar = progress_bar
         self.metrics: dict[str, DirectionalCurvature] = {
             name: CriticalSharpness(sync_on_compute=False)
@@ -137,11 +138,6 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             default=set(estimators) == set(_DEFAULT),
         )
 
-    @property
-    def state_key(self) -> str:
-        """Distinct for monitors with distinct prefixes."""
-        return self._generate_state_key(prefix=self.prefix)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about ε and the line search."""
         return self._measurement.state_dict()
@@ -157,15 +153,6 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             f"{self.prefix}: λ and 2/η": [*curvatures, f"{self.prefix}/two_over_lr"],
             f"{self.prefix}: headroom": [f"{self.prefix}/headroom"],
         }
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that no other monitor writes the same keys."""
-        super().setup(trainer, pl_module, stage)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is not self and isinstance(other, DirectionalCurvatureMonitor) and other.prefix == self.prefix:
-                raise MisconfigurationException(
-                    f"prefix must differ between monitors, got {self.prefix!r} twice: give one of them another prefix."
-                )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check strategy and precision against the estimators."""
@@ -238,7 +225,6 @@ def _check_arguments(
     likelihood: str,
     probe_precision: str | None,
     critical_max_forwards: int,
-    prefix: str,
 ) -> None:
     if isinstance(estimators, str) or not estimators:
         raise ValueError(
@@ -263,5 +249,3 @@ def _check_arguments(
         raise ValueError(
             f"critical_max_forwards must be at least 3, got {critical_max_forwards}: a bracket alone takes two."
         )
-    if not prefix or prefix != prefix.strip("/"):
-        raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}: use 'curvature'.")

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_curvature.callbacks.monitor import Monitor
 from lightning_curvature.isolation import untouched
-from lightning_curvature.objective import ObjectiveFunction, StepObjective
 from lightning_curvature.parallel import local
 from lightning_curvature.probes import Window
-from lightning_curvature.reporting import add_layout, warn
 from lightning_curvature.update import ParameterUpdate, dense_copy
 
-OnError = Literal["warn", "raise"]
 
-
-class UpdateMonitor(pl.Callback):
+class UpdateMonitor(Monitor):
     """Base of the monitors that measure along the true update.
 
     On a measured optimizer step it records the calls of ``training_step`` that make the step, keeps the gradients as
@@ -32,39 +27,11 @@ class UpdateMonitor(pl.Callback):
     compare two integers.
 
     Args:
-        every_n_train_steps: measure optimizer steps 0, n, 2n, …
-        objective: see :class:`~lightning_curvature.objective.StepObjective`.
-        outputs: see :class:`~lightning_curvature.objective.StepObjective`.
-        optimizer_index: which optimizer to follow where the module has several.
-        on_error: "warn" logs NaN and warns once when a probe fails, "raise" lets the error through.
+        **options: those of :class:`~lightning_curvature.callbacks.monitor.Monitor`.
     """
 
-    def __init__(
-        self,
-        *,
-        every_n_train_steps: int,
-        objective: ObjectiveFunction | None,
-        outputs: str | None,
-        optimizer_index: int,
-        on_error: OnError,
-    ) -> None:
-        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
-            raise ValueError(
-                f"every_n_train_steps must be a whole number of at least 1, got {every_n_train_steps!r}: 1 measures "
-                "every optimizer step."
-            )
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}: 'warn' lets training go on.")
-        if not isinstance(optimizer_index, int) or optimizer_index < 0:
-            raise ValueError(
-                f"optimizer_index must not be negative, got {optimizer_index!r}: 0 is the first optimizer."
-            )
-        self.every_n_train_steps = every_n_train_steps
-        self.objective_function = objective
-        self.outputs = outputs
-        self.optimizer_index = optimizer_index
-        self.on_error: OnError = on_error
-        self._objective: StepObjective | None = None
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._recording = contextlib.ExitStack()
         self._armed = False
         self._update: ParameterUpdate | None = None
@@ -81,34 +48,10 @@ class UpdateMonitor(pl.Callback):
         """
         raise NotImplementedError
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check what can be checked before optimizers exist."""
-        if stage != "fit" or self.objective_function is not None:
-            return
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise MisconfigurationException(
-                f"{type(self).__name__} must see the batch of a step, got training_step(dataloader_iter): take "
-                "(batch, batch_idx) instead."
-            )
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the optimizers and lay out TensorBoard."""
-        count = len(trainer.optimizers)
-        if count > 1 and self.objective_function is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs objective= where several optimizers have losses of their own, got "
-                f"{count} optimizers: give a callable (module, batch) -> loss, and optimizer_index= for the optimizer "
-                "it belongs to."
-            )
-        if count and self.optimizer_index >= count:
-            raise MisconfigurationException(
-                f"optimizer_index must be below the number of optimizers, got {self.optimizer_index} of {count}: "
-                "count from 0."
-            )
-        device = trainer.strategy.root_device
-        self._objective = StepObjective(pl_module, device, self.outputs, self.objective_function)
+        """Check the optimizers, lay out TensorBoard and forget the fit before."""
+        super().on_fit_start(trainer, pl_module)
         self._forget()
-        add_layout(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -116,7 +59,7 @@ class UpdateMonitor(pl.Callback):
         """Start recording where the coming optimizer step is to be measured."""
         # A batch whose end was never reported (an interrupted epoch) must not leave its recorder behind.
         self._recording.close()
-        self._armed = self._objective is not None and trainer.global_step % self.every_n_train_steps == 0
+        self._armed = self._due(trainer)
         if not self._armed or self._objective is None:
             return
         self._recording.enter_context(self._objective.recording(self._note_failure))
@@ -235,9 +178,3 @@ class UpdateMonitor(pl.Callback):
         if self.on_error == "raise":
             raise error
         self._failure = error
-
-    def _fail(self, error: Exception) -> None:
-        """Handle a failed measurement as ``on_error`` says."""
-        if self.on_error == "raise" or isinstance(error, MisconfigurationException):
-            raise error
-        warn(f"{type(self).__name__} logs NaN: {type(error).__name__}: {error}", any_rank=True)

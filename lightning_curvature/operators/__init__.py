@@ -1,7 +1,7 @@
 """Curvature as operators on the space of the parameters: products with a matrix that is never formed."""
 
 from lightning_curvature.operators.composed import PreconditionedOperator, SecondMomentOperator
-from lightning_curvature.operators.differences import GradientDifferenceOperator
+from lightning_curvature.operators.differences import GradientDifferenceOperator, Sharding
 from lightning_curvature.operators.exact import CurvatureOperator, GaussNewtonOperator, HessianOperator
 from lightning_curvature.operators.micro_batches import MicroBatch, micro_batches
 
@@ -13,5 +13,6 @@ __all__ = [
     "MicroBatch",
     "PreconditionedOperator",
     "SecondMomentOperator",
+    "Sharding",
     "micro_batches",
 ]

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,12 +12,27 @@ from lightning_curvature.operators.exact import CurvatureOperator, Reduce
 from lightning_curvature.operators.micro_batches import MicroBatch
 from lightning_curvature.parallel import local
 
-# Along the sharpest direction of a small network at the edge of stability the curvature changes by 10 % within a length of
-# 0.03 ‖θ‖, along random ones hardly at all. At a tenth of u^{1/3} ‖θ‖ products are within 2e-4 in float32, and within 3e-10
-# in float64, along both, from initialization to the edge.
+# Along the sharpest direction of a small network at the edge of stability the curvature changes by 10 % within a length
+# of 0.03 ‖θ‖, along random ones hardly at all. At a tenth of u^{1/3} ‖θ‖ products are within 2e-4 in float32, and
+# within 3e-10 in float64, along both, from initialization to the edge.
 _DISTANCE = 0.1
 
-Around = Callable[[], contextlib.AbstractContextManager[object]]
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ranks share parameters whose backward gathers and averages over them.
+
+    Attributes:
+        space: the space of the parameters, of which ranks hold parts.
+        ranks: how many there are.
+        rounds: evaluations a pass on every rank; those with fewer micro-batches repeat their last one with weight 0.
+        around: context around a pass with perturbed parts.
+    """
+
+    space: VectorSpace
+    ranks: int
+    rounds: int
+    around: Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class GradientDifferenceOperator(CurvatureOperator):
@@ -36,11 +52,8 @@ class GradientDifferenceOperator(CurvatureOperator):
     Args:
         parts: see :class:`~.exact.CurvatureOperator`.
         parameters: see :class:`~.exact.CurvatureOperator`; sharded ones too.
-        reduce: see :class:`~.exact.CurvatureOperator`; None where parameters are sharded: their backward reduces.
-        space: the space of the parameters, where it is not that of their values on one rank.
-        rounds: evaluations a pass on every rank, where a backward communicates; ranks with fewer micro-batches repeat
-            their last one with weight 0.
-        around: context around a pass with perturbed parameters.
+        reduce: see :class:`~.exact.CurvatureOperator`; not used where parameters are sharded: their backward reduces.
+        sharding: how the ranks share the parameters, where they do.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -56,59 +69,53 @@ class GradientDifferenceOperator(CurvatureOperator):
         parameters: Sequence[Tensor],
         *,
         reduce: Reduce | None = None,
-        space: VectorSpace | None = None,
-        rounds: int | None = None,
-        around: Around = contextlib.nullcontext,
+        sharding: Sharding | None = None,
     ) -> None:
-        super().__init__(parts, [local(p) for p in parameters], reduce=reduce)
-        self._originals = list(parameters)
-        self.space = space or self.space
-        self._sharded = any(local(p) is not p for p in parameters)
-        self._rounds = len(self.parts) if rounds is None else rounds
-        self._around = around
+        super().__init__(parts, [local(p) for p in parameters], reduce=None if sharding else reduce)
+        self._originals, self._sharding = list(parameters), sharding
+        if sharding is not None:
+            self.space = sharding.space
+        self._distance: float | None = None
 
     def local_product(self, vector: Tensor) -> Tensor:
-        """This rank's part of Hv."""
-        length = self.space.norm(vector)
-        with torch.no_grad():
-            base = self.space.pack(self.parameters)
-        unit = torch.finfo(max((p.dtype for p in self.parameters), key=lambda t: torch.finfo(t).eps)).eps
-        distance = _DISTANCE * unit ** (1 / 3) * (self.space.norm(base) or 1.0)
-        total = self.space.zeros()
+        """This rank's part of Hv; all of its coordinates of Hv where parameters are sharded."""
+        if self._distance is None:
+            unit = max(torch.finfo(p.dtype).eps for p in self.parameters)
+            self._distance = _DISTANCE * unit ** (1 / 3) * (self.space.norm(self.space.pack(self.parameters)) or 1.0)
+        length, total = self.space.norm(vector), self.space.zeros()
         if length == 0.0:
             return total
         for sign in (1.0, -1.0):
-            with self._at(base, vector, sign * distance / length):
-                self._add_gradient(total, sign * length / (2.0 * distance))
+            with self._at(vector, sign * self._distance / length):
+                self._add_gradient(total, sign * length / (2.0 * self._distance))
         return total
 
     @contextlib.contextmanager
-    def _at(self, base: Tensor, vector: Tensor, factor: float) -> Generator[None, None, None]:
+    def _at(self, vector: Tensor, factor: float) -> Generator[None, None, None]:
         targets = [p.detach() for p in self.parameters]
         kept = [t.clone() for t in targets]
         try:
-            with torch.no_grad():
-                torch._foreach_copy_(targets, self.space.views(torch.add(base, vector, alpha=factor)))
-            with self._around():
+            for target, view in zip(targets, self.space.views(vector), strict=True):
+                target.add_(view, alpha=factor)
+            with self._sharding.around() if self._sharding else contextlib.nullcontext():
                 yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(targets, kept)
+            torch._foreach_copy_(targets, kept)
 
     def _add_gradient(self, total: Tensor, factor: float) -> None:
-        for index in range(self._rounds):
+        for index in range(self._sharding.rounds if self._sharding else len(self.parts)):
             part = self.parts[min(index, len(self.parts) - 1)]
             weight = part.weight if index < len(self.parts) else 0.0
             with torch.enable_grad():
                 loss = part.evaluate().loss
-                gradients = self._backward(loss) if self._sharded else self._gradients(loss)
-            self.space.add_(total, gradients, factor * weight)
-
-    def _gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(loss, self._originals, allow_unused=True)
+                if self._sharding:
+                    self.space.add_(total, self._backward(loss * (weight * self._sharding.ranks)), factor)
+                else:
+                    gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                    self.space.add_(total, gradients, factor * weight)
 
     def _backward(self, loss: Tensor) -> list[Tensor | None]:
-        """Gradients by ``backward``: autograd does not reach sharded parameters from the whole ones it differentiates."""
+        """Gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the parts from the whole."""
         loss.backward()
         gradients = [None if p.grad is None else local(p.grad) for p in self._originals]
         for p in self._originals:

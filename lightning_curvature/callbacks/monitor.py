@@ -1,0 +1,105 @@
+"""What all monitors have in common: when they measure, on which optimizer, under which prefix, and what errors do."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_curvature.objective import ObjectiveFunction, StepObjective
+from lightning_curvature.reporting import add_layout, warn
+
+OnError = Literal["warn", "raise"]
+
+
+class Monitor(pl.Callback):
+    """Base of all monitors.
+
+    Args:
+        every_n_train_steps: measure optimizer steps 0, n, 2n, …
+        objective: see :class:`~lightning_curvature.objective.StepObjective`.
+        outputs: see :class:`~lightning_curvature.objective.StepObjective`.
+        optimizer_index: which optimizer to follow where the module has several.
+        prefix: prefix of the keys.
+        on_error: "warn" logs NaN and warns once when a measurement fails, "raise" lets the error through.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_train_steps: int,
+        objective: ObjectiveFunction | None,
+        outputs: str | None,
+        optimizer_index: int,
+        prefix: str = "curvature",
+        on_error: OnError,
+    ) -> None:
+        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
+            raise ValueError(
+                f"every_n_train_steps must be a whole number of at least 1, got {every_n_train_steps!r}: 1 measures "
+                "every optimizer step."
+            )
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}: 'warn' lets training go on.")
+        if not isinstance(optimizer_index, int) or optimizer_index < 0:
+            raise ValueError(
+                f"optimizer_index must not be negative, got {optimizer_index!r}: 0 is the first optimizer."
+            )
+        if not prefix or prefix != prefix.strip("/"):
+            raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}: use 'curvature'.")
+        self.every_n_train_steps = every_n_train_steps
+        self.objective_function = objective
+        self.outputs = outputs
+        self.optimizer_index = optimizer_index
+        self.prefix = prefix
+        self.on_error: OnError = on_error
+        self._objective: StepObjective | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for monitors with distinct prefixes."""
+        return self._generate_state_key(prefix=self.prefix)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that no other monitor writes the same keys, and what can be checked before optimizers exist."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is not self and type(other) is type(self) and other.prefix == self.prefix:
+                raise MisconfigurationException(
+                    f"prefix must differ between monitors, got {self.prefix!r} twice: give one of them another prefix."
+                )
+        if stage != "fit" or self.objective_function is not None:
+            return
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise MisconfigurationException(
+                f"{type(self).__name__} must see the batch of a step, got training_step(dataloader_iter): take "
+                "(batch, batch_idx) instead."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the optimizers and lay out TensorBoard."""
+        count = len(trainer.optimizers)
+        if count > 1 and self.objective_function is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs objective= where several optimizers have losses of their own, got "
+                f"{count} optimizers: give a callable (module, batch) -> loss, and optimizer_index= for the optimizer "
+                "it belongs to."
+            )
+        if count and self.optimizer_index >= count:
+            raise MisconfigurationException(
+                f"optimizer_index must be below the number of optimizers, got {self.optimizer_index} of {count}: "
+                "count from 0."
+            )
+        device = trainer.strategy.root_device
+        self._objective = StepObjective(pl_module, device, self.outputs, self.objective_function)
+        add_layout(trainer)
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        return self._objective is not None and trainer.global_step % self.every_n_train_steps == 0
+
+    def _fail(self, error: Exception) -> None:
+        """Handle a failed measurement as ``on_error`` says."""
+        if self.on_error == "raise" or isinstance(error, MisconfigurationException):
+            raise error
+        warn(f"{type(self).__name__} logs NaN: {type(error).__name__}: {error}", any_rank=True)

@@ -1,0 +1,175 @@
+"""Which samples a probe set holds: the training samples on which the same Hessian is measured at every step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
+
+from lightning_curvature.data_reading import ProbeBatch, Reading
+from lightning_curvature.data_state import DataRandomness, fresh_copy
+from lightning_curvature.objective import copied
+from lightning_curvature.parallel import mean_over_ranks
+
+__all__ = ["ProbeBatch", "ProbeSet", "read_probe_set", "to_device"]
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """The batches of this rank, and the size of the whole.
+
+    Attributes:
+        batches: this rank's share.
+        total: number of samples over all ranks.
+        rounds: the largest number of batches that any rank has.
+    """
+
+    batches: tuple[ProbeBatch, ...]
+    total: int
+    rounds: int
+
+
+def read_probe_set(
+    trainer: pl.Trainer,
+    dataloader: Any | None = None,
+    *,
+    samples: int | None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> ProbeSet:
+    """Read the probe set of a run, which does not notice.
+
+    *A loader that makes batches of a map-style dataset's samples* (``DataLoader(dataset, batch_size=…)``): the set is
+    all n training samples if n ≤ ``samples``, else ``samples`` of them drawn without replacement. Rank r of W takes
+    every W-th from the r-th on, in batches of ``batch_size``. It is the same set on any number of ranks. Training
+    samples are
+
+    * the dataset, whether it is shuffled or shared out over ranks;
+    * of a ``SubsetRandomSampler`` its indices; of a ``WeightedRandomSampler`` those of positive weight, each once and
+      all alike (the weights do not enter the Hessian); of another sampler those that it gives in one epoch;
+    * where nothing is shuffled, no more than an epoch of the Trainer takes: ``limit_train_batches`` and
+      ``overfit_batches`` (which stops the shuffling) restrict the set, and so does ``drop_last``.
+
+    *Any other loader* (iterable datasets, whole batches with ``batch_size=None``, a batch sampler or a loader class of
+    the user's): batches in the order in which a fresh copy of the loader gives them, until there are ``samples``; the
+    last one is kept whole. Several ranks read what the loader of each gives until it has ``samples``/W; of a given
+    ``dataloader``, the same on all ranks, each takes every W-th batch, unless it is sharded (a ``DistributedSampler``)
+    or over an iterable dataset, which is taken to share itself out. So is, under
+    ``Trainer(use_distributed_sampler=False)``, every sampler but torch's sequential and random ones.
+
+    The data is read in this process. Random states are the same afterwards: Python's, numpy's, torch's, and those of
+    generators held by the loader, its samplers, the dataset and its transforms. For the reading they are all set from
+    ``seed``, and where there are indices from that of each sample, so that random augmentations are the same in each
+    reading of the set, however many ranks share it. An iterable dataset, or a loader that is no DataLoader, is
+    copied together with the data that it holds, and read from the position at which it is.
+
+    The batches stay in memory: ``total`` / W · (bytes of one collated sample) on each rank, on the CPU unless the
+    dataset makes its samples elsewhere. Users copy before they compute: a training step may write into its batch.
+
+    Args:
+        trainer: the Trainer, from ``on_train_start`` on (before, it has no dataloader).
+        dataloader: a DataLoader, or batches that can be iterated again and again; default: the Trainer's.
+        samples: the most samples to take, over all ranks; None for all.
+        batch_size: size of a batch; default: that of the loader. Whole batches cannot be cut.
+        seed: of the draw of samples and of the random augmentations in them.
+
+    Raises:
+        ValueError: ``samples`` or ``batch_size`` is less than 1.
+        MisconfigurationException: there is more than one loader, or it cannot be copied, has no end or no samples.
+        RuntimeError: on every rank when the reading failed on another one.
+    """
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}: give a larger number, or None.")
+    if samples is not None and samples < trainer.world_size:
+        raise MisconfigurationException(
+            f"samples must be at least the number of ranks, {trainer.world_size}, so that each has one, got {samples}: "
+            "raise it."
+        )
+    own = dataloader is None
+    loader, shaped = _only_loader(trainer.train_dataloader if own else dataloader, nested=own)
+    errors: list[Exception] = []
+    batches: list[ProbeBatch] = []
+    try:
+        fresh = fresh_copy(loader)
+        randomness = DataRandomness(trainer.strategy.root_device, fresh)
+        with randomness.kept():
+            reading = Reading(trainer, fresh, own, samples, batch_size, seed, randomness)
+            batches = [ProbeBatch(shaped(one.batch), one.size, one.seed) for one in reading.batches()]
+    except Exception as error:
+        errors.append(error)
+    return _agreed(trainer, batches, errors)
+
+
+def to_device(trainer: pl.Trainer, module: pl.LightningModule, probe: ProbeBatch) -> Any:
+    """Return a batch as ``training_step`` receives it: converted and moved as the Trainer does, by all hooks.
+
+    The hooks get a copy. What they draw from the global generators (augmentation on the device) is the same in every
+    call, and these are put back; state of the module that hooks change is the caller's to keep.
+
+    Args:
+        trainer: the Trainer.
+        module: the module it trains.
+        probe: the batch.
+    """
+    randomness = DataRandomness(trainer.strategy.root_device)
+    with randomness.kept():
+        randomness.seed(probe.seed)
+        batch = trainer.precision_plugin.convert_input(copied(probe.batch))
+        hook, datamodule = "on_before_batch_transfer", getattr(trainer, "datamodule", None)
+        owner = datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
+        batch = owner.on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Callable[[Any], Any]]:
+    """Return the one loader in a collection, and what puts its batches into a collection of that form."""
+    if loaders is None:
+        raise MisconfigurationException(
+            "the Trainer must have set up its train dataloader before the probe set is read, got None: read in "
+            "on_train_start or later, or give probe_dataloader=."
+        )
+    if isinstance(loaders, CombinedLoader):
+        return _only_loader(loaders.iterables, nested=True)
+    if isinstance(loaders, (list, tuple)):
+        nested = nested or any(isinstance(one, DataLoader) for one in loaders)
+    if not isinstance(loaders, Mapping) and not (nested and isinstance(loaders, (list, tuple))):
+        return loaders, lambda batch: batch
+    if len(loaders) != 1:
+        raise MisconfigurationException(
+            f"the probe set must come from one dataloader, got a {type(loaders).__name__} of {len(loaders)}: give "
+            "probe_dataloader= the one to measure on."
+        )
+    if isinstance(loaders, Mapping):
+        ((name, value),) = loaders.items()
+        loader, inner = _only_loader(value, nested=True)
+        return loader, lambda batch: {name: inner(batch)}
+    loader, inner = _only_loader(loaders[0], nested=True)
+    form = list if isinstance(loaders, list) else tuple
+    return loader, lambda batch: form([inner(batch)])
+
+
+def _agreed(trainer: pl.Trainer, batches: Sequence[ProbeBatch], errors: list[Exception]) -> ProbeSet:
+    """Bring together what the ranks have read. Each comes here, also one that failed: none waits for another."""
+    table = torch.zeros(trainer.world_size, 3, dtype=torch.float64, device="cpu")
+    for column, value in enumerate((sum(one.size for one in batches), len(batches), len(errors))):
+        table[trainer.global_rank, column] = value
+    if trainer.world_size > 1:
+        summed = mean_over_ranks(trainer, table.to(trainer.strategy.root_device)) * trainer.world_size
+        table = summed.round().cpu()
+    if errors:
+        raise errors.pop()  # which leaves no frame that holds it
+    if table[:, 2].any():
+        raise RuntimeError("reading the probe set failed on another rank, which tells more")
+    counts = [int(count) for count in table[:, 0].tolist()]
+    if min(counts) == 0:
+        raise MisconfigurationException(
+            "the probe set must hold at least one sample for each rank, got "
+            f"{' + '.join(map(str, counts))}: give more data, or other data by probe_dataloader=."
+        )
+    return ProbeSet(tuple(batches), sum(counts), int(table[:, 1].max()))

@@ -1,0 +1,75 @@
+"""The loss of a probe set as a function of the parameters: the training step on fixed micro-batches."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Literal
+
+import lightning.pytorch as pl
+
+from lightning_curvature.data_state import DataRandomness
+from lightning_curvature.differentiation import same_attention
+from lightning_curvature.evaluation import Evaluation
+from lightning_curvature.module_state import ModuleState, RandomState
+from lightning_curvature.objective import StepObjective
+from lightning_curvature.operators import MicroBatch
+from lightning_curvature.probe_data import ProbeSet, to_device
+
+ProbeMode = Literal["train", "eval"]
+Precision = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+class ProbeLoss:
+    """Repeats the training step on the batches of a probe set, each time from the same states.
+
+    Random numbers are those that follow from the seed of each batch: dropout has one mask for a batch, in every product
+    and at every measured step. In "train" mode BatchNorm normalizes each micro-batch by its own statistics; in "eval"
+    mode by the running ones, which are constants.
+
+    Make and use it inside :func:`~.isolation.untouched`.
+
+    Args:
+        trainer: the Trainer.
+        objective: the training step.
+        probe_set: the data.
+        precision: makes the context of a forward.
+        mode: "train" leaves the module as it trains, "eval" switches it.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        objective: StepObjective,
+        probe_set: ProbeSet,
+        precision: Precision,
+        mode: ProbeMode,
+    ) -> None:
+        self._trainer, self._objective, self._probe_set, self._precision = trainer, objective, probe_set, precision
+        if mode == "eval":
+            objective.module.eval()
+        self._state = ModuleState(objective.module, objective.bystanders.saved)
+
+    def parts(self) -> list[MicroBatch]:
+        """This rank's micro-batches."""
+        return [
+            MicroBatch(self._evaluator(index), probe.size / self._probe_set.total)
+            for index, probe in enumerate(self._probe_set.batches)
+        ]
+
+    def _evaluator(self, index: int) -> Callable[[], Evaluation]:
+        return lambda: self.evaluate(index)
+
+    def evaluate(self, index: int) -> Evaluation:
+        """Loss and outputs of one micro-batch at the parameters as they are now."""
+        probe = self._probe_set.batches[index]
+        # A hook that augments on the device changes the module before the step does.
+        self._state.restore()
+        batch = to_device(self._trainer, self._objective.module, probe)
+        record = self._objective.prepare(batch, index, self._seeded(probe.seed), self._state)
+        with self._precision(), same_attention(self._objective.module):
+            return self._objective.evaluate(record)
+
+    def _seeded(self, seed: int) -> RandomState:
+        randomness = DataRandomness(self._objective.device)
+        with randomness.kept():
+            randomness.seed(seed)
+            return RandomState(self._objective.device)
