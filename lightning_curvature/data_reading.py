@@ -40,11 +40,15 @@ class ProbeBatch:
         batch: the collated samples.
         size: how many samples are in it.
         seed: of what the batch hooks draw (see :func:`~.probe_data.to_device`).
+        group: number of the group of batches that it belongs to.
+        spread: whether other ranks hold batches of that group, too.
     """
 
     batch: Any
     size: int
     seed: int
+    group: int = 0
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Reading:
         own: whether the loader is the Trainer's, which has shared it out over the ranks.
         samples: the most samples to take, over all ranks; None for all.
         batch_size: size of a batch; None for that of the loader.
+        group_size: how many consecutive batches make a group.
         seed: of the draw of samples and of the random augmentations in them.
         randomness: the generators of the loader.
     """
@@ -66,6 +71,7 @@ class Reading:
     own: bool
     samples: int | None
     batch_size: int | None
+    group_size: int
     seed: int
     randomness: DataRandomness
 
@@ -123,14 +129,33 @@ class Reading:
             # Not torch.randperm, which takes memory for all indices of the dataset.
             drawn = random.Random(self.seed).sample(range(len(indices)), self.samples)
             indices = [indices[position] for position in sorted(drawn)]
-        share = indices[self.trainer.global_rank :: self.trainer.world_size]
-        size = self.batch_size or self.loader.batch_sampler.batch_size
-        for start in range(0, len(share), size):
-            chunk = share[start : start + size]
+        for group, spread, chunk in self._share(indices):
             rows = [self._sample(index) for index in chunk]
             # A copy, as the samples may be the dataset's own tensors.
             batch = copied(self.loader.collate_fn(rows))
-            yield ProbeBatch(batch, len(chunk), mixed(self.seed, chunk[0], 1))
+            yield ProbeBatch(batch, len(chunk), mixed(self.seed, chunk[0], 1), group, spread)
+
+    def _share(self, indices: Sequence[int]) -> Iterator[tuple[int, bool, Sequence[int]]]:
+        """Batches of this rank: number of the group, whether other ranks share it, indices.
+
+        They are cut before they are dealt out, so that they are the same on any number of ranks.
+        """
+        rank, ranks, of_group = self.trainer.global_rank, self.trainer.world_size, self.group_size
+        size = self.batch_size or self.loader.batch_sampler.batch_size
+        chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
+        groups = math.ceil(len(chunks) / of_group)
+        if groups >= ranks:
+            for group in range(rank, groups, ranks):
+                for chunk in chunks[group * of_group : (group + 1) * of_group]:
+                    yield group, False, chunk
+        elif len(chunks) >= ranks:
+            for number in range(rank, len(chunks), ranks):
+                yield number // of_group, True, chunks[number]
+        else:
+            # Fewer batches than ranks: each is cut once more.
+            for number, chunk in enumerate(chunks):
+                if len(chunk) > rank:
+                    yield number // of_group, True, chunk[rank::ranks]
 
     def _sample(self, index: int) -> Any:
         """Read one sample by itself: its augmentation must not depend on the ranks and the size of a batch."""
@@ -159,7 +184,8 @@ class Reading:
         wanted = math.inf if self.samples is None else math.ceil(self.samples / ranks)
         for position, batch in enumerate(batches):
             # A copy, as whole batches are the dataset's own tensors.
-            probe = ProbeBatch(copied(batch), _size(batch), mixed(self.seed, position, rank, 1))
+            group = position // self.group_size
+            probe = ProbeBatch(copied(batch), sample_count(batch), mixed(self.seed, position, rank, 1), group)
             yield probe
             wanted -= probe.size
             if wanted <= 0:
@@ -204,7 +230,7 @@ def _one_epoch(sampler: Any) -> Sequence[int] | None:
         return None
 
 
-def _size(batch: Any) -> int:
+def sample_count(batch: Any) -> int:
     """Return the number of samples in a batch as Lightning counts them, leaving its warning to the run itself."""
     given = set(warning_cache)
     try:

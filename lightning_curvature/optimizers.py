@@ -26,6 +26,10 @@ from lightning_curvature.update import HasParameterGroups
 Group = Mapping[str, Any]
 
 
+class NotYetSteppedError(ValueError):
+    """An adaptive optimizer has no preconditioner before its first step."""
+
+
 @dataclass(frozen=True)
 class StabilityRule:
     """Where an optimizer's step on a quadratic turns unstable.
@@ -116,8 +120,8 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
         For each parameter P in the shape of this rank's part of it, in float32 or wider, positive; fresh memory.
 
     Raises:
-        ValueError: for an optimizer that is not known, before the first step of an adaptive one, and for settings
-            that are never stable.
+        ValueError: for an optimizer that is not known, and for settings that are never stable.
+        NotYetSteppedError: a ValueError, before the first step of an adaptive optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -138,7 +142,7 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
     steps = _steps_made(bare, parameters) if kind.diagonal is not None else [1.0] * len(parameters)
     moved = [p.requires_grad and id(p) in group_of and t > 0 for p, t in zip(parameters, steps, strict=True)]
     if not any(moved):
-        raise ValueError(
+        raise NotYetSteppedError(
             f"optimizer must have moved at least one of the parameters, got {name} that has not: its preconditioner "
             "exists from its first step on."
         )

@@ -60,6 +60,15 @@ def mean_of_scalars(trainer: pl.Trainer, values: Mapping[str, Tensor], device: t
     return dict(zip(names, mean_over_ranks(trainer, packed).tolist(), strict=True))
 
 
+def least_over_ranks(trainer: pl.Trainer, value: float) -> float:
+    """The least of a number over all ranks, one collective."""
+    if trainer.world_size == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.float64, device=trainer.strategy.root_device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least)
+
+
 def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
     """Sum of a tensor over all ranks, one all-reduce; None on one process."""
     if trainer.world_size == 1:

@@ -27,11 +27,13 @@ class ProbeSet:
         batches: this rank's share.
         total: number of samples over all ranks.
         rounds: the largest number of batches that any rank has.
+        spread: number of groups that ranks have batches of in common, or None where each group lies on one rank.
     """
 
     batches: tuple[ProbeBatch, ...]
     total: int
     rounds: int
+    spread: int | None = None
 
 
 def read_probe_set(
@@ -40,14 +42,15 @@ def read_probe_set(
     *,
     samples: int | None,
     batch_size: int | None = None,
+    group_size: int = 1,
     seed: int = 0,
 ) -> ProbeSet:
     """Read the probe set of a run, which does not notice.
 
     *A loader that makes batches of a map-style dataset's samples* (``DataLoader(dataset, batch_size=…)``): the set is
-    all n training samples if n ≤ ``samples``, else ``samples`` of them drawn without replacement. Rank r of W takes
-    every W-th from the r-th on, in batches of ``batch_size``. It is the same set on any number of ranks. Training
-    samples are
+    all n training samples if n ≤ ``samples``, else ``samples`` of them drawn without replacement, cut into batches of
+    ``batch_size``, of which rank r of W takes every W-th from the r-th on. They are the same on any number of ranks, as
+    long as there are as many batches; else each is cut once more. Training samples are
 
     * the dataset, whether it is shuffled or shared out over ranks;
     * of a ``SubsetRandomSampler`` its indices; of a ``WeightedRandomSampler`` those of positive weight, each once and
@@ -76,6 +79,7 @@ def read_probe_set(
         dataloader: a DataLoader, or batches that can be iterated again and again; default: the Trainer's.
         samples: the most samples to take, over all ranks; None for all.
         batch_size: size of a batch; default: that of the loader. Whole batches cannot be cut.
+        group_size: how many consecutive batches belong together; they go to one rank, if there are groups for all.
         seed: of the draw of samples and of the random augmentations in them.
 
     Raises:
@@ -99,7 +103,7 @@ def read_probe_set(
         fresh = fresh_copy(loader)
         randomness = DataRandomness(trainer.strategy.root_device, fresh)
         with randomness.kept():
-            reading = Reading(trainer, fresh, own, samples, batch_size, seed, randomness)
+            reading = Reading(trainer, fresh, own, samples, batch_size, group_size, seed, randomness)
             batches = [ProbeBatch(shaped(one.batch), one.size, one.seed) for one in reading.batches()]
     except Exception as error:
         errors.append(error)
@@ -156,8 +160,9 @@ def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Callable[[Any], Any]]
 
 def _agreed(trainer: pl.Trainer, batches: Sequence[ProbeBatch], errors: list[Exception]) -> ProbeSet:
     """Bring together what the ranks have read. Each comes here, also one that failed: none waits for another."""
-    table = torch.zeros(trainer.world_size, 3, dtype=torch.float64, device="cpu")
-    for column, value in enumerate((sum(one.size for one in batches), len(batches), len(errors))):
+    table = torch.zeros(trainer.world_size, 4, dtype=torch.float64, device="cpu")
+    spread = max((one.group + 1 for one in batches if one.spread), default=0)
+    for column, value in enumerate((sum(one.size for one in batches), len(batches), len(errors), spread)):
         table[trainer.global_rank, column] = value
     if trainer.world_size > 1:
         summed = mean_over_ranks(trainer, table.to(trainer.strategy.root_device)) * trainer.world_size
@@ -172,4 +177,4 @@ def _agreed(trainer: pl.Trainer, batches: Sequence[ProbeBatch], errors: list[Exc
             "the probe set must hold at least one sample for each rank, got "
             f"{' + '.join(map(str, counts))}: give more data, or other data by probe_dataloader=."
         )
-    return ProbeSet(tuple(batches), sum(counts), int(table[:, 1].max()))
+    return ProbeSet(tuple(batches), sum(counts), int(table[:, 1].max()), int(table[:, 3].max()) or None)

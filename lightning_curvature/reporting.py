@@ -7,13 +7,16 @@ import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
+import numpy
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_curvature.linalg import SpectralDensity
 
 # TensorBoard keeps one layout a run: it is written once for all the monitors of a Trainer.
 _laid_out: "weakref.WeakSet[Logger]" = weakref.WeakSet()
@@ -71,3 +74,53 @@ def add_layout(trainer: pl.Trainer) -> None:
         if isinstance(logger, TensorBoardLogger) and logger not in _laid_out:
             _laid_out.add(logger)
             logger.experiment.add_custom_scalars({LAYOUT_TITLE: charts})
+
+
+def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> None:
+    """Write a spectral density to every TensorBoard logger: a histogram of all N eigenvalues, and a picture of it.
+
+    The picture needs matplotlib; without it the histogram comes alone, with one warning.
+    """
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    if not writers or not trainer.is_global_zero:
+        return
+    edges, shares = density.histogram()
+    counts = shares * density.dimension
+    picture = _density_picture(density)
+    for writer in writers:
+        writer.add_histogram_raw(
+            key,
+            min=float(edges[0]),
+            max=float(edges[-1]),
+            num=density.dimension,
+            sum=density.moment(1) * density.dimension,
+            sum_squares=density.moment(2) * density.dimension,
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+        if picture is not None:
+            writer.add_image(f"{key}_picture", picture, step, dataformats="HWC")
+
+
+def _density_picture(density: SpectralDensity) -> Any:
+    """The density on a logarithmic scale as an image, (H, W, 3) uint8, or None without matplotlib."""
+    try:
+        # Not pyplot, whose figures and backend are the user's.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        warn("the spectral density comes without a picture: install matplotlib to have one beside the histogram.")
+        return None
+    grid = density.grid()
+    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.semilogy(grid.numpy(), density.evaluate(grid).numpy(), linewidth=1.2)
+    # Below a tenth of one eigenvalue there is nothing to see but the tails of the smoothing.
+    axes.set_ylim(bottom=0.1 / (density.dimension * density.default_width()))
+    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_ylabel("density")
+    canvas.draw()
+    return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()

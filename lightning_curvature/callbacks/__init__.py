@@ -1,5 +1,6 @@
 """Lightning callbacks: when to measure, one for each family of quantities."""
 
 from lightning_curvature.callbacks.directional import DirectionalCurvatureMonitor
+from lightning_curvature.callbacks.spectrum import HessianSpectrumMonitor
 
-__all__ = ["DirectionalCurvatureMonitor"]
+__all__ = ["DirectionalCurvatureMonitor", "HessianSpectrumMonitor"]

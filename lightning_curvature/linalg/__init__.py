@@ -1,7 +1,20 @@
 """Algorithms that see a matvec and a vector space, never a model."""
 
+from lightning_curvature.linalg.density import SpectralDensity, spectral_density
 from lightning_curvature.linalg.eigenpairs import Eigenpairs, eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec, NonFiniteProductError
 from lightning_curvature.linalg.space import VectorSpace
+from lightning_curvature.linalg.trace import TraceEstimate, trace
 
-__all__ = ["Eigenpairs", "KrylovSpace", "MatVec", "NonFiniteProductError", "VectorSpace", "eigenpairs"]
+__all__ = [
+    "Eigenpairs",
+    "KrylovSpace",
+    "MatVec",
+    "NonFiniteProductError",
+    "SpectralDensity",
+    "TraceEstimate",
+    "VectorSpace",
+    "eigenpairs",
+    "spectral_density",
+    "trace",
+]

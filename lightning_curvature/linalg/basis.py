@@ -45,6 +45,10 @@ class Basis:
         self._count += 1
         self[self._count - 1].copy_(vector)
 
+    def truncate(self, count: int) -> None:
+        """Keep the first rows alone; their memory stays for the next ones."""
+        self._count = count
+
     def coefficients(self, vector: Tensor) -> Tensor:
         """Dot products with all rows, (m,) float64."""
         return self.space.dots(self._filled(), vector)

@@ -1,7 +1,7 @@
 """A growing orthonormal basis and the operator projected onto it: what Lanczos, trace and density share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ _ROUNDING = 16.0
 
 class NonFiniteProductError(ArithmeticError):
     """A product with the operator held a NaN or an infinity."""
+
+
+def check_finite(numbers: Sequence[float], product: int) -> None:
+    """Refuse a product, by its number, of which not all dot products are finite."""
+    if not all(map(math.isfinite, numbers)):
+        raise NonFiniteProductError(
+            f"a product with the operator must be finite, got NaN or infinity in product {product}: look at the loss "
+            "and its gradient there."
+        )
 
 
 class KrylovSpace:
@@ -82,17 +91,14 @@ class KrylovSpace:
             NonFiniteProductError: if the product is not finite.
         """
         row = self.done
-        vector = self.matvec(self.basis[row])
+        # Worked on in place below: a copy, so that an operator may keep what it returned, or return what it got.
+        vector = self.matvec(self.basis[row]).clone()
         self.matvecs += 1
         c = self.basis.orthogonalize(vector)
         # One transfer to the host, of a handful of numbers: whether to go on is decided there.
         norm_squared = self.space.dots([vector.unsqueeze(0)], vector)
         *coefficients, squared = torch.cat([c, norm_squared]).tolist()
-        if not all(map(math.isfinite, (*coefficients, squared))):
-            raise NonFiniteProductError(
-                f"a product with the operator must be finite, got NaN or infinity in product {self.matvecs}: look at "
-                "the loss and its gradient there."
-            )
+        check_finite((*coefficients, squared), self.matvecs)
         column = torch.tensor(coefficients, dtype=torch.float64)
         difference = column[:row] - self.projected[:row, row]
         self.asymmetry = max([self.asymmetry, *difference.abs().tolist()])
@@ -105,6 +111,28 @@ class KrylovSpace:
         if remainder > self.rounding and len(self.basis) < self.space.dimension:
             self._append(vector.div_(remainder))
             self.projected[-1, row] = self.projected[row, -1] = remainder
+
+    def deflate(self, values: Tensor, vectors: Sequence[Tensor]) -> None:
+        """Begin an empty basis with Ritz pairs of the same operator, which count as multiplied.
+
+        The relation A V_done = V T holds up to their residuals; projections away from them are exact. A pair that is
+        given twice, as the largest and the largest by magnitude may be one, counts once.
+        """
+        for value, vector in zip(values.tolist(), vectors, strict=True):
+            remainder = vector.clone()
+            self.basis.orthogonalize(remainder)
+            norm = self.space.norm(remainder)
+            # Ritz vectors of one basis are orthogonal or the same.
+            if norm > 0.5:
+                self._append(remainder.div_(norm))
+                self.projected[-1, -1] = value
+                self.done += 1
+                self.scale = max(self.scale, abs(value))
+
+    def drop_waiting(self) -> None:
+        """Forget the rows that have not been multiplied."""
+        self.basis.truncate(self.done)
+        self.projected = self.projected[: self.done, : self.done].clone()
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values in descending order, their coordinates in the multiplied rows, their residuals."""

@@ -86,7 +86,7 @@ class VectorSpace:
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return the vector, (…, n), as the list of tensors, (…, shape); they share its memory."""
         parts = vector.split(self._sizes, dim=-1)
-        return [part.reshape(*vector.shape[:-1], *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def pack(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return a list of tensors as one vector; None stands for zeros."""

@@ -57,11 +57,13 @@ class SecondMomentOperator(HessianOperator):
     identity, against which their digits would be lost.
 
     Args:
-        parts: this rank's micro-batches, those of one mini-batch after one another.
-        parameters: see :class:`CurvatureOperator`.
+        parts: this rank's micro-batches.
+        parameters: see :class:`~.exact.CurvatureOperator`.
         lr: η.
-        batch_of: for each micro-batch the number of its mini-batch; default: each is a mini-batch.
-        **options: of :class:`HessianOperator`.
+        groups: for each micro-batch the number of its mini-batch; default: each is a mini-batch.
+        spread: number of mini-batches, 0, 1, …, that ranks have parts of in common; each then takes two reductions a
+            product. None where every mini-batch lies on one rank: one reduction for all.
+        **options: of :class:`~.exact.HessianOperator`.
 
     Source: Wu et al. 2018; P4, eqs. 37 and 39.
 
@@ -79,19 +81,32 @@ class SecondMomentOperator(HessianOperator):
         parameters: Sequence[Tensor],
         *,
         lr: float,
-        batch_of: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
+        spread: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(parts, parameters, **options)
         self.lr = lr
-        numbers = list(batch_of) if batch_of is not None else list(range(len(self.parts)))
-        self._batches = [[i for i, n in enumerate(numbers) if n == number] for number in dict.fromkeys(numbers)]
+        numbers = list(groups) if groups is not None else list(range(len(self.parts)))
+        self._spread = spread is not None and self.reduce is not None
+        of_batch = range(spread) if spread is not None else dict.fromkeys(numbers)
+        self._batches = [[i for i, n in enumerate(numbers) if n == number] for number in of_batch]
+        sums = [sum(self.parts[i].weight for i in batch) for batch in self._batches]
+        self._weights = torch.tensor(sums, dtype=torch.float64, device=self.space.device)
+        if self._spread and self.reduce is not None:
+            self._weights = self.reduce(self._weights)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Return Sv."""
+        return self._product(vector) if self._spread else super().__call__(vector)
 
     def local_product(self, vector: Tensor) -> Tensor:
         """This rank's part of Sv."""
+        return self._product(vector)
+
+    def _product(self, vector: Tensor) -> Tensor:
         total = self.space.zeros()
-        for batch in self._batches:
-            weight = sum(self.parts[i].weight for i in batch)
+        for batch, weight in zip(self._batches, self._weights.tolist(), strict=True):
             once = self._batch_product(batch, weight, vector)
             twice = self._batch_product(batch, weight, once)
             total.add_(once, alpha=-2.0 * self.lr * weight).add_(twice, alpha=self.lr**2 * weight)
@@ -99,7 +114,11 @@ class SecondMomentOperator(HessianOperator):
 
     def _batch_product(self, batch: list[int], weight: float, vector: Tensor) -> Tensor:
         """H_B v."""
-        total, views = self.space.zeros(), self.space.views(vector)
-        for index in batch:
-            self.space.add_(total, self.product_of(index, views), self.parts[index].weight / weight)
-        return total
+
+        def own_part() -> Tensor:
+            total, views = self.space.zeros(), self.space.views(vector)
+            for index in batch:
+                self.space.add_(total, self.product_of(index, views), self.parts[index].weight / weight)
+            return total
+
+        return self.summed(own_part) if self._spread else own_part()

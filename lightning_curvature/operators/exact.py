@@ -41,14 +41,18 @@ class CurvatureOperator:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return Av."""
+        return self.summed(lambda: self.local_product(vector))
+
+    def summed(self, own_part: Callable[[], Tensor]) -> Tensor:
+        """Sum over the ranks of a vector of which each makes its part."""
         if self.reduce is None:
-            return self.local_product(vector)
+            return own_part()
         try:
-            product = self.local_product(vector)
+            part = own_part()
         except Exception as error:
             self.error = error
-            product = torch.full_like(vector, torch.nan)
-        return self.reduce(product)
+            part = torch.full_like(self.space.zeros(), torch.nan)
+        return self.reduce(part)
 
     def local_product(self, vector: Tensor) -> Tensor:
         """This rank's part of Av, in a new tensor."""

@@ -1,0 +1,128 @@
+"""The part of a monitor that measures on a fixed probe set, before an optimizer step is made."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_curvature.callbacks.monitor import Monitor
+from lightning_curvature.data_reading import sample_count
+from lightning_curvature.isolation import untouched
+from lightning_curvature.probe_data import ProbeSet, read_probe_set
+from lightning_curvature.probe_loss import Precision, ProbeLoss, ProbeMode
+
+
+class ProbeSetMonitor(Monitor):
+    """Base of the monitors that measure on a fixed probe set.
+
+    They measure at θ_t, in ``on_train_batch_start`` of the first batch of optimizer step t, with the learning rate and
+    the optimizer's state as the step will find them; their values stand in the logs beside those of the same step. The
+    probe set is read once, at the first measured step of a fit
+    (see :func:`~lightning_curvature.probe_data.read_probe_set`).
+
+    Args:
+        probe_samples: the most samples that the probe set has; None for all training data.
+        probe_dataloader: a DataLoader, or a list of batches, to take them from; default: the Trainer's.
+        micro_batch_size: samples differentiated at once; default: the batch size of the loader.
+        probe_mode: "train" leaves the module in its modes, "eval" switches it for the measurement.
+        probe_precision: "32-true" runs without autocast, None in the precision of the run.
+        seed: of the choice of samples, of dropout and of random vectors.
+        **options: those of :class:`~lightning_curvature.callbacks.monitor.Monitor`.
+    """
+
+    def __init__(
+        self,
+        *,
+        probe_samples: int | None,
+        probe_dataloader: Any,
+        micro_batch_size: int | None,
+        probe_mode: ProbeMode,
+        probe_precision: Literal["32-true"] | None,
+        seed: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        for name, value, remedy in (
+            ("probe_samples", probe_samples, "None takes all training data"),
+            ("micro_batch_size", micro_batch_size, "None takes the batch size of the loader"),
+        ):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}: {remedy}.")
+        if probe_mode not in ("train", "eval"):
+            raise ValueError(
+                f"probe_mode must be 'train' or 'eval', got {probe_mode!r}: 'train' leaves the module as it trains."
+            )
+        if probe_precision not in (None, "32-true"):
+            raise ValueError(
+                f"probe_precision must be '32-true' or None, got {probe_precision!r}: None probes in the run's "
+                "precision."
+            )
+        self.probe_samples = probe_samples
+        self.probe_dataloader = probe_dataloader
+        self.micro_batch_size = micro_batch_size
+        self.probe_mode: ProbeMode = probe_mode
+        self.probe_precision = probe_precision
+        self.seed = seed
+        self._probe_set: ProbeSet | None = None
+        self._measured_step = -1
+
+    def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet) -> None:
+        """Measure at the parameters as they are. Called on every rank."""
+        raise NotImplementedError
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the optimizers, lay out TensorBoard and forget the fit before."""
+        super().on_fit_start(trainer, pl_module)
+        self._probe_set, self._measured_step = None, -1
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure where an optimizer step that is due begins."""
+        step = trainer.global_step
+        if not self._due(trainer) or step == self._measured_step or self._objective is None:
+            return
+        self._measured_step = step
+        objective = self._objective
+        try:
+            bystanders = objective.bystanders.saved
+            with untouched(pl_module, objective.device, bystanders, trainer.optimizers):
+                if self._probe_set is None:
+                    self._probe_set = self._read(trainer, batch)
+                loss = ProbeLoss(trainer, objective, self._probe_set, self._precision(trainer), self.probe_mode)
+                self.measure(trainer, loss, self._probe_set)
+        except Exception as error:
+            self._fail(error)
+
+    def _read(self, trainer: pl.Trainer, batch: Any) -> ProbeSet:
+        # Groups of batches are as large as the data of one optimizer step, over all its batches and ranks.
+        own = getattr(trainer.train_dataloader, "batch_size", None) or sample_count(batch)
+        step = own * trainer.accumulate_grad_batches * trainer.world_size
+        return read_probe_set(
+            trainer,
+            self.probe_dataloader,
+            samples=self.probe_samples,
+            batch_size=self.micro_batch_size,
+            group_size=max(1, math.ceil(step / (self.micro_batch_size or own))),
+            seed=self.seed,
+        )
+
+    def _precision(self, trainer: pl.Trainer) -> Precision:
+        @contextlib.contextmanager
+        def context() -> Generator[None, None, None]:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(trainer.precision_plugin.train_step_context())
+                if self.probe_precision is not None:
+                    stack.enter_context(torch.autocast(trainer.strategy.root_device.type, enabled=False))
+                yield
+
+        return context
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the probe set."""
+        self._probe_set = None

@@ -1,0 +1,355 @@
+"""One measurement of the spectrum: operators on a probe set, the algorithms on them, numbers by key."""
+
+import contextlib
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_curvature.linalg import (
+    Eigenpairs,
+    NonFiniteProductError,
+    SpectralDensity,
+    VectorSpace,
+    eigenpairs,
+    spectral_density,
+    trace,
+)
+from lightning_curvature.operators import (
+    GaussNewtonOperator,
+    GradientDifferenceOperator,
+    HessianOperator,
+    MicroBatch,
+    PreconditionedOperator,
+    SecondMomentOperator,
+    Sharding,
+)
+from lightning_curvature.operators.memory import available_memory
+from lightning_curvature.optimizers import NotYetSteppedError, StabilityRule, preconditioner
+from lightning_curvature.parallel import least_over_ranks, mean_of_scalars, sum_over_ranks
+from lightning_curvature.reporting import warn
+
+Quantity = Literal[
+    "lambda_max",
+    "lambda_min",
+    "hessian_trace",
+    "spectral_density",
+    "gauss_newton_lambda_max",
+    "preconditioned_lambda_max",
+    "second_moment_contraction",
+]
+Products = Literal["auto", "exact", "difference"]
+
+QUANTITIES: tuple[Quantity, ...] = Quantity.__args__  # type: ignore[attr-defined]
+# What each is measured on. Those of one operator share its graphs and its eigenvectors.
+OPERATOR_OF: dict[str, str] = {
+    "lambda_max": "hessian",
+    "lambda_min": "hessian",
+    "hessian_trace": "hessian",
+    "spectral_density": "hessian",
+    "gauss_newton_lambda_max": "gauss_newton",
+    "preconditioned_lambda_max": "preconditioned",
+    "second_moment_contraction": "second_moment",
+}
+# Operators that exist by exact products only.
+EXACT_ONLY = ("gauss_newton", "second_moment")
+
+# Share of the free memory that the basis of an eigensolver may take, and the most vectors that are of use: a restart
+# after so many costs little.
+_BASIS_SHARE, _LONGEST_BASIS = 0.25, 64
+
+# Length of the random vector that is added to an eigenvector from which a search begins: an eigenvalue that has
+# overtaken it since may have a vector orthogonal to it. It costs no product on average (4.5 and 7.2 with and without it
+# at tolerances of 1e-2 and 1e-3, along runs on digits).
+_ADMIXTURE = 0.3
+
+
+class Operator(Protocol):
+    """A symmetric operator with what a measurement asks of it."""
+
+    space: VectorSpace
+
+    @property
+    def error(self) -> Exception | None:
+        """What made a product of this rank fail."""
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Product with a vector."""
+
+    def close(self) -> None:
+        """Let go of memory."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the spectrum is of, at one step.
+
+    Attributes:
+        trainer: the Trainer.
+        parts: this rank's micro-batches.
+        parameters: the parameters that are differentiated.
+        optimizer: the optimizer that moves them.
+        rule: its thresholds.
+        groups: for each micro-batch the number of its mini-batch.
+        spread: number of mini-batches that ranks share, or None.
+        sharding: how ranks share the parameters, or None.
+        seed: of random vectors.
+        on_product: called after every product.
+    """
+
+    trainer: pl.Trainer
+    parts: Sequence[MicroBatch]
+    parameters: Sequence[Tensor]
+    optimizer: Any
+    rule: StabilityRule
+    groups: Sequence[int]
+    spread: int | None
+    sharding: Sharding | None
+    seed: int
+    on_product: Callable[[], None]
+
+
+@dataclass
+class Spectrum:
+    """What one measurement gave.
+
+    Attributes:
+        values: by key; NaN for what failed.
+        density: where asked for.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+
+
+class SpectrumMeasurement:
+    """Measures the spectrum again and again, each time from the eigenvectors of the time before.
+
+    Args:
+        quantities: which.
+        k: how many of the largest eigenvalues of H.
+        tolerance: relative residual of an eigenpair.
+        max_products: cap on the products of one eigenvalue problem, and of one trace.
+        trace_error: relative standard error of the trace.
+        density_starts: random starts of the density.
+        density_steps: products for each.
+        products: how to multiply with H.
+        keep_graph: whether graphs are kept from product to product.
+    """
+
+    def __init__(
+        self,
+        quantities: Sequence[Quantity],
+        *,
+        k: int,
+        tolerance: float,
+        max_products: int,
+        trace_error: float,
+        density_starts: int,
+        density_steps: int,
+        products: Products,
+        keep_graph: bool | Literal["auto"],
+    ) -> None:
+        self.quantities = tuple(quantities)
+        self.k = k
+        self.tolerance = tolerance
+        self.max_products = max_products
+        self.trace_error = trace_error
+        self.density_starts, self.density_steps = density_starts, density_steps
+        self.products: Products = products
+        self.keep_graph = keep_graph
+        # By operator, on the CPU: between measurements the device keeps nothing.
+        self.vectors: dict[str, list[Tensor]] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the module: a new fit may bring another. Eigenvectors stay, and are used where they fit."""
+        self._difference = self.products == "difference"
+
+    def measure(self, problem: Problem, fail: Callable[[Exception], None]) -> Spectrum:
+        """Measure everything asked for.
+
+        Every rank comes here and makes the same products. One that fails sends NaN in its product, so that all of them
+        leave the operator together; the other operators are still measured.
+
+        Args:
+            problem: what the spectrum is of.
+            fail: called with the error that ended the measurement of one operator; returns where training goes on.
+        """
+        spectrum = Spectrum(dict.fromkeys(self.keys(), math.nan))
+        for kind in dict.fromkeys(OPERATOR_OF[q] for q in self.quantities):
+            wanted = [q for q in self.quantities if OPERATOR_OF[q] == kind]
+            errors: list[Exception] = []
+            try:
+                self._measure_operator(problem, kind, wanted, spectrum)
+            except NotYetSteppedError:
+                continue
+            except Exception as error:
+                # Let go of the frames, which hold graphs.
+                errors.append(error.with_traceback(None))
+            if errors:
+                fail(errors.pop())
+        return spectrum
+
+    def keys(self) -> list[str]:
+        """Keys of all values, the same at every measurement."""
+        keys = []
+        for quantity in self.quantities:
+            if quantity == "hessian_trace":
+                keys += [quantity, f"{quantity}_stderr"]
+            elif quantity == "second_moment_contraction":
+                keys += [*_with_error(quantity), "second_moment_excess"]
+            elif quantity == "lambda_max":
+                keys += [key for i in range(1, self.k + 1) for key in _with_error(_name(i))]
+            elif quantity != "spectral_density":
+                keys += _with_error(quantity)
+        return keys
+
+    def _measure_operator(self, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum) -> None:
+        while True:
+            with self._operator(problem, kind) as operator:
+                try:
+                    self._measure_on(operator, problem, kind, wanted, spectrum)
+                    return
+                except (RuntimeError, NonFiniteProductError) as error:
+                    cause = operator.error or error
+                    if not self._falls_back(problem, kind, cause):
+                        raise cause from None
+
+    def _falls_back(self, problem: Problem, kind: str, cause: Exception) -> bool:
+        """Whether to try again with differences of gradients, decided by all ranks together."""
+        if self.products != "auto" or self._difference or kind in EXACT_ONLY:
+            return False
+        lacks = isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError)
+        flag = {"lacks": torch.tensor(float(lacks))}
+        if mean_of_scalars(problem.trainer, flag, problem.trainer.strategy.root_device)["lacks"] == 0.0:
+            return False
+        self._difference = True
+        warn(
+            "products with the Hessian are made by a difference of gradients from here on, since second derivatives "
+            f"cannot be had: {cause}"
+        )
+        return True
+
+    @contextlib.contextmanager
+    def _operator(self, problem: Problem, kind: str) -> Generator[Operator, None, None]:
+        operator = self._make(problem, kind)
+        try:
+            yield operator
+        finally:
+            operator.close()
+
+    def _make(self, problem: Problem, kind: str) -> Operator:
+        options: dict[str, Any] = {"reduce": sum_over_ranks(problem.trainer)}
+        exact = options | {"keep_graph": self.keep_graph, "processes": problem.trainer.num_devices}
+        if kind == "gauss_newton":
+            return GaussNewtonOperator(problem.parts, problem.parameters, **exact)
+        if kind == "second_moment":
+            options = exact | {"groups": problem.groups, "spread": problem.spread}
+            return SecondMomentOperator(problem.parts, problem.parameters, lr=problem.rule.lr, **options)
+        hessian: HessianOperator | GradientDifferenceOperator
+        if self._difference or problem.sharding is not None:
+            options["sharding"] = problem.sharding
+            hessian = GradientDifferenceOperator(problem.parts, problem.parameters, **options)
+        else:
+            hessian = HessianOperator(problem.parts, problem.parameters, **exact)
+        if kind == "hessian":
+            return hessian
+        return PreconditionedOperator(hessian, preconditioner(problem.optimizer, problem.parameters))
+
+    def _measure_on(
+        self, operator: Operator, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum
+    ) -> None:
+        space = operator.space
+        generator = torch.Generator(space.device).manual_seed(problem.seed)
+
+        def matvec(vector: Tensor) -> Tensor:
+            product = operator(vector)
+            problem.on_product()
+            return product
+
+        pairs = None
+        smallest = int("lambda_min" in wanted)
+        largest = self.k if "lambda_max" in wanted else 0 if kind == "hessian" else 1
+        if largest + smallest:
+            pairs = eigenpairs(
+                matvec,
+                space,
+                largest=largest,
+                smallest=smallest,
+                tolerance=self.tolerance,
+                max_matvecs=self.max_products,
+                max_basis=_basis_length(space, problem.trainer),
+                start=self._start(space, kind, generator),
+                generator=generator,
+            )
+            self.vectors[kind] = [v.to("cpu") for v in pairs.vectors]
+            spectrum.values |= self._eigenvalues(pairs, kind, largest)
+        if "hessian_trace" in wanted:
+            found = trace(
+                matvec,
+                space,
+                relative_error=self.trace_error,
+                max_matvecs=self.max_products,
+                deflation=pairs,
+                generator=generator,
+            )
+            spectrum.values |= {"hessian_trace": found.value, "hessian_trace_stderr": found.standard_error}
+        if "spectral_density" in wanted:
+            spectrum.density = spectral_density(
+                matvec,
+                space,
+                starts=self.density_starts,
+                steps=self.density_steps,
+                deflation=pairs,
+                generator=generator,
+            )
+
+    def _start(self, space: VectorSpace, kind: str, generator: torch.Generator) -> list[Tensor]:
+        vectors = [v.to(space.device, space.dtype) for v in self.vectors.get(kind, ())]
+        if any(len(v) != space.size for v in vectors):
+            return []
+        noise = [space.random(generator) for _ in vectors]
+        return [v.add_(r, alpha=_ADMIXTURE / space.norm(r)) for v, r in zip(vectors, noise, strict=True)]
+
+    def _eigenvalues(self, pairs: Eigenpairs, kind: str, largest: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        names = {
+            "hessian": [*(_name(i) for i in range(1, largest + 1)), "lambda_min"],
+            "gauss_newton": ["gauss_newton_lambda_max"],
+            "preconditioned": ["preconditioned_lambda_max"],
+            "second_moment": ["second_moment_contraction"],
+        }[kind]
+        for name, value, error, converged in zip(
+            names, pairs.values.tolist(), pairs.errors.tolist(), pairs.converged, strict=False
+        ):
+            if kind == "second_moment":
+                # Found without the identity: next to 1 its digits would be lost.
+                values["second_moment_excess"], value = value, 1.0 + value
+            relative = error / abs(value) if value else math.inf if error else 0.0
+            values |= dict(zip(_with_error(name), (value, relative, float(converged)), strict=True))
+        if kind == "hessian" and not any(pairs.values.tolist()) and not any(pairs.errors.tolist()):
+            warn(
+                "the Hessian is zero: the loss is piecewise linear in the parameters, whose second derivative is 0 "
+                "where it is defined and undefined at the kinks."
+            )
+        return values
+
+
+def _name(index: int) -> str:
+    return "lambda_max" if index == 1 else f"lambda_{index}"
+
+
+def _with_error(name: str) -> list[str]:
+    return [name, f"{name}_error", f"{name}_converged"]
+
+
+def _basis_length(space: VectorSpace, trainer: pl.Trainer) -> int:
+    """Vectors of the basis that fit into memory, the same number on every rank: they must restart together."""
+    row = space.size * torch.finfo(space.dtype).bits // 8
+    fits = _BASIS_SHARE * available_memory(space.device) / trainer.num_devices / max(row, 1)
+    return int(least_over_ranks(trainer, min(_LONGEST_BASIS, fits)))
