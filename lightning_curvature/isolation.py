@@ -103,6 +103,22 @@ def muted(module: pl.LightningModule, global_step: int) -> Generator[None, None,
         yield
 
 
+@contextlib.contextmanager
+def own_buffers(module: nn.Module) -> Generator[None, None, None]:
+    """Let the module compute with copies of its buffers inside the block: a graph made there outlives what they become.
+
+    BatchNorm writes into its running statistics, which its graph has saved.
+    """
+    copies: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for submodule in module.modules():
+            buffers = submodule._buffers
+            before = {name: b for name, b in buffers.items() if b is not None}
+            buffers.update({name: copies.setdefault(id(b), b.clone()) for name, b in before.items()})
+            stack.callback(buffers.update, before)
+        yield
+
+
 class _Gradients:
     """Gradients taken off their parameters: a step that writes to ``p.grad`` or zeroes it finds none."""
 

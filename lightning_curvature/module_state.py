@@ -87,6 +87,7 @@ class ModuleState:
     def __init__(self, module: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
         self.unrepeatable: list[str] = []
         self._restorers: list[Callable[[], object]] = []
+        self._gently = False
         self._seen: set[int] = set()
         # Attributes that share memory with a parameter follow the parameter.
         self._parameter_memory = {_memory(p) for p in module.parameters()}
@@ -96,8 +97,14 @@ class ModuleState:
         for submodule in module.modules():
             self._save_module(submodule)
 
-    def restore(self) -> None:
-        """Put all of it back, in the order in which it was found."""
+    def restore(self, gently: bool = False) -> None:
+        """Put all of it back, in the order in which it was found.
+
+        Args:
+            gently: leave tensors alone that still hold what they held, at the price of a comparison: writing would tell
+                autograd that graphs which saved them are void.
+        """
+        self._gently = gently
         with torch.no_grad():
             for restorer in self._restorers:
                 restorer()
@@ -177,8 +184,14 @@ class ModuleState:
     def _save_content(self, value: Tensor) -> None:
         target = _without_overlap(value.detach())
         content = target.clone()
-        # The tensor is asked for its memory again: ``value.data = …`` may have given it another.
-        self._restorers.append(lambda: _without_overlap(value.detach()).copy_(content))
+
+        def restore() -> None:
+            # The tensor is asked for its memory again: ``value.data = …`` may have given it another.
+            part = _without_overlap(value.detach())
+            if not (self._gently and torch.equal(local(part), local(content))):
+                part.copy_(content)
+
+        self._restorers.append(restore)
 
 
 def _is_state(name: str, value: Any) -> bool:

@@ -14,7 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_curvature.evaluation import Evaluation, find_outputs, read_result
-from lightning_curvature.isolation import muted, patched
+from lightning_curvature.isolation import muted, own_buffers, patched
 from lightning_curvature.manual import BackwardLog, inert_optimization, recording_backward
 from lightning_curvature.module_state import Bystanders, ModuleState, RandomState
 from lightning_curvature.step_wrapper import recorded_through
@@ -190,10 +190,13 @@ class StepObjective:
         Raises:
             ValueError: if the loss is not a scalar.
         """
-        record.state.restore()
+        with_graph = torch.is_grad_enabled()
+        record.state.restore(gently=with_graph)
         record.randomness.restore()
         args, kwargs = record.fresh_arguments()
         with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
+            if with_graph:
+                stack.enter_context(own_buffers(self.module))
             if self.function is not None:
                 batch = args[0] if args else next(iter(kwargs.values()))
                 return read_result(self.function(self.module, batch), [], objective=True)

@@ -62,7 +62,7 @@ class ProbeLoss:
         """Loss and outputs of one micro-batch at the parameters as they are now."""
         probe = self._probe_set.batches[index]
         # A hook that augments on the device changes the module before the step does.
-        self._state.restore()
+        self._state.restore(gently=True)
         batch = to_device(self._trainer, self._objective.module, probe)
         record = self._objective.prepare(batch, index, self._seeded(probe.seed), self._state)
         with self._precision(), same_attention(self._objective.module):

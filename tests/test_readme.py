@@ -7,13 +7,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.runs import Classifier, classification, loader, mlp
+from tests.runs import Classifier, classification, loader, make_trainer, mlp
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+def blocks(page: Path = README) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def test_the_trainer_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +31,31 @@ def test_the_trainer_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list((tmp_path / "runs").rglob("events.out.tfevents.*"))
 
 
+def test_the_spectrum_example() -> None:
+    scope: dict[str, object] = {}
+    exec(blocks()[1], scope)
+    module = Classifier(mlp(4, 6, 3, dtype=torch.float32), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    trainer = make_trainer(scope["monitor"], precision="32-true")
+    trainer.fit(module, loader(classification(3, dtype=torch.float32)))
+    found = [float(trainer.callback_metrics[f"curvature/{name}"]) for name in ("lambda_max", "lambda_2", "lambda_3")]
+    assert found == sorted(found, reverse=True)
+    assert trainer.callback_metrics["curvature/lambda_max_threshold"] == pytest.approx(20.0)
+    assert "curvature/hessian_trace_stderr" in trainer.callback_metrics
+
+
+def test_the_page_on_the_spectrum(capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of the page, on a model whose Hessian is diag(2, 8, 18) / 3."""
+    model = torch.nn.Linear(3, 1, bias=False).double()
+    data = [(torch.diag(torch.tensor([1.0, 2.0, 3.0])).double(), torch.zeros(3, 1, dtype=torch.float64))]
+    scope = {"model": model, "loss_function": torch.nn.functional.mse_loss, "batches": data}
+    code = blocks(README.parent / "docs" / "spectrum.md")[0].replace("largest=3", "largest=2")
+    exec(code, scope)
+    torch.testing.assert_close(scope["top"].values, torch.tensor([6.0, 8.0 / 3.0], dtype=torch.float64))  # type: ignore[attr-defined]
+    # The third eigenvalue is all that is left outside the two known ones: the first moment is exact.
+    assert scope["density"].moment(1) == pytest.approx(28.0 / 9.0, rel=1e-9)  # type: ignore[attr-defined]
+    assert "TraceEstimate(value=9.33" in capsys.readouterr().out
+
+
 def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     """On a quadratic with one eigenvalue the curvature along any step is that eigenvalue."""
     model = torch.nn.Linear(3, 1, bias=False).double()
@@ -43,9 +68,12 @@ def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
         "loss_function": lambda z, y: 0.5 * (z - y).square().sum(),
         "train_dataloader": data,
     }
-    exec(blocks()[1], scope)
+    exec(blocks()[2], scope)
     # Exact for a quadratic, printed with three digits.
     assert capsys.readouterr().out == "λ = 1.5, edge 20\n"
+    # A multiple of the identity: any vector is an eigenvector, and one product finds it out.
+    exec(blocks()[3], scope)
+    assert capsys.readouterr().out.startswith("λ_max = 1.5, 1 products, error below ")
 
 
 def test_links_lead_somewhere() -> None:

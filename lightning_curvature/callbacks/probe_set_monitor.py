@@ -94,8 +94,10 @@ class ProbeSetMonitor(Monitor):
             with untouched(pl_module, objective.device, bystanders, trainer.optimizers):
                 if self._probe_set is None:
                     self._probe_set = self._read(trainer, batch)
+                objective.bystanders.begin()
                 loss = ProbeLoss(trainer, objective, self._probe_set, self._precision(trainer), self.probe_mode)
                 self.measure(trainer, loss, self._probe_set)
+                objective.bystanders.settle()
         except Exception as error:
             self._fail(error)
 

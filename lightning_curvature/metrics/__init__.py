@@ -7,11 +7,15 @@ from lightning_curvature.metrics.directional import (
     GaussNewtonCurvature,
     KLCurvature,
 )
+from lightning_curvature.metrics.spectrum import HessianDensity, HessianEigenvalues, HessianTrace
 
 __all__ = [
     "CriticalSharpness",
     "DirectionalCurvature",
     "FiniteDifferenceCurvature",
     "GaussNewtonCurvature",
+    "HessianDensity",
+    "HessianEigenvalues",
+    "HessianTrace",
     "KLCurvature",
 ]

@@ -1,0 +1,254 @@
+"""Metrics of the Hessian's spectrum: they collect data, and compute on all of it at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
+from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, micro_batches
+
+Curvature = Literal["hessian", "gauss_newton"]
+_OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator]] = {
+    "hessian": HessianOperator,
+    "gauss_newton": GaussNewtonOperator,
+}
+
+
+class _OperatorMetric(Metric):
+    """Base: keeps the batches it is given, and makes an operator of the loss on all of them, over all ranks.
+
+    Batches stay where they are: each rank multiplies with its own, and the products are summed. They are therefore no
+    metric state, which torchmetrics would gather.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Any], Tensor],
+        *,
+        curvature: Curvature = "hessian",
+        keep_graph: bool | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(sync_on_compute=False, **kwargs)
+        if curvature not in _OPERATORS:
+            raise ValueError(
+                f"curvature must be one of {tuple(_OPERATORS)}, got {curvature!r}: 'hessian' is the whole."
+            )
+        # In a list: the model is no part of the metric, which is moved and reset by itself.
+        self._model = [model]
+        self._loss_function = loss_function
+        self._operator_type = _OPERATORS[curvature]
+        self._keep_graph = keep_graph
+        self._batches: list[tuple[Any, Any]] = []
+
+    def update(self, inputs: Any, targets: Any) -> None:
+        """Add a batch; it is kept until ``reset``."""
+        self._batches.append((inputs, targets))
+
+    def reset(self) -> None:
+        """Let go of the batches."""
+        super().reset()
+        self._batches = []
+
+    def operator(self) -> CurvatureOperator:
+        """The operator of the mean loss over all samples of all ranks, at the parameters as they are."""
+        model = self._model[0]
+        parts = micro_batches(model, self._loss_function, self._batches)
+        reduce, processes = None, 1
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            processes = dist.get_world_size()
+            count = torch.tensor(float(sum(len(y) for _, y in self._batches)), device=self.device)
+            total = count.clone()
+            dist.all_reduce(total)
+            parts = [type(p)(p.evaluate, p.weight * float(count / total)) for p in parts]
+            reduce = _all_reduced
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return self._operator_type(parts, parameters, reduce=reduce, keep_graph=self._keep_graph, processes=processes)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several: see ``torchmetrics.Metric.plot``."""
+        return self._plot(val, ax)
+
+
+def _all_reduced(values: Tensor) -> Tensor:
+    dist.all_reduce(values)
+    return values
+
+
+class HessianEigenvalues(_OperatorMetric):
+    r"""The largest eigenvalues of the Hessian, or of the Gauss–Newton matrix, of a model's loss.
+
+    .. math:: H v_i = \lambda_i v_i, \qquad \lambda_1 \ge \dots \ge \lambda_k
+
+    ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives λ_1 … λ_k, (k,) float64, a scalar for
+    k = 1. ``pairs`` then holds vectors, residuals and whether they converged. The next ``compute`` begins with these
+    vectors, also after a ``reset``: following λ along training takes about half the products.
+
+    Args:
+        model: maps inputs to outputs; in the mode in which its curvature is wanted, without dropout.
+        loss_function: mean loss of (outputs, targets).
+        k: how many.
+        tolerance: relative residual ‖Hv−λv‖/|λ|.
+        curvature: "hessian" or "gauss_newton".
+        keep_graph: see :class:`~lightning_curvature.operators.HessianOperator`.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: for an unknown ``curvature``, and when computed without any batch.
+
+    Source: Cohen et al. 2021.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> metric = HessianEigenvalues(model, nn.functional.mse_loss)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> metric.compute().round(decimals=4)  # H = 2 E xxᵀ = diag(1, 4)
+        tensor(4., dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Any], Tensor],
+        *,
+        k: int = 1,
+        tolerance: float = 1e-3,
+        curvature: Curvature = "hessian",
+        keep_graph: bool | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
+        self.k = k
+        self.tolerance = tolerance
+        self.pairs: Eigenpairs | None = None
+
+    def compute(self) -> Tensor:
+        """Return λ_1 … λ_k."""
+        operator = self.operator()
+        start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
+        self.pairs = eigenpairs(operator, operator.space, largest=self.k, tolerance=self.tolerance, start=start)
+        operator.close()
+        return self.pairs.values
+
+
+class HessianTrace(_OperatorMetric):
+    r"""The trace of the Hessian, or of the Gauss–Newton matrix, of a model's loss.
+
+    ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives tr H, a float64 scalar. ``estimate`` then
+    holds its standard error. See :func:`~lightning_curvature.linalg.trace`.
+
+    Args:
+        model: see :class:`HessianEigenvalues`.
+        loss_function: see :class:`HessianEigenvalues`.
+        relative_error: relative standard error.
+        curvature: "hessian" or "gauss_newton".
+        keep_graph: see :class:`~lightning_curvature.operators.HessianOperator`.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Source: Meyer et al. 2021; Chen and Hallman 2022.
+
+    Example:
+        >>> metric = HessianTrace(nn.Linear(2, 1, bias=False), nn.functional.mse_loss)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> metric.compute().round(decimals=4)
+        tensor(5., dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Any], Tensor],
+        *,
+        relative_error: float = 0.05,
+        curvature: Curvature = "hessian",
+        keep_graph: bool | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
+        self.relative_error = relative_error
+        self.estimate: TraceEstimate | None = None
+
+    def compute(self) -> Tensor:
+        """Return tr H."""
+        operator = self.operator()
+        self.estimate = trace(operator, operator.space, relative_error=self.relative_error)
+        operator.close()
+        return torch.tensor(self.estimate.value, dtype=torch.float64)
+
+
+class HessianDensity(_OperatorMetric):
+    r"""The spectral density of the Hessian, or of the Gauss–Newton matrix, of a model's loss.
+
+    ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives the density on a grid, (2, points)
+    float64: places and values. ``density`` then holds nodes, weights and moments. See
+    :func:`~lightning_curvature.linalg.spectral_density`.
+
+    Args:
+        model: see :class:`HessianEigenvalues`.
+        loss_function: see :class:`HessianEigenvalues`.
+        starts: random starts.
+        steps: products for each.
+        curvature: "hessian" or "gauss_newton".
+        keep_graph: see :class:`~lightning_curvature.operators.HessianOperator`.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Source: Ghorbani, Krishnan and Xiao 2019.
+
+    Example:
+        >>> metric = HessianDensity(nn.Linear(2, 1, bias=False), nn.functional.mse_loss, starts=1, steps=2)
+        >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))
+        >>> places, values = metric.compute()
+        >>> round(torch.trapezoid(values, places).item(), 3)
+        1.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Any], Tensor],
+        *,
+        starts: int = 2,
+        steps: int = 40,
+        curvature: Curvature = "hessian",
+        keep_graph: bool | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
+        self.starts, self.steps = starts, steps
+        self.density: SpectralDensity | None = None
+
+    def compute(self) -> Tensor:
+        """Return places and density."""
+        operator = self.operator()
+        self.density = spectral_density(operator, operator.space, starts=self.starts, steps=self.steps)
+        operator.close()
+        grid = self.density.grid()
+        return torch.stack([grid, self.density.evaluate(grid)])
+
+    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
+        """Plot the density on a logarithmic scale.
+
+        Args:
+            val: a value of ``compute``; default: ``compute()`` now.
+            ax: matplotlib axes to draw into.
+
+        Returns:
+            Figure and axes.
+        """
+        import matplotlib.pyplot as plt
+
+        places, values = self.compute() if val is None else val
+        axes = ax if ax is not None else plt.subplots()[1]
+        axes.semilogy(places.numpy(), values.numpy())
+        axes.set_xlabel("eigenvalue")
+        axes.set_ylabel("density")
+        return axes.figure, axes

@@ -1,0 +1,115 @@
+"""The metrics that collect batches, against the dense matrix of all of them."""
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_curvature.metrics import HessianDensity, HessianEigenvalues, HessianTrace
+from tests.runs import Batch, classification, mlp
+
+# Residuals are below 1e-9 relative to the eigenvalue, in float64; the eigenvalue is within its residual.
+TIGHT = {"tolerance": 1e-9}
+
+
+def ragged() -> list[Batch]:
+    first, second = classification(2)
+    return [first, (second[0][:3], second[1][:3])]
+
+
+def dense(network: nn.Module, batches: list[Batch], gauss_newton: bool = False) -> Tensor:
+    """Matrix of the mean loss over all samples, from torch's own dense second derivatives."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    shapes = [p.shape for p in network.parameters()]
+    names = [name for name, _ in network.named_parameters()]
+    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
+
+    def outputs(flat: Tensor) -> Tensor:
+        parts = flat.split([s.numel() for s in shapes])
+        values = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+        return torch.func.functional_call(network, values, (x,))
+
+    if not gauss_newton:
+        return torch.autograd.functional.hessian(lambda t: F.cross_entropy(outputs(t), y), theta)
+    jacobian = torch.autograd.functional.jacobian(outputs, theta).flatten(0, 1)
+    z = outputs(theta)
+    curved = torch.autograd.functional.hessian(lambda v: F.cross_entropy(v.view_as(z), y), z.flatten())
+    return jacobian.T @ curved @ jacobian
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_eigenvalues_of_all_batches(curvature: str) -> None:
+    network, batches = mlp(4, 5, 3), ragged()
+    metric = HessianEigenvalues(network, F.cross_entropy, k=3, curvature=curvature, **TIGHT)  # type: ignore[arg-type]
+    for x, y in batches:
+        metric.update(x, y)
+    expected = torch.linalg.eigvalsh(dense(network, batches, curvature == "gauss_newton")).flip(0)[:3]
+    torch.testing.assert_close(metric.compute(), expected, rtol=2e-9, atol=0.0)
+    assert metric.pairs is not None
+    assert all(metric.pairs.converged)
+
+
+def test_reset_forgets_the_data_and_keeps_the_vectors() -> None:
+    network, batches = mlp(4, 5, 3), ragged()
+    metric = HessianEigenvalues(network, F.cross_entropy, **TIGHT)  # type: ignore[arg-type]
+    metric.update(*batches[0])
+    metric.compute()
+    cold = metric.pairs
+    metric.reset()
+    metric.update(*batches[1])
+    expected = torch.linalg.eigvalsh(dense(network, batches[1:]))[-1]
+    torch.testing.assert_close(metric.compute(), expected, rtol=2e-9, atol=0.0)
+    metric.reset()
+    metric.update(*batches[0])
+    metric.compute()
+    metric.reset()
+    metric.update(*batches[0])
+    metric.compute()
+    # The same data twice: the second search begins where it ends.
+    assert cold is not None
+    assert metric.pairs is not None
+    assert metric.pairs.matvecs == 1 < cold.matvecs
+
+
+def test_trace() -> None:
+    network, batches = mlp(4, 5, 3), ragged()
+    metric = HessianTrace(network, F.cross_entropy, relative_error=0.06)
+    for x, y in batches:
+        metric.update(x, y)
+    value = float(metric.compute())
+    assert metric.estimate is not None
+    assert abs(value - float(dense(network, batches).trace())) <= 3.0 * metric.estimate.standard_error
+    assert metric.estimate.standard_error <= 0.06 * abs(value)
+
+
+def test_density() -> None:
+    matplotlib.use("agg")
+    network, batches = mlp(3, 2), [(x[:, :3], y % 2) for x, y in ragged()]
+    # As many steps as parameters: every start finds all eigenvalues, and their mean is within its scatter.
+    metric = HessianDensity(network, F.cross_entropy, starts=20, steps=8)
+    for x, y in batches:
+        metric.update(x, y)
+    places, values = metric.compute()
+    assert metric.density is not None
+    # 1,200 points on Gaussians that are many spacings wide.
+    assert float(torch.trapezoid(values, places)) == pytest.approx(1.0, abs=1e-3)
+    matrix = dense(network, batches)
+    for power in (1, 2):
+        truth = float(torch.linalg.matrix_power(matrix, power).trace()) / len(matrix)
+        assert abs(metric.density.moment(power) - truth) <= 4.0 * metric.density.moment_error(power)
+    figure, axes = metric.plot()
+    assert axes.get_yscale() == "log"
+    assert axes.figure is figure
+
+
+def test_bad_arguments() -> None:
+    network = mlp(4, 5, 3)
+    with pytest.raises(ValueError, match=r"curvature must be one of \('hessian', 'gauss_newton'\), got 'fisher': "):
+        HessianTrace(network, F.cross_entropy, curvature="fisher")  # type: ignore[arg-type]
+    metric = HessianEigenvalues(network, F.cross_entropy)
+    with (
+        pytest.warns(UserWarning, match="before the ``update``"),
+        pytest.raises(ValueError, match=r"batches must hold at least one batch, got none: give a list"),
+    ):
+        metric.compute()
