@@ -10,7 +10,7 @@ from curves import Curve
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# A run has reached the edge where the median of λη/2 over the next PLATEAU_STEPS steps first exceeds EDGE_SHARE. The
+# A run has reached the edge where the median of λ/threshold over the next PLATEAU_STEPS steps exceeds EDGE_SHARE. The
 # median of a stretch, since a single step with gᵀΔθ close to 0 has a large λ that says nothing.
 EDGE_SHARE = 0.9
 PLATEAU_STEPS = 50
@@ -28,6 +28,16 @@ STYLES = {
     "lambda_gn": {"label": r"$\lambda_{\mathrm{GN}}$  Gauss–Newton", "color": "#009e73", "linewidth": 0.9},
     "critical_sharpness": {"label": "critical sharpness", "color": "#cc79a7", "linewidth": 0.9},
 }
+
+
+def first_step_at_edge(steps: np.ndarray, shares: np.ndarray) -> int | None:
+    """Measured step from which a curvature, as a share of its threshold, is at the edge; None if it never is."""
+    steps, shares = steps[np.isfinite(shares)], shares[np.isfinite(shares)]
+    for start in steps[steps + PLATEAU_STEPS <= steps.max(initial=0)]:
+        stretch = shares[(steps >= start) & (steps <= start + PLATEAU_STEPS)]
+        if np.median(stretch) > EDGE_SHARE:
+            return int(start)
+    return None
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,7 @@ class Run:
     def edge_step(self) -> int | None:
         """Measured step from which the reference is at the edge; None if it never gets there."""
         steps, values = next(iter(self.curvature.values()))
-        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-        for start in steps[steps + PLATEAU_STEPS <= steps.max(initial=0)]:
-            stretch = values[(steps >= start) & (steps <= start + PLATEAU_STEPS)]
-            if np.median(stretch) > EDGE_SHARE * self.edge:
-                return int(start)
-        return None
+        return first_step_at_edge(steps, values / self.edge)
 
     def plateau(self, key: str) -> np.ndarray:
         """λη/2 under ``key`` from the edge step on, without the steps at which it is undefined (NaN)."""
@@ -149,13 +154,23 @@ def _draw_run(run: Run, curvature: plt.Axes, loss: plt.Axes) -> None:
     # see.
     curvature.set_ylim(-0.12 * run.edge, 2 * run.edge)
     curvature.set_title(f"{run.title},  η = {run.learning_rate:.3g}")
-    right_of_axes = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
-    curvature.annotate(f"2/η = {run.edge:.3g}", (1.0, run.edge), va="center", **right_of_axes)
+    label_at_right(curvature, run.edge, f"2/η = {run.edge:.3g}")
     loss.plot(*run.loss, color="dimgray", linewidth=1)
     loss.set_xlabel("optimizer step")
     curvature.tick_params(labelbottom=False)
     last = run.loss[0].max(initial=1)
     for axis in (curvature, loss):
         axis.set_xlim(-0.01 * last, 1.01 * last)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
+
+
+def label_at_right(axis: plt.Axes, height: float, text: str) -> None:
+    """Write ``text`` outside the frame, beside a horizontal line at ``height``."""
+    right_of_axes = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
+    axis.annotate(text, (1.0, height), va="center", **right_of_axes)
+
+
+def tidy(axis: plt.Axes) -> None:
+    """A pale grid, and no more frame than there are scales."""
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -227,3 +227,163 @@ def test_the_transformer_prints_what_was_measured(
     # The first step starts from the same weights in either precision: within 10 %, or not told.
     first = values["bf16-mixed"][0][3]
     assert math.isnan(first) or first == pytest.approx(values["32-true"][0][3], rel=0.1)
+
+
+SPECTRUM_INTERVAL = 25
+# Where each turns unstable: 2/η; (2+2β)/η; (2−ηλ)(1+β₁)/((1−β₁)η) with AdamW's weight decay of 0.01.
+SPECTRUM_RUNS = {
+    "gd_lr1": ("lambda_max", 2.0),
+    "heavy_ball_lr0.6": ("lambda_max", 3.8 / 0.6),
+    "adamw_lr0.03": ("preconditioned_lambda_max", 1.9997 * 1.9 / (0.1 * 0.03)),
+}
+
+
+@pytest.fixture(scope="module")
+def sharpening(load: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The three optimizers on the digits, far enough to reach the edge."""
+    out = tmp_path_factory.mktemp("sharpening")
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+        interval = ["--every-n-train-steps", str(SPECTRUM_INTERVAL)]
+        load("progressive_sharpening").main(["--fast", *interval, "--out", str(out), "--accelerator", "cpu"])
+    return SimpleNamespace(out=out, printed="\n".join(lines))
+
+
+@pytest.mark.parametrize("folder", SPECTRUM_RUNS)
+def test_sharpness_rises_to_the_threshold_and_stays(sharpening: SimpleNamespace, folder: str) -> None:
+    key, threshold = SPECTRUM_RUNS[folder]
+    logged = curves(sharpening.out / folder)
+    found, thresholds = logged[f"curvature/{key}"], logged[f"curvature/{key}_threshold"]
+    assert set(found) == set(range(0, max(found) + 1, SPECTRUM_INTERVAL))
+    assert thresholds[max(found)] == pytest.approx(threshold, rel=1e-6)  # float32
+    assert all(logged[f"curvature/{key}_converged"][step] for step in found if math.isfinite(found[step]))
+    early = [found[step] for step in found if step <= SPECTRUM_INTERVAL and math.isfinite(found[step])]
+    late = [found[step] for step in found if step > 3 * max(found) // 4]
+    assert min(early) < 0.8 * threshold
+    # Means of 1.05, 0.93 and 0.99 of it: λ of GD swings by 15 % at first, that of momentum still comes up from below.
+    assert np.mean(late) == pytest.approx(threshold, rel=0.12)
+
+
+def test_the_table_says_how_close_it_stays(sharpening: SimpleNamespace) -> None:
+    titles = {"gd_lr1": "GD ", "heavy_ball_lr0.6": "heavy ball ", "adamw_lr0.03": "AdamW "}
+    for folder, (key, threshold) in SPECTRUM_RUNS.items():
+        words = next(words for words in rows(sharpening.printed, titles[folder]) if key in words)
+        place = words.index(key)
+        assert float(words[place - 1]) == pytest.approx(threshold, rel=1e-3)  # four digits are printed
+        mean, low, high, last = map(float, words[place + 1 : place + 5])
+        logged = curves(sharpening.out / folder)[f"curvature/{key}"]
+        start = int(words[place + 5])
+        plateau = [logged[step] / threshold for step in logged if step >= start]
+        # Half a unit of the third place that is printed, and Adam's threshold, 1e-3 lower at step 60.
+        assert [mean, low, high, last] == pytest.approx(
+            [np.mean(plateau), min(plateau), max(plateau), plateau[-1]], abs=2e-3
+        )
+    adamw = [words for words in rows(sharpening.printed, "AdamW ") if "lambda_max" in words]
+    assert "not reached" in " ".join(adamw[0])
+
+
+def test_the_hessian_of_adamw_itself_stays_far_from_gradient_descents_threshold(sharpening: SimpleNamespace) -> None:
+    logged = curves(sharpening.out / "adamw_lr0.03")
+    assert "curvature/lambda_max_threshold" not in logged
+    assert max(logged["curvature/lambda_max"].values()) < 0.02 * 2 / 0.03
+    assert math.isnan(logged["curvature/preconditioned_lambda_max"][0])  # no second moment before the first step
+
+
+def test_trace_and_density_are_logged_beside_the_eigenvalues(sharpening: SimpleNamespace) -> None:
+    everything = {"histograms": 0}
+    events = EventAccumulator(str(sharpening.out / "gd_lr1" / "version_0"), size_guidance=everything).Reload()
+    histograms = events.Histograms("spectrum/spectral_density")
+    logged = curves(sharpening.out / "gd_lr1")
+    assert list(logged["spectrum/hessian_trace"]) == [0, 133, 266, 399]
+    assert [event.step for event in histograms] == [0, 133, 266, 399]
+    assert {event.histogram_value.num for event in histograms} == {65 * 48 + 3 * 49 * 48 + 49 * 10}
+    first, second, third = (logged[f"curvature/{name}"] for name in ("lambda_max", "lambda_2", "lambda_3"))
+    assert all(first[step] >= second[step] >= third[step] > 0 for step in first)
+
+
+def test_the_picture_shows_eigenvalues_and_density(sharpening: SimpleNamespace, load: Any) -> None:
+    picture = load("matplotlib.image").imread(sharpening.out / "progressive_sharpening.png")[..., :3]
+    plotting, colours = load("plotting_spectrum"), load("matplotlib.colors")
+    for name in (*(style["color"] for style in plotting.STYLES.values()), plotting.BESIDE["color"], plotting.ACCENT):
+        # A legend entry has some thirty pixels of a thin line's own colour, and about eighty of a broad one's.
+        assert (np.abs(picture - np.array(colours.to_rgb(name))).max(-1) < 0.02).sum() > 150, name
+    assert sharpening.printed.splitlines()[-2:] == [
+        f"picture: {sharpening.out / 'progressive_sharpening.png'}",
+        f"tensorboard --logdir {sharpening.out}",
+    ]
+
+
+def test_the_first_eigenvalues_are_those_that_arpack_finds(load: Any, tmp_path: Path) -> None:
+    arpack = pytest.importorskip("scipy.sparse.linalg")
+    arguments = ["--optimizers", "gd", "--max-steps", "1", "--seed", "3", "--accelerator", "cpu"]
+    load("progressive_sharpening").main([*arguments, "--out", str(tmp_path)])
+    data = load("data").FullBatchData(one_hot=True)
+    data.setup()
+    x, y = (tensor.double() for tensor in data.batches[0])
+    pl.seed_everything(3, verbose=False)
+    network = load("models").build_network("mlp", input_shape=data.input_shape).double()
+    parameters = list(network.parameters())
+    gradient = torch.autograd.grad(F.mse_loss(network(x), y), parameters, create_graph=True)
+    flat = torch.cat([part.flatten() for part in gradient])
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        parts = torch.autograd.grad(flat @ torch.from_numpy(vector.ravel()), parameters, retain_graph=True)
+        return torch.cat([part.flatten() for part in parts]).numpy()
+
+    shape = (len(flat), len(flat))
+    hessian = arpack.LinearOperator(shape, matvec=product, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(len(flat))
+    expected = arpack.eigsh(hessian, k=3, which="LA", tol=1e-8, v0=start, return_eigenvectors=False)[::-1]
+    logged = curves(tmp_path / "gd_lr1")
+    found = [logged[f"curvature/{name}"][0] for name in ("lambda_max", "lambda_2", "lambda_3")]
+    # The residual that the example asks for, within which there is an eigenvalue.
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_density_is_that_after_the_last_step(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("progressive_sharpening")
+    for name, least in {"SELDOM": 1, "OUTLIERS": 3, "DENSITY_STEPS": 2, "TRACE_ERROR": 0.2}.items():
+        monkeypatch.setattr(example, name, least)
+    drawn: list[Any] = []
+    monkeypatch.setattr(example, "draw", lambda runs, spectrum, *_, **__: drawn.append(spectrum))
+    for steps in ("4", "5"):
+        arguments = ["--optimizers", "heavy_ball", "--lr", "1", "--max-steps", steps, "--every-n-train-steps", "1"]
+        example.main([*arguments, "--out", str(tmp_path / steps), "--accelerator", "cpu"])
+    logged = curves(tmp_path / "5" / "heavy_ball_lr1")["curvature/lambda_max"]
+    after_four = float(drawn[0].top.values[0])
+    # The square of the monitor's residual of 1e-2, over the relative gap to the next eigenvalue, 0.06.
+    assert after_four == pytest.approx(logged[4], rel=2e-3)
+    assert after_four != pytest.approx(logged[3], rel=2e-3)
+    assert f"{drawn[0].trace.value:.3g} ± " in str(drawn[0])
+
+
+def test_cifar10_has_the_network_of_the_paper(
+    load: Any, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = load("progressive_sharpening")
+    for name, least in {"SELDOM": 1, "OUTLIERS": 1, "DENSITY_STEPS": 2, "TRACE_ERROR": 0.5}.items():
+        monkeypatch.setattr(example, name, least)
+    setting = ["--dataset", "cifar10", "--npz", str(cifar), "--samples", "8", "--micro-batch", "4"]
+    short = ["--max-steps", "2", "--every-n-train-steps", "1", "--out", str(tmp_path), "--accelerator", "cpu"]
+    example.main([*setting, *short])
+    logged = curves(tmp_path / "gd_lr0.05")
+    assert logged["curvature/lambda_max_threshold"] == pytest.approx({0: 40.0, 1: 40.0})
+    assert all(0 < logged["curvature/lambda_max"][step] < 40 for step in (0, 1))
+    assert f"{3073 * 200 + 201 * 200 + 201 * 10:,} eigenvalues" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--lr", "0.1"], "--lr needs one η for each of gd heavy_ball adamw, got 1"),
+        (["--dataset", "cifar10", "--optimizers", "adamw"], "adamw on cifar10 has no learning rate of its own"),
+        (["--dataset", "cifar10", "--fast"], "use --max-steps"),
+    ],
+)
+def test_arguments_of_the_spectrum_that_do_not_go_together(
+    load: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit):
+        load("progressive_sharpening").main(arguments)
+    assert sentence in capsys.readouterr().err
