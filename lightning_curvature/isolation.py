@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from lightning_curvature.module_state import ModuleState, RandomState
+from lightning_curvature.module_state import FUNCTIONS, ModuleState, RandomState
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:
@@ -152,6 +152,23 @@ class _Options:
                     group[name] = value
 
 
+class _Methods:
+    """Functions that instances of modules hold in place of their class's: a step may set some."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._namespaces = [(vars(m), self._functions(vars(m))) for m in module.modules()]
+
+    @staticmethod
+    def _functions(namespace: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in namespace.items() if isinstance(value, FUNCTIONS)}
+
+    def restore(self) -> None:
+        for namespace, functions in self._namespaces:
+            for name in self._functions(namespace).keys() - functions:
+                del namespace[name]
+            namespace.update(functions)
+
+
 @contextlib.contextmanager
 def untouched(
     module: nn.Module, device: torch.device, parameters: Iterable[Tensor] = (), optimizers: Iterable[Any] = ()
@@ -168,6 +185,7 @@ def untouched(
         # Each is called, also where another fails.
         stack.callback(RandomState(device).restore)
         stack.callback(ModuleState(module, parameters).restore)
+        stack.callback(_Methods(module).restore)
         stack.callback(_Options(optimizers).restore)
         stack.callback(_Gradients(module.parameters()).restore)
         yield

@@ -50,7 +50,7 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
 
 
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, nn.Parameter)
 
 # What torch and Lightning keep on a module for themselves: structure and links, not state of the computation.
@@ -188,14 +188,16 @@ class ModuleState:
         def restore() -> None:
             # The tensor is asked for its memory again: ``value.data = …`` may have given it another.
             part = _without_overlap(value.detach())
-            if not (self._gently and torch.equal(local(part), local(content))):
+            # Sparse tensors cannot be compared.
+            gently = self._gently and part.layout == torch.strided
+            if not (gently and torch.equal(local(part), local(content))):
                 part.copy_(content)
 
         self._restorers.append(restore)
 
 
 def _is_state(name: str, value: Any) -> bool:
-    return name not in _STRUCTURE and not name.endswith("_hooks") and not isinstance(value, _FUNCTIONS)
+    return name not in _STRUCTURE and not name.endswith("_hooks") and not isinstance(value, FUNCTIONS)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -227,7 +229,7 @@ def generator_state(value: Any) -> Callable[[], object] | None:
 
 
 def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (type, types.ModuleType, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (type, types.ModuleType, *FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
     return isinstance(value, _BAGS) or type(value).__module__.partition(".")[0] not in _FOREIGN
 

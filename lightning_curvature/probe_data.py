@@ -1,7 +1,7 @@
 """Which samples a probe set holds: the training samples on which the same Hessian is measured at every step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -104,7 +104,7 @@ def read_probe_set(
         randomness = DataRandomness(trainer.strategy.root_device, fresh)
         with randomness.kept():
             reading = Reading(trainer, fresh, own, samples, batch_size, group_size, seed, randomness)
-            batches = [ProbeBatch(shaped(one.batch), one.size, one.seed) for one in reading.batches()]
+            batches = [replace(one, batch=shaped(one.batch)) for one in reading.batches()]
     except Exception as error:
         errors.append(error)
     return _agreed(trainer, batches, errors)

@@ -166,9 +166,13 @@ class SpectrumMeasurement:
         self.vectors: dict[str, list[Tensor]] = {}
         self.begin()
 
-    def begin(self) -> None:
-        """Forget the module: a new fit may bring another. Eigenvectors stay, and are used where they fit."""
-        self._difference = self.products == "difference"
+    def begin(self, sharded: bool = False) -> None:
+        """Forget the module: a new fit may bring another. Eigenvectors stay, and are used where they fit.
+
+        Args:
+            sharded: whether ranks hold parts of the parameters, so that products are differences.
+        """
+        self._difference = sharded or self.products == "difference"
 
     def measure(self, problem: Problem, fail: Callable[[Exception], None]) -> Spectrum:
         """Measure everything asked for.
@@ -210,30 +214,32 @@ class SpectrumMeasurement:
         return keys
 
     def _measure_operator(self, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum) -> None:
-        while True:
-            with self._operator(problem, kind) as operator:
-                try:
-                    self._measure_on(operator, problem, kind, wanted, spectrum)
-                    return
-                except (RuntimeError, NonFiniteProductError) as error:
-                    cause = operator.error or error
-                    if not self._falls_back(problem, kind, cause):
-                        raise cause from None
+        failure = self._attempt(problem, kind, wanted, spectrum)
+        if failure is not None and failure.lacking and self._may_fall_back(kind):
+            self._difference = True
+            second = self._attempt(problem, kind, wanted, spectrum)
+            # What ends differences as well was no lack of second derivatives: the next measurement is exact again.
+            self._difference = second is None
+            if second is None:
+                warn(
+                    "products with the Hessian are made by a difference of gradients from here on, since second "
+                    f"derivatives cannot be had: {failure.cause}",
+                    any_rank=failure.only_here,
+                )
+            failure = second
+        if failure is not None:
+            raise failure.cause from None
 
-    def _falls_back(self, problem: Problem, kind: str, cause: Exception) -> bool:
-        """Whether to try again with differences of gradients, decided by all ranks together."""
-        if self.products != "auto" or self._difference or kind in EXACT_ONLY:
-            return False
-        lacks = isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError)
-        flag = {"lacks": torch.tensor(float(lacks))}
-        if mean_of_scalars(problem.trainer, flag, problem.trainer.strategy.root_device)["lacks"] == 0.0:
-            return False
-        self._difference = True
-        warn(
-            "products with the Hessian are made by a difference of gradients from here on, since second derivatives "
-            f"cannot be had: {cause}"
-        )
-        return True
+    def _may_fall_back(self, kind: str) -> bool:
+        return self.products == "auto" and not self._difference and kind not in EXACT_ONLY
+
+    def _attempt(self, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum) -> "_Failure | None":
+        with self._operator(problem, kind) as operator:
+            try:
+                self._measure_on(operator, problem, kind, wanted, spectrum)
+            except (RuntimeError, NonFiniteProductError) as error:
+                return _failure(problem.trainer, operator.error, error)
+        return None
 
     @contextlib.contextmanager
     def _operator(self, problem: Problem, kind: str) -> Generator[Operator, None, None]:
@@ -252,7 +258,7 @@ class SpectrumMeasurement:
             options = exact | {"groups": problem.groups, "spread": problem.spread}
             return SecondMomentOperator(problem.parts, problem.parameters, lr=problem.rule.lr, **options)
         hessian: HessianOperator | GradientDifferenceOperator
-        if self._difference or problem.sharding is not None:
+        if self._difference:
             options["sharding"] = problem.sharding
             hessian = GradientDifferenceOperator(problem.parts, problem.parameters, **options)
         else:
@@ -334,10 +340,42 @@ class SpectrumMeasurement:
             values |= dict(zip(_with_error(name), (value, relative, float(converged)), strict=True))
         if kind == "hessian" and not any(pairs.values.tolist()) and not any(pairs.errors.tolist()):
             warn(
-                "the Hessian is zero: the loss is piecewise linear in the parameters, whose second derivative is 0 "
-                "where it is defined and undefined at the kinks."
+                "the Hessian is zero: the loss is flat, or piecewise linear in the parameters, whose second derivative "
+                "is 0 where it is defined and undefined at the kinks."
             )
         return values
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What ended the products of an operator.
+
+    Attributes:
+        cause: the error of this rank, or that another one failed.
+        lacking: whether some rank's error may be a lack of second derivatives.
+        only_here: whether this rank failed while others did not.
+    """
+
+    cause: Exception
+    lacking: bool
+    only_here: bool
+
+
+def _failure(trainer: pl.Trainer, own: Exception | None, error: Exception) -> _Failure:
+    """Bring together what the ranks know of products that ended on all of them, one collective.
+
+    Args:
+        trainer: its ranks.
+        own: what failed on this rank of several, and was sent to the others as NaN.
+        error: what was raised.
+    """
+    cause = (own or error).with_traceback(None)  # which holds graphs
+    lacks = isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError)
+    flags = {"lacks": torch.tensor(float(lacks)), "failed": torch.tensor(float(own is not None))}
+    shares = mean_of_scalars(trainer, flags, trainer.strategy.root_device)
+    if own is None and shares["failed"] > 0.0:
+        cause = RuntimeError("a product failed on another rank, which tells more")
+    return _Failure(cause, shares["lacks"] > 0.0, own is not None and shares["failed"] < 1.0)
 
 
 def _name(index: int) -> str:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_curvature import DirectionalCurvatureMonitor
 from tests.runs import Capture, make_trainer
 
 ALL = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
@@ -164,7 +163,7 @@ class Record:
 def watch(
     make_module: Callable[[], pl.LightningModule],
     make_data: Callable[[], Any],
-    monitor: DirectionalCurvatureMonitor | None,
+    monitor: pl.Callback | None,
     make_callbacks: Callable[[], list[pl.Callback]] = list,
     seed: int = 3,
     **options: Any,

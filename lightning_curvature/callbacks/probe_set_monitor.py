@@ -75,6 +75,10 @@ class ProbeSetMonitor(Monitor):
         """Measure at the parameters as they are. Called on every rank."""
         raise NotImplementedError
 
+    def report_nothing(self, trainer: pl.Trainer) -> None:
+        """Write NaN for all values, where the probe set could not be read. Called on every rank."""
+        raise NotImplementedError
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizers, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
@@ -88,7 +92,7 @@ class ProbeSetMonitor(Monitor):
         if not self._due(trainer) or step == self._measured_step or self._objective is None:
             return
         self._measured_step = step
-        objective = self._objective
+        objective, begun = self._objective, False
         try:
             bystanders = objective.bystanders.saved
             with untouched(pl_module, objective.device, bystanders, trainer.optimizers):
@@ -96,10 +100,13 @@ class ProbeSetMonitor(Monitor):
                     self._probe_set = self._read(trainer, batch)
                 objective.bystanders.begin()
                 loss = ProbeLoss(trainer, objective, self._probe_set, self._precision(trainer), self.probe_mode)
+                begun = True
                 self.measure(trainer, loss, self._probe_set)
                 objective.bystanders.settle()
         except Exception as error:
             self._fail(error)
+            if not begun:
+                self.report_nothing(trainer)
 
     def _read(self, trainer: pl.Trainer, batch: Any) -> ProbeSet:
         # Groups of batches are as large as the data of one optimizer step, over all its batches and ranks.

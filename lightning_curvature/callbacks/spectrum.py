@@ -138,6 +138,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             on_error=on_error,
         )
         _check_arguments(quantities, k, tolerance, max_products, trace_error, density_starts, density_steps, products)
+        if keep_graph not in (True, False, "auto"):
+            raise ValueError(f"keep_graph must be True, False or 'auto', got {keep_graph!r}: 'auto' keeps what fits.")
         self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
         self.save_eigenvectors = save_eigenvectors
         self.progress_bar = progress_bar
@@ -178,9 +180,9 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
-        self._measurement.begin()
         parameters = self._parameters(trainer)
         self._sharded = is_sharded(parameters)
+        self._measurement.begin(self._sharded)
         exact = [q for q in self.quantities if OPERATOR_OF[q] in EXACT_ONLY]
         if exact and (self._sharded or self._measurement.products == "difference"):
             raise MisconfigurationException(
@@ -202,6 +204,11 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             raise MisconfigurationException(
                 "quantities must not hold 'preconditioned_lambda_max' where the preconditioner is not known, "
                 f"got {type(trainer.optimizers[self.optimizer_index]).__name__} ({rule.note}): leave it out."
+            )
+        if self._sharded and self._measurement.products == "auto":
+            warn(
+                "products with the Hessian are made by a difference of gradients, since parameters are sharded and "
+                "second derivatives do not reach through their gathering."
             )
         batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules())
         if batch_norm and self.probe_mode == "train":
@@ -244,15 +251,22 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             )
         finally:
             progress.close()
-        values = spectrum.values | self._thresholds(rule)
+        self._report(trainer, spectrum.values | self._thresholds(rule))
+        if spectrum.density is not None:
+            report_density(trainer, f"{self.prefix}/spectral_density", spectrum.density)
+
+    def report_nothing(self, trainer: pl.Trainer) -> None:
+        """Write NaN for all values."""
+        rule = stability_rule(trainer.optimizers[self.optimizer_index])
+        self._report(trainer, dict.fromkeys(self._measurement.keys(), math.nan) | self._thresholds(rule))
+
+    def _report(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
         shown = [key for key in values if key.endswith(("lambda_max", "lambda_min"))] if self.progress_bar else []
         report(
             trainer,
             {f"{self.prefix}/{key}": value for key, value in values.items()},
             [f"{self.prefix}/{key}" for key in shown],
         )
-        if spectrum.density is not None:
-            report_density(trainer, f"{self.prefix}/spectral_density", spectrum.density)
 
     def _thresholds(self, rule: StabilityRule) -> dict[str, float]:
         if rule.note is not None:

@@ -24,6 +24,7 @@ def hessian_quadratic_form(
 
     Raises:
         ValueError: if the loss has no graph to any of the parameters.
+        RuntimeError: if a part of its graph cannot be differentiated twice.
 
     Source: P0 (directional curvature), eq. 1; Pearlmutter 1994.
 
@@ -35,6 +36,7 @@ def hessian_quadratic_form(
     if not loss.requires_grad:
         raise ValueError("loss must depend on the parameters, got a constant: compute it with gradients enabled.")
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    check_differentiable(gradients)
     used = [(g, p, d) for g, p, d in zip(gradients, parameters, direction, strict=True) if g is not None]
     if not used:
         raise ValueError("loss must depend on the parameters, got none of them in its graph: check the list.")
@@ -45,3 +47,29 @@ def hessian_quadratic_form(
     terms = [(h.double() * d.double()).sum() for h, (_, _, d) in zip(products, used, strict=True) if h is not None]
     quadratic = torch.stack(terms).sum() if terms else torch.zeros_like(descent)
     return descent.detach(), quadratic
+
+
+def check_differentiable(gradients: Sequence[Tensor | None]) -> None:
+    """Refuse gradients with a part that cannot be differentiated: ``grad`` would silently take it for a constant.
+
+    Args:
+        gradients: made with ``create_graph=True``.
+
+    Raises:
+        RuntimeError: if a backward in their graph is marked ``once_differentiable``.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> check_differentiable(torch.autograd.grad((x**3).sum(), x, create_graph=True))
+    """
+    waiting = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        # The node that torch leaves there raises only where it is run, and asked for inputs alone it never is.
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)

@@ -24,7 +24,7 @@ class Eigenpairs:
         values: (k,) float64 on the CPU, in the order asked for.
         vectors: k unit vectors of the space.
         residuals: (k,) float64.
-        converged: whether each residual fell below the tolerance.
+        converged: whether each residual, and the noise of the products, fell below the tolerance.
         matvecs: products made.
         iterations: restarts of the basis, plus one.
         asymmetry: largest |u·Av − v·Au| seen among basis vectors: the noise of the products.
@@ -140,7 +140,8 @@ def eigenpairs(
         values=values[chosen],
         vectors=[krylov.basis.combine(vectors[:, i]) for i in chosen.tolist()],
         residuals=residuals[chosen],
-        converged=tuple(converged.tolist()),
+        # Products that are noisier than that have no eigenpairs to that tolerance.
+        converged=tuple((converged & (krylov.asymmetry <= goal)).tolist()),
         matvecs=krylov.matvecs,
         iterations=krylov.restarts + 1,
         asymmetry=krylov.asymmetry,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace
-from lightning_curvature.operators.exact import CurvatureOperator, Reduce
+from lightning_curvature.operators.exact import CurvatureOperator, Reduce, check_graph
 from lightning_curvature.operators.micro_batches import MicroBatch
 from lightning_curvature.parallel import local
 
@@ -54,6 +54,9 @@ class GradientDifferenceOperator(CurvatureOperator):
         parameters: see :class:`~.exact.CurvatureOperator`; sharded ones too.
         reduce: see :class:`~.exact.CurvatureOperator`; not used where parameters are sharded: their backward reduces.
         sharding: how the ranks share the parameters, where they do.
+
+    Raises:
+        ValueError: if a loss has no graph.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -108,6 +111,7 @@ class GradientDifferenceOperator(CurvatureOperator):
             weight = part.weight if index < len(self.parts) else 0.0
             with torch.enable_grad():
                 loss = part.evaluate().loss
+                check_graph(loss)
                 if self._sharding:
                     self.space.add_(total, self._backward(loss * (weight * self._sharding.ranks)), factor)
                 else:

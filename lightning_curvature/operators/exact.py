@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.functional.products import check_differentiable
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators.graphs import Graphs, KeepGraph, pull_back
 from lightning_curvature.operators.micro_batches import MicroBatch, building_graphs, micro_batches
@@ -98,7 +99,7 @@ class HessianOperator(CurvatureOperator):
         processes: how many processes share the memory.
 
     Raises:
-        ValueError: if a loss has no graph to any of the parameters.
+        ValueError: if a loss has no graph.
 
     Source: Pearlmutter 1994.
 
@@ -125,8 +126,10 @@ class HessianOperator(CurvatureOperator):
     def _build(self, index: int) -> tuple[Tensor | None, ...]:
         with building_graphs():
             loss = self.parts[index].evaluate().loss
-            _check_graph(loss)
-            return torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            check_graph(loss)
+            gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            check_differentiable(gradients)
+            return gradients
 
     def product_of(self, index: int, vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Product with the Hessian of one micro-batch, unweighted."""
@@ -197,7 +200,7 @@ class GaussNewtonOperator(CurvatureOperator):
     def _build(self, index: int) -> _GaussNewtonGraph:
         with building_graphs():
             result = self.parts[index].evaluate()
-            _check_graph(result.loss)
+            check_graph(result.loss)
             outputs = result.outputs
             if outputs is None or not outputs.requires_grad:
                 raise ValueError(
@@ -212,6 +215,7 @@ class GaussNewtonOperator(CurvatureOperator):
                 )
             cotangent = torch.zeros_like(outputs, requires_grad=True)
             pulled_back = torch.autograd.grad(outputs, self.parameters, cotangent, create_graph=True, allow_unused=True)
+            check_differentiable(pulled_back)
         return _GaussNewtonGraph(outputs, residual, cotangent, pulled_back)
 
     def local_product(self, vector: Tensor) -> Tensor:
@@ -232,7 +236,8 @@ class GaussNewtonOperator(CurvatureOperator):
         self._graphs.clear()
 
 
-def _check_graph(loss: Tensor) -> None:
+def check_graph(loss: Tensor) -> None:
+    """Raise if a loss has no graph at all."""
     if not loss.requires_grad:
         raise ValueError(
             "the loss must depend on the parameters, got a constant: compute it with gradients enabled, without detach."

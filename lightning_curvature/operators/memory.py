@@ -53,7 +53,8 @@ class SavedBytes:
             if storage.data_ptr() not in self._seen:
                 self._seen.add(storage.data_ptr())
                 self.count += storage.nbytes()
-        return tensor
+        # Not the tensor itself: a node that saves its own output would hold itself, for good.
+        return tensor.detach()
 
     @contextlib.contextmanager
     def counting(self) -> Generator[None, None, None]:

@@ -1,0 +1,122 @@
+"""A measurement that takes its time shows itself on the progress bar, and leaves the bar as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+from lightning_curvature.callbacks import spectrum
+from lightning_curvature.progress import Progress
+from tests.callbacks.test_spectrum_logging import module
+from tests.callbacks.test_spectrum_setups import loader
+from tests.callbacks.test_spectrum_values import monitor
+from tests.runs import make_trainer
+
+
+class Clock:
+    """Goes on by so many seconds each time it is looked at."""
+
+    def __init__(self, pace: float) -> None:
+        self.pace, self.now = pace, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.pace
+        return self.now
+
+
+class Notes:
+    """What stood on the bar: at each product, and when the measurement was over."""
+
+    def __init__(self, pace: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pace, self.shown, self.left, self.before = pace, list[str](), list[str](), list[str]()
+        notes = self
+
+        class Watched(Progress):
+            def __init__(self, trainer: Any, name: str) -> None:
+                notes.before.append(notes.said(trainer))
+                super().__init__(trainer, name, Clock(pace))
+                self.trainer = trainer
+
+            def tick(self) -> None:
+                super().tick()
+                notes.shown.append(notes.said(self.trainer))
+
+            def close(self) -> None:
+                super().close()
+                notes.left.append(notes.said(self.trainer))
+
+        monkeypatch.setattr(spectrum, "Progress", Watched)
+
+    def said(self, trainer: Any) -> str:
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar):
+            return bar.train_progress_bar.desc
+        if isinstance(bar, RichProgressBar):
+            assert bar.progress is not None
+            return next(t.description for t in bar.progress.tasks if t.id == bar.train_progress_bar_id)
+        return ""
+
+
+BARS = [TQDMProgressBar, RichProgressBar]
+
+
+def fit(bar: Any, **options: Any) -> None:
+    follow = monitor("lambda_max", **options)
+    make_trainer(bar(), follow, max_epochs=2, enable_progress_bar=True).fit(module(), loader())
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_long_measurement_shows_itself(bar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a second a product the note comes with the third, moves with each, and goes when all is done."""
+    notes = Notes(1.0, monkeypatch)
+    fit(bar)
+    assert len(notes.left) == 4
+    assert notes.left == notes.before
+    assert all(text.startswith("Epoch") for text in notes.before)
+    first = notes.shown[: notes.shown.index("Hessian spectrum: 3 products, 3 s")]
+    assert first == [notes.before[0]] * 2
+    assert notes.shown[3] == "Hessian spectrum: 4 products, 4 s"
+    # Each of the four measurements begins to count anew.
+    assert notes.shown.count("Hessian spectrum: 3 products, 3 s") == 4
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_note_moves_once_a_second(bar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes(0.25, monkeypatch)
+    fit(bar, every_n_train_steps=8, max_products=40, tolerance=1e-13)
+    moves = [text for text, last in zip(notes.shown[1:], notes.shown, strict=False) if text != last]
+    assert len(notes.shown) >= 20
+    # After 3 s, then after each further second of four products.
+    assert moves[:3] == [f"Hessian spectrum: {n} products, {n / 4:.0f} s" for n in (12, 16, 20)]
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_short_measurements_are_silent(bar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes(0.01, monkeypatch)
+    fit(bar)
+    assert notes.shown
+    assert set(notes.shown) <= set(notes.before)
+    assert notes.left == notes.before
+
+
+def test_note_goes_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes(1.0, monkeypatch)
+
+    def late(measurement: Any, problem: Any, fail: Any) -> None:
+        for _ in range(5):
+            problem.on_product()
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(spectrum.SpectrumMeasurement, "measure", late)
+    with pytest.warns(UserWarning, match="RuntimeError: late"):
+        fit(TQDMProgressBar, on_error="warn")
+    assert notes.shown[4::5] == ["Hessian spectrum: 5 products, 5 s"] * 4
+    assert notes.left == notes.before
+
+
+def test_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes(1.0, monkeypatch)
+    make_trainer(monitor("lambda_max")).fit(module(), loader())
+    assert set(notes.shown) == {""}
