@@ -154,8 +154,9 @@ class Reading:
         else:
             # Fewer batches than ranks: each is cut once more.
             for number, chunk in enumerate(chunks):
-                if len(chunk) > rank:
-                    yield number // of_group, True, chunk[rank::ranks]
+                own = chunk[(rank - number * size) % ranks :: ranks]
+                if own:
+                    yield number // of_group, True, own
 
     def _sample(self, index: int) -> Any:
         """Read one sample by itself: its augmentation must not depend on the ranks and the size of a batch."""

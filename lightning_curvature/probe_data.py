@@ -49,8 +49,9 @@ def read_probe_set(
 
     *A loader that makes batches of a map-style dataset's samples* (``DataLoader(dataset, batch_size=…)``): the set is
     all n training samples if n ≤ ``samples``, else ``samples`` of them drawn without replacement, cut into batches of
-    ``batch_size``, of which rank r of W takes every W-th from the r-th on. They are the same on any number of ranks, as
-    long as there are as many batches; else each is cut once more. Training samples are
+    ``batch_size``, and these into groups of ``group_size``. Rank r of W takes every W-th group from the r-th on, or
+    every W-th batch where there are fewer groups than ranks; where there are fewer batches than ranks, each is cut once
+    more. Training samples are
 
     * the dataset, whether it is shuffled or shared out over ranks;
     * of a ``SubsetRandomSampler`` its indices; of a ``WeightedRandomSampler`` those of positive weight, each once and
@@ -71,7 +72,7 @@ def read_probe_set(
     reading of the set, however many ranks share it. An iterable dataset, or a loader that is no DataLoader, is
     copied together with the data that it holds, and read from the position at which it is.
 
-    The batches stay in memory: ``total`` / W · (bytes of one collated sample) on each rank, on the CPU unless the
+    The batches stay in memory: about ``total`` / W · (bytes of one collated sample) on each rank, on the CPU unless the
     dataset makes its samples elsewhere. Users copy before they compute: a training step may write into its batch.
 
     Args:

@@ -1,4 +1,4 @@
-"""How the ranks share a probe set: together they hold each sample once, and as many as they say."""
+"""How ranks share a probe set: together they hold each sample once, in the same batches on any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lightning_curvature.probe_data import ProbeSet, read_probe_set
 
 NUMBERS = list(range(11))
+FIVES = [[NUMBERS[:5], NUMBERS[10:]], [NUMBERS[5:10]]]
 
 
 class Noticed(Exception):
@@ -77,41 +78,51 @@ def wrapped(rank: int) -> Any:
     return DistributedSamplerWrapper(SubsetRandomSampler([4, 8, 2, 6, 0]), num_replicas=2, rank=rank, shuffle=True)
 
 
+def batches(sets: list[ProbeSet]) -> list[list[list[int]]]:
+    """Samples of each batch of each rank."""
+    shares(sets)
+    return [[probe.batch.tolist() for probe in one.batches] for one in sets]
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda rank: DataLoader(NUMBERS, batch_size=2, shuffle=True), [NUMBERS[::2], NUMBERS[1::2]]),
-        (lambda rank: DataLoader(NUMBERS, batch_size=5, sampler=distributed(rank)), [NUMBERS[::2], NUMBERS[1::2]]),
-        (lambda rank: DataLoader(NUMBERS, batch_size=2, sampler=wrapped(rank)), [[0, 4, 8], [2, 6]]),
+        (
+            lambda rank: DataLoader(NUMBERS, batch_size=2, shuffle=True),
+            [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10]]],
+        ),
+        (
+            lambda rank: DataLoader(NUMBERS, batch_size=5, sampler=distributed(rank)),
+            [[NUMBERS[:5], [10]], [NUMBERS[5:10]]],
+        ),
+        (lambda rank: DataLoader(NUMBERS, batch_size=2, sampler=wrapped(rank)), [[[0, 2], [8]], [[4, 6]]]),
     ],
     ids=["shuffled", "distributed", "distributed subset"],
 )
 @pytest.mark.parametrize("given", [False, True])
-def test_samples_are_dealt_out_by_index(make: Callable[[int], Any], expected: list[list[int]], given: bool) -> None:
-    assert shares(read_all(2, make, given)) == expected
+def test_whole_batches_are_dealt_out(make: Callable[[int], Any], expected: list[list[list[int]]], given: bool) -> None:
+    assert batches(read_all(2, make, given)) == expected
 
 
 def test_an_epoch_that_is_cut_short_is_that_of_all_ranks() -> None:
     def make(rank: int) -> Any:
         return DataLoader(NUMBERS, batch_size=2, sampler=distributed(rank, shuffle=False))
 
-    assert shares(read_all(2, make, epoch=2)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert batches(read_all(2, make, epoch=2)) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-def test_the_same_samples_are_drawn_on_any_number_of_ranks() -> None:
+def test_the_same_batches_on_any_number_of_ranks() -> None:
     def make(rank: int) -> Any:
         return DataLoader(Noisy(), batch_size=2, shuffle=True)
 
-    sets = [read_all(ranks, make, samples=7) for ranks in (1, 2, 3)]
-    assert [[sum(probe.size for probe in one.batches) for one in several] for several in sets] == [
-        [7],
-        [4, 3],
-        [3, 2, 2],
-    ]
-    assert [several[0].rounds for several in sets] == [4, 2, 2]
-    bits = [sorted(row for one in several for probe in one.batches for row in probe.batch.tolist()) for several in sets]
-    assert bits[0] == bits[1] == bits[2]
-    assert len({index for index, _ in bits[0]}) == 7
+    sets = [read_all(ranks, make, samples=7) for ranks in (1, 2, 3, 4)]
+    counts = [[[probe.size for probe in one.batches] for one in several] for several in sets]
+    assert counts == [[[2, 2, 2, 1]], [[2, 2], [2, 1]], [[2, 1], [2], [2]], [[2], [2], [2], [1]]]
+    assert [several[0].rounds for several in sets] == [4, 2, 2, 1]
+    # Samples, their augmentation, and the seed of what hooks draw for the batch.
+    whole = [sorted((p.seed, p.batch.tolist()) for one in several for p in one.batches) for several in sets]
+    assert all(found == whole[0] for found in whole)
+    assert len({index for _, batch in whole[0] for index, _ in batch}) == 7
 
 
 class Noisy(Dataset[Tensor]):

@@ -155,6 +155,11 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             keep_graph=keep_graph,
         )
 
+    @property
+    def state_key(self) -> str:
+        """Distinct for monitors with distinct prefixes or quantities; of one prefix ``setup`` then tells more."""
+        return self._generate_state_key(prefix=self.prefix, quantities=self.quantities)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the eigenvectors of the last measurement, if they are to be saved and this rank holds them whole."""
         return {"vectors": self._measurement.vectors} if self.save_eigenvectors and not self._sharded else {}
@@ -168,6 +173,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         keys = self._measurement.keys()
         shown = [key for key in keys if not key.endswith(("_error", "_converged", "_stderr"))]
         charts = {}
+        # Adaptive optimizers have no threshold on λ_max(H); TensorBoard leaves out a key that is never written.
         for title, names in {
             "λ_max and its threshold": [n for n in shown if n.startswith("lambda_") and n != "lambda_min"],
             "preconditioned λ_max": [n for n in shown if n.startswith("preconditioned")],

@@ -121,7 +121,9 @@ class HessianOperator(CurvatureOperator):
         processes: int = 1,
     ) -> None:
         super().__init__(parts, parameters, reduce=reduce)
-        self._graphs = Graphs(self._build, len(self.parts), keep_graph, self.parameters, processes)
+        self._graphs: Graphs[tuple[Tensor | None, ...]] = Graphs(
+            len(self.parts), keep_graph, self.parameters, processes
+        )
 
     def _build(self, index: int) -> tuple[Tensor | None, ...]:
         with building_graphs():
@@ -133,7 +135,7 @@ class HessianOperator(CurvatureOperator):
 
     def product_of(self, index: int, vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Product with the Hessian of one micro-batch, unweighted."""
-        gradients = self._graphs[index]
+        gradients = self._graphs.get(index, self._build)
         with building_graphs():
             return pull_back(gradients, self.parameters, vectors, retain=self._graphs.keeps(index))
 
@@ -195,7 +197,7 @@ class GaussNewtonOperator(CurvatureOperator):
         processes: int = 1,
     ) -> None:
         super().__init__(parts, parameters, reduce=reduce)
-        self._graphs = Graphs(self._build, len(self.parts), keep_graph, self.parameters, processes)
+        self._graphs: Graphs[_GaussNewtonGraph] = Graphs(len(self.parts), keep_graph, self.parameters, processes)
 
     def _build(self, index: int) -> _GaussNewtonGraph:
         with building_graphs():
@@ -222,7 +224,7 @@ class GaussNewtonOperator(CurvatureOperator):
         """This rank's part of Gv."""
         total, views = self.space.zeros(), self.space.views(vector)
         for index, part in enumerate(self.parts):
-            graph, keep = self._graphs[index], self._graphs.keeps(index)
+            graph, keep = self._graphs.get(index, self._build), self._graphs.keeps(index)
             with building_graphs():
                 (jv,) = pull_back(graph.pulled_back, [graph.cotangent], views, retain=True)
                 curved = None if jv is None else pull_back([graph.residual], [graph.outputs], [jv], retain=True)[0]

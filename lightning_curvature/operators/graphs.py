@@ -23,24 +23,16 @@ class Graphs(Generic[Graph]):
     as many as fit: the first is measured while it is built, by the bytes that autograd saves for it.
 
     Args:
-        build: makes graph i.
         count: how many there are.
         keep: True, False or "auto".
         parameters: tensors that graphs share.
         processes: how many processes share the memory.
     """
 
-    def __init__(
-        self,
-        build: Callable[[int], Graph],
-        count: int,
-        keep: KeepGraph,
-        parameters: Sequence[Tensor],
-        processes: int = 1,
-    ) -> None:
+    def __init__(self, count: int, keep: KeepGraph, parameters: Sequence[Tensor], processes: int = 1) -> None:
         if keep not in (True, False, "auto"):
             raise ValueError(f"keep_graph must be True, False or 'auto', got {keep!r}: 'auto' keeps what fits.")
-        self._build, self._parameters, self._processes = build, parameters, processes
+        self._parameters, self._processes = parameters, processes
         self._kept: dict[int, Graph] = {}
         # A single graph is alive during every product anyway.
         self._limit = count if keep is True or count == 1 else 0 if keep is False else None
@@ -49,18 +41,19 @@ class Graphs(Generic[Graph]):
         """Whether graph i stays, so that it must be retained."""
         return self._limit is None or index < self._limit
 
-    def __getitem__(self, index: int) -> Graph:
+    def get(self, index: int, build: Callable[[int], Graph]) -> Graph:
+        """Return graph i; ``build(i)`` makes it, where it is not kept."""
         if index in self._kept:
             return self._kept[index]
         if self._limit is None:
             saved = SavedBytes(self._parameters)
             with saved.counting():
-                graph = self._build(index)
+                graph = build(index)
             free = available_memory(self._parameters[0].device) / self._processes
             # The first graph is already there: the share counts it as free memory that it took.
             self._limit = int(_SHARE * (free + saved.count) / max(saved.count, 1))
         else:
-            graph = self._build(index)
+            graph = build(index)
         if index < self._limit:
             self._kept[index] = graph
         return graph
