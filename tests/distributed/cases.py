@@ -89,7 +89,7 @@ class Case:
         module.network.register_forward_pre_hook(spy.count)
         trainer.fit(module, loader(own))
         return Outcome(
-            capture.rows, spy.collectives, spy.forwards, spy.metrics, _state(module, trainer), trainer.global_step
+            capture.rows, spy.collectives, spy.forwards, spy.metrics, state_of(module, trainer), trainer.global_step
         )
 
 
@@ -105,20 +105,21 @@ class Spy(pl.Callback):
         self._forwards += 1
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self._begin, self._forwards = _collectives(), 0
+        self._begin, self._forwards = collectives(), 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.collectives.append(_collectives() - self._begin)
+        self.collectives.append(collectives() - self._begin)
         self.forwards.append(self._forwards)
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("curvature/")})
 
 
-def _collectives() -> int:
-    # The group's own count: it sees every collective of this process, also those that DDP issues from C++.
+def collectives() -> int:
+    """Collectives of this process so far, by the group's own count: it also sees those that DDP issues from C++."""
     return dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
 
 
-def _state(module: nn.Module, trainer: pl.Trainer) -> dict[str, Tensor]:
+def state_of(module: nn.Module, trainer: pl.Trainer) -> dict[str, Tensor]:
+    """This process's part of parameters, buffers and optimizer state, and the state of the random numbers."""
     state = dict(module.state_dict()) | {"random numbers": torch.get_rng_state()}
     for index, entries in enumerate(trainer.optimizers[0].state.values()):
         state |= {f"optimizer {index} {name}": v for name, v in entries.items() if isinstance(v, Tensor)}
