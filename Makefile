@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCHMARKS ?= directional spectrum
 
 .PHONY: demo test lint benchmark clean
 
@@ -17,8 +18,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# all of them; one with its own options: make benchmark BENCHMARKS=spectrum ARGS=--fast
 benchmark: $(VENV)/.ready
-	$(BIN)/python benchmarks/directional.py $(ARGS)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -143,6 +143,8 @@ class Reading:
         rank, ranks, of_group = self.trainer.global_rank, self.trainer.world_size, self.group_size
         size = self.batch_size or self.loader.batch_sampler.batch_size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
+        if self.loader.drop_last and len(chunks) > 1 and len(chunks[-1]) < size:
+            chunks.pop()  # the model may not be made for it
         groups = math.ceil(len(chunks) / of_group)
         if groups >= ranks:
             for group in range(rank, groups, ranks):

@@ -132,6 +132,19 @@ class _Gradients:
             p.grad = gradient
 
 
+class _ParameterHooks:
+    """Hooks on the gradients of parameters: they are for the gradients of the run, and may keep count of them."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+        for hooks, _ in self._hooks:
+            hooks.clear()
+
+    def restore(self) -> None:
+        for hooks, before in self._hooks:
+            hooks.update(before)
+
+
 class _Options:
     """Learning rates and all else that ``param_groups`` hold beside the parameters."""
 
@@ -188,4 +201,5 @@ def untouched(
         stack.callback(_Methods(module).restore)
         stack.callback(_Options(optimizers).restore)
         stack.callback(_Gradients(module.parameters()).restore)
+        stack.callback(_ParameterHooks(module.parameters()).restore)
         yield

@@ -259,6 +259,11 @@ class Bystanders:
         self._first: list[Tensor] | None = None
         self._repeated = self._settled = False
 
+    def save_all(self) -> None:
+        """Save every one of them until it is settled which are written: a step may be repeated that never ran."""
+        if not self._settled:
+            self.saved = list(self._named.values())
+
     def versions(self) -> dict[str, tuple[int, int]]:
         """Return what changes when one of them is written: its version, its memory."""
         return {name: (p._version, _memory(p)) for name, p in self._named.items()}

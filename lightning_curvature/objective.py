@@ -117,11 +117,7 @@ class StepObjective:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
         kept_args, kept_kwargs = copied((args, kwargs))
         state = ModuleState(self.module, self.bystanders.saved)
-        if state.unrepeatable and self.function is None:
-            raise ValueError(
-                f"training_step must not depend on what cannot be put back, got {state.unrepeatable} on the module, "
-                "iterators or open files: keep them elsewhere, or give objective=."
-            )
+        self._check_repeatable(state)
         self.bystanders.begin()
         return RecordedBatch(
             args=kept_args,
@@ -133,8 +129,20 @@ class StepObjective:
             forward_dtype=_forward_dtype(self.module, self.device),
         )
 
+    def _check_repeatable(self, state: ModuleState) -> None:
+        if state.unrepeatable and self.function is None:
+            raise ValueError(
+                f"training_step must not depend on what cannot be put back, got {state.unrepeatable} on the module, "
+                "iterators or open files: keep them elsewhere, or give objective=."
+            )
+
     def prepare(self, batch: Any, batch_idx: int, randomness: RandomState, state: ModuleState) -> RecordedBatch:
-        """Make the record of a step that did not run, to be evaluated from the given states."""
+        """Make the record of a step that did not run, to be evaluated from the given states.
+
+        Raises:
+            ValueError: if the module holds what cannot be put back.
+        """
+        self._check_repeatable(state)
         args: tuple[Any, ...] = (batch,)
         # As Lightning decides whether a step is given the index.
         if is_param_in_hook_signature(self._step, "batch_idx", min_args=2):

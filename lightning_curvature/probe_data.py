@@ -35,6 +35,11 @@ class ProbeSet:
     rounds: int
     spread: int | None = None
 
+    def groups(self) -> list[int]:
+        """Group of each batch, the last repeated up to as many as any rank has."""
+        numbers = [batch.group for batch in self.batches]
+        return numbers + numbers[-1:] * (self.rounds - len(numbers))
+
 
 def read_probe_set(
     trainer: pl.Trainer,

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -49,11 +50,17 @@ class ProbeLoss:
         self._state = ModuleState(objective.module, objective.bystanders.saved)
 
     def parts(self) -> list[MicroBatch]:
-        """This rank's micro-batches."""
-        return [
+        """This rank's micro-batches.
+
+        As many on every rank: a forward may communicate (a step that gathers, sharded parameters). Where there are too
+        few, the last is repeated with weight 0.
+        """
+        batches = self._probe_set.batches
+        parts = [
             MicroBatch(self._evaluator(index), probe.size / self._probe_set.total)
-            for index, probe in enumerate(self._probe_set.batches)
+            for index, probe in enumerate(batches)
         ]
+        return parts + [replace(parts[-1], weight=0.0)] * (self._probe_set.rounds - len(parts))
 
     def _evaluator(self, index: int) -> Callable[[], Evaluation]:
         return lambda: self.evaluate(index)

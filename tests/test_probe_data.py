@@ -116,7 +116,7 @@ def values(probes: ProbeSet) -> list[list[int]]:
     "loader",
     [
         DataLoader(NUMBERS, batch_size=4),
-        DataLoader(NUMBERS, batch_size=4, shuffle=True, drop_last=True),
+        DataLoader(NUMBERS, batch_size=4, shuffle=True),
         DataLoader(NUMBERS, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3)),
         DataLoader(NUMBERS, batch_size=4, sampler=RandomSampler(NUMBERS, replacement=True, num_samples=20)),
         DataLoader(NUMBERS, batch_sampler=BatchSampler(RandomSampler(NUMBERS), 4, drop_last=False)),
@@ -125,6 +125,13 @@ def values(probes: ProbeSet) -> list[list[int]]:
 )
 def test_all_samples_once_in_batches_of_the_loader(loader: Any) -> None:
     assert values(read(loader, samples=10)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_ragged_batch_that_training_never_sees_is_left_out() -> None:
+    loader = DataLoader(NUMBERS, batch_size=4, shuffle=True, drop_last=True)
+    assert values(read(loader, samples=10)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    # Where it is all there is, it is better than nothing.
+    assert values(read(loader, samples=3, batch_size=4)) == [sorted(sum(values(read(loader, samples=3)), []))]
 
 
 def test_batches_of_the_size_that_is_given() -> None:

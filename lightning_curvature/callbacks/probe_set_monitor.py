@@ -94,6 +94,7 @@ class ProbeSetMonitor(Monitor):
         self._measured_step = step
         objective, begun = self._objective, False
         try:
+            objective.bystanders.save_all()
             bystanders = objective.bystanders.saved
             with untouched(pl_module, objective.device, bystanders, trainer.optimizers):
                 if self._probe_set is None:
@@ -109,17 +110,32 @@ class ProbeSetMonitor(Monitor):
                 self.report_nothing(trainer)
 
     def _read(self, trainer: pl.Trainer, batch: Any) -> ProbeSet:
-        # Groups of batches are as large as the data of one optimizer step, over all its batches and ranks.
-        own = getattr(trainer.train_dataloader, "batch_size", None) or sample_count(batch)
-        step = own * trainer.accumulate_grad_batches * trainer.world_size
+        loader = self.probe_dataloader if self.probe_dataloader is not None else trainer.train_dataloader
+        size, group = self.micro_batch_size, 1
+        if self._by_step:
+            # Groups of batches are as large as the data of one optimizer step, over all its batches and ranks.
+            own = getattr(trainer.train_dataloader, "batch_size", None) or sample_count(batch)
+            step = own * trainer.accumulate_grad_batches * trainer.world_size
+            cut = size or getattr(loader, "batch_size", None)
+            if cut is None:
+                group = max(1, math.ceil(step / own))
+            else:
+                # The largest part of a step's data that is no larger than asked for, and makes it up exactly.
+                size = max(n for n in range(1, min(cut, step) + 1) if step % n == 0)
+                group = step // size
         return read_probe_set(
             trainer,
             self.probe_dataloader,
             samples=self.probe_samples,
-            batch_size=self.micro_batch_size,
-            group_size=max(1, math.ceil(step / (self.micro_batch_size or own))),
+            batch_size=size,
+            group_size=group,
             seed=self.seed,
         )
+
+    @property
+    def _by_step(self) -> bool:
+        """Whether the batches of the probe set are to make up those of optimizer steps."""
+        return False
 
     def _precision(self, trainer: pl.Trainer) -> Precision:
         @contextlib.contextmanager
@@ -132,6 +148,6 @@ class ProbeSetMonitor(Monitor):
 
         return context
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the probe set."""
-        self._probe_set = None
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the probe set and the module, also after an error."""
+        self._probe_set = self._objective = None

@@ -187,6 +187,16 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
         parameters = self._parameters(trainer)
+        if not parameters:
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
+                "configure_optimizers."
+            )
+        if any(p.is_complex() for p in parameters):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find real parameters, got complex ones: train their real and imaginary "
+                "parts."
+            )
         self._sharded = is_sharded(parameters)
         self._measurement.begin(self._sharded)
         exact = [q for q in self.quantities if OPERATOR_OF[q] in EXACT_ONLY]
@@ -200,8 +210,9 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
                 "products must be 'auto' or 'difference' where parameters are sharded, got 'exact': second derivatives "
                 "do not reach through their gathering."
             )
-        count, wanted = sum(p.numel() for p in parameters), self._measurement.k + ("lambda_min" in self.quantities)
-        if wanted >= count:
+        count = sum(p.numel() for p in parameters)
+        pairs = self._measurement.k * ("lambda_max" in self.quantities) + ("lambda_min" in self.quantities)
+        if pairs >= count:
             raise MisconfigurationException(
                 f"k must be below the number of parameters, got {self._measurement.k} for {count}: ask for fewer."
             )
@@ -223,15 +234,13 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
                 "normalized by its own statistics. probe_mode='eval' takes the running statistics instead."
             )
 
+    @property
+    def _by_step(self) -> bool:
+        return "second_moment_contraction" in self.quantities
+
     def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
         groups = trainer.optimizers[self.optimizer_index].param_groups if trainer.optimizers else []
-        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        if not parameters:
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
-                "configure_optimizers."
-            )
-        return parameters
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet) -> None:
         """Measure the spectrum at the parameters as they are and write what it gave."""
@@ -246,7 +255,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
                     parameters=self._parameters(trainer),
                     optimizer=optimizer,
                     rule=rule,
-                    groups=[probe.group for probe in probe_set.batches],
+                    groups=probe_set.groups(),
                     spread=probe_set.spread,
                     sharding=self._sharding(trainer, probe_set),
                     # Other random vectors at every step, and the same ones in a resumed run.
@@ -290,7 +299,6 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         return Sharding(
             space=vector_space(trainer, self._parameters(trainer)),
             ranks=trainer.world_size,
-            rounds=probe_set.rounds,
             around=lambda: fresh_shards(trainer.lightning_module),
         )
 

@@ -52,6 +52,7 @@ def eigenpairs(
     smallest: int = 0,
     magnitude: int = 0,
     tolerance: float = 1e-3,
+    min_matvecs: int = 1,
     max_matvecs: int = 200,
     max_basis: int = 64,
     start: Sequence[Tensor] = (),
@@ -84,6 +85,8 @@ def eigenpairs(
         smallest: how many of the algebraically smallest.
         magnitude: how many of the largest by magnitude.
         tolerance: relative residual at which a pair counts as found, not below what rounding allows.
+        min_matvecs: go on for as many products even if the residuals are small: begun with an eigenvector that another
+            has overtaken, the search would end before it has seen the other.
         max_matvecs: give up after as many products; what was found is returned with ``converged`` false.
         max_basis: vectors kept in memory; rounded up to what the number of pairs needs.
         start: vectors near the eigenvectors, any number, of any length; none: random ones.
@@ -126,7 +129,8 @@ def eigenpairs(
             goal = (tolerance * values[chosen].abs()).clamp(min=krylov.rounding)
             converged = residuals[chosen] <= goal
             exhausted = krylov.done == space.dimension
-            if bool(converged.all()) or exhausted or krylov.matvecs >= max_matvecs:
+            found = bool(converged.all()) and krylov.matvecs >= min_matvecs
+            if found or exhausted or krylov.matvecs >= max_matvecs:
                 break
         if krylov.done == len(krylov.basis):
             # Every chain has ended in an invariant subspace that holds too few pairs.

@@ -96,7 +96,7 @@ class KrylovSpace:
         self.matvecs += 1
         c = self.basis.orthogonalize(vector)
         # One transfer to the host, of a handful of numbers: whether to go on is decided there.
-        norm_squared = self.space.dots([vector.unsqueeze(0)], vector)
+        norm_squared = self.space.squared_norm(vector)
         *coefficients, squared = torch.cat([c, norm_squared]).tolist()
         check_finite((*coefficients, squared), self.matvecs)
         column = torch.tensor(coefficients, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Vectors with the structure of a list of tensors, kept flat: what the algorithms know of a model."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -120,14 +120,11 @@ class VectorSpace:
 
         Summed in float64 over pieces, so that the rounding is that of one piece; where ranks hold parts, one reduction.
         """
-        piece = _PIECE if self.device.type == "cpu" else _ACCELERATOR_PIECE
         totals = []
         for rows in blocks:
             total = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
-            for start, stop, share in self._segments:
-                for first in range(start, stop, piece):
-                    last = min(first + piece, stop)
-                    total += share * (rows[:, first:last] @ vector[first:last]).double()
+            for first, last, share in self._pieces():
+                total += share * (rows[:, first:last] @ vector[first:last]).double()
             totals.append(total)
         return self._summed(torch.cat(totals))
 
@@ -135,9 +132,24 @@ class VectorSpace:
         """Dot product."""
         return float(self.dots([a.unsqueeze(0)], b))
 
+    def squared_norm(self, vector: Tensor) -> Tensor:
+        """Squared norm, (1,) float64: squares of float32 numbers leave its range where the numbers do not."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for first, last, share in self._pieces():
+            part = vector[first:last].double()
+            total += share * torch.dot(part, part)
+        return self._summed(total)
+
+    def _pieces(self) -> Iterator[tuple[int, int, float]]:
+        """Coordinates that are summed in one operation, with their share."""
+        piece = _PIECE if self.device.type == "cpu" else _ACCELERATOR_PIECE
+        for start, stop, share in self._segments:
+            for first in range(start, stop, piece):
+                yield first, min(first + piece, stop), share
+
     def norm(self, vector: Tensor) -> float:
         """Euclidean norm."""
-        return self.dot(vector, vector) ** 0.5
+        return float(self.squared_norm(vector)) ** 0.5
 
 
 def _segments(sizes: Sequence[int], shares: Sequence[float]) -> list[tuple[int, int, float]]:

@@ -1,5 +1,6 @@
 """Metrics of the Hessian's spectrum: they collect data, and compute on all of it at once."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torchmetrics import Metric
 
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
 from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, micro_batches
+from lightning_curvature.operators.micro_batches import sample_count
 
 Curvature = Literal["hessian", "gauss_newton"]
 _OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator]] = {
@@ -54,6 +56,23 @@ class _OperatorMetric(Metric):
         """Add a batch; it is kept until ``reset``."""
         self._batches.append((inputs, targets))
 
+    def forward(self, inputs: Any, targets: Any) -> Any:
+        """Add a batch, and compute on it alone."""
+        self.update(inputs, targets)
+        every, self._batches = self._batches, [(inputs, targets)]
+        try:
+            return type(self).compute(self)
+        finally:
+            self._batches = every
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_OperatorMetric":
+        """Copy all but the model: a clone measures the model that is trained, not what it was."""
+        memo[id(self._model)] = list(self._model)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        return copied
+
     def reset(self) -> None:
         """Let go of the batches."""
         super().reset()
@@ -66,7 +85,7 @@ class _OperatorMetric(Metric):
         reduce, processes = None, 1
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             processes = dist.get_world_size()
-            count = torch.tensor(float(sum(len(y) for _, y in self._batches)), device=self.device)
+            count = torch.tensor(float(sum(sample_count(y) for _, y in self._batches)), device=self.device)
             total = count.clone()
             dist.all_reduce(total)
             parts = [type(p)(p.evaluate, p.weight * float(count / total)) for p in parts]

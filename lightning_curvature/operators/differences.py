@@ -21,18 +21,16 @@ _DISTANCE = 0.1
 
 @dataclass(frozen=True)
 class Sharding:
-    """How ranks share parameters whose backward gathers and averages over them.
+    """How ranks share parameters whose backward gathers and averages over them; each must have as many micro-batches.
 
     Attributes:
         space: the space of the parameters, of which ranks hold parts.
         ranks: how many there are.
-        rounds: evaluations a pass on every rank; those with fewer micro-batches repeat their last one with weight 0.
         around: context around a pass with perturbed parts.
     """
 
     space: VectorSpace
     ranks: int
-    rounds: int
     around: Callable[[], contextlib.AbstractContextManager[object]]
 
 
@@ -107,17 +105,15 @@ class GradientDifferenceOperator(CurvatureOperator):
             torch._foreach_copy_(targets, kept)
 
     def _add_gradient(self, total: Tensor, factor: float) -> None:
-        for index in range(self._sharding.rounds if self._sharding else len(self.parts)):
-            part = self.parts[min(index, len(self.parts) - 1)]
-            weight = part.weight if index < len(self.parts) else 0.0
+        for part in self.parts:
             with torch.enable_grad():
                 loss = part.evaluate().loss
                 check_graph(loss)
                 if self._sharding:
-                    self.space.add_(total, self._backward(loss * (weight * self._sharding.ranks)), factor)
+                    self.space.add_(total, self._backward(loss * (part.weight * self._sharding.ranks)), factor)
                 else:
                     gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                    self.space.add_(total, gradients, factor * weight)
+                    self.space.add_(total, gradients, factor * part.weight)
 
     def _backward(self, loss: Tensor) -> list[Tensor | None]:
         """Gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the parts from the whole.

@@ -178,6 +178,10 @@ class GaussNewtonOperator(CurvatureOperator):
     Raises:
         ValueError: if an evaluation has no outputs, or the loss does not depend on them.
 
+    Attributes:
+        mismatch: ‖∇L − Jᵀ∂ℓ/∂z‖/‖∇L‖ of the first micro-batch, once multiplied: 0 where the loss depends on the
+            parameters through the outputs alone. Else G leaves out what does not pass through them.
+
     Source: Schraudolph 2002; P4, appendix P.
 
     Example:
@@ -197,6 +201,7 @@ class GaussNewtonOperator(CurvatureOperator):
         processes: int = 1,
     ) -> None:
         super().__init__(parts, parameters, reduce=reduce)
+        self.mismatch: float | None = None
         self._graphs: Graphs[_GaussNewtonGraph] = Graphs(len(self.parts), keep_graph, self.parameters, processes)
 
     def _build(self, index: int) -> _GaussNewtonGraph:
@@ -215,10 +220,19 @@ class GaussNewtonOperator(CurvatureOperator):
                     "the loss must be computed from the outputs, got outputs that it does not depend on: return those "
                     "that go into the loss."
                 )
+            if self.mismatch is None:
+                self.mismatch = self._mismatch(result.loss, outputs, residual)
             cotangent = torch.zeros_like(outputs, requires_grad=True)
             pulled_back = torch.autograd.grad(outputs, self.parameters, cotangent, create_graph=True, allow_unused=True)
             check_differentiable(pulled_back)
         return _GaussNewtonGraph(outputs, residual, cotangent, pulled_back)
+
+    def _mismatch(self, loss: Tensor, outputs: Tensor, residual: Tensor) -> float:
+        whole = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+        through = torch.autograd.grad(outputs, self.parameters, residual.detach(), retain_graph=True, allow_unused=True)
+        gradient = self.space.pack(whole)
+        size = self.space.norm(gradient)
+        return self.space.norm(self.space.add_(gradient, through, -1.0)) / size if size else 0.0
 
     def local_product(self, vector: Tensor) -> Tensor:
         """This rank's part of Gv."""

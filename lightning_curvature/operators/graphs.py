@@ -49,7 +49,7 @@ class Graphs(Generic[Graph]):
             saved = SavedBytes(self._parameters)
             with saved.counting():
                 graph = build(index)
-            free = available_memory(self._parameters[0].device) / self._processes
+            free = available_memory(self._parameters[0].device, self._processes)
             # The first graph is already there: the share counts it as free memory that it took.
             self._limit = int(_SHARE * (free + saved.count) / max(saved.count, 1))
         else:

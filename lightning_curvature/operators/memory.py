@@ -10,16 +10,22 @@ from torch import Tensor
 
 # What is taken to be free where the system does not say.
 _UNKNOWN = 2**30
+_NO_LIMIT = 2**63
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device: its own, or the machine's, as far as a container may use it."""
+def available_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that can still be allocated on a device: its own, or the machine's, as far as a container may use it.
+
+    Args:
+        device: the device.
+        processes: how many share the machine's memory; accelerators belong to one process each.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return _UNKNOWN
-    return min(_machine_memory(), _container_memory())
+    return min(_machine_memory(), container_memory(Path("/"))) // processes
 
 
 def _machine_memory() -> int:
@@ -31,13 +37,38 @@ def _machine_memory() -> int:
     return _UNKNOWN
 
 
-def _container_memory() -> int:
-    group = Path("/sys/fs/cgroup")
+def container_memory(root: Path) -> int:
+    """Bytes left under the limits of the control groups that this process is in; no limit counts as all there is.
+
+    Args:
+        root: where the file systems of the machine hang: ``/``.
+    """
+    left = [_NO_LIMIT]
     with contextlib.suppress(OSError, ValueError):
-        # "max" where there is no limit.
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        return limit - int((group / "memory.current").read_text(encoding="ascii"))
-    return 2**63
+        for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                base, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
+            elif "memory" in controllers.split(","):
+                base, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            else:
+                continue
+            # A group is also under the limits of those it lies in. Inside a container its path may not be there.
+            group = base / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder == base or base in folder.parents:
+                    left.append(_left(folder, limit, used))
+    return min(left)
+
+
+def _left(folder: Path, limit: str, used: str) -> int:
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        allowed = int((folder / limit).read_text(encoding="ascii"))
+        statistics = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        # Files that were read and can be dropped: they count as used and are not.
+        cached = sum(int(line.split()[1]) for line in statistics if line.startswith("inactive_file "))
+        return allowed - int((folder / used).read_text(encoding="ascii")) + cached
+    return _NO_LIMIT
 
 
 class SavedBytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_curvature.differentiation import differentiable
 from lightning_curvature.evaluation import Evaluation
@@ -52,8 +53,23 @@ def micro_batches(
         outputs = model(x)
         return Evaluation(loss_function(outputs, y), outputs)
 
-    total = sum(len(y) for _, y in kept)
-    return [MicroBatch(_bound(evaluate, x, y), len(y) / total) for x, y in kept]
+    total = sum(sample_count(y) for _, y in kept)
+    return [MicroBatch(_bound(evaluate, x, y), sample_count(y) / total) for x, y in kept]
+
+
+def sample_count(targets: Any) -> int:
+    """Number of samples: the length of the first tensor in the targets of a batch.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    if not found:
+        raise ValueError(
+            f"targets must hold a tensor with the samples along its first dimension, got {type(targets).__name__}: "
+            "give the batches as (inputs, targets)."
+        )
+    return len(found[0])
 
 
 def _bound(evaluate: Callable[[Any, Any], Evaluation], x: Any, y: Any) -> Callable[[], Evaluation]:

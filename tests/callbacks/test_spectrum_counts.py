@@ -132,7 +132,10 @@ def test_a_product_is_two_more_backwards(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_warm_searches_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a small learning rate the eigenvectors of the step before are nearly those of this one."""
+    """At a small learning rate the eigenvectors of the step before are nearly those of this one.
+
+    Eight products are made in any case, should another eigenvalue have overtaken: a tight tolerance shows the rest.
+    """
 
     def counts(forget: bool) -> list[int]:
         module = Classifier(mlp(4, 6, 3), lambda m: torch.optim.SGD(m.parameters(), lr=1e-4))
@@ -142,7 +145,7 @@ def test_warm_searches_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
                 if forget:
                     follow._measurement.vectors = {}
 
-        follow = monitor(tolerance=1e-2)
+        follow = monitor(tolerance=1e-6)
         with monkeypatch.context() as patch:
             products = Products(patch)
             fit(products, Forgets(), follow=follow, module=module)

@@ -333,7 +333,10 @@ def test_loaders(name: str) -> None:
     kind, make = LOADERS[name]
     module = kind(mlp(4, 6, 3), sgd)
     capture, moments, _ = fit(module, make(), monitor(*QUANTITIES))
-    check(module, capture, moments)
+    x, y = samples()
+    # What training never sees in any epoch is no part of the probe set, if it would make a smaller batch.
+    seen = len(x) // BATCH * BATCH if name == "last batch dropped" else len(x)
+    check(module, capture, moments, [Part(x[:seen], y[:seen])])
 
 
 def test_iterable_up_to_the_batch_that_completes_the_samples() -> None:

@@ -170,8 +170,8 @@ def test_second_moment(accumulate: int, micro: int | None) -> None:
         max_epochs=4,
     )
     x, y = samples()
-    # Micro-batches of 5 do not add up to 8 or 16: the least number of them that does not fall short.
-    size = BATCH * accumulate if micro is None else micro * math.ceil(BATCH * accumulate / micro)
+    # Micro-batches of 5 do not add up to 8 or 16: smaller ones do, of 4.
+    size = BATCH * accumulate
     groups = [[Part(x[i : i + size], y[i : i + size])] for i in range(0, SAMPLES, size)]
     found = rows(capture)
     assert len(found) >= 4

@@ -154,7 +154,7 @@ def test_sharded_products_of_a_single_rank() -> None:
         raise AssertionError("the backward of sharded parameters reduces")
 
     # A third round, in which this rank has nothing: its last micro-batch again, with weight 0.
-    sharding = Sharding(VectorSpace(parameters), ranks=1, rounds=3, around=around)
+    sharding = Sharding(VectorSpace(parameters), ranks=1, around=around)
     sharded = GradientDifferenceOperator(parts, parameters, reduce=reduce, sharding=sharding)
     vector = torch.linspace(-1.0, 1.0, sharded.space.size, dtype=torch.float64)
     # Weights inside the gradient instead of outside: one rounding of gradients of size 1 over a distance of 1e-6.

@@ -130,7 +130,7 @@ def test_as_many_graphs_as_fit_into_half_of_the_memory(
     free = (2 * kept - 1) * SMALL_BYTES * processes
 
     def forwards(available: int) -> list[int]:
-        monkeypatch.setattr(graphs, "available_memory", lambda device: available)
+        monkeypatch.setattr(graphs, "available_memory", lambda device, processes: available // processes)
         network = Small()
         counter, found = Counter(network), []
         operator = HessianOperator.of(network, F.mse_loss, SMALL, processes=processes)
