@@ -73,7 +73,15 @@ def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
     """Sum of a tensor over all ranks, one all-reduce; None on one process."""
     if trainer.world_size == 1:
         return None
-    return lambda values: mean_over_ranks(trainer, values).mul_(trainer.world_size)
+
+    def summed(values: Tensor) -> Tensor:
+        if not (dist.is_available() and dist.is_initialized()):
+            return mean_over_ranks(trainer, values) * trainer.world_size
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    return summed
 
 
 def vector_space(trainer: pl.Trainer, parameters: Sequence[Tensor]) -> VectorSpace:

@@ -43,7 +43,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
       none for adaptive ones.
     * "lambda_min": ``lambda_min``, the smallest, which is negative except near a minimum.
     * "preconditioned_lambda_max": λ_max(P^{-1/2} H P^{-1/2}), P from the optimizer's own state (Adam's √v̂ + ε), with
-      ``preconditioned_lambda_max_threshold``: Adam (2+2β₁)/((1−β₁)η), RMSprop (2+2μ)/η. NaN before the first step.
+      ``preconditioned_lambda_max_threshold``: Adam (2+2β₁)/((1−β₁)η), with bias correction and decoupled decay,
+      RMSprop (2+2μ)/η. NaN before the first step.
     * "gauss_newton_lambda_max": λ_max of the Gauss–Newton matrix G = E[Jᵀ∇²_zℓ J]; needs the outputs z.
     * "second_moment_contraction": ``second_moment_contraction`` = λ_max(E_B[(I−ηH_B)²]), stable up to 1, and
       ``second_moment_excess`` = λ_max(−2ηH + η²E_B[H_B²]), stable up to 0. Mini-batches B are as large as the data of
@@ -55,8 +56,9 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
     and as a rule λ is off by the square of it; and with ``<key>_converged``, 0 where ``max_products`` ended the search.
 
     Cost of a measured step: one gradient of the probe set with its graph, then about two forward+backwards of it for
-    each product where the graphs fit into memory, three elsewhere. λ_max takes about ten products the first time, five
-    afterwards, since each search begins with the last eigenvectors. Other steps cost nothing.
+    each product where the graphs fit into memory, three elsewhere. λ_max takes about eleven products the first time and
+    eight or nine afterwards: each search begins with the last eigenvector, and goes on for eight in any case, should
+    another eigenvalue have overtaken it. Other steps cost nothing.
 
     BatchNorm in training mode couples the samples of a batch: then H is that of the mean over micro-batches of losses
     normalized by their own statistics, and depends on ``micro_batch_size``; ``probe_mode="eval"`` takes the running

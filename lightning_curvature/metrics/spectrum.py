@@ -110,7 +110,7 @@ class HessianEigenvalues(_OperatorMetric):
 
     ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives λ_1 … λ_k, (k,) float64, a scalar for
     k = 1. ``pairs`` then holds vectors, residuals and whether they converged. The next ``compute`` begins with these
-    vectors, also after a ``reset``: following λ along training takes about half the products.
+    vectors, also after a ``reset``.
 
     Args:
         model: maps inputs to outputs; in the mode in which its curvature is wanted, without dropout.
