@@ -4,9 +4,8 @@ import contextlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -19,19 +18,9 @@ from lightning_curvature.linalg import (
     spectral_density,
     trace,
 )
-from lightning_curvature.operators import (
-    GaussNewtonOperator,
-    GradientDifferenceOperator,
-    HessianOperator,
-    MicroBatch,
-    PreconditionedOperator,
-    SecondMomentOperator,
-    Sharding,
-)
-from lightning_curvature.operators.memory import available_memory
-from lightning_curvature.optimizers import NotYetSteppedError, StabilityRule, preconditioner
-from lightning_curvature.parallel import least_over_ranks, mean_of_scalars, sum_over_ranks
+from lightning_curvature.optimizers import NotYetSteppedError
 from lightning_curvature.reporting import warn
+from lightning_curvature.spectrum_problem import Failure, Operator, Problem, basis_length, failure_of, make_operator
 
 Quantity = Literal[
     "lambda_max",
@@ -58,60 +47,22 @@ OPERATOR_OF: dict[str, str] = {
 # Operators that exist by exact products only.
 EXACT_ONLY = ("gauss_newton", "second_moment")
 
-# Share of the free memory that the basis of an eigensolver may take, and the most vectors that are of use: a restart
-# after so many costs little.
-_BASIS_SHARE, _LONGEST_BASIS = 0.25, 64
-
 # Length of the random vector that is added to an eigenvector from which a search begins: an eigenvalue that has
 # overtaken it since may have a vector orthogonal to it. Such a one shows after some products only: with eight, searches
 # that began with the former first of 1e5 eigenvalues found the new one in all of 120 trials, with six in most, with two
 # or three, after which the residual is small already, in none. On average a search along a run takes seven anyway.
 _ADMIXTURE, _LEAST_PRODUCTS = 0.3, 8
 
-
-class Operator(Protocol):
-    """A symmetric operator with what a measurement asks of it."""
-
-    space: VectorSpace
-
-    @property
-    def error(self) -> Exception | None:
-        """What made a product of this rank fail."""
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Product with a vector."""
-
-    def close(self) -> None:
-        """Let go of memory."""
+# Gradients of the same loss by two ways differ by rounding, 1e-6 in float32 and 1e-2 in half precision.
+_MISMATCH = 0.02
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What the spectrum is of, at one step.
+def _name(index: int) -> str:
+    return "lambda_max" if index == 1 else f"lambda_{index}"
 
-    Attributes:
-        trainer: the Trainer.
-        parts: this rank's micro-batches.
-        parameters: the parameters that are differentiated.
-        optimizer: the optimizer that moves them.
-        rule: its thresholds.
-        groups: for each micro-batch the number of its mini-batch.
-        spread: number of mini-batches that ranks share, or None.
-        sharding: how ranks share the parameters, or None.
-        seed: of random vectors.
-        on_product: called after every product.
-    """
 
-    trainer: pl.Trainer
-    parts: Sequence[MicroBatch]
-    parameters: Sequence[Tensor]
-    optimizer: Any
-    rule: StabilityRule
-    groups: Sequence[int]
-    spread: int | None
-    sharding: Sharding | None
-    seed: int
-    on_product: Callable[[], None]
+def _with_error(name: str) -> list[str]:
+    return [name, f"{name}_error", f"{name}_converged"]
 
 
 @dataclass
@@ -174,6 +125,7 @@ class SpectrumMeasurement:
             sharded: whether ranks hold parts of the parameters, so that products are differences.
         """
         self._difference = sharded or self.products == "difference"
+        self._told: set[str] = set()
 
     def measure(self, problem: Problem, fail: Callable[[Exception], None]) -> Spectrum:
         """Measure everything asked for.
@@ -234,39 +186,21 @@ class SpectrumMeasurement:
     def _may_fall_back(self, kind: str) -> bool:
         return self.products == "auto" and not self._difference and kind not in EXACT_ONLY
 
-    def _attempt(self, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum) -> "_Failure | None":
+    def _attempt(self, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum) -> Failure | None:
         with self._operator(problem, kind) as operator:
             try:
                 self._measure_on(operator, problem, kind, wanted, spectrum)
             except (RuntimeError, NonFiniteProductError) as error:
-                return _failure(problem.trainer, operator.error, error)
+                return failure_of(problem.trainer, operator.error, error)
         return None
 
     @contextlib.contextmanager
     def _operator(self, problem: Problem, kind: str) -> Generator[Operator, None, None]:
-        operator = self._make(problem, kind)
+        operator = make_operator(problem, kind, self._difference, self.keep_graph)
         try:
             yield operator
         finally:
             operator.close()
-
-    def _make(self, problem: Problem, kind: str) -> Operator:
-        options: dict[str, Any] = {"reduce": sum_over_ranks(problem.trainer)}
-        exact = options | {"keep_graph": self.keep_graph, "processes": problem.trainer.num_devices}
-        if kind == "gauss_newton":
-            return GaussNewtonOperator(problem.parts, problem.parameters, **exact)
-        if kind == "second_moment":
-            options = exact | {"groups": problem.groups, "spread": problem.spread}
-            return SecondMomentOperator(problem.parts, problem.parameters, lr=problem.rule.lr, **options)
-        hessian: HessianOperator | GradientDifferenceOperator
-        if self._difference:
-            options["sharding"] = problem.sharding
-            hessian = GradientDifferenceOperator(problem.parts, problem.parameters, **options)
-        else:
-            hessian = HessianOperator(problem.parts, problem.parameters, **exact)
-        if kind == "hessian":
-            return hessian
-        return PreconditionedOperator(hessian, preconditioner(problem.optimizer, problem.parameters))
 
     def _measure_on(
         self, operator: Operator, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum
@@ -292,16 +226,17 @@ class SpectrumMeasurement:
                 tolerance=self.tolerance,
                 min_matvecs=_LEAST_PRODUCTS + _LEAST_PRODUCTS // 2 * (largest + smallest - 1) if start else 1,
                 max_matvecs=self.max_products,
-                max_basis=_basis_length(space, problem.trainer),
+                max_basis=basis_length(space, problem.trainer),
                 start=start,
                 generator=generator,
             )
             mismatch = getattr(operator, "mismatch", None)
             if mismatch is not None and mismatch > _MISMATCH:
-                warn(
+                self._warn_once(
+                    "mismatch",
                     f"the Gauss–Newton matrix leaves out {mismatch:.1%} of the gradient, which does not pass through "
                     "the outputs (several outputs, a head applied outside self(…), a penalty): name the submodule that "
-                    "makes the outputs, outputs='head', or give objective=."
+                    "makes the outputs, outputs='head', or give objective=.",
                 )
             self.vectors[kind] = [v.to("cpu") for v in pairs.vectors]
             spectrum.values |= self._eigenvalues(pairs, kind, largest)
@@ -324,6 +259,12 @@ class SpectrumMeasurement:
                 deflation=pairs,
                 generator=generator,
             )
+
+    def _warn_once(self, about: str, message: str) -> None:
+        """Warn the first time in a fit: a message with a number in it would be a new one each time."""
+        if about not in self._told:
+            self._told.add(about)
+            warn(message)
 
     def _start(self, space: VectorSpace, kind: str, generator: torch.Generator) -> list[Tensor]:
         vectors = [v.to(space.device, space.dtype, copy=True) for v in self.vectors.get(kind, ())]
@@ -348,69 +289,22 @@ class SpectrumMeasurement:
                 # Found without the identity: next to 1 its digits would be lost.
                 values["second_moment_excess"], value = value, 1.0 + value
             if pairs.asymmetry > self.tolerance * scale and not converged:
-                warn(
+                self._warn_once(
+                    name,
                     f"products for {name} are not symmetric (by {pairs.asymmetry / (scale or 1.0):.1%} of it): the "
                     "precision is too low for the tolerance, or a layer's second derivative is wrong. "
-                    "products='difference' does without second derivatives."
+                    "products='difference' does without second derivatives.",
                 )
             relative = error / abs(value) if value else math.inf if error else 0.0
             values |= dict(zip(_with_error(name), (value, relative, float(converged)), strict=True))
+        if pairs.matvecs >= self.max_products and not all(pairs.converged):
+            warn(
+                f"some eigenpairs had not converged after max_products={self.max_products} products: their _converged "
+                "is 0, and their _error says how far they got. Raise max_products or tolerance."
+            )
         if kind == "hessian" and not any(pairs.values.tolist()) and not any(pairs.errors.tolist()):
             warn(
                 "the Hessian is zero: the loss is flat, or piecewise linear in the parameters, whose second derivative "
                 "is 0 where it is defined and undefined at the kinks."
             )
         return values
-
-
-# Gradients of the same loss by two ways differ by rounding, 1e-6 in float32 and 1e-2 in half precision.
-_MISMATCH = 0.02
-# Words by which torch says that something cannot be differentiated twice.
-_LACKING = ("derivative", "differentia", "double backward", "inplace operation", "not implemented")
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What ended the products of an operator.
-
-    Attributes:
-        cause: the error of this rank, or that another one failed.
-        lacking: whether some rank's error may be a lack of second derivatives.
-        only_here: whether this rank failed while others did not.
-    """
-
-    cause: Exception
-    lacking: bool
-    only_here: bool
-
-
-def _failure(trainer: pl.Trainer, own: Exception | None, error: Exception) -> _Failure:
-    """Bring together what the ranks know of products that ended on all of them, one collective.
-
-    Args:
-        trainer: its ranks.
-        own: what failed on this rank of several, and was sent to the others as NaN.
-        error: what was raised.
-    """
-    cause = (own or error).with_traceback(None)  # which holds graphs
-    lacks = isinstance(cause, NotImplementedError) or any(word in str(cause).lower() for word in _LACKING)
-    flags = {"lacks": torch.tensor(float(lacks)), "failed": torch.tensor(float(own is not None))}
-    shares = mean_of_scalars(trainer, flags, trainer.strategy.root_device)
-    if own is None and shares["failed"] > 0.0:
-        cause = RuntimeError("a product failed on another rank, which tells more")
-    return _Failure(cause, shares["lacks"] > 0.0, own is not None and shares["failed"] < 1.0)
-
-
-def _name(index: int) -> str:
-    return "lambda_max" if index == 1 else f"lambda_{index}"
-
-
-def _with_error(name: str) -> list[str]:
-    return [name, f"{name}_error", f"{name}_converged"]
-
-
-def _basis_length(space: VectorSpace, trainer: pl.Trainer) -> int:
-    """Vectors of the basis that fit into memory, the same number on every rank: they must restart together."""
-    row = space.size * torch.finfo(space.dtype).bits // 8
-    fits = _BASIS_SHARE * available_memory(space.device, trainer.num_devices) / max(row, 1)
-    return int(least_over_ranks(trainer, min(_LONGEST_BASIS, fits)))

@@ -95,6 +95,20 @@ class Monitor(pl.Callback):
         self._objective = StepObjective(pl_module, device, self.outputs, self.objective_function)
         add_layout(trainer)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the module."""
+        self._let_go()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the module: Lightning does not come to ``teardown`` after an error."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._objective = None
+        # Methods of the module, which Lightning gives to callbacks at the start of every run.
+        for name in ("log", "log_dict"):
+            vars(self).pop(name, None)
+
     def _due(self, trainer: pl.Trainer) -> bool:
         return self._objective is not None and trainer.global_step % self.every_n_train_steps == 0
 

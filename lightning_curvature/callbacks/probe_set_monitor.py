@@ -148,6 +148,6 @@ class ProbeSetMonitor(Monitor):
 
         return context
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the probe set and the module, also after an error."""
-        self._probe_set = self._objective = None
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._probe_set = None

@@ -24,11 +24,11 @@ from lightning_curvature.spectrum import (
     EXACT_ONLY,
     OPERATOR_OF,
     QUANTITIES,
-    Problem,
     Products,
     Quantity,
     SpectrumMeasurement,
 )
+from lightning_curvature.spectrum_problem import Problem
 
 
 class HessianSpectrumMonitor(ProbeSetMonitor):
@@ -164,11 +164,11 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the eigenvectors of the last measurement, if they are to be saved and this rank holds them whole."""
-        return {"vectors": self._measurement.vectors} if self.save_eigenvectors and not self._sharded else {}
+        return {"vectors": dict(self._measurement.vectors)} if self.save_eigenvectors and not self._sharded else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the eigenvectors where a checkpoint left them."""
-        self._measurement.vectors = state_dict.get("vectors", {})
+        self._measurement.vectors = dict(state_dict.get("vectors", {}))
 
     def charts(self) -> dict[str, list[str]]:
         """TensorBoard charts: each eigenvalue with its threshold."""

@@ -162,6 +162,7 @@ class UpdateMonitor(Monitor):
         """Take the recorder off the module."""
         self._recording.close()
         self._forget()
+        super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the last window."""

@@ -83,7 +83,35 @@ class CurvatureOperator:
         return cls(micro_batches(model, loss_function, batches), parameters, **options)
 
 
-class HessianOperator(CurvatureOperator):
+class _GraphOperator(CurvatureOperator):
+    """Base of the operators that keep a graph of each micro-batch from product to product.
+
+    Args:
+        parts: see :class:`CurvatureOperator`.
+        parameters: see :class:`CurvatureOperator`.
+        reduce: see :class:`CurvatureOperator`.
+        keep_graph: True, False, or "auto": as many as fit into memory.
+        processes: how many processes share the memory.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[MicroBatch],
+        parameters: Sequence[Tensor],
+        *,
+        reduce: Reduce | None = None,
+        keep_graph: KeepGraph = "auto",
+        processes: int = 1,
+    ) -> None:
+        super().__init__(parts, parameters, reduce=reduce)
+        self._graphs: Graphs[Any] = Graphs(len(self.parts), keep_graph, self.parameters, processes)
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self._graphs.clear()
+
+
+class HessianOperator(_GraphOperator):
     r"""Products with the Hessian by double backward.
 
     .. math:: Hv = \sum_m w_m\, \partial_\theta (\nabla L_m \cdot v)
@@ -111,20 +139,6 @@ class HessianOperator(CurvatureOperator):
         tensor([9.3333])
     """
 
-    def __init__(
-        self,
-        parts: Sequence[MicroBatch],
-        parameters: Sequence[Tensor],
-        *,
-        reduce: Reduce | None = None,
-        keep_graph: KeepGraph = "auto",
-        processes: int = 1,
-    ) -> None:
-        super().__init__(parts, parameters, reduce=reduce)
-        self._graphs: Graphs[tuple[Tensor | None, ...]] = Graphs(
-            len(self.parts), keep_graph, self.parameters, processes
-        )
-
     def _build(self, index: int) -> tuple[Tensor | None, ...]:
         with building_graphs():
             loss = self.parts[index].evaluate().loss
@@ -146,10 +160,6 @@ class HessianOperator(CurvatureOperator):
             self.space.add_(total, self.product_of(index, views), part.weight)
         return total
 
-    def close(self) -> None:
-        """Let go of the graphs."""
-        self._graphs.clear()
-
 
 class _GaussNewtonGraph(NamedTuple):
     """Graph of one micro-batch: outputs z, ∂ℓ/∂z, a cotangent w of z that is a variable, and Jᵀw."""
@@ -160,7 +170,7 @@ class _GaussNewtonGraph(NamedTuple):
     pulled_back: tuple[Tensor | None, ...]
 
 
-class GaussNewtonOperator(CurvatureOperator):
+class GaussNewtonOperator(_GraphOperator):
     r"""Products with the Gauss–Newton matrix of any loss ℓ(z) of the outputs z.
 
     .. math:: Gv = \sum_m w_m\, J_m^\top (\nabla^2_z \ell_m)\, J_m v
@@ -191,18 +201,9 @@ class GaussNewtonOperator(CurvatureOperator):
         tensor([9.3333])
     """
 
-    def __init__(
-        self,
-        parts: Sequence[MicroBatch],
-        parameters: Sequence[Tensor],
-        *,
-        reduce: Reduce | None = None,
-        keep_graph: KeepGraph = "auto",
-        processes: int = 1,
-    ) -> None:
-        super().__init__(parts, parameters, reduce=reduce)
+    def __init__(self, parts: Sequence[MicroBatch], parameters: Sequence[Tensor], **options: Any) -> None:
+        super().__init__(parts, parameters, **options)
         self.mismatch: float | None = None
-        self._graphs: Graphs[_GaussNewtonGraph] = Graphs(len(self.parts), keep_graph, self.parameters, processes)
 
     def _build(self, index: int) -> _GaussNewtonGraph:
         with building_graphs():
@@ -246,10 +247,6 @@ class GaussNewtonOperator(CurvatureOperator):
                     products = pull_back([graph.outputs], self.parameters, [curved], retain=keep)
                     self.space.add_(total, products, part.weight)
         return total
-
-    def close(self) -> None:
-        """Let go of the graphs."""
-        self._graphs.clear()
 
 
 def check_graph(loss: Tensor) -> None:

@@ -34,6 +34,7 @@ class Graphs(Generic[Graph]):
             raise ValueError(f"keep_graph must be True, False or 'auto', got {keep!r}: 'auto' keeps what fits.")
         self._parameters, self._processes = parameters, processes
         self._kept: dict[int, Graph] = {}
+        self._versions: list[int] = []
         # A single graph is alive during every product anyway.
         self._limit = count if keep is True or count == 1 else 0 if keep is False else None
 
@@ -42,7 +43,11 @@ class Graphs(Generic[Graph]):
         return self._limit is None or index < self._limit
 
     def get(self, index: int, build: Callable[[int], Graph]) -> Graph:
-        """Return graph i; ``build(i)`` makes it, where it is not kept."""
+        """Return graph i; ``build(i)`` makes it, where it is not kept or the parameters have changed since."""
+        versions = [p._version for p in self._parameters]
+        if versions != self._versions:
+            self.clear()
+            self._versions = versions
         if index in self._kept:
             return self._kept[index]
         if self._limit is None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from lightning_curvature import CurvatureWarning, HessianSpectrumMonitor
-from lightning_curvature.spectrum import QUANTITIES, Problem, Spectrum
+from lightning_curvature.spectrum import QUANTITIES, Spectrum
+from lightning_curvature.spectrum_problem import Problem
 from tests.distributed.cases import collectives, state_of
 from tests.runs import Capture, classification, make_trainer
 
