@@ -83,8 +83,6 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
     """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    if not writers:
-        warn("the spectral density is shown by TensorBoardLogger, got no such logger: add one, or leave it out.")
     if not writers or not trainer.is_global_zero:
         return
     edges, shares = density.histogram()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -59,7 +60,8 @@ class Notes:
         return ""
 
 
-BARS = [TQDMProgressBar, RichProgressBar]
+needs_rich = pytest.mark.skipif(importlib.util.find_spec("rich") is None, reason="without rich")
+BARS = [TQDMProgressBar, pytest.param(RichProgressBar, marks=needs_rich)]
 
 
 def fit(bar: Any, **options: Any) -> None:
