@@ -41,16 +41,28 @@ def is_sharded(parameters: Sequence[Tensor]) -> bool:
     return any(isinstance(p, DTensor) for p in parameters)
 
 
+def has_group() -> bool:
+    """Whether processes are joined in a group of torch's."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def sum_in_group(values: Tensor) -> Tensor:
+    """Sum of a tensor over the processes of the group, one all-reduce.
+
+    Not the strategy's own, which puts a barrier before each reduction: a second wait for the slowest rank.
+    """
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def mean_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
     """Mean of a tensor over all ranks, one all-reduce; the tensor itself on one process."""
     if trainer.world_size == 1:
         return values
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         return trainer.strategy.reduce(values.clone(), reduce_op="mean")  # type: ignore[return-value]
-    # Not the strategy's own, which puts a barrier before each reduction: a second wait for the slowest rank.
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / trainer.world_size
+    return sum_in_group(values) / trainer.world_size
 
 
 def mean_of_scalars(trainer: pl.Trainer, values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
@@ -73,15 +85,9 @@ def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
     """Sum of a tensor over all ranks, one all-reduce; None on one process."""
     if trainer.world_size == 1:
         return None
-
-    def summed(values: Tensor) -> Tensor:
-        if not (dist.is_available() and dist.is_initialized()):
-            return mean_over_ranks(trainer, values) * trainer.world_size
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    return summed
+    if not has_group():
+        return lambda values: mean_over_ranks(trainer, values) * trainer.world_size
+    return sum_in_group
 
 
 def vector_space(trainer: pl.Trainer, parameters: Sequence[Tensor]) -> VectorSpace:

@@ -1,6 +1,7 @@
 """The loss of a probe set as a function of the parameters: the training step on fixed micro-batches."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -57,13 +58,10 @@ class ProbeLoss:
         """
         batches = self._probe_set.batches
         parts = [
-            MicroBatch(self._evaluator(index), probe.size / self._probe_set.total)
+            MicroBatch(functools.partial(self.evaluate, index), probe.size / self._probe_set.total)
             for index, probe in enumerate(batches)
         ]
         return parts + [replace(parts[-1], weight=0.0)] * (self._probe_set.rounds - len(parts))
-
-    def _evaluator(self, index: int) -> Callable[[], Evaluation]:
-        return lambda: self.evaluate(index)
 
     def evaluate(self, index: int) -> Evaluation:
         """Loss and outputs of one micro-batch at the parameters as they are now."""

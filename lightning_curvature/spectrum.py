@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,20 +187,12 @@ class SpectrumMeasurement:
         return self.products == "auto" and not self._difference and kind not in EXACT_ONLY
 
     def _attempt(self, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum) -> Failure | None:
-        with self._operator(problem, kind) as operator:
+        with contextlib.closing(make_operator(problem, kind, self._difference, self.keep_graph)) as operator:
             try:
                 self._measure_on(operator, problem, kind, wanted, spectrum)
             except (RuntimeError, NonFiniteProductError) as error:
                 return failure_of(problem.trainer, operator.error, error)
         return None
-
-    @contextlib.contextmanager
-    def _operator(self, problem: Problem, kind: str) -> Generator[Operator, None, None]:
-        operator = make_operator(problem, kind, self._difference, self.keep_graph)
-        try:
-            yield operator
-        finally:
-            operator.close()
 
     def _measure_on(
         self, operator: Operator, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum

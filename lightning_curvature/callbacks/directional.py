@@ -114,13 +114,13 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             outputs=outputs,
             optimizer_index=optimizer_index,
             prefix=prefix,
+            probe_precision=probe_precision,
             on_error=on_error,
         )
-        _check_arguments(estimators, epsilon, likelihood, probe_precision, critical_max_forwards)
+        _check_arguments(estimators, epsilon, likelihood, critical_max_forwards)
         self.estimators: tuple[Estimator, ...] = tuple(dict.fromkeys(estimators))
         self.epsilon = epsilon
         self.likelihood = likelihood
-        self.probe_precision = probe_precision
         self.critical_max_forwards = critical_max_forwards
         self.progress_bar = progress_bar
         self.metrics: dict[str, DirectionalCurvature] = {
@@ -171,11 +171,6 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
                 "precision, or leave it out."
             )
 
-    def _precision(self, trainer: pl.Trainer) -> Any:
-        if self.probe_precision is None:
-            return super()._precision(trainer)
-        return lambda: torch.autocast(trainer.strategy.root_device.type, enabled=False)
-
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
         """Measure one step and write what it gave."""
         result = self._measurement.measure(trainer, window, failure, self._fail)
@@ -223,7 +218,6 @@ def _check_arguments(
     estimators: Sequence[str],
     epsilon: float | str,
     likelihood: str,
-    probe_precision: str | None,
     critical_max_forwards: int,
 ) -> None:
     if isinstance(estimators, str) or not estimators:
@@ -240,10 +234,6 @@ def _check_arguments(
     if likelihood not in ("auto", *LIKELIHOODS):
         raise ValueError(
             f"likelihood must be 'auto' or one of {LIKELIHOODS}, got {likelihood!r}: name the one that is trained."
-        )
-    if probe_precision not in (None, "32-true"):
-        raise ValueError(
-            f"probe_precision must be '32-true' or None, got {probe_precision!r}: None probes in the run's precision."
         )
     if critical_max_forwards < 3:
         raise ValueError(

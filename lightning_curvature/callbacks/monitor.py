@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Generator
 from typing import Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.objective import ObjectiveFunction, StepObjective
+from lightning_curvature.probe_loss import Precision
 from lightning_curvature.reporting import add_layout, warn
 
 OnError = Literal["warn", "raise"]
@@ -23,6 +27,7 @@ class Monitor(pl.Callback):
         outputs: see :class:`~lightning_curvature.objective.StepObjective`.
         optimizer_index: which optimizer to follow where the module has several.
         prefix: prefix of the keys.
+        probe_precision: "32-true" probes without autocast, None in the precision of the run.
         on_error: "warn" logs NaN and warns once when a measurement fails, "raise" lets the error through.
     """
 
@@ -34,6 +39,7 @@ class Monitor(pl.Callback):
         outputs: str | None,
         optimizer_index: int,
         prefix: str = "curvature",
+        probe_precision: Literal["32-true"] | None = None,
         on_error: OnError,
     ) -> None:
         if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
@@ -49,11 +55,17 @@ class Monitor(pl.Callback):
             )
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}: use 'curvature'.")
+        if probe_precision not in (None, "32-true"):
+            raise ValueError(
+                f"probe_precision must be '32-true' or None, got {probe_precision!r}: None probes in the run's "
+                "precision."
+            )
         self.every_n_train_steps = every_n_train_steps
         self.objective_function = objective
         self.outputs = outputs
         self.optimizer_index = optimizer_index
         self.prefix = prefix
+        self.probe_precision = probe_precision
         self.on_error: OnError = on_error
         self._objective: StepObjective | None = None
 
@@ -111,6 +123,19 @@ class Monitor(pl.Callback):
 
     def _due(self, trainer: pl.Trainer) -> bool:
         return self._objective is not None and trainer.global_step % self.every_n_train_steps == 0
+
+    def _precision(self, trainer: pl.Trainer) -> Precision:
+        """What makes the context of a probe's forward."""
+        of_step = trainer.precision_plugin.train_step_context
+        if self.probe_precision is None:
+            return of_step
+
+        @contextlib.contextmanager
+        def without_autocast() -> Generator[None, None, None]:
+            with of_step(), torch.autocast(trainer.strategy.root_device.type, enabled=False):
+                yield
+
+        return without_autocast
 
     def _fail(self, error: Exception) -> None:
         """Handle a failed measurement as ``on_error`` says."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Generator
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from lightning_curvature.callbacks.monitor import Monitor
 from lightning_curvature.data_reading import sample_count
 from lightning_curvature.isolation import untouched
 from lightning_curvature.probe_data import ProbeSet, read_probe_set
-from lightning_curvature.probe_loss import Precision, ProbeLoss, ProbeMode
+from lightning_curvature.probe_loss import ProbeLoss, ProbeMode
 
 
 class ProbeSetMonitor(Monitor):
@@ -30,7 +27,6 @@ class ProbeSetMonitor(Monitor):
         probe_dataloader: a DataLoader, or a list of batches, to take them from; default: the Trainer's.
         micro_batch_size: samples differentiated at once; default: the batch size of the loader.
         probe_mode: "train" leaves the module in its modes, "eval" switches it for the measurement.
-        probe_precision: "32-true" runs without autocast, None in the precision of the run.
         seed: of the choice of samples, of dropout and of random vectors.
         **options: those of :class:`~lightning_curvature.callbacks.monitor.Monitor`.
     """
@@ -42,7 +38,6 @@ class ProbeSetMonitor(Monitor):
         probe_dataloader: Any,
         micro_batch_size: int | None,
         probe_mode: ProbeMode,
-        probe_precision: Literal["32-true"] | None,
         seed: int,
         **options: Any,
     ) -> None:
@@ -57,16 +52,10 @@ class ProbeSetMonitor(Monitor):
             raise ValueError(
                 f"probe_mode must be 'train' or 'eval', got {probe_mode!r}: 'train' leaves the module as it trains."
             )
-        if probe_precision not in (None, "32-true"):
-            raise ValueError(
-                f"probe_precision must be '32-true' or None, got {probe_precision!r}: None probes in the run's "
-                "precision."
-            )
         self.probe_samples = probe_samples
         self.probe_dataloader = probe_dataloader
         self.micro_batch_size = micro_batch_size
         self.probe_mode: ProbeMode = probe_mode
-        self.probe_precision = probe_precision
         self.seed = seed
         self._probe_set: ProbeSet | None = None
         self._measured_step = -1
@@ -136,17 +125,6 @@ class ProbeSetMonitor(Monitor):
     def _by_step(self) -> bool:
         """Whether the batches of the probe set are to make up those of optimizer steps."""
         return False
-
-    def _precision(self, trainer: pl.Trainer) -> Precision:
-        @contextlib.contextmanager
-        def context() -> Generator[None, None, None]:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(trainer.precision_plugin.train_step_context())
-                if self.probe_precision is not None:
-                    stack.enter_context(torch.autocast(trainer.strategy.root_device.type, enabled=False))
-                yield
-
-        return context
 
     def _let_go(self) -> None:
         super()._let_go()

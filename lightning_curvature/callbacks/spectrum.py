@@ -14,6 +14,7 @@ from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
 from lightning_curvature.objective import ObjectiveFunction
 from lightning_curvature.operators import Sharding
+from lightning_curvature.operators.graphs import check_keep_graph
 from lightning_curvature.optimizers import StabilityRule, stability_rule
 from lightning_curvature.parallel import fresh_shards, is_sharded, vector_space
 from lightning_curvature.probe_data import ProbeSet
@@ -140,11 +141,11 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             on_error=on_error,
         )
         _check_arguments(quantities, k, tolerance, max_products, trace_error, density_starts, density_steps, products)
-        if keep_graph not in (True, False, "auto"):
-            raise ValueError(f"keep_graph must be True, False or 'auto', got {keep_graph!r}: 'auto' keeps what fits.")
+        check_keep_graph(keep_graph)
         self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
         self.save_eigenvectors = save_eigenvectors
         self.progress_bar = progress_bar
+        self._sharded = False
         self._measurement = SpectrumMeasurement(
             self.quantities,
             k=k,
@@ -259,7 +260,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
                     rule=rule,
                     groups=probe_set.groups(),
                     spread=probe_set.spread,
-                    sharding=self._sharding(trainer, probe_set),
+                    sharding=self._sharding(trainer),
                     # Other random vectors at every step, and the same ones in a resumed run.
                     seed=self.seed + trainer.global_step,
                     on_product=progress.tick,
@@ -295,7 +296,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             values["preconditioned_lambda_max_threshold"] = rule.preconditioned
         return values
 
-    def _sharding(self, trainer: pl.Trainer, probe_set: ProbeSet) -> Sharding | None:
+    def _sharding(self, trainer: pl.Trainer) -> Sharding | None:
         if not self._sharded:
             return None
         return Sharding(
@@ -303,8 +304,6 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             ranks=trainer.world_size,
             around=lambda: fresh_shards(trainer.lightning_module),
         )
-
-    _sharded = False
 
 
 def _check_arguments(

@@ -151,9 +151,6 @@ class UpdateMonitor(Monitor):
         finally:
             self._forget()
 
-    def _precision(self, trainer: pl.Trainer) -> Any:
-        return trainer.precision_plugin.train_step_context
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the recorder off where the epoch ended before the batch did."""
         self._recording.close()

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,7 @@ from torchmetrics import Metric
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
 from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, micro_batches
 from lightning_curvature.operators.micro_batches import sample_count
+from lightning_curvature.parallel import has_group, sum_in_group
 
 Curvature = Literal["hessian", "gauss_newton"]
 _OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator]] = {
@@ -83,24 +86,17 @@ class _OperatorMetric(Metric):
         model = self._model[0]
         parts = micro_batches(model, self._loss_function, self._batches)
         reduce, processes = None, 1
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            processes = dist.get_world_size()
+        if has_group() and dist.get_world_size() > 1:
+            processes, reduce = dist.get_world_size(), sum_in_group
             count = torch.tensor(float(sum(sample_count(y) for _, y in self._batches)), device=self.device)
-            total = count.clone()
-            dist.all_reduce(total)
-            parts = [type(p)(p.evaluate, p.weight * float(count / total)) for p in parts]
-            reduce = _all_reduced
+            share = float(count / sum_in_group(count))
+            parts = [replace(part, weight=part.weight * share) for part in parts]
         parameters = [p for p in model.parameters() if p.requires_grad]
         return self._operator_type(parts, parameters, reduce=reduce, keep_graph=self._keep_graph, processes=processes)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value or several: see ``torchmetrics.Metric.plot``."""
         return self._plot(val, ax)
-
-
-def _all_reduced(values: Tensor) -> Tensor:
-    dist.all_reduce(values)
-    return values
 
 
 class HessianEigenvalues(_OperatorMetric):
@@ -152,10 +148,9 @@ class HessianEigenvalues(_OperatorMetric):
 
     def compute(self) -> Tensor:
         """Return λ_1 … λ_k."""
-        operator = self.operator()
         start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
-        self.pairs = eigenpairs(operator, operator.space, largest=self.k, tolerance=self.tolerance, start=start)
-        operator.close()
+        with closing(self.operator()) as operator:
+            self.pairs = eigenpairs(operator, operator.space, largest=self.k, tolerance=self.tolerance, start=start)
         return self.pairs.values
 
 
@@ -198,9 +193,8 @@ class HessianTrace(_OperatorMetric):
 
     def compute(self) -> Tensor:
         """Return tr H."""
-        operator = self.operator()
-        self.estimate = trace(operator, operator.space, relative_error=self.relative_error)
-        operator.close()
+        with closing(self.operator()) as operator:
+            self.estimate = trace(operator, operator.space, relative_error=self.relative_error)
         return torch.tensor(self.estimate.value, dtype=torch.float64)
 
 
@@ -247,9 +241,8 @@ class HessianDensity(_OperatorMetric):
 
     def compute(self) -> Tensor:
         """Return places and density."""
-        operator = self.operator()
-        self.density = spectral_density(operator, operator.space, starts=self.starts, steps=self.steps)
-        operator.close()
+        with closing(self.operator()) as operator:
+            self.density = spectral_density(operator, operator.space, starts=self.starts, steps=self.steps)
         grid = self.density.grid()
         return torch.stack([grid, self.density.evaluate(grid)])
 

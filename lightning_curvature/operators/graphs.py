@@ -16,6 +16,12 @@ Graph = TypeVar("Graph")
 _SHARE = 0.5
 
 
+def check_keep_graph(keep: object) -> None:
+    """Raise unless it says whether graphs are kept."""
+    if keep not in (True, False, "auto"):
+        raise ValueError(f"keep_graph must be True, False or 'auto', got {keep!r}: 'auto' keeps what fits.")
+
+
 class Graphs(Generic[Graph]):
     """Graphs by index, built when they are first asked for.
 
@@ -30,8 +36,7 @@ class Graphs(Generic[Graph]):
     """
 
     def __init__(self, count: int, keep: KeepGraph, parameters: Sequence[Tensor], processes: int = 1) -> None:
-        if keep not in (True, False, "auto"):
-            raise ValueError(f"keep_graph must be True, False or 'auto', got {keep!r}: 'auto' keeps what fits.")
+        check_keep_graph(keep)
         self._parameters, self._processes = parameters, processes
         self._kept: dict[int, Graph] = {}
         self._versions: list[int] = []

@@ -1,6 +1,7 @@
 """The data an operator sums over: micro-batches with their weights."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ def micro_batches(
         return Evaluation(loss_function(outputs, y), outputs)
 
     total = sum(sample_count(y) for _, y in kept)
-    return [MicroBatch(_bound(evaluate, x, y), sample_count(y) / total) for x, y in kept]
+    return [MicroBatch(functools.partial(evaluate, x, y), sample_count(y) / total) for x, y in kept]
 
 
 def sample_count(targets: Any) -> int:
@@ -70,10 +71,6 @@ def sample_count(targets: Any) -> int:
             "give the batches as (inputs, targets)."
         )
     return len(found[0])
-
-
-def _bound(evaluate: Callable[[Any, Any], Evaluation], x: Any, y: Any) -> Callable[[], Evaluation]:
-    return lambda: evaluate(x, y)
 
 
 @contextlib.contextmanager
