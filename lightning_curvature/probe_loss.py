@@ -1,8 +1,8 @@
-"""The loss of a probe set as a function of the parameters: the training step on fixed micro-batches."""
+"""The loss of fixed micro-batches as a function of the parameters: the training step, repeated."""
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,14 +14,14 @@ from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.module_state import ModuleState, RandomState
 from lightning_curvature.objective import StepObjective
 from lightning_curvature.operators import MicroBatch
-from lightning_curvature.probe_data import ProbeSet, to_device
+from lightning_curvature.probe_data import ProbeBatch, ProbeSet, to_device
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class ProbeLoss:
-    """Repeats the training step on the batches of a probe set, each time from the same states.
+    """Repeats the training step on batches that were read, each time from the same states.
 
     Random numbers are those that follow from the seed of each batch: dropout has one mask for a batch, in every product
     and at every measured step. In "train" mode BatchNorm normalizes each micro-batch by its own statistics; in "eval"
@@ -32,40 +32,34 @@ class ProbeLoss:
     Args:
         trainer: the Trainer.
         objective: the training step.
-        probe_set: the data.
         precision: makes the context of a forward.
         mode: "train" leaves the module as it trains, "eval" switches it.
     """
 
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        objective: StepObjective,
-        probe_set: ProbeSet,
-        precision: Precision,
-        mode: ProbeMode,
-    ) -> None:
-        self._trainer, self._objective, self._probe_set, self._precision = trainer, objective, probe_set, precision
+    def __init__(self, trainer: pl.Trainer, objective: StepObjective, precision: Precision, mode: ProbeMode) -> None:
+        self._trainer, self._objective, self._precision = trainer, objective, precision
         if mode == "eval":
             objective.module.eval()
         self._state = ModuleState(objective.module, objective.bystanders.saved)
 
-    def parts(self) -> list[MicroBatch]:
-        """This rank's micro-batches.
+    def parts(self, probe_set: ProbeSet) -> list[MicroBatch]:
+        """This rank's micro-batches of a set that ranks share.
 
         As many on every rank: a forward may communicate (a step that gathers, sharded parameters). Where there are too
         few, the last is repeated with weight 0.
         """
-        batches = self._probe_set.batches
-        parts = [
-            MicroBatch(functools.partial(self.evaluate, index), probe.size / self._probe_set.total)
+        parts = self.parts_of(probe_set.batches, probe_set.total)
+        return parts + [replace(parts[-1], weight=0.0)] * (probe_set.rounds - len(parts))
+
+    def parts_of(self, batches: Sequence[ProbeBatch], total: int) -> list[MicroBatch]:
+        """Micro-batches, each weighted by its share of ``total`` samples."""
+        return [
+            MicroBatch(functools.partial(self.evaluate, probe, index), probe.size / total)
             for index, probe in enumerate(batches)
         ]
-        return parts + [replace(parts[-1], weight=0.0)] * (self._probe_set.rounds - len(parts))
 
-    def evaluate(self, index: int) -> Evaluation:
-        """Loss and outputs of one micro-batch at the parameters as they are now."""
-        probe = self._probe_set.batches[index]
+    def evaluate(self, probe: ProbeBatch, index: int) -> Evaluation:
+        """Loss and outputs of one micro-batch at the parameters as they are now; ``index`` is its ``batch_idx``."""
         # A hook that augments on the device changes the module before the step does.
         self._state.restore(gently=True)
         batch = to_device(self._trainer, self._objective.module, probe)

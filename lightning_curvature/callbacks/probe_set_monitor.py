@@ -89,7 +89,7 @@ class ProbeSetMonitor(Monitor):
                 if self._probe_set is None:
                     self._probe_set = self._read(trainer, batch)
                 objective.bystanders.begin()
-                loss = ProbeLoss(trainer, objective, self._probe_set, self._precision(trainer), self.probe_mode)
+                loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
                 begun = True
                 self.measure(trainer, loss, self._probe_set)
                 objective.bystanders.settle()

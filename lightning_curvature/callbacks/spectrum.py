@@ -254,7 +254,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             spectrum = self._measurement.measure(
                 Problem(
                     trainer=trainer,
-                    parts=loss.parts(),
+                    parts=loss.parts(probe_set),
                     parameters=self._parameters(trainer),
                     optimizer=optimizer,
                     rule=rule,

@@ -106,6 +106,20 @@ class _GraphOperator(CurvatureOperator):
         super().__init__(parts, parameters, reduce=reduce)
         self._graphs: Graphs[Any] = Graphs(len(self.parts), keep_graph, self.parameters, processes)
 
+    def gradient(self) -> Tensor:
+        """Return ∇L = Σ w ∇L_m over all ranks, in a new vector; from the graphs of the products, where they are kept."""
+        return self.summed(self._local_gradient)
+
+    def _local_gradient(self) -> Tensor:
+        total = self.space.zeros()
+        for index, part in enumerate(self.parts):
+            self.space.add_(total, self.gradient_of(index), part.weight)
+        return total
+
+    def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
+        """Gradient of the loss of one micro-batch, unweighted."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Let go of the graphs."""
         self._graphs.clear()
@@ -147,6 +161,10 @@ class HessianOperator(_GraphOperator):
             check_differentiable(gradients)
             return gradients
 
+    def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
+        """Gradient of the loss of one micro-batch, unweighted."""
+        return self._graphs.get(index, self._build)
+
     def product_of(self, index: int, vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Product with the Hessian of one micro-batch, unweighted."""
         gradients = self._graphs.get(index, self._build)
@@ -162,8 +180,9 @@ class HessianOperator(_GraphOperator):
 
 
 class _GaussNewtonGraph(NamedTuple):
-    """Graph of one micro-batch: outputs z, ∂ℓ/∂z, a cotangent w of z that is a variable, and Jᵀw."""
+    """Graph of one micro-batch: loss ℓ, outputs z, ∂ℓ/∂z, a cotangent w of z that is a variable, and Jᵀw."""
 
+    loss: Tensor
     outputs: Tensor
     residual: Tensor
     cotangent: Tensor
@@ -226,7 +245,12 @@ class GaussNewtonOperator(_GraphOperator):
             cotangent = torch.zeros_like(outputs, requires_grad=True)
             pulled_back = torch.autograd.grad(outputs, self.parameters, cotangent, create_graph=True, allow_unused=True)
             check_differentiable(pulled_back)
-        return _GaussNewtonGraph(outputs, residual, cotangent, pulled_back)
+        return _GaussNewtonGraph(result.loss, outputs, residual, cotangent, pulled_back)
+
+    def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
+        """Gradient of the loss of one micro-batch, unweighted; also of what does not pass through the outputs."""
+        graph, keep = self._graphs.get(index, self._build), self._graphs.keeps(index)
+        return torch.autograd.grad(graph.loss, self.parameters, retain_graph=keep, allow_unused=True)
 
     def _mismatch(self, loss: Tensor, outputs: Tensor, residual: Tensor) -> float:
         whole = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
