@@ -6,7 +6,7 @@ import operator
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -78,8 +78,8 @@ class Reading:
     def batches(self) -> Iterator[ProbeBatch]:
         """Read this rank's share."""
         self.randomness.seed(self.seed)
-        indices = self._indices()
-        return self._in_order() if indices is None else self._by_index(indices)
+        indices = self.indices()
+        return self.in_order() if indices is None else self._by_index(self.chosen(indices))
 
     @property
     def _sampler(self) -> Any:
@@ -91,7 +91,15 @@ class Reading:
         return isinstance(getattr(self.loader, "dataset", None), IterableDataset)
 
     @property
-    def _cuts_batches(self) -> bool:
+    def source_sampler(self) -> Any:
+        """The sampler that says which samples there are, inside of one that shares them out over ranks."""
+        sampler = self._sampler
+        # Lightning shows another sampler to its distributed one as if it were a dataset.
+        inner = getattr(sampler.dataset, "_sampler", None) if isinstance(sampler, DistributedSampler) else None
+        return sampler if inner is None else inner
+
+    @property
+    def cuts_batches(self) -> bool:
         """Whether torch makes the batches of single samples."""
         kind = type(self.loader)
         return (
@@ -107,15 +115,14 @@ class Reading:
             return self.trainer.num_training_batches
         return math.inf
 
-    def _indices(self) -> Sequence[int] | None:
+    def indices(self) -> Sequence[int] | None:
         """Indices of the training samples in the dataset, or None where batches are taken as they come."""
         sampler = self._sampler
-        if not self._cuts_batches or self._iterable:
+        if not self.cuts_batches or self._iterable:
             return None
         if isinstance(sampler, DistributedSampler):
-            # Lightning shows another sampler to its distributed one as if it were a dataset.
-            inner = getattr(sampler.dataset, "_sampler", None)
-            indices = _length_range(sampler.dataset) if inner is None else _one_epoch(inner)
+            inner = self.source_sampler
+            indices = _length_range(sampler.dataset) if inner is sampler else _one_epoch(inner)
         elif self.own and self.trainer.world_size > 1 and type(sampler) not in _WHOLE:
             return None  # Trainer(use_distributed_sampler=False): what it gives is this rank's
         else:
@@ -124,16 +131,31 @@ class Reading:
         seen = self._epoch_batches() * self.loader.batch_sampler.batch_size * shards
         return indices if indices is None or seen >= len(indices) else indices[: int(seen)]
 
-    def _by_index(self, indices: Sequence[int]) -> Iterator[ProbeBatch]:
+    def chosen(self, indices: Sequence[int]) -> Sequence[int]:
+        """Those of the indices that are in the set."""
         if self.samples is not None and len(indices) > self.samples:
             # Not torch.randperm, which takes memory for all indices of the dataset.
             drawn = random.Random(self.seed).sample(range(len(indices)), self.samples)
             indices = [indices[position] for position in sorted(drawn)]
-        for group, spread, chunk in self._share(indices):
-            rows = [self._sample(index) for index in chunk]
+        size = self._size
+        if self.loader.drop_last and len(indices) > size:
+            indices = indices[: len(indices) // size * size]  # the model may not be made for the rest
+        return indices
+
+    def _by_index(self, indices: Sequence[int]) -> Iterator[ProbeBatch]:
+        for share in self.shares(indices):
+            rows = [self.sample(index) for index in share.batch]
             # A copy, as the samples may be the dataset's own tensors.
-            batch = copied(self.loader.collate_fn(rows))
-            yield ProbeBatch(batch, len(chunk), mixed(self.seed, chunk[0], 1), group, spread)
+            yield replace(share, batch=copied(self.loader.collate_fn(rows)))
+
+    def shares(self, indices: Sequence[int]) -> Iterator[ProbeBatch]:
+        """Batches of this rank, with the indices of their samples in place of these."""
+        for group, spread, chunk in self._share(indices):
+            yield ProbeBatch(chunk, len(chunk), mixed(self.seed, chunk[0], 1), group, spread)
+
+    @property
+    def _size(self) -> int:
+        return self.batch_size or self.loader.batch_sampler.batch_size
 
     def _share(self, indices: Sequence[int]) -> Iterator[tuple[int, bool, Sequence[int]]]:
         """Batches of this rank: number of the group, whether other ranks share it, indices.
@@ -141,10 +163,8 @@ class Reading:
         They are cut before they are dealt out, so that they are the same on any number of ranks.
         """
         rank, ranks, of_group = self.trainer.global_rank, self.trainer.world_size, self.group_size
-        size = self.batch_size or self.loader.batch_sampler.batch_size
+        size = self._size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
-        if self.loader.drop_last and len(chunks) > 1 and len(chunks[-1]) < size:
-            chunks.pop()  # the model may not be made for it
         groups = math.ceil(len(chunks) / of_group)
         if groups >= ranks:
             for group in range(rank, groups, ranks):
@@ -160,13 +180,14 @@ class Reading:
                 if own:
                     yield number // of_group, True, own
 
-    def _sample(self, index: int) -> Any:
+    def sample(self, index: int) -> Any:
         """Read one sample by itself: its augmentation must not depend on the ranks and the size of a batch."""
         self.randomness.seed(self.seed, index)
         dataset = self.loader.dataset
         return dataset.__getitems__([index])[0] if getattr(dataset, "__getitems__", None) else dataset[index]
 
-    def _in_order(self) -> Iterator[ProbeBatch]:
+    def in_order(self) -> Iterator[ProbeBatch]:
+        """Batches of this rank as the loader gives them."""
         loader, sampler, rank, ranks = self.loader, self._sampler, self.trainer.global_rank, self.trainer.world_size
         limit = self._epoch_batches()
         if self.samples is None and limit == math.inf and sized_len(loader) is None:
@@ -196,7 +217,7 @@ class Reading:
 
     def _set_batch_size(self, batch_size: int) -> float:
         """Make the loader cut batches of that size; return by what factor there are more of them."""
-        if not self._cuts_batches:
+        if not self.cuts_batches:
             raise MisconfigurationException(
                 f"batch_size must be left to a dataloader that hands out whole batches, got {batch_size}: leave it out."
             )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,9 @@ from lightning_curvature.objective import copied
 from lightning_curvature.parallel import mean_over_ranks
 
 __all__ = ["ProbeBatch", "ProbeSet", "read_probe_set", "to_device"]
+
+Shape = Callable[[Any], Any]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,24 @@ def read_probe_set(
         MisconfigurationException: there is more than one loader, or it cannot be copied, has no end or no samples.
         RuntimeError: on every rank when the reading failed on another one.
     """
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
+    check_numbers(trainer, samples, batch_size=batch_size)
+
+    def read(reading: Reading, shaped: Shape) -> tuple[list[ProbeBatch], None]:
+        return [replace(one, batch=shaped(one.batch)) for one in reading.batches()], None
+
+    return read_together(
+        trainer, dataloader, read, samples=samples, batch_size=batch_size, group_size=group_size, seed=seed
+    )[0]
+
+
+def check_numbers(trainer: pl.Trainer, samples: int | None, **sizes: int | None) -> None:
+    """Check how many samples shall be read, and the sizes of their batches.
+
+    Raises:
+        ValueError: one is less than 1.
+        MisconfigurationException: there are fewer samples than ranks.
+    """
+    for name, value in {"samples": samples, **sizes}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}: give a larger number, or None.")
     if samples is not None and samples < trainer.world_size:
@@ -101,19 +121,43 @@ def read_probe_set(
             f"samples must be at least the number of ranks, {trainer.world_size}, so that each has one, got {samples}: "
             "raise it."
         )
+
+
+def read_together(
+    trainer: pl.Trainer,
+    dataloader: Any | None,
+    read: Callable[[Reading, Shape], tuple[Sequence[ProbeBatch], Found]],
+    **options: Any,
+) -> tuple[ProbeSet, Found]:
+    """Read on all ranks what ``read`` makes of a fresh copy of the loader; random states are the same afterwards.
+
+    Args:
+        trainer: the Trainer.
+        dataloader: the loader; default: the Trainer's.
+        read: gets the reading, and what gives a batch the form of the Trainer's; returns this rank's share, and more.
+        **options: of the reading: ``samples``, ``batch_size``, ``group_size``, ``seed``.
+
+    Returns:
+        What the ranks have together, and what else this one's ``read`` returned.
+
+    Raises:
+        MisconfigurationException: there is more than one loader, or it cannot be copied, or gives no samples.
+        RuntimeError: on every rank when the reading failed on another one.
+    """
     own = dataloader is None
     loader, shaped = _only_loader(trainer.train_dataloader if own else dataloader, nested=own)
     errors: list[Exception] = []
-    batches: list[ProbeBatch] = []
+    batches: Sequence[ProbeBatch] = ()
+    more: list[Found] = []
     try:
         fresh = fresh_copy(loader)
         randomness = DataRandomness(trainer.strategy.root_device, fresh)
         with randomness.kept():
-            reading = Reading(trainer, fresh, own, samples, batch_size, group_size, seed, randomness)
-            batches = [replace(one, batch=shaped(one.batch)) for one in reading.batches()]
+            batches, found = read(Reading(trainer, fresh, own, randomness=randomness, **options), shaped)
+            more.append(found)
     except Exception as error:
         errors.append(error)
-    return _agreed(trainer, batches, errors)
+    return _agreed(trainer, batches, errors), more[0]
 
 
 def to_device(trainer: pl.Trainer, module: pl.LightningModule, probe: ProbeBatch) -> Any:
@@ -137,7 +181,7 @@ def to_device(trainer: pl.Trainer, module: pl.LightningModule, probe: ProbeBatch
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Callable[[Any], Any]]:
+def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
     """Return the one loader in a collection, and what puts its batches into a collection of that form."""
     if loaders is None:
         raise MisconfigurationException(
