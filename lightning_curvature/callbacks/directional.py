@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_curvature.callbacks.checks import check_names
 from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.update_monitor import UpdateMonitor
 from lightning_curvature.estimates import Estimate
@@ -220,13 +221,7 @@ def _check_arguments(
     likelihood: str,
     critical_max_forwards: int,
 ) -> None:
-    if isinstance(estimators, str) or not estimators:
-        raise ValueError(
-            f"estimators must be a non-empty sequence of names, got {estimators!r}: choose from {tuple(KEYS)}."
-        )
-    unknown = [name for name in estimators if name not in KEYS]
-    if unknown:
-        raise ValueError(f"estimators must be names from {tuple(KEYS)}, got {unknown[0]!r}: correct or remove it.")
+    check_names("estimators", estimators, tuple(KEYS))
     if epsilon != "auto" and (not isinstance(epsilon, (int, float)) or not 0.0 < epsilon < math.inf):
         raise ValueError(
             f"epsilon must be positive and finite, or 'auto', got {epsilon!r}: 1.0 probes as far as the step went."

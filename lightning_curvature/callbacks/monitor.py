@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_curvature.callbacks.checks import check_count
 from lightning_curvature.objective import ObjectiveFunction, StepObjective
 from lightning_curvature.probe_loss import Precision
 from lightning_curvature.reporting import add_layout, warn
@@ -42,11 +43,7 @@ class Monitor(pl.Callback):
         probe_precision: Literal["32-true"] | None = None,
         on_error: OnError,
     ) -> None:
-        if not isinstance(every_n_train_steps, int) or every_n_train_steps < 1:
-            raise ValueError(
-                f"every_n_train_steps must be a whole number of at least 1, got {every_n_train_steps!r}: 1 measures "
-                "every optimizer step."
-            )
+        check_count("every_n_train_steps", every_n_train_steps, 1, "1 measures every optimizer step")
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}: 'warn' lets training go on.")
         if not isinstance(optimizer_index, int) or optimizer_index < 0:

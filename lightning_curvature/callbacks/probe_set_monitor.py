@@ -6,12 +6,16 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
+from lightning_curvature.callbacks.checks import check_count
 from lightning_curvature.callbacks.monitor import Monitor
 from lightning_curvature.data_reading import sample_count
 from lightning_curvature.isolation import untouched
-from lightning_curvature.probe_data import ProbeSet, read_probe_set
+from lightning_curvature.probe_data import read_probe_set
 from lightning_curvature.probe_loss import ProbeLoss, ProbeMode
+from lightning_curvature.reporting import warn
 
 
 class ProbeSetMonitor(Monitor):
@@ -42,12 +46,8 @@ class ProbeSetMonitor(Monitor):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, value, remedy in (
-            ("probe_samples", probe_samples, "None takes all training data"),
-            ("micro_batch_size", micro_batch_size, "None takes the batch size of the loader"),
-        ):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, or None, got {value!r}: {remedy}.")
+        check_count("probe_samples", probe_samples, 1, "None takes all training data", optional=True)
+        check_count("micro_batch_size", micro_batch_size, 1, "None takes the batch size of the loader", optional=True)
         if probe_mode not in ("train", "eval"):
             raise ValueError(
                 f"probe_mode must be 'train' or 'eval', got {probe_mode!r}: 'train' leaves the module as it trains."
@@ -57,11 +57,12 @@ class ProbeSetMonitor(Monitor):
         self.micro_batch_size = micro_batch_size
         self.probe_mode: ProbeMode = probe_mode
         self.seed = seed
-        self._probe_set: ProbeSet | None = None
+        self._probe_set: Any = None
+        self._has_read = False
         self._measured_step = -1
 
-    def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet) -> None:
-        """Measure at the parameters as they are. Called on every rank."""
+    def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: Any) -> None:
+        """Measure at the parameters as they are, on what ``_read`` gave. Called on every rank."""
         raise NotImplementedError
 
     def report_nothing(self, trainer: pl.Trainer) -> None:
@@ -69,9 +70,31 @@ class ProbeSetMonitor(Monitor):
         raise NotImplementedError
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the optimizers, lay out TensorBoard and forget the fit before."""
+        """Check optimizers and parameters, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
-        self._probe_set, self._measured_step = None, -1
+        self._probe_set, self._has_read, self._measured_step = None, False, -1
+        parameters = self._parameters(trainer)
+        if not parameters:
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
+                "configure_optimizers."
+            )
+        if any(p.is_complex() for p in parameters):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find real parameters, got complex ones: train their real and imaginary "
+                "parts."
+            )
+        batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules())
+        if batch_norm and self.probe_mode == "train":
+            warn(
+                "BatchNorm in training mode couples samples: H is that of the mean of micro-batches' losses, each "
+                "normalized by its own statistics. probe_mode='eval' takes the running statistics instead."
+            )
+
+    def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
+        """The parameters that the followed optimizer moves."""
+        groups = trainer.optimizers[self.optimizer_index].param_groups if trainer.optimizers else []
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -80,14 +103,16 @@ class ProbeSetMonitor(Monitor):
         step = trainer.global_step
         if not self._due(trainer) or step == self._measured_step or self._objective is None:
             return
+        if not self._complete(trainer, batch, batch_idx):
+            return
         self._measured_step = step
         objective, begun = self._objective, False
         try:
             objective.bystanders.save_all()
             bystanders = objective.bystanders.saved
             with untouched(pl_module, objective.device, bystanders, trainer.optimizers):
-                if self._probe_set is None:
-                    self._probe_set = self._read(trainer, batch)
+                if not self._has_read:
+                    self._probe_set, self._has_read = self._read(trainer, batch), True
                 objective.bystanders.begin()
                 loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
                 begun = True
@@ -98,7 +123,8 @@ class ProbeSetMonitor(Monitor):
             if not begun:
                 self.report_nothing(trainer)
 
-    def _read(self, trainer: pl.Trainer, batch: Any) -> ProbeSet:
+    def _read(self, trainer: pl.Trainer, batch: Any) -> Any:
+        """Read the data of all measurements of a fit."""
         loader = self.probe_dataloader if self.probe_dataloader is not None else trainer.train_dataloader
         size, group = self.micro_batch_size, 1
         if self._by_step:
@@ -121,6 +147,10 @@ class ProbeSetMonitor(Monitor):
             seed=self.seed,
         )
 
+    def _complete(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
+        """Whether all is there that the measurement of the coming step needs; called for each of its batches."""
+        return True
+
     @property
     def _by_step(self) -> bool:
         """Whether the batches of the probe set are to make up those of optimizer steps."""
@@ -128,4 +158,4 @@ class ProbeSetMonitor(Monitor):
 
     def _let_go(self) -> None:
         super()._let_go()
-        self._probe_set = None
+        self._probe_set, self._has_read = None, False
