@@ -47,14 +47,11 @@ OPERATOR_OF: dict[str, str] = {
 # Operators that exist by exact products only.
 EXACT_ONLY = ("gauss_newton", "second_moment")
 
-# Length of the random vector that is added to an eigenvector from which a search begins: an eigenvalue that has
-# overtaken it since may have a vector orthogonal to it. Such a one shows after some products only: with eight, searches
-# that began with the former first of 1e5 eigenvalues found the new one in all of 120 trials, with six in most, with two
-# or three, after which the residual is small already, in none. On average a search along a run takes seven anyway.
-_ADMIXTURE, _LEAST_PRODUCTS = 0.3, 8
-
 # Gradients of the same loss by two ways differ by rounding, 1e-6 in float32 and 1e-2 in half precision.
 _MISMATCH = 0.02
+
+# No eigenvalue is above it, with 95 % probability.
+_UPPER = "lambda_max_upper"
 
 
 def _name(index: int) -> str:
@@ -161,7 +158,7 @@ class SpectrumMeasurement:
             elif quantity == "second_moment_contraction":
                 keys += [*_with_error(quantity), "second_moment_excess"]
             elif quantity == "lambda_max":
-                keys += [key for i in range(1, self.k + 1) for key in _with_error(_name(i))]
+                keys += [key for i in range(1, self.k + 1) for key in _with_error(_name(i))] + [_UPPER]
             elif quantity != "spectral_density":
                 keys += _with_error(quantity)
         return keys
@@ -209,17 +206,15 @@ class SpectrumMeasurement:
         smallest = int("lambda_min" in wanted)
         largest = self.k if "lambda_max" in wanted else 0 if kind == "hessian" else 1
         if largest + smallest:
-            start = self._start(space, kind, generator)
             pairs = eigenpairs(
                 matvec,
                 space,
                 largest=largest,
                 smallest=smallest,
                 tolerance=self.tolerance,
-                min_matvecs=_LEAST_PRODUCTS + _LEAST_PRODUCTS // 2 * (largest + smallest - 1) if start else 1,
                 max_matvecs=self.max_products,
                 max_basis=basis_length(space, problem.trainer),
-                start=start,
+                start=self._start(space, kind),
                 generator=generator,
             )
             mismatch = getattr(operator, "mismatch", None)
@@ -258,12 +253,9 @@ class SpectrumMeasurement:
             self._told.add(about)
             warn(message)
 
-    def _start(self, space: VectorSpace, kind: str, generator: torch.Generator) -> list[Tensor]:
-        vectors = [v.to(space.device, space.dtype, copy=True) for v in self.vectors.get(kind, ())]
-        if any(len(v) != space.size for v in vectors):
-            return []
-        noise = [space.random(generator) for _ in vectors]
-        return [v.add_(r, alpha=_ADMIXTURE / space.norm(r)) for v, r in zip(vectors, noise, strict=True)]
+    def _start(self, space: VectorSpace, kind: str) -> list[Tensor]:
+        vectors = [v.to(space.device, space.dtype) for v in self.vectors.get(kind, ())]
+        return vectors if all(len(v) == space.size for v in vectors) else []
 
     def _eigenvalues(self, pairs: Eigenpairs, kind: str, largest: int) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -289,10 +281,13 @@ class SpectrumMeasurement:
                 )
             relative = error / abs(value) if value else math.inf if error else 0.0
             values |= dict(zip(_with_error(name), (value, relative, float(converged)), strict=True))
+        if kind == "hessian" and largest:
+            values[_UPPER] = pairs.upper
         if pairs.matvecs >= self.max_products and not all(pairs.converged):
             warn(
                 f"some eigenpairs had not converged after max_products={self.max_products} products: their _converged "
-                "is 0, and their _error says how far they got. Raise max_products or tolerance."
+                "is 0, and their _error says how far they got; where it is small, others may have been overlooked. "
+                "Raise max_products or tolerance."
             )
         if kind == "hessian" and not any(pairs.values.tolist()) and not any(pairs.errors.tolist()):
             warn(

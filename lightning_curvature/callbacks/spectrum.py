@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
 
+from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names
 from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
 from lightning_curvature.objective import ObjectiveFunction
@@ -39,9 +39,9 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
     parameters that the optimizer moves. Quantities and their keys, each written as ``<prefix>/<key>``:
 
     * "lambda_max": ``lambda_max``, and with ``k`` > 1 ``lambda_2`` … ``lambda_k``: the algebraically largest
-      eigenvalues. ``lambda_max_threshold`` is where the optimizer turns unstable on a quadratic: GD 2/η, heavy ball
-      (2+2β)/η, Nesterov (2+2β)/((1+2β)η), minus weight decay; 2/η, with one note, for optimizers that are not known;
-      none for adaptive ones.
+      eigenvalues. No eigenvalue is above ``lambda_max_upper``, with 95 % probability. ``lambda_max_threshold`` is
+      where the optimizer turns unstable on a quadratic: GD 2/η, heavy ball (2+2β)/η, Nesterov (2+2β)/((1+2β)η), minus
+      weight decay; 2/η, with one note, for optimizers that are not known; none for adaptive ones.
     * "lambda_min": ``lambda_min``, the smallest, which is negative except near a minimum.
     * "preconditioned_lambda_max": λ_max(P^{-1/2} H P^{-1/2}), P from the optimizer's own state (Adam's √v̂ + ε), with
       ``preconditioned_lambda_max_threshold``: Adam (2+2β₁)/((1−β₁)η), with bias correction and decoupled decay,
@@ -54,12 +54,13 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
     * "spectral_density": histogram and picture on TensorBoard.
 
     Each eigenvalue λ comes with ``<key>_error``, the residual ‖Hv−λv‖ relative to |λ|: some eigenvalue lies that close,
-    and as a rule λ is off by the square of it; and with ``<key>_converged``, 0 where ``max_products`` ended the search.
+    and as a rule λ is off by the square of it; and with ``<key>_converged``, 0 where ``max_products`` ended the search
+    before the residual was small, or before a larger eigenvalue could be excluded.
 
     Cost of a measured step: one gradient of the probe set with its graph, then about two forward+backwards of it for
-    each product where the graphs fit into memory, three elsewhere. λ_max takes about eleven products the first time and
-    eight or nine afterwards: each search begins with the last eigenvector, and goes on for eight in any case, should
-    another eigenvalue have overtaken it. Other steps cost nothing.
+    each product where the graphs fit into memory, three elsewhere. λ_max takes about ten products. Each search
+    begins with the last eigenvector, and goes on until an eigenvalue that is larger by 15 % is excluded with 95 %
+    probability, should another one have overtaken. Other steps cost nothing.
 
     BatchNorm in training mode couples the samples of a batch: then H is that of the mean over micro-batches of losses
     normalized by their own statistics, and depends on ``micro_batch_size``; ``probe_mode="eval"`` takes the running
@@ -174,7 +175,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
     def charts(self) -> dict[str, list[str]]:
         """TensorBoard charts: each eigenvalue with its threshold."""
         keys = self._measurement.keys()
-        shown = [key for key in keys if not key.endswith(("_error", "_converged", "_stderr"))]
+        shown = [key for key in keys if not key.endswith(("_error", "_converged", "_stderr", "_upper"))]
         charts = {}
         # Adaptive optimizers have no threshold on λ_max(H); TensorBoard leaves out a key that is never written.
         for title, names in {
@@ -190,16 +191,6 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
         parameters = self._parameters(trainer)
-        if not parameters:
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
-                "configure_optimizers."
-            )
-        if any(p.is_complex() for p in parameters):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find real parameters, got complex ones: train their real and imaginary "
-                "parts."
-            )
         self._sharded = is_sharded(parameters)
         self._measurement.begin(self._sharded)
         exact = [q for q in self.quantities if OPERATOR_OF[q] in EXACT_ONLY]
@@ -230,20 +221,10 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
                 "products with the Hessian are made by a difference of gradients, since parameters are sharded and "
                 "second derivatives do not reach through their gathering."
             )
-        batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules())
-        if batch_norm and self.probe_mode == "train":
-            warn(
-                "BatchNorm in training mode couples samples: H is that of the mean of micro-batches' losses, each "
-                "normalized by its own statistics. probe_mode='eval' takes the running statistics instead."
-            )
 
     @property
     def _by_step(self) -> bool:
         return "second_moment_contraction" in self.quantities
-
-    def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
-        groups = trainer.optimizers[self.optimizer_index].param_groups if trainer.optimizers else []
-        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet) -> None:
         """Measure the spectrum at the parameters as they are and write what it gave."""
@@ -316,27 +297,13 @@ def _check_arguments(
     density_steps: int,
     products: str,
 ) -> None:
-    if isinstance(quantities, str) or not quantities:
-        raise ValueError(
-            f"quantities must be a non-empty sequence of names, got {quantities!r}: choose from {QUANTITIES}."
-        )
-    unknown = [name for name in quantities if name not in QUANTITIES]
-    if unknown:
-        raise ValueError(f"quantities must be names from {QUANTITIES}, got {unknown[0]!r}: correct or remove it.")
-    for name, value, least, remedy in (
-        ("k", k, 1, "1 is the largest eigenvalue alone"),
-        ("max_products", max_products, max(20, k + 1), "a search for one eigenvalue takes about ten"),
-        ("density_starts", density_starts, 1, "2 tell the error"),
-        ("density_steps", density_steps, 2, "40 make a good picture"),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}: {remedy}.")
-    for name, fraction, remedy in (
-        ("tolerance", tolerance, "1e-3 gives eigenvalues to five digits or so"),
-        ("trace_error", trace_error, "0.05 gives the trace to 5 %"),
-    ):
-        if not isinstance(fraction, float) or not 0.0 < fraction < 1.0:
-            raise ValueError(f"{name} must lie between 0 and 1, got {fraction!r}: {remedy}.")
+    check_names("quantities", quantities, QUANTITIES)
+    check_count("k", k, 1, "1 is the largest eigenvalue alone")
+    check_count("max_products", max_products, max(20, k + 1), "a search for one eigenvalue takes about ten")
+    check_count("density_starts", density_starts, 1, "2 tell the error")
+    check_count("density_steps", density_steps, 2, "40 make a good picture")
+    check_fraction("tolerance", tolerance, "1e-3 gives eigenvalues to five digits or so")
+    check_fraction("trace_error", trace_error, "0.05 gives the trace to 5 %")
     if products not in ("auto", "exact", "difference"):
         raise ValueError(
             f"products must be 'auto', 'exact' or 'difference', got {products!r}: 'auto' is exact where it can be."

@@ -135,11 +135,15 @@ class KrylovSpace:
         self.projected = self.projected[: self.done, : self.done].clone()
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values in descending order, their coordinates in the multiplied rows, their residuals."""
+        """Ritz values in descending order, coordinates in the multiplied rows, couplings to the waiting ones.
+
+        A product with a Ritz vector leaves the multiplied rows by its column of the couplings, (waiting rows, d): the
+        norm of that is the residual.
+        """
         square = self.projected[: self.done, : self.done]
         values, vectors = torch.linalg.eigh(square)
         values, vectors = values.flip(0), vectors.flip(1)
-        return values, vectors, (self.projected[self.done :, : self.done] @ vectors).norm(dim=0)
+        return values, vectors, self.projected[self.done :, : self.done] @ vectors
 
     def restart(self, vectors: Tensor, values: Tensor) -> None:
         """Keep the given Ritz vectors, as columns, and the waiting rows."""

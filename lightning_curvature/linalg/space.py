@@ -89,8 +89,14 @@ class VectorSpace:
         return [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def pack(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return a list of tensors as one vector; None stands for zeros."""
-        return self.add_(self.zeros(), tensors, 1.0)
+        """Return a list of tensors as one vector, in new memory; None stands for zeros."""
+        parts = [
+            torch.zeros(size, dtype=self.dtype, device=self.device)
+            if tensor is None
+            else tensor.detach().reshape(-1).to(self.device, self.dtype)
+            for tensor, size in zip(tensors, self._sizes, strict=True)
+        ]
+        return torch.cat(parts)
 
     def add_(self, vector: Tensor, tensors: Sequence[Tensor | None], factor: float) -> Tensor:
         """Add a multiple of a list of tensors to a vector in place."""

@@ -134,7 +134,7 @@ def test_a_product_is_two_more_backwards(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_warm_searches_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a small learning rate the eigenvectors of the step before are nearly those of this one.
 
-    Eight products are made in any case, should another eigenvalue have overtaken: a tight tolerance shows the rest.
+    That no other has overtaken is known from as many products in any case: a tight tolerance shows the rest.
     """
 
     def counts(forget: bool) -> list[int]:
