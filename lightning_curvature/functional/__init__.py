@@ -21,6 +21,14 @@ from lightning_curvature.functional.likelihoods import (
 )
 from lightning_curvature.functional.pairs import PairStatistics, pair_statistics
 from lightning_curvature.functional.products import hessian_quadratic_form
+from lightning_curvature.functional.sharpness import (
+    NoiseTerms,
+    add_to_moments,
+    batch_factor,
+    merge_moments,
+    ratio_of_means,
+    ratio_standard_error,
+)
 from lightning_curvature.functional.step_length import ErrorModel, choose_epsilon
 from lightning_curvature.functional.thresholds import adaptive_threshold, momentum_threshold
 
@@ -29,8 +37,11 @@ __all__ = [
     "DivergenceStatistics",
     "ErrorModel",
     "Likelihood",
+    "NoiseTerms",
     "PairStatistics",
     "adaptive_threshold",
+    "add_to_moments",
+    "batch_factor",
     "choose_epsilon",
     "critical_sharpness",
     "directional_curvature",
@@ -43,8 +54,11 @@ __all__ = [
     "hessian_quadratic_form",
     "kl_curvature",
     "kl_divergence",
+    "merge_moments",
     "momentum_threshold",
     "output_noise_gain",
     "output_quadratic_form",
     "pair_statistics",
+    "ratio_of_means",
+    "ratio_standard_error",
 ]

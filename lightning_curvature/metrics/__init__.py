@@ -7,15 +7,30 @@ from lightning_curvature.metrics.directional import (
     GaussNewtonCurvature,
     KLCurvature,
 )
+from lightning_curvature.metrics.interaction import GradientNoiseInteraction, InteractionAwareSharpness
+from lightning_curvature.metrics.sharpness import (
+    BatchLambdaMax,
+    BatchSharpness,
+    ModifiedBatchSharpness,
+    RatioOfMeans,
+    StepSharpness,
+)
 from lightning_curvature.metrics.spectrum import HessianDensity, HessianEigenvalues, HessianTrace
 
 __all__ = [
+    "BatchLambdaMax",
+    "BatchSharpness",
     "CriticalSharpness",
     "DirectionalCurvature",
     "FiniteDifferenceCurvature",
     "GaussNewtonCurvature",
+    "GradientNoiseInteraction",
     "HessianDensity",
     "HessianEigenvalues",
     "HessianTrace",
+    "InteractionAwareSharpness",
     "KLCurvature",
+    "ModifiedBatchSharpness",
+    "RatioOfMeans",
+    "StepSharpness",
 ]

@@ -1,6 +1,5 @@
 """Metrics of the Hessian's spectrum: they collect data, and compute on all of it at once."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -9,21 +8,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
-from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, micro_batches
+from lightning_curvature.metrics.model import ModelMetric
+from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.micro_batches import sample_count
 from lightning_curvature.parallel import has_group, sum_in_group
 
-Curvature = Literal["hessian", "gauss_newton"]
-_OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator]] = {
-    "hessian": HessianOperator,
-    "gauss_newton": GaussNewtonOperator,
-}
 
-
-class _OperatorMetric(Metric):
+class _OperatorMetric(ModelMetric):
     """Base: keeps the batches it is given, and makes an operator of the loss on all of them, over all ranks.
 
     Batches stay where they are: each rank multiplies with its own, and the products are summed. They are therefore no
@@ -43,15 +36,7 @@ class _OperatorMetric(Metric):
         keep_graph: bool | Literal["auto"] = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(sync_on_compute=False, **kwargs)
-        if curvature not in _OPERATORS:
-            raise ValueError(
-                f"curvature must be one of {tuple(_OPERATORS)}, got {curvature!r}: 'hessian' is the whole."
-            )
-        # In a list: the model is no part of the metric, which is moved and reset by itself.
-        self._model = [model]
-        self._loss_function = loss_function
-        self._operator_type = _OPERATORS[curvature]
+        super().__init__(model, loss_function, curvature=curvature, sync_on_compute=False, **kwargs)
         self._keep_graph = keep_graph
         self._batches: list[tuple[Any, Any]] = []
 
@@ -68,14 +53,6 @@ class _OperatorMetric(Metric):
         finally:
             self._batches = every
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_OperatorMetric":
-        """Copy all but the model: a clone measures the model that is trained, not what it was."""
-        memo[id(self._model)] = list(self._model)
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
-        return copied
-
     def reset(self) -> None:
         """Let go of the batches."""
         super().reset()
@@ -83,16 +60,16 @@ class _OperatorMetric(Metric):
 
     def operator(self) -> CurvatureOperator:
         """The operator of the mean loss over all samples of all ranks, at the parameters as they are."""
-        model = self._model[0]
-        parts = micro_batches(model, self._loss_function, self._batches)
+        parts = self._parts(self._batches)
         reduce, processes = None, 1
         if has_group() and dist.get_world_size() > 1:
             processes, reduce = dist.get_world_size(), sum_in_group
             count = torch.tensor(float(sum(sample_count(y) for _, y in self._batches)), device=self.device)
             share = float(count / sum_in_group(count))
             parts = [replace(part, weight=part.weight * share) for part in parts]
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return self._operator_type(parts, parameters, reduce=reduce, keep_graph=self._keep_graph, processes=processes)
+        return self._operator_type(
+            parts, self._trained(), reduce=reduce, keep_graph=self._keep_graph, processes=processes
+        )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value or several: see ``torchmetrics.Metric.plot``."""
@@ -145,12 +122,23 @@ class HessianEigenvalues(_OperatorMetric):
         self.k = k
         self.tolerance = tolerance
         self.pairs: Eigenpairs | None = None
+        self._searches = 0
 
     def compute(self) -> Tensor:
         """Return λ_1 … λ_k."""
         start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
         with closing(self.operator()) as operator:
-            self.pairs = eigenpairs(operator, operator.space, largest=self.k, tolerance=self.tolerance, start=start)
+            # Other random vectors each time: what one draw has missed the next one sees.
+            generator = torch.Generator(operator.space.device).manual_seed(self._searches)
+            self._searches += 1
+            self.pairs = eigenpairs(
+                operator,
+                operator.space,
+                largest=self.k,
+                tolerance=self.tolerance,
+                start=start,
+                generator=generator,
+            )
         return self.pairs.values
 
 

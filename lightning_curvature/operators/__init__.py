@@ -2,10 +2,17 @@
 
 from lightning_curvature.operators.composed import PreconditionedOperator, SecondMomentOperator
 from lightning_curvature.operators.differences import GradientDifferenceOperator, Sharding
-from lightning_curvature.operators.exact import CurvatureOperator, GaussNewtonOperator, HessianOperator
+from lightning_curvature.operators.exact import (
+    Curvature,
+    CurvatureOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    operator_type,
+)
 from lightning_curvature.operators.micro_batches import MicroBatch, micro_batches
 
 __all__ = [
+    "Curvature",
     "CurvatureOperator",
     "GaussNewtonOperator",
     "GradientDifferenceOperator",
@@ -15,4 +22,5 @@ __all__ = [
     "SecondMomentOperator",
     "Sharding",
     "micro_batches",
+    "operator_type",
 ]

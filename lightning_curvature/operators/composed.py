@@ -100,6 +100,9 @@ class SecondMomentOperator(HessianOperator):
         """Return Sv."""
         return self._product(vector) if self._spread else super().__call__(vector)
 
+    # The square of a mini-batch's products is no sum over its micro-batches.
+    quadratic_form = CurvatureOperator.quadratic_form
+
     def local_product(self, vector: Tensor) -> Tensor:
         """This rank's part of Sv."""
         return self._product(vector)

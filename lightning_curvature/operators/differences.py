@@ -79,6 +79,12 @@ class GradientDifferenceOperator(CurvatureOperator):
             self.space = sharding.space
         self._distance: float | None = None
 
+    def local_gradient(self) -> Tensor:
+        """This rank's part of ∇L; all of its coordinates where parameters are sharded."""
+        total = self.space.zeros()
+        self._add_gradient(total, 1.0)
+        return total
+
     def local_product(self, vector: Tensor) -> Tensor:
         """This rank's part of Hv; all of its coordinates of Hv where parameters are sharded."""
         if self._distance is None:

@@ -1,7 +1,7 @@
 """Exact products with the Hessian and the Gauss–Newton matrix of a loss, summed over micro-batches and ranks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from lightning_curvature.operators.graphs import Graphs, KeepGraph, pull_back
 from lightning_curvature.operators.micro_batches import MicroBatch, building_graphs, micro_batches
 
 Reduce = Callable[[Tensor], Tensor]
+Curvature = Literal["hessian", "gauss_newton"]
 
 
 class CurvatureOperator:
@@ -44,20 +45,52 @@ class CurvatureOperator:
         """Return Av."""
         return self.summed(lambda: self.local_product(vector))
 
-    def summed(self, own_part: Callable[[], Tensor]) -> Tensor:
-        """Sum over the ranks of a vector of which each makes its part."""
+    def summed(self, own_part: Callable[[], Tensor], nothing: Callable[[], Tensor] | None = None) -> Tensor:
+        """Sum over the ranks of a tensor of which each makes its part; ``nothing`` is of its shape (a vector)."""
         if self.reduce is None:
             return own_part()
         try:
             part = own_part()
         except Exception as error:
             self.error = error
-            part = torch.full_like(self.space.zeros(), torch.nan)
+            part = torch.full_like((nothing or self.space.zeros)(), torch.nan)
         return self.reduce(part)
 
     def local_product(self, vector: Tensor) -> Tensor:
         """This rank's part of Av, in a new tensor."""
         raise NotImplementedError
+
+    def gradient(self) -> Tensor:
+        """Return ∇L = Σ w ∇L_m over all ranks, in a new vector; from the graphs of the products where they are kept."""
+        return self.summed(self.local_gradient)
+
+    def local_gradient(self) -> Tensor:
+        """This rank's part of ∇L, in a new vector."""
+        return self.weighted_sum(self.gradient_of)
+
+    def weighted_sum(self, of_part: Callable[[int], Sequence[Tensor | None]]) -> Tensor:
+        """Sum over this rank's micro-batches of what is given for each of them, by their weights."""
+        total: Tensor | None = None
+        for index, part in enumerate(self.parts):
+            # The first is the beginning of the sum: fewer passes over memory than to add it to zeros.
+            if total is None:
+                total = self.space.pack(of_part(index))
+                if part.weight != 1.0:
+                    total.mul_(part.weight)
+            else:
+                self.space.add_(total, of_part(index), part.weight)
+        return self.space.zeros() if total is None else total
+
+    def quadratic_form(self, vector: Tensor) -> float:
+        """Return vᵀAv, over all ranks."""
+        return self.space.dot(vector, self(vector))
+
+    def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
+        """Gradient of the loss of one micro-batch, unweighted."""
+        with torch.enable_grad():
+            loss = self.parts[index].evaluate().loss
+            check_graph(loss)
+            return torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def close(self) -> None:
         """Let go of what is kept from product to product."""
@@ -106,19 +139,32 @@ class _GraphOperator(CurvatureOperator):
         super().__init__(parts, parameters, reduce=reduce)
         self._graphs: Graphs[Any] = Graphs(len(self.parts), keep_graph, self.parameters, processes)
 
-    def gradient(self) -> Tensor:
-        """Return ∇L = Σ w ∇L_m over all ranks, in a new vector; from the graphs of the products, where they are kept."""
-        return self.summed(self._local_gradient)
-
-    def _local_gradient(self) -> Tensor:
-        total = self.space.zeros()
-        for index, part in enumerate(self.parts):
-            self.space.add_(total, self.gradient_of(index), part.weight)
-        return total
-
-    def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
-        """Gradient of the loss of one micro-batch, unweighted."""
+    def product_of(self, index: int, vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Product with the matrix of one micro-batch, unweighted."""
         raise NotImplementedError
+
+    def local_product(self, vector: Tensor) -> Tensor:
+        """This rank's part of Av."""
+        views = self.space.views(vector)
+        return self.weighted_sum(lambda index: self.product_of(index, views))
+
+    def quadratic_form(self, vector: Tensor) -> float:
+        """Return vᵀAv, over all ranks: one product, of which a single number is reduced."""
+        views = self.space.views(vector)
+
+        def zero() -> Tensor:
+            return torch.zeros((), dtype=torch.float64, device=self.space.device)
+
+        def own_part() -> Tensor:
+            terms = [
+                part.weight * torch.dot(product.reshape(-1).to(view.dtype), view.reshape(-1)).double()
+                for index, part in enumerate(self.parts)
+                for product, view in zip(self.product_of(index, views), views, strict=True)
+                if product is not None
+            ]
+            return torch.stack([zero(), *terms]).sum()
+
+        return float(self.summed(own_part, zero))
 
     def close(self) -> None:
         """Let go of the graphs."""
@@ -170,13 +216,6 @@ class HessianOperator(_GraphOperator):
         gradients = self._graphs.get(index, self._build)
         with building_graphs():
             return pull_back(gradients, self.parameters, vectors, retain=self._graphs.keeps(index))
-
-    def local_product(self, vector: Tensor) -> Tensor:
-        """This rank's part of Hv."""
-        total, views = self.space.zeros(), self.space.views(vector)
-        for index, part in enumerate(self.parts):
-            self.space.add_(total, self.product_of(index, views), part.weight)
-        return total
 
 
 class _GaussNewtonGraph(NamedTuple):
@@ -259,18 +298,27 @@ class GaussNewtonOperator(_GraphOperator):
         size = self.space.norm(gradient)
         return self.space.norm(self.space.add_(gradient, through, -1.0)) / size if size else 0.0
 
-    def local_product(self, vector: Tensor) -> Tensor:
-        """This rank's part of Gv."""
-        total, views = self.space.zeros(), self.space.views(vector)
-        for index, part in enumerate(self.parts):
-            graph, keep = self._graphs.get(index, self._build), self._graphs.keeps(index)
-            with building_graphs():
-                (jv,) = pull_back(graph.pulled_back, [graph.cotangent], views, retain=True)
-                curved = None if jv is None else pull_back([graph.residual], [graph.outputs], [jv], retain=True)[0]
-                if curved is not None:
-                    products = pull_back([graph.outputs], self.parameters, [curved], retain=keep)
-                    self.space.add_(total, products, part.weight)
-        return total
+    def product_of(self, index: int, vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Product with the Gauss–Newton matrix of one micro-batch, unweighted."""
+        graph, keep = self._graphs.get(index, self._build), self._graphs.keeps(index)
+        with building_graphs():
+            (jv,) = pull_back(graph.pulled_back, [graph.cotangent], vectors, retain=True)
+            curved = None if jv is None else pull_back([graph.residual], [graph.outputs], [jv], retain=True)[0]
+            if curved is None:
+                return (None,) * len(self.parameters)
+            return pull_back([graph.outputs], self.parameters, [curved], retain=keep)
+
+
+def operator_type(curvature: str) -> type[HessianOperator] | type[GaussNewtonOperator]:
+    """The class of operators of a kind of curvature, by name.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    kinds = {"hessian": HessianOperator, "gauss_newton": GaussNewtonOperator}
+    if curvature not in kinds:
+        raise ValueError(f"curvature must be one of {tuple(kinds)}, got {curvature!r}: 'hessian' is the whole.")
+    return kinds[curvature]  # type: ignore[return-value]
 
 
 def check_graph(loss: Tensor) -> None:

@@ -1,0 +1,253 @@
+"""Means over mini-batches: a ratio of two means with its standard error, and what it is for other batch sizes.
+
+Legend: ``x``, ``y`` numerator and denominator of one draw, ``n`` draws or samples, ``b`` samples of a mini-batch B;
+g, H gradient and Hessian of the loss of all samples, g_B that of a mini-batch, Σ the covariance of the gradients of
+single samples (divisor n).
+
+What has been drawn is kept as *moments*, a float64 tensor (6,): n, mean x, mean y, Sxx, Sxy, Syy, S sums of products of
+deviations from the means. They begin as zeros.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Scalar = Tensor | float
+
+
+def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0) -> Tensor:
+    r"""Return the moments with one draw more.
+
+    .. math:: \bar x' = \bar x + \frac{x - \bar x}{n + 1}, \qquad
+        S_{xy}' = S_{xy} + \frac{n}{n + 1} (x - \bar x)(y - \bar y)
+
+    Draws that are all the same leave S at exactly 0.
+
+    Args:
+        moments: (6,) float64.
+        numerator: x.
+        denominator: y; 1 makes the ratio a plain mean of x.
+
+    Source: Welford 1962.
+
+    Example:
+        >>> moments = torch.zeros(6, dtype=torch.float64)
+        >>> for value in (1.0, 3.0):
+        ...     moments = add_to_moments(moments, value)
+        >>> moments.tolist()
+        [2.0, 2.0, 1.0, 2.0, 0.0, 0.0]
+    """
+    draw = torch.zeros_like(moments)
+    draw[0], draw[1], draw[2] = 1.0, numerator, denominator
+    return merge_moments(torch.stack([moments, draw]))
+
+
+def merge_moments(stacked: Tensor) -> Tensor:
+    r"""Return the moments of all draws together, from those of several parts of them.
+
+    .. math:: S_{xy} = S^a_{xy} + S^b_{xy} + \frac{n_a n_b}{n_a + n_b} (\bar x_b - \bar x_a)(\bar y_b - \bar y_a)
+
+    One part after the other: a sum over all of them would round the mean of equal numbers.
+
+    Args:
+        stacked: (parts, 6) float64; parts without draws are zeros.
+
+    Returns:
+        (6,) float64; the same bits wherever the parts come in the same order.
+
+    Source: Chan, Golub and LeVeque 1983.
+
+    Example:
+        >>> one, three = (add_to_moments(torch.zeros(6, dtype=torch.float64), value) for value in (1.0, 3.0))
+        >>> merge_moments(torch.stack([one, three])).tolist()
+        [2.0, 2.0, 1.0, 2.0, 0.0, 0.0]
+    """
+    merged = stacked[0]
+    for part in stacked[1:]:
+        count = merged[0] + part[0]
+        share = part[0] / count.clamp(min=1.0)
+        deviations = part[1:3] - merged[1:3]
+        x, y = deviations.unbind()
+        # Weighted before they are multiplied: nothing before the first draw, however large.
+        weighted_x, weighted_y = (merged[0] * share * deviations).unbind()
+        products = torch.stack([weighted_x * x, weighted_x * y, weighted_y * y])
+        merged = torch.cat([count.reshape(1), merged[1:3] + share * deviations, merged[3:] + part[3:] + products])
+    return merged
+
+
+def ratio_of_means(moments: Tensor) -> Tensor:
+    r"""Return :math:`r = \bar x / \bar y`.
+
+    Denominators estimate a positive number, a squared norm or the descent of an update: where their mean is not
+    positive, noise hides it, and the ratio is NaN. So it is where nothing has been drawn.
+
+    Args:
+        moments: (…, 6) float64.
+
+    Returns:
+        (…) float64. Its bias as an estimate of E x / E y is of the order 1/n, below the standard error's 1/√n.
+
+    Example:
+        >>> ratio_of_means(torch.tensor([2.0, 6.0, 3.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+        tensor(2., dtype=torch.float64)
+    """
+    _, x, y, *_ = moments.unbind(-1)
+    return torch.where(y > 0.0, x / y, torch.nan)
+
+
+def ratio_standard_error(moments: Tensor) -> Tensor:
+    r"""Return the standard error of the ratio of means over independent draws, to first order (delta method).
+
+    .. math:: \frac{1}{\bar y} \sqrt{\frac{1}{n (n-1)} \sum_i (x_i - r y_i)^2}
+        = \frac{1}{\bar y} \sqrt{\frac{S_{xx} - 2 r S_{xy} + r^2 S_{yy}}{n (n-1)}}
+
+    With y = 1 it is the standard error of a mean. Draws that are all the same give exactly 0; where x is proportional
+    to y the terms cancel, down to a rounding of 1e-8 of the spread of x.
+
+    Args:
+        moments: (…, 6) float64.
+
+    Returns:
+        (…) float64; NaN for fewer than two draws, and where the ratio is NaN.
+
+    Source: Cochran 1977, section 6.4.
+
+    Example:
+        >>> ratio_standard_error(torch.tensor([2.0, 2.0, 1.0, 2.0, 0.0, 0.0], dtype=torch.float64))  # of 1 and 3
+        tensor(1., dtype=torch.float64)
+    """
+    n, _, y, xx, xy, yy = moments.unbind(-1)
+    ratio = ratio_of_means(moments)
+    # Rounding may leave less than nothing; clamp keeps NaN.
+    squares = (xx + ratio * (ratio * yy - 2.0 * xy)).clamp(min=0.0)
+    return torch.where(n > 1.0, (squares / (n * (n - 1.0))).sqrt() / y, torch.nan)
+
+
+def batch_factor(batch_size: float, samples: int, replacement: bool = False) -> float:
+    r"""Return by how much the mean of b samples scatters, in units of the variance of one.
+
+    .. math:: \frac{1}{b} \text{ with replacement}, \qquad \frac{n - b}{b\,(n - 1)} \text{ without}
+
+    Args:
+        batch_size: b; of batches of several sizes their harmonic mean, in which both are linear.
+        samples: n.
+        replacement: whether a batch may hold a sample twice.
+
+    Raises:
+        ValueError: if b is below 1, or above n without replacement.
+
+    Source: Cochran 1977, theorem 2.2.
+
+    Example:
+        >>> batch_factor(2, 5, replacement=True), batch_factor(2, 5), batch_factor(5, 5)
+        (0.5, 0.375, 0.0)
+    """
+    if not batch_size >= 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}: count the samples of a mini-batch.")
+    if not replacement and batch_size > samples:
+        raise ValueError(
+            f"batch_size must not be above the number of samples, {samples}, got {batch_size}: only with "
+            "replacement=True are there larger ones."
+        )
+    if replacement:
+        return 1.0 / batch_size
+    return (samples - batch_size) / (batch_size * (samples - 1)) if batch_size < samples else 0.0
+
+
+@dataclass(frozen=True)
+class NoiseTerms:
+    r"""What gradient and noise contribute to GNI and IAS, and with it both for every batch size.
+
+    .. math:: E_B[g_B^\top H g_B] = g^\top H g + f_b \operatorname{tr}(H\Sigma), \qquad
+        E_B\lVert g_B\rVert^2 = \lVert g\rVert^2 + f_b \operatorname{tr}\Sigma
+
+    with f_b the :func:`batch_factor`.
+
+    Attributes:
+        gradient_curvature: gᵀHg.
+        noise_curvature: tr(HΣ).
+        gradient_square: ‖g‖².
+        noise_square: tr Σ.
+        samples: n.
+
+    Source: the covariance of a mean of b samples (Cochran 1977, theorem 2.2), put into the definitions of P4, eq. 1 and
+    appendix C.
+
+    Example:
+        >>> terms = NoiseTerms(1.0, 2.0, 0.5, 4.0, samples=3)
+        >>> terms.gni([1, 3]), terms.ias([1, 3])
+        (tensor([6., 2.], dtype=torch.float64), tensor([0.6667, 2.0000], dtype=torch.float64))
+    """
+
+    gradient_curvature: float
+    noise_curvature: float
+    gradient_square: float
+    noise_square: float
+    samples: int
+
+    @classmethod
+    def from_batches(
+        cls,
+        *,
+        batch_curvature: float,
+        batch_square: float,
+        gradient_curvature: float,
+        gradient_square: float,
+        batch_size: float,
+        samples: int,
+        replacement: bool = False,
+    ) -> "NoiseTerms":
+        """Separate the terms of what was measured with batches of one size.
+
+        Args:
+            batch_curvature: E_B[g_BᵀHg_B].
+            batch_square: E_B‖g_B‖².
+            gradient_curvature: gᵀHg.
+            gradient_square: ‖g‖².
+            batch_size: b of the batches measured.
+            samples: n.
+            replacement: whether they could hold a sample twice.
+
+        Raises:
+            ValueError: for a batch size out of range, or batches that hold all samples and so have no noise.
+        """
+        factor = batch_factor(batch_size, samples, replacement)
+        if factor == 0.0:
+            raise ValueError(
+                f"batch_size must be below the number of samples, got {batch_size} of {samples}: batches of all "
+                "samples have no noise to measure."
+            )
+        return cls(
+            gradient_curvature,
+            (batch_curvature - gradient_curvature) / factor,
+            gradient_square,
+            (batch_square - gradient_square) / factor,
+            samples,
+        )
+
+    def gni(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
+        """GNI of one batch size, a scalar, or of several, (sizes,); float64.
+
+        Raises:
+            ValueError: for a batch size out of range.
+        """
+        factor = self._factors(batch_size, replacement)
+        return (self.gradient_curvature + factor * self.noise_curvature) / self.gradient_square
+
+    def ias(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
+        """IAS of one batch size, a scalar, or of several, (sizes,); float64.
+
+        Raises:
+            ValueError: for a batch size out of range.
+        """
+        factor = self._factors(batch_size, replacement)
+        curvature = self.gradient_curvature + factor * self.noise_curvature
+        return curvature / (self.gradient_square + factor * self.noise_square)
+
+    def _factors(self, batch_size: int | Sequence[int], replacement: bool) -> Tensor:
+        if isinstance(batch_size, Sequence):
+            factors = [batch_factor(size, self.samples, replacement) for size in batch_size]
+            return torch.tensor(factors, dtype=torch.float64)
+        return torch.tensor(batch_factor(batch_size, self.samples, replacement), dtype=torch.float64)

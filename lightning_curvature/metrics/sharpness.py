@@ -1,0 +1,279 @@
+"""Metrics of mini-batch sharpness: means over mini-batches that the caller draws, and their standard errors."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
+from lightning_curvature.linalg import Eigenpairs, eigenpairs
+from lightning_curvature.metrics.model import ModelMetric
+from lightning_curvature.mini_batch import MiniBatch
+from lightning_curvature.operators import Curvature
+
+Scalar = Tensor | float
+
+
+class RatioOfMeans(Metric):
+    r"""The ratio of two means over independent draws, with its standard error.
+
+    .. math:: r = \frac{\sum_i x_i}{\sum_i y_i}
+
+    ``update`` takes a ``numerator`` x and a ``denominator`` y, 1 for a plain mean; ``compute`` gives r, a float64
+    scalar, NaN where Σy ≤ 0. ``compute``, ``standard_error`` and ``count`` are over the draws of all ranks, so that
+    all ranks must call them.
+
+    Source: Cochran 1977, chapter 6.
+
+    Example:
+        >>> metric = RatioOfMeans()
+        >>> for x, y in [(1.0, 1.0), (5.0, 2.0)]:
+        ...     metric.update(x, y)
+        >>> metric.compute(), metric.standard_error()
+        (tensor(2., dtype=torch.float64), tensor(0.6667, dtype=torch.float64))
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    moments: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx=merge_moments)
+
+    def update(self, numerator: Scalar, denominator: Scalar = 1.0) -> None:
+        """Add a draw."""
+        self.moments = add_to_moments(self.moments, numerator, denominator)
+
+    def compute(self) -> Tensor:
+        """Return r."""
+        return ratio_of_means(self.moments)
+
+    def standard_error(self) -> Tensor:
+        """Return the standard error of r, a float64 scalar; NaN for fewer than two draws."""
+        with self._over_ranks():
+            return ratio_standard_error(self.moments)
+
+    def count(self) -> int:
+        """Return the number of draws."""
+        with self._over_ranks():
+            return int(self.moments[0])
+
+    @contextmanager
+    def _over_ranks(self) -> Generator[None, None, None]:
+        """States of all ranks together, as ``compute`` sees them."""
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync):
+            yield
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several: see ``torchmetrics.Metric.plot``."""
+        return self._plot(val, ax)
+
+
+class MiniBatchMetric(ModelMetric, RatioOfMeans):
+    """Base: a ratio of means of which each mini-batch gives one draw, evaluated when it is given.
+
+    Draws that are 0/0 say nothing of the ratio: they are left out, lest few others pass for many, and counted in the
+    state ``skipped``.
+
+    Args:
+        model: see :class:`ModelMetric`.
+        loss_function: see :class:`ModelMetric`.
+        **options: of :class:`ModelMetric`.
+    """
+
+    skipped: Tensor
+
+    def __init__(self, model: nn.Module, loss_function: Callable[[Tensor, Any], Tensor], **options: Any) -> None:
+        super().__init__(model, loss_function, **options)
+        # MetricCollection takes metrics for one whose states are close after the first batch, and then updates only one
+        # of them. NaN is close to nothing.
+        self.add_state("apart", torch.tensor(torch.nan, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
+        """Add a mini-batch."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Any, targets: Any) -> Any:
+        """Add a mini-batch, and return the value of what it alone has added; NaN where that is nothing."""
+        before, self.moments = self.moments, torch.zeros_like(self.moments)
+        try:
+            self.update(inputs, targets)
+        finally:
+            own, self.moments = self.moments, merge_moments(torch.stack([before, self.moments]))
+        return self._shown(ratio_of_means(own))
+
+    def _shown(self, value: Tensor) -> Tensor:
+        """The value, which Lightning's self.log will show for the step."""
+        self._forward_cache: Any = value
+        return value
+
+    def _add(self, numerator: float, denominator: float = 1.0) -> None:
+        if numerator == 0.0 and denominator == 0.0:
+            self.skipped = self.skipped + 1
+        else:
+            self.moments = add_to_moments(self.moments, numerator, denominator)
+
+    def _mini_batch(self, inputs: Any, targets: Any) -> MiniBatch:
+        return MiniBatch(self._operator_type(self._parts([(inputs, targets)]), self._trained()))
+
+
+class BatchSharpness(MiniBatchMetric):
+    r"""Batch sharpness: the mean curvature of a mini-batch's loss along the mini-batch's own gradient.
+
+    .. math:: E_B\left[\frac{g_B^\top H_B\, g_B}{\lVert g_B\rVert^2}\right]
+
+    SGD with learning rate η hovers where it is 2/η: the edge of stochastic stability.
+
+    ``update`` takes ``inputs`` and ``targets`` of a mini-batch, drawn as training draws them, and evaluates it at the
+    parameters as they are: a forward, a backward with its graph, one Hessian–vector product of the mini-batch. A
+    mini-batch whose gradient is zero is left out, and counted in the state ``skipped``. ``compute`` gives the mean, a
+    float64 scalar; see :class:`RatioOfMeans` for ``standard_error`` and ``count``.
+
+    Args:
+        model: maps inputs to outputs; in the mode in which its curvature is wanted, without dropout.
+        loss_function: mean loss of (outputs, targets).
+        curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of H_B.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: for an unknown ``curvature``.
+
+    Source: P4 (edge of stochastic stability), definition 3.
+
+    Example:
+        >>> metric = BatchSharpness(nn.Linear(1, 1, bias=False), nn.functional.mse_loss)
+        >>> for x in ([[1.0]], [[2.0]], [[3.0]]):  # H_B = 2x²
+        ...     metric.update(torch.tensor(x), torch.zeros(1, 1))
+        >>> metric.compute().round(decimals=4), metric.standard_error().round(decimals=4)
+        (tensor(9.3333, dtype=torch.float64), tensor(4.6667, dtype=torch.float64))
+    """
+
+    def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
+        """Add a mini-batch."""
+        with closing(self._mini_batch(inputs, targets)) as batch:
+            square = batch.squared_norm
+            if square:
+                self._add(batch.self_curvature / square)
+            else:
+                self._add(0.0, 0.0)
+
+
+class StepSharpness(BatchSharpness):
+    r"""Step sharpness: the curvature of the last mini-batch's loss along its gradient.
+
+    .. math:: \frac{g_B^\top H_B\, g_B}{\lVert g_B\rVert^2}
+
+    Its average over time is about batch sharpness. As :class:`BatchSharpness`, but ``update`` forgets the mini-batches
+    before. One draw has no standard error: NaN. Of several ranks it is the mean over their mini-batches.
+
+    Args:
+        model: see :class:`BatchSharpness`.
+        loss_function: see :class:`BatchSharpness`.
+        curvature: see :class:`BatchSharpness`.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Source: P4, appendix M.
+
+    Example:
+        >>> metric = StepSharpness(nn.Linear(1, 1, bias=False), nn.functional.mse_loss)
+        >>> for x in ([[1.0]], [[2.0]]):  # H_B = 2x²
+        ...     metric.update(torch.tensor(x), torch.zeros(1, 1))
+        >>> metric.compute().round(decimals=4)
+        tensor(8., dtype=torch.float64)
+    """
+
+    def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
+        """Replace the mini-batch."""
+        self.moments, self.skipped = torch.zeros_like(self.moments), torch.zeros_like(self.skipped)
+        super().update(inputs, targets)
+
+    def forward(self, inputs: Any, targets: Any) -> Any:
+        """Replace the mini-batch, and return its value."""
+        self.update(inputs, targets)
+        return self._shown(ratio_of_means(self.moments))
+
+
+class ModifiedBatchSharpness(MiniBatchMetric):
+    r"""Modified batch sharpness: as batch sharpness, but a ratio of means.
+
+    .. math:: \frac{E_B[g_B^\top H_B\, g_B]}{E_B\lVert g_B\rVert^2}
+
+    It settles above 2/η. ``update`` and ``compute`` as in :class:`BatchSharpness`, at the same cost.
+
+    Args:
+        model: see :class:`BatchSharpness`.
+        loss_function: see :class:`BatchSharpness`.
+        curvature: see :class:`BatchSharpness`.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Source: P4, appendix M.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> metric = ModifiedBatchSharpness(model, nn.functional.mse_loss)
+        >>> for x in ([[1.0]], [[2.0]]):  # H_B = 2x², g_B = 2x²θ: 2 · (1 + 64)/(1 + 16)
+        ...     metric.update(torch.tensor(x), torch.zeros(1, 1))
+        >>> metric.compute().round(decimals=4)
+        tensor(7.6471, dtype=torch.float64)
+    """
+
+    def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
+        """Add a mini-batch."""
+        with closing(self._mini_batch(inputs, targets)) as batch:
+            self._add(batch.self_curvature, batch.squared_norm)
+
+
+class BatchLambdaMax(MiniBatchMetric):
+    r"""The mean over mini-batches of the largest eigenvalue of a mini-batch's Hessian.
+
+    .. math:: E_B[\lambda_{\max}(H_B)]
+
+    It lies between 2/η and 4/η at the edge. ``update`` and ``compute`` as in :class:`BatchSharpness`; an eigenvalue
+    takes some ten Hessian–vector products of the mini-batch. The search begins with the last mini-batch's eigenvector,
+    also after a ``reset``; ``pairs`` holds what it found, and whether it converged.
+
+    Args:
+        model: see :class:`BatchSharpness`.
+        loss_function: see :class:`BatchSharpness`.
+        curvature: see :class:`BatchSharpness`.
+        tolerance: relative residual ‖H_B v − λv‖/|λ|. The value is off by about its square: far less than 1e-2 scatters
+            over mini-batches.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Source: P4, section 4 and appendix I.
+
+    Example:
+        >>> metric = BatchLambdaMax(nn.Linear(2, 1, bias=False), nn.functional.mse_loss)
+        >>> for x in ([[1.0, 0.0]], [[0.0, 2.0]]):  # H_B = 2xxᵀ
+        ...     metric.update(torch.tensor(x), torch.zeros(1, 1))
+        >>> metric.compute().round(decimals=3)
+        tensor(5., dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Any], Tensor],
+        *,
+        curvature: Curvature = "hessian",
+        tolerance: float = 1e-2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, loss_function, curvature=curvature, **kwargs)
+        self.tolerance = tolerance
+        self.pairs: Eigenpairs | None = None
+
+    def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
+        """Add a mini-batch."""
+        start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
+        with closing(self._mini_batch(inputs, targets)) as batch:
+            operator = batch.operator
+            self.pairs = eigenpairs(operator, operator.space, largest=1, tolerance=self.tolerance, start=start)
+        self._add(float(self.pairs.values[0]))

@@ -1,0 +1,70 @@
+"""A mini-batch at the parameters as they are: its gradient, and how curved its loss is along vectors."""
+
+from functools import cached_property
+
+from torch import Tensor
+
+from lightning_curvature.operators import CurvatureOperator
+
+# Squared norms between this and its inverse are those of vectors whose products stay in the range of float32 (1e-38);
+# others are brought to unit length first, which takes one more pass over memory.
+_LEAST = 1e-16
+
+
+class MiniBatch:
+    """What the sharpness of one mini-batch is made of, each computed when it is first asked for.
+
+    Where the operator keeps its graph, the gradient and all products take one forward together. To be used with
+    ``contextlib.closing``.
+
+    Args:
+        operator: products with the curvature of the mini-batch's loss, over all ranks if it has parts on several.
+
+    Attributes:
+        operator: the operator.
+
+    Source: P4, definition 3.
+
+    Example:
+        >>> import torch
+        >>> from contextlib import closing
+        >>> from lightning_curvature.operators import HessianOperator
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> data = [(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))]
+        >>> with closing(MiniBatch(HessianOperator.of(model, torch.nn.functional.mse_loss, data))) as batch:
+        ...     round(batch.self_curvature / batch.squared_norm, 4)  # H = 2 E x²
+        10.0
+    """
+
+    def __init__(self, operator: CurvatureOperator) -> None:
+        self.operator = operator
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """g, a vector of the operator's space."""
+        return self.operator.gradient()
+
+    @cached_property
+    def squared_norm(self) -> float:
+        """‖g‖²."""
+        return float(self.operator.space.squared_norm(self.gradient))
+
+    @cached_property
+    def self_curvature(self) -> float:
+        """Curvature along its own gradient, gᵀAg; one product."""
+        return self._curvature_along(self.gradient, self.squared_norm)
+
+    def curvature_along(self, vector: Tensor) -> float:
+        """Return vᵀAv; one product, none for a vector of zeros."""
+        return self._curvature_along(vector, float(self.operator.space.squared_norm(vector)))
+
+    def _curvature_along(self, vector: Tensor, square: float) -> float:
+        if square == 0.0:
+            return 0.0
+        if _LEAST < square < 1.0 / _LEAST:
+            return self.operator.quadratic_form(vector)
+        return square * self.operator.quadratic_form(vector / square**0.5)
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self.operator.close()
