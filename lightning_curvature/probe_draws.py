@@ -50,6 +50,11 @@ class Population(ABC):
         """Number of samples over all ranks."""
         return self.share.total
 
+    @property
+    def weighted(self) -> bool:
+        """Whether some samples are drawn more often than others."""
+        return False
+
     @abstractmethod
     def whole(self) -> ProbeSet:
         """Return this rank's share of all samples, as :func:`~.probe_data.read_probe_set` shares them out."""
@@ -163,6 +168,10 @@ class _Samples(Population):
     collate: Callable[[list[Any]], Any]
     shaped: Shape
     device: torch.device
+
+    @property
+    def weighted(self) -> bool:
+        return self.weights is not None and bool((self.weights != self.weights[0]).any())
 
     def whole(self) -> ProbeSet:
         return replace(self.share, batches=tuple(map(self._collated, self.share.batches)))

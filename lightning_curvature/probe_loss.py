@@ -3,8 +3,8 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 
@@ -18,6 +18,21 @@ from lightning_curvature.probe_data import ProbeBatch, ProbeSet, to_device
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """A call of ``training_step`` that is about to be made.
+
+    Attributes:
+        batch: the batch, on the device.
+        index: its ``batch_idx``.
+        randomness: random state that it will find.
+    """
+
+    batch: Any
+    index: int
+    randomness: RandomState
 
 
 class ProbeLoss:
@@ -63,7 +78,18 @@ class ProbeLoss:
         # A hook that augments on the device changes the module before the step does.
         self._state.restore(gently=True)
         batch = to_device(self._trainer, self._objective.module, probe)
-        record = self._objective.prepare(batch, index, self._seeded(probe.seed), self._state)
+        return self._repeat(batch, index, self._seeded(probe.seed))
+
+    def parts_of_step(self, calls: Sequence[StepCall], ranks: int) -> list[MicroBatch]:
+        """Micro-batches of a step about to be made, weighted as Lightning averages their gradients: all alike."""
+        return [
+            MicroBatch(functools.partial(self._repeat, call.batch, call.index, call.randomness), 1 / len(calls) / ranks)
+            for call in calls
+        ]
+
+    def _repeat(self, batch: Any, index: int, randomness: RandomState) -> Evaluation:
+        self._state.restore(gently=True)
+        record = self._objective.prepare(batch, index, randomness, self._state)
         with self._precision(), same_attention(self._objective.module):
             return self._objective.evaluate(record)
 

@@ -43,6 +43,32 @@ def test_the_spectrum_example() -> None:
     assert "curvature/hessian_trace_stderr" in trainer.callback_metrics
 
 
+def test_the_sharpness_example() -> None:
+    scope: dict[str, object] = {}
+    exec(blocks()[2], scope)
+    module = Classifier(mlp(4, 6, 3, dtype=torch.float32), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    trainer = make_trainer(scope["monitor"], precision="32-true")
+    trainer.fit(module, loader(classification(8, dtype=torch.float32)))
+    values = {key: float(trainer.callback_metrics[f"curvature/{key}"]) for key in ("batch_sharpness", "gni")}
+    for key, value in values.items():
+        batches = float(trainer.callback_metrics[f"curvature/{key}_batches"])
+        known = float(trainer.callback_metrics[f"curvature/{key}_stderr"]) <= 0.05 * value
+        assert known or batches == 256.0, key
+    assert "curvature/step_sharpness" in trainer.callback_metrics
+
+
+def test_the_page_on_sharpness(capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of the page, on a quadratic whose curvature is 1.5 in every direction."""
+    model = torch.nn.Linear(3, 1, bias=False).double()
+    data = [(1.5**0.5 * torch.eye(3, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64))] * 4
+    scope = {"model": model, "loss_function": lambda z, y: 0.5 * (z - y).square().sum(), "train_dataloader": data}
+    exec(blocks(README.parent / "docs" / "batch_sharpness.md")[0], scope)
+    assert [float(word[len("tensor(") :]) for word in re.findall(r"tensor\([^,]+", capsys.readouterr().out)] == [
+        pytest.approx(1.5),
+        pytest.approx(0.0, abs=1e-12),  # equal batches: nothing but a rounding or two
+    ]
+
+
 def test_the_page_on_the_spectrum(capsys: pytest.CaptureFixture[str]) -> None:
     """The code of the page, on a model whose Hessian is diag(2, 8, 18) / 3."""
     model = torch.nn.Linear(3, 1, bias=False).double()
@@ -68,11 +94,11 @@ def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
         "loss_function": lambda z, y: 0.5 * (z - y).square().sum(),
         "train_dataloader": data,
     }
-    exec(blocks()[2], scope)
+    exec(blocks()[3], scope)
     # Exact for a quadratic, printed with three digits.
     assert capsys.readouterr().out == "λ = 1.5, edge 20\n"
     # A multiple of the identity: any vector is an eigenvector, and one product finds it out.
-    exec(blocks()[3], scope)
+    exec(blocks()[4], scope)
     assert capsys.readouterr().out.startswith("λ_max = 1.5, 1 products, residual ")
 
 

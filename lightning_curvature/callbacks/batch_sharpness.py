@@ -1,0 +1,252 @@
+"""The monitor of mini-batch sharpness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names
+from lightning_curvature.callbacks.monitor import OnError
+from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
+from lightning_curvature.module_state import RandomState
+from lightning_curvature.objective import ObjectiveFunction, copied
+from lightning_curvature.operators import Curvature, operator_type
+from lightning_curvature.optimizers import stability_rule
+from lightning_curvature.parallel import is_sharded
+from lightning_curvature.probe_draws import Population, read_population
+from lightning_curvature.probe_loss import ProbeLoss, StepCall
+from lightning_curvature.progress import Progress
+from lightning_curvature.reporting import report
+from lightning_curvature.sharpness import FULL_GRADIENT, SharpnessMeasurement
+from lightning_curvature.sharpness_draws import PAIR, QUANTITIES, Quantity, SharpnessProblem
+from lightning_curvature.trial_steps import TrialSteps
+
+
+class BatchSharpnessMonitor(ProbeSetMonitor):
+    r"""Log how curved the loss of mini-batches is along their own gradients, and its kin.
+
+    g_B, H_B are gradient and Hessian of the loss of a mini-batch B, g and H those of the whole probe set, E_B the mean
+    over mini-batches drawn from it as training draws them. Quantities and their keys, written as ``<prefix>/<key>``:
+
+    * "batch_sharpness": :math:`E_B[g_B^\top H_B g_B / \lVert g_B\rVert^2]`. SGD hovers where it is 2/η: the edge of
+      stochastic stability.
+    * "step_sharpness": :math:`g_B^\top H_B g_B / \lVert g_B\rVert^2` of the batch of the coming step, all of its
+      micro-batches and ranks together. One product.
+    * "modified_batch_sharpness": :math:`E_B[g_B^\top H_B g_B] / E_B\lVert g_B\rVert^2`; settles above 2/η.
+    * "ias", interaction-aware sharpness: :math:`E_B[g_B^\top H g_B] / E_B\lVert g_B\rVert^2`; stays below 2/η.
+    * "gni", gradient–noise interaction: :math:`E_B[g_B^\top H g_B] / \lVert g\rVert^2`; 2/η whenever the loss
+      oscillates.
+    * "lambda_gen": :math:`\operatorname{tr}(H\,E[\Delta\theta_B\Delta\theta_B^\top]) / (g^\top E[\Delta\theta_B])`,
+      Δθ_B the update over η that the optimizer would make from its present state with g_B; GNI for plain SGD.
+    * "lambda_max_b": :math:`E_B[\lambda_{\max}(H_B)]`; between 2/η and 4/η.
+
+    Each comes with ``<key>_stderr``, the standard error of the value over the draws, and ``<key>_batches``, how many
+    batches it took; beside them ``two_over_lr`` (2/η) and ``zero_gradient_batches``, drawn batches without a gradient,
+    which batch sharpness leaves out.
+
+    Batches are drawn until the standard error of each value falls below ``relative_error`` of it, in pairs (B, B'). Two
+    batches of a pair are independent, so that :math:`g_B^\top H_{B'} g_B` is :math:`g_B^\top H g_B` in the mean: the
+    full Hessian is never multiplied with.
+
+    Cost of a measured step, a batch: its gradient with the graph, and one Hessian–vector product of that batch each for
+    batch sharpness (with the modified one), for IAS (with GNI), and for λ_gen; about eight for λ_max^b. GNI and λ_gen
+    take one forward+backward of the whole probe set more. Other steps cost nothing.
+
+    BatchNorm in training mode is that of each mini-batch, or of its micro-batches where it is cut. Dropout has one mask
+    a micro-batch; in "step_sharpness" that which the step will use.
+
+    Args:
+        quantities: which of the above.
+        every_n_train_steps: measure before optimizer steps 0, n, 2n, …
+        num_batches: the most batches of a measurement, over all ranks; drawn in pairs, so that an odd number is rounded
+            up.
+        min_batches: the fewest that have a gradient; standard errors of fewer are not to be trusted.
+        relative_error: relative standard error at which a quantity is known well enough.
+        batch_size: samples of a drawn batch; default: those of one optimizer step, over ranks and accumulation.
+        curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of each H.
+        probe_samples: the most samples of the probe set; None for all training data.
+        probe_dataloader: where to take them from; default: the Trainer's train dataloader.
+        micro_batch_size: samples differentiated at once; default: the loader's batch size.
+        tolerance: relative residual of λ_max^b.
+        outputs: see :class:`DirectionalCurvatureMonitor`; only the Gauss–Newton matrix needs outputs.
+        objective: callable (module, batch) → loss, or → {"loss", "outputs"}, in place of training_step.
+        optimizer_index: which optimizer to follow where there are several.
+        probe_mode: "train" leaves the module in its modes, "eval" switches it for the measurement.
+        probe_precision: "32-true" runs without autocast; None in the precision of the run.
+        seed: of the choice of samples, of the draws and of dropout masks.
+        prefix: prefix of the keys.
+        progress_bar: show the values on the progress bar.
+        on_error: "warn" logs NaN and warns when a measurement fails; "raise" raises.
+
+    Raises:
+        ValueError: for an argument outside its rule.
+        MisconfigurationException: at the start of fit or of the first measurement, for what the module, the data or the
+            strategy cannot give.
+
+    Source: P4 (edge of stochastic stability), definitions 2 and 3, eqs. 3 and 4, appendices M and P; Lee and Jang 2023
+    (IAS).
+    """
+
+    def __init__(
+        self,
+        *,
+        quantities: Sequence[Quantity] = ("batch_sharpness",),
+        every_n_train_steps: int = 100,
+        num_batches: int = 256,
+        min_batches: int = 16,
+        relative_error: float = 0.05,
+        batch_size: int | None = None,
+        curvature: Curvature = "hessian",
+        probe_samples: int | None = 8192,
+        probe_dataloader: Any = None,
+        micro_batch_size: int | None = None,
+        tolerance: float = 1e-2,
+        outputs: str | None = None,
+        objective: ObjectiveFunction | None = None,
+        optimizer_index: int = 0,
+        probe_mode: Literal["train", "eval"] = "train",
+        probe_precision: Literal["32-true"] | None = "32-true",
+        seed: int = 0,
+        prefix: str = "curvature",
+        progress_bar: bool = False,
+        on_error: OnError = "warn",
+    ) -> None:
+        super().__init__(
+            every_n_train_steps=every_n_train_steps,
+            probe_samples=probe_samples,
+            probe_dataloader=probe_dataloader,
+            micro_batch_size=micro_batch_size,
+            probe_mode=probe_mode,
+            probe_precision=probe_precision,
+            seed=seed,
+            objective=objective,
+            outputs=outputs,
+            optimizer_index=optimizer_index,
+            prefix=prefix,
+            on_error=on_error,
+        )
+        check_names("quantities", quantities, QUANTITIES)
+        # The standard error needs two of the pairs in which batches are drawn.
+        check_count("min_batches", min_batches, 2 * PAIR, "16 make a standard error that can be trusted")
+        check_count("num_batches", num_batches, min_batches, "it is the most, min_batches the fewest")
+        check_count("batch_size", batch_size, 1, "None takes the data of one optimizer step", optional=True)
+        check_fraction("relative_error", relative_error, "0.05 gives values to 5 %")
+        check_fraction("tolerance", tolerance, "1e-2 gives eigenvalues to three digits or so")
+        operator_type(curvature)  # which refuses unknown names
+        self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
+        self.batch_size = batch_size
+        self.progress_bar = progress_bar
+        self._measurement = SharpnessMeasurement(
+            self.quantities,
+            curvature=curvature,
+            num_batches=num_batches,
+            min_batches=min_batches,
+            relative_error=relative_error,
+            tolerance=tolerance,
+        )
+        self._calls: list[StepCall] = []
+        self._calls_step = -1
+        self._step_size: tuple[int | None, int] | None = None
+
+    def charts(self) -> dict[str, list[str]]:
+        """TensorBoard charts: all sharpnesses with the edge."""
+        names = [*self.quantities, "two_over_lr"]
+        return {f"{self.prefix}: mini-batch sharpness and 2/η": [f"{self.prefix}/{name}" for name in names]}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check parameters, strategy and optimizer against the quantities."""
+        super().on_fit_start(trainer, pl_module)
+        parameters = self._parameters(trainer)
+        if is_sharded(parameters):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find whole parameters, got sharded ones, whose gradients are those of all "
+                "ranks together: train with strategy='ddp', or leave the monitor out."
+            )
+        if "lambda_gen" in self.quantities:
+            TrialSteps.check(trainer.optimizers[self.optimizer_index])
+
+    def _complete(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
+        """Keep the batches of the coming step, where they are asked for, until the last of them."""
+        size = (getattr(trainer.train_dataloader, "batch_size", None), trainer.accumulate_grad_batches)
+        if size != self._step_size:
+            # Steps of another size from here on: mini-batches are drawn anew, of that size.
+            self._step_size, self._has_read = size, False
+        if "step_sharpness" not in self.quantities:
+            return True
+        if self._calls_step != trainer.global_step:
+            self._calls, self._calls_step = [], trainer.global_step
+        # A copy, as a step may write into its batch.
+        self._calls.append(StepCall(copied(batch), batch_idx, RandomState(trainer.strategy.root_device)))
+        return ends_step(trainer, batch_idx)
+
+    def _read(self, trainer: pl.Trainer, batch: Any) -> Population | None:
+        if not self._measurement.drawn:
+            return None
+        population = read_population(
+            trainer,
+            self.probe_dataloader,
+            samples=self.probe_samples,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
+        )
+        unequal = [q for q in self.quantities if q in FULL_GRADIENT and population.weighted]
+        if unequal:
+            raise MisconfigurationException(
+                f"quantities must not hold {unequal[0]!r} where samples are drawn by unequal weights, got a "
+                "WeightedRandomSampler, whose mean gradient is not that of the probe set: leave it out, or give "
+                "probe_dataloader= one that draws all alike."
+            )
+        return population
+
+    def measure(self, trainer: pl.Trainer, loss: ProbeLoss, population: Population | None) -> None:
+        """Measure at the parameters as they are and write what it gave."""
+        optimizer = trainer.optimizers[self.optimizer_index]
+        parameters = self._parameters(trainer)
+        progress = Progress(trainer, "mini-batch sharpness")
+        calls, self._calls = self._calls, []
+        try:
+            values = self._measurement.measure(
+                SharpnessProblem(
+                    trainer=trainer,
+                    loss=loss,
+                    parameters=parameters,
+                    lr=stability_rule(optimizer).lr,
+                    population=population,
+                    step=loss.parts_of_step(calls, trainer.world_size),
+                    trials=TrialSteps(trainer, optimizer, parameters) if "lambda_gen" in self.quantities else None,
+                    key=trainer.global_step,
+                    on_product=progress.tick,
+                ),
+                self._fail,
+            )
+        finally:
+            progress.close()
+        self._report(trainer, values)
+
+    def report_nothing(self, trainer: pl.Trainer) -> None:
+        """Write NaN for all values."""
+        self._report(trainer, dict.fromkeys(self._measurement.keys(), math.nan))
+
+    def _report(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        lr = stability_rule(trainer.optimizers[self.optimizer_index]).lr
+        values = values | {"two_over_lr": 2.0 / lr if lr else math.inf}
+        report(
+            trainer,
+            {f"{self.prefix}/{key}": value for key, value in values.items()},
+            [f"{self.prefix}/{key}" for key in self.quantities] if self.progress_bar else [],
+        )
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._calls = []
+
+
+def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a batch that is about to be trained on is the last of its optimizer step."""
+    last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -1,0 +1,116 @@
+"""The measurement of mini-batch sharpness at one step: of the step's own batch, and of batches that are drawn."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from lightning_curvature.mini_batch import MiniBatch
+from lightning_curvature.operators import Curvature, CurvatureOperator, operator_type
+from lightning_curvature.parallel import sum_over_ranks
+from lightning_curvature.sharpness_draws import DrawOptions, Draws, Quantity, SharpnessProblem, check_finite
+from lightning_curvature.spectrum_problem import failure_of
+
+# They hold ∇L of the whole probe set.
+FULL_GRADIENT = ("gni", "lambda_gen")
+
+
+class SharpnessMeasurement:
+    """Estimates E_B over mini-batches until the standard errors are small enough.
+
+    Each quantity is a ratio of two means over independent draws; it is left alone as soon as the standard error of that
+    ratio falls below ``relative_error`` of it. A draw whose numerator and denominator are both 0 says nothing of a
+    ratio and is left out, lest few others pass for many. Ranks draw different pairs of batches at a time, and then look
+    at them one after the other as one process would, which stops at the same pair.
+
+    Args:
+        quantities: names.
+        curvature: "hessian" or "gauss_newton".
+        num_batches: the most batches, over all ranks, in whole pairs: an odd number is rounded up.
+        min_batches: the fewest that have a gradient.
+        relative_error: relative standard error to reach.
+        tolerance: relative residual of "lambda_max_b".
+    """
+
+    def __init__(
+        self,
+        quantities: Sequence[Quantity],
+        *,
+        curvature: Curvature,
+        num_batches: int,
+        min_batches: int,
+        relative_error: float,
+        tolerance: float,
+    ) -> None:
+        self.quantities = tuple(quantities)
+        self.drawn: tuple[Quantity, ...] = tuple(q for q in self.quantities if q != "step_sharpness")
+        self._operator = operator_type(curvature)
+        self._options = DrawOptions(self.drawn, self._operator, num_batches, min_batches, relative_error, tolerance)
+
+    def keys(self) -> list[str]:
+        """Keys of all values, the same at every measurement."""
+        keys: list[str] = []
+        for quantity in self.quantities:
+            keys += [quantity, f"{quantity}_stderr"]
+            if quantity in self.drawn:
+                keys.append(f"{quantity}_batches")
+        return keys + (["zero_gradient_batches"] if self.drawn else [])
+
+    def measure(self, problem: SharpnessProblem, fail: Callable[[Exception], None]) -> dict[str, float]:
+        """Measure everything asked for. Every rank comes here, and leaves together with the others.
+
+        Args:
+            problem: what is measured.
+            fail: called with the error that ended a measurement; returns where training goes on.
+        """
+        values = dict.fromkeys(self.keys(), math.nan)
+        for part in (self._step_sharpness, self._drawn_batches):
+            errors: list[Exception] = []
+            try:
+                values |= part(problem)
+            except Exception as error:
+                # Let go of the frames, which hold graphs.
+                errors.append(error.with_traceback(None))
+            if errors:
+                fail(errors.pop())
+        return values
+
+    def _step_sharpness(self, problem: SharpnessProblem) -> dict[str, float]:
+        """Sharpness of the data of the coming step, of all ranks together."""
+        if "step_sharpness" not in self.quantities:
+            return {}
+        operator = self._operator(problem.step, problem.parameters, reduce=sum_over_ranks(problem.trainer))
+        with contextlib.closing(MiniBatch(operator)) as batch:
+            curvature, square = batch.self_curvature, batch.squared_norm
+            problem.on_product()
+        check_together(problem, operator, curvature)
+        return {"step_sharpness": curvature / square if square else math.nan}
+
+    def _drawn_batches(self, problem: SharpnessProblem) -> dict[str, float]:
+        if problem.population is None or not self.drawn:
+            return {}
+        full = self._full_gradient(problem)
+        draws = Draws(self._options, problem, full)
+        while not draws.enough:
+            draws.next_pairs()
+        return draws.values()
+
+    def _full_gradient(self, problem: SharpnessProblem) -> Tensor | None:
+        """∇L of the whole probe set, one pass over it; None where nothing needs it."""
+        assert problem.population is not None
+        if not set(FULL_GRADIENT) & set(self.drawn):
+            return None
+        parts = problem.loss.parts(problem.population.whole())
+        operator = CurvatureOperator(parts, problem.parameters, reduce=sum_over_ranks(problem.trainer))
+        gradient = operator.gradient()
+        check_together(problem, operator, operator.space.norm(gradient))
+        return gradient
+
+
+def check_together(problem: SharpnessProblem, operator: CurvatureOperator, number: float) -> None:
+    """Check a number that all ranks have in common; one that failed sent NaN, so that all of them leave here."""
+    try:
+        check_finite(number)
+    except ArithmeticError as error:
+        raise failure_of(problem.trainer, operator.error, error).cause from None

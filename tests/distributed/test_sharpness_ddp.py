@@ -1,0 +1,104 @@
+"""Mini-batch sharpness under DDP: two processes against one with the same data, and failures on one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_curvature.sharpness_draws import QUANTITIES
+from tests.distributed import sharpness_jobs as jobs
+from tests.distributed.compare import assert_same_state
+from tests.distributed.launch import Launch
+from tests.distributed.sharpness_cases import assert_complete, assert_same_sharpness, lost, same_text
+from tests.distributed.sharpness_jobs import Results
+
+# Sums over the ranks in another order, of the gradients of two steps and of ∇L: hundreds of roundings of 1e-16. An
+# eigenvalue owes 1e-12 to its residual, from another start on each rank.
+ROUNDING = 1e-9
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All runs of this file, by one pair of processes."""
+    return Launch(jobs.__name__, [*jobs.JOBS, "raised"], tmp_path_factory.mktemp("sharpness")).results()
+
+
+@pytest.mark.parametrize("name", ["whole", "preconditioned", "accumulated", "uneven", "sized", "odd", "dropout"])
+def test_values_are_those_of_one_process(results: Results, name: str) -> None:
+    alone = getattr(jobs, name)()
+    assert_complete(alone)
+    assert_same_sharpness(results[name], alone, ROUNDING)
+    assert same_text(*results[name])
+
+
+def test_what_is_compared_is_not_one_number(results: Results) -> None:
+    """Draws of other sizes and of other sets, that end at other places."""
+    rows = {name: results[name][0].rows[0] for name in ("whole", "sized", "uneven")}
+    for key in ("batch_sharpness", "ias", "gni", "lambda_gen", "lambda_max_b"):
+        assert abs(rows["whole"][key] / rows["sized"][key] - 1.0) > 1e-3, key
+        assert abs(rows["whole"][key] / rows["uneven"][key] - 1.0) > 1e-3, key
+    batches = {value for key, value in rows["whole"].items() if key.endswith("_batches") and "zero" not in key}
+    # Also after a pair that the second of two processes does not come to.
+    assert len(batches) > 2
+    assert any(count % 4 for count in batches)
+    assert {value for key, value in results["odd"][0].rows[0].items() if key.endswith("_batches")} == {0.0, 6.0}
+
+
+def test_batches_of_each_rank(results: Results) -> None:
+    first, second = results["by_rank"]
+    assert same_text(first, second)
+    assert_complete(first)
+    assert first.said == second.said == []
+
+
+@pytest.mark.parametrize(("watched", "unwatched"), [("disturbed", "undisturbed"), ("unbroken", "unbroken_unwatched")])
+def test_training_is_the_same_to_the_bit(results: Results, watched: str, unwatched: str) -> None:
+    for with_monitor, without in zip(results[watched], results[unwatched], strict=True):
+        assert with_monitor.rows
+        assert not without.rows
+        assert all(with_monitor.intact)
+        assert_same_state(with_monitor, without)
+
+
+def test_one_collective_a_pair(results: Results) -> None:
+    """Eight batches are two pairs on each rank; ∇L is one more, the first time the reading another."""
+    for outcome in results["counted_alone"]:
+        assert outcome.collectives == [3, 2]
+    for outcome in results["counted_full"]:
+        assert outcome.collectives == [4, 3]
+    # The gradient and the product of the step's own batch; nothing is read.
+    for outcome in results["counted_step"]:
+        assert outcome.collectives == [2, 2]
+
+
+@pytest.mark.parametrize("name", jobs.FAILING)
+def test_a_failure_on_one_rank_is_nan_on_both(results: Results, name: str) -> None:
+    unbroken, failed = results["unbroken"], getattr(jobs, name).module.keywords or getattr(jobs, name).module.args
+    for outcome, whole in zip(results[name], unbroken, strict=True):
+        gone = lost(outcome.rows[1])
+        # The step's own batch is measured by itself; all that is drawn fails together.
+        if name == "in_step":
+            assert gone == {"step_sharpness", "step_sharpness_stderr"}
+        else:
+            assert gone == set(outcome.rows[1]) - {"step_sharpness", "two_over_lr"}
+        for step in (0, 2):
+            assert repr(outcome.rows[step]) == repr(whole.rows[step])
+        assert all(outcome.intact)
+        assert_same_state(outcome, whole)
+    rank = failed[1]
+    assert results[name][rank].said == [f"Observed logs NaN: RuntimeError: {jobs.MESSAGE}"]
+    (elsewhere,) = results[name][1 - rank].said
+    assert elsewhere.endswith("failed on another rank, which tells more")
+
+
+def test_errors_are_raised_on_both_ranks(results: dict[str, list[list[str]]]) -> None:
+    by_rank = results["raised"]
+    for number, name in enumerate(jobs.FAILING):
+        rank = getattr(jobs, name).module.args[1]
+        assert by_rank[rank][number] == f"RuntimeError: {jobs.MESSAGE}"
+        assert by_rank[1 - rank][number].endswith("failed on another rank, which tells more")
+
+
+def test_all_quantities_take_part() -> None:
+    assert set(QUANTITIES) <= set(jobs.whole(0, 1).rows[0])
