@@ -1,13 +1,14 @@
-"""Full-batch data: the whole training set is one batch, and one epoch is one optimizer step."""
+"""The data of the examples: as one full batch, so that an epoch is one optimizer step, or in shuffled mini-batches."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 # Per-channel mean and standard deviation of the 50,000 training images of CIFAR-10, pixels in [0, 1].
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -133,3 +134,20 @@ class FullBatchData(pl.LightningDataModule):
         pixels = images[: self.samples].astype(np.float32) / 255
         normalized = (pixels - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
         return torch.from_numpy(normalized).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels, dtype=torch.long)
+
+
+class MiniBatchData(FullBatchData):
+    """Serves the same subset in shuffled mini-batches of one size.
+
+    Args:
+        batch_size: samples of a mini-batch. May be set anew; counts when the Trainer next asks for a loader.
+        **options: those of :class:`FullBatchData` but ``micro_batch``.
+    """
+
+    def __init__(self, *, batch_size: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        """A new order every epoch, without the last samples that do not fill a mini-batch."""
+        return DataLoader(TensorDataset(*self.batches[0]), batch_size=self.batch_size, shuffle=True, drop_last=True)

@@ -7,22 +7,32 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Fully connected network with GELU.
+    """Fully connected network.
 
-    The activation is smooth on purpose: with ReLU the loss has kinks, and a second difference taken across a kink
-    is not a second derivative.
+    The default activation is smooth on purpose: with ReLU the loss has kinks, and a second difference taken across a
+    kink is not a second derivative.
 
     Args:
         in_features: size of a flattened input.
         classes: number of logits.
         width: units of each hidden layer.
-        depth: number of hidden layers. Depth is what sharpens: with two layers the curvature hardly rises.
+        depth: number of hidden layers. Depth is what sharpens: with two layers of this width the curvature hardly
+            rises.
+        activation: after each hidden layer.
     """
 
-    def __init__(self, *, in_features: int, classes: int = 10, width: int = 48, depth: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        classes: int = 10,
+        width: int = 48,
+        depth: int = 4,
+        activation: type[nn.Module] = nn.GELU,
+    ) -> None:
         super().__init__()
         sizes = [in_features] + depth * [width]
-        hidden = [layer for fan_in, fan_out in pairwise(sizes) for layer in (nn.Linear(fan_in, fan_out), nn.GELU())]
+        hidden = [layer for fan_in, fan_out in pairwise(sizes) for layer in (nn.Linear(fan_in, fan_out), activation())]
         self.layers = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:

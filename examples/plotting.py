@@ -30,11 +30,14 @@ STYLES = {
 }
 
 
-def first_step_at_edge(steps: np.ndarray, shares: np.ndarray) -> int | None:
-    """Measured step from which a curvature, as a share of its threshold, is at the edge; None if it never is."""
+def first_step_at_edge(steps: np.ndarray, shares: np.ndarray, length: int = PLATEAU_STEPS) -> int | None:
+    """Measured step from which a curvature, as a share of its threshold, is at the edge; None if it never is.
+
+    The median of the next ``length`` steps decides.
+    """
     steps, shares = steps[np.isfinite(shares)], shares[np.isfinite(shares)]
-    for start in steps[steps + PLATEAU_STEPS <= steps.max(initial=0)]:
-        stretch = shares[(steps >= start) & (steps <= start + PLATEAU_STEPS)]
+    for start in steps[steps + length <= steps.max(initial=0)]:
+        stretch = shares[(steps >= start) & (steps <= start + length)]
         if np.median(stretch) > EDGE_SHARE:
             return int(start)
     return None
@@ -156,11 +159,9 @@ def _draw_run(run: Run, curvature: plt.Axes, loss: plt.Axes) -> None:
     curvature.set_title(f"{run.title},  η = {run.learning_rate:.3g}")
     label_at_right(curvature, run.edge, f"2/η = {run.edge:.3g}")
     loss.plot(*run.loss, color="dimgray", linewidth=1)
-    loss.set_xlabel("optimizer step")
     curvature.tick_params(labelbottom=False)
-    last = run.loss[0].max(initial=1)
+    share_steps(run.loss[0].max(initial=1), curvature, loss)
     for axis in (curvature, loss):
-        axis.set_xlim(-0.01 * last, 1.01 * last)
         tidy(axis)
 
 
@@ -168,6 +169,13 @@ def label_at_right(axis: plt.Axes, height: float, text: str) -> None:
     """Write ``text`` outside the frame, beside a horizontal line at ``height``."""
     right_of_axes = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
     axis.annotate(text, (1.0, height), va="center", **right_of_axes)
+
+
+def share_steps(last: float, *axes: plt.Axes) -> None:
+    """One scale of steps up to ``last``; its name at the lowest."""
+    for axis in axes:
+        axis.set_xlim(-0.01 * last, 1.01 * last)
+    axes[-1].set_xlabel("optimizer step")
 
 
 def tidy(axis: plt.Axes) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from curves import Curve
-from plotting import EDGE_SHARE, PLATEAU_STEPS, first_step_at_edge, label_at_right, plt, tidy
+from plotting import EDGE_SHARE, PLATEAU_STEPS, first_step_at_edge, label_at_right, plt, share_steps, tidy
 
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate
 
@@ -193,7 +193,7 @@ def _draw_run(run: Run, upper: plt.Axes, lower: plt.Axes) -> None:
     upper.tick_params(labelbottom=False)
     lower.plot(*run.loss, color="dimgray", linewidth=1)
     lower.set(yscale="log", ylabel="training loss")
-    _share_steps(run, upper, lower)
+    share_steps(run.loss[0].max(initial=1), upper, lower)
 
 
 def _draw_spectrum(spectrum: Spectrum, upper: plt.Axes, lower: plt.Axes) -> None:
@@ -213,12 +213,4 @@ def _draw_spectrum(spectrum: Spectrum, upper: plt.Axes, lower: plt.Axes) -> None
     lower.fill_between(steps, trace - error, trace + error, color=ACCENT, alpha=0.3, linewidth=0)
     lower.plot(steps, trace, color=ACCENT, linewidth=1.1)
     lower.set(ylabel=f"trace of H ({run.title})", ylim=(0, None))
-    _share_steps(run, lower)
-
-
-def _share_steps(run: Run, *axes: plt.Axes) -> None:
-    """One scale of steps; its name at the lowest."""
-    last = run.loss[0].max(initial=1)
-    for axis in axes:
-        axis.set_xlim(-0.01 * last, 1.01 * last)
-    axes[-1].set_xlabel("optimizer step")
+    share_steps(run.loss[0].max(initial=1), lower)
