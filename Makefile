@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS ?= directional spectrum
+BENCHMARKS ?= directional spectrum batch_sharpness
 
 .PHONY: demo test lint benchmark clean
 
