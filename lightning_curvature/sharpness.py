@@ -3,14 +3,22 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-
-from torch import Tensor
+from typing import Literal
 
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature, CurvatureOperator, operator_type
 from lightning_curvature.parallel import sum_over_ranks
-from lightning_curvature.sharpness_draws import DrawOptions, Draws, Quantity, SharpnessProblem, check_finite
+from lightning_curvature.sharpness_draws import (
+    CROSSED,
+    DrawOptions,
+    Draws,
+    Quantity,
+    SharpnessProblem,
+    check_finite,
+)
 from lightning_curvature.spectrum_problem import failure_of
+
+FullHessian = Literal["pairs", "exact"]
 
 # They hold ∇L of the whole probe set.
 FULL_GRADIENT = ("gni", "lambda_gen")
@@ -31,6 +39,7 @@ class SharpnessMeasurement:
         min_batches: the fewest that have a gradient.
         relative_error: relative standard error to reach.
         tolerance: relative residual of "lambda_max_b".
+        full_hessian: "pairs", in which the other batch stands for all samples, or "exact" products with these.
     """
 
     def __init__(
@@ -42,10 +51,12 @@ class SharpnessMeasurement:
         min_batches: int,
         relative_error: float,
         tolerance: float,
+        full_hessian: FullHessian,
     ) -> None:
         self.quantities = tuple(quantities)
         self.drawn: tuple[Quantity, ...] = tuple(q for q in self.quantities if q != "step_sharpness")
         self._operator = operator_type(curvature)
+        self._exact = full_hessian == "exact" and bool(set(CROSSED) & set(self.drawn))
         self._options = DrawOptions(self.drawn, self._operator, num_batches, min_batches, relative_error, tolerance)
 
     def keys(self) -> list[str]:
@@ -90,22 +101,26 @@ class SharpnessMeasurement:
     def _drawn_batches(self, problem: SharpnessProblem) -> dict[str, float]:
         if problem.population is None or not self.drawn:
             return {}
-        full = self._full_gradient(problem)
-        draws = Draws(self._options, problem, full)
-        while not draws.enough:
-            draws.next_pairs()
+        with contextlib.closing(self._whole_set(problem)) as whole:
+            full = None
+            if set(FULL_GRADIENT) & set(self.drawn):
+                full = whole.gradient
+                check_together(problem, whole.operator, whole.operator.space.norm(full))
+            draws = Draws(self._options, problem, full, whole if self._exact else None)
+            while not draws.enough:
+                draws.next_pairs()
         return draws.values()
 
-    def _full_gradient(self, problem: SharpnessProblem) -> Tensor | None:
-        """∇L of the whole probe set, one pass over it; None where nothing needs it."""
+    def _whole_set(self, problem: SharpnessProblem) -> MiniBatch:
+        """The whole probe set as one batch: for its gradient, and with exact products for these."""
         assert problem.population is not None
-        if not set(FULL_GRADIENT) & set(self.drawn):
-            return None
-        parts = problem.loss.parts(problem.population.whole())
-        operator = CurvatureOperator(parts, problem.parameters, reduce=sum_over_ranks(problem.trainer))
-        gradient = operator.gradient()
-        check_together(problem, operator, operator.space.norm(gradient))
-        return gradient
+        used = self._exact or set(FULL_GRADIENT) & set(self.drawn)
+        parts = problem.loss.parts(problem.population.whole()) if used else []
+        reduce = sum_over_ranks(problem.trainer)
+        if not self._exact:
+            return MiniBatch(CurvatureOperator(parts, problem.parameters, reduce=reduce))
+        processes = problem.trainer.num_devices
+        return MiniBatch(self._operator(parts, problem.parameters, reduce=reduce, processes=processes))
 
 
 def check_together(problem: SharpnessProblem, operator: CurvatureOperator, number: float) -> None:

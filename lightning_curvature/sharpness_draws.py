@@ -36,7 +36,7 @@ QUANTITIES: tuple[Quantity, ...] = (
 # What each needs beside the gradient of a batch, with its graph.
 _OWN_PRODUCT = ("batch_sharpness", "modified_batch_sharpness")
 _CROSS_PRODUCT = ("ias", "gni")
-_CROSSED = (*_CROSS_PRODUCT, "lambda_gen")
+CROSSED = (*_CROSS_PRODUCT, "lambda_gen")
 # Of the pairs of batches that a rank draws at a time, each gives the curvature for the other's gradient.
 PAIR = 2
 
@@ -89,6 +89,21 @@ class DrawOptions:
     tolerance: float
 
 
+@dataclass(frozen=True)
+class _Cross:
+    """Two vectors of a pair whose curvature under the Hessian of all samples is wanted.
+
+    Attributes:
+        vectors: one of each batch.
+        factor: from the sum of both curvatures to a numerator.
+        denominators: by quantity.
+    """
+
+    vectors: tuple[Tensor, Tensor]
+    factor: float
+    denominators: dict[Quantity, float]
+
+
 class Draws:
     """The draws of one measurement: moments of the pair that this rank has drawn, and of all pairs together.
 
@@ -96,10 +111,14 @@ class Draws:
         options: what is measured, and how exactly.
         problem: on what.
         full: ∇L of the whole probe set, where a quantity needs it.
+        whole: products with the whole probe set, shared out over the ranks; None where the other batch of a pair stands
+            for it.
     """
 
-    def __init__(self, options: DrawOptions, problem: SharpnessProblem, full: Tensor | None) -> None:
-        self._options, self._problem, self._full = options, problem, full
+    def __init__(
+        self, options: DrawOptions, problem: SharpnessProblem, full: Tensor | None, whole: MiniBatch | None
+    ) -> None:
+        self._options, self._problem, self._full, self._whole = options, problem, full, whole
         self._ranks, self._rank = problem.trainer.world_size, problem.trainer.global_rank
         self._sum = sum_over_ranks(problem.trainer)
         self._pair: dict[Quantity, Tensor] = {}
@@ -121,10 +140,13 @@ class Draws:
     def next_pairs(self) -> None:
         """Draw a pair of batches on every rank, and add them one after the other. One collective."""
         self._pair, zeros = dict.fromkeys(self._options.quantities, torch.zeros(6, dtype=torch.float64)), 0
+        crosses: list[_Cross] = []
         try:
-            zeros = self._observe(self._rounds * self._ranks + self._rank)
+            zeros, crosses = self._observe(self._rounds * self._ranks + self._rank)
         except Exception as error:
             self._failure = error.with_traceback(None)
+        if self._whole is not None:
+            self._multiply_by_whole(self._whole, crosses)
         self._rounds += 1
         pairs = self._exchange(zeros)
         if self._failure is not None:
@@ -144,18 +166,17 @@ class Draws:
             check_finite(float(moments.sum()))
             self._merged[quantity], self._batches[quantity] = moments, self._drawn
             # Batches that tell something: of those without a gradient there may be any number.
-            told = float(moments[0]) * (PAIR if quantity in _CROSSED else 1)
+            told = float(moments[0]) * (PAIR if quantity in CROSSED else 1)
             goal = self._options.relative_error * float(ratio_of_means(moments).abs())
             # Draws that all gave 0 have a standard error of 0 too, and may have missed those that do not.
             if told >= self._options.min_batches and goal > 0.0 and float(ratio_standard_error(moments)) <= goal:
                 self._open.remove(quantity)
 
-    def _observe(self, number: int) -> int:
-        """Measure pair ``number``; returns how many of its batches had no gradient."""
+    def _observe(self, number: int) -> tuple[int, list[_Cross]]:
+        """Measure pair ``number``; returns how many of its batches had no gradient, and what all samples shall tell."""
         problem, population = self._problem, self._problem.population
         assert population is not None
-        zeros, crossed = 0, set(_CROSSED) & set(self._open)
-        pair: list[MiniBatch] = []
+        zeros, pair, crosses = 0, [], []
         with contextlib.ExitStack() as stack:
             for index in (PAIR * number, PAIR * number + 1):
                 drawn = population.draw(problem.key, index)
@@ -164,13 +185,17 @@ class Draws:
                 batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
                 self._observe_alone(batch)
                 zeros += batch.squared_norm == 0.0
-                if crossed:
-                    pair.append(batch)
-                else:
+                pair.append(batch)
+                if self._whole is not None or not self._crossed_open():
                     batch.close()  # one graph at a time is enough
-            if crossed:
-                self._observe_crossed(*pair)
-        return zeros
+            if self._crossed_open():
+                first, second = pair
+                crosses = self._crosses(first, second)
+                if self._whole is None:
+                    for cross in crosses:
+                        one, other = cross.vectors
+                        self._add_crossed(cross, second.curvature_along(one) + first.curvature_along(other))
+        return zeros, crosses
 
     def _observe_alone(self, batch: MiniBatch) -> None:
         """Quantities that a batch gives by itself."""
@@ -192,24 +217,46 @@ class Draws:
             self._vector = found.vectors
             self._add("lambda_max_b", float(found.values))
 
-    def _observe_crossed(self, first: MiniBatch, second: MiniBatch) -> None:
-        """Quantities with the full Hessian: that of the other batch, which is independent, stands for it."""
+    def _crossed_open(self) -> int:
+        """How many :class:`_Cross` a pair makes."""
+        return bool(set(_CROSS_PRODUCT) & set(self._open)) + ("lambda_gen" in self._open)
+
+    def _crosses(self, first: MiniBatch, second: MiniBatch) -> list[_Cross]:
+        crosses = []
         if set(_CROSS_PRODUCT) & set(self._open):
-            crossed = second.curvature_along(first.gradient) + first.curvature_along(second.gradient)
-            self._problem.on_product()
-            if square := (first.squared_norm + second.squared_norm) / PAIR:
-                self._add("ias", crossed / PAIR, square)
+            square = (first.squared_norm + second.squared_norm) / PAIR
+            denominators: dict[Quantity, float] = {"ias": square} if square else {}
             if self._full is not None:
-                self._add("gni", crossed / PAIR, self._full_square)
+                denominators["gni"] = self._full_square
+            crosses.append(_Cross((first.gradient, second.gradient), 1.0 / PAIR, denominators))
         if "lambda_gen" in self._open:
             assert self._problem.trials is not None
             assert self._full is not None
             space, lr = first.operator.space, self._problem.lr
             own, other = (self._problem.trials.update_for(batch.gradient) for batch in (first, second))
-            crossed = second.curvature_along(own) + first.curvature_along(other)
-            self._problem.on_product()
             descent = space.dot(self._full, own) + space.dot(self._full, other)
-            self._add("lambda_gen", crossed / (PAIR * lr**2), descent / (PAIR * lr))
+            crosses.append(_Cross((own, other), 1.0 / (PAIR * lr**2), {"lambda_gen": descent / (PAIR * lr)}))
+        return crosses
+
+    def _multiply_by_whole(self, whole: MiniBatch, crosses: list[_Cross]) -> None:
+        """Curvature of every rank's vectors on the whole set, of which each has a share: all ranks multiply each."""
+        for rank in range(self._ranks):
+            for index in range(self._crossed_open()):
+                cross = crosses[index] if crosses and rank == self._rank else None
+                curvature = 0.0
+                for side in range(PAIR):
+                    vector = whole.operator.space.zeros() if cross is None else cross.vectors[side]
+                    if cross is None and rank == self._rank:
+                        vector.fill_(torch.nan)  # this rank failed: what comes of it is NaN on all of them
+                    curvature += whole.curvature_along(vector if self._sum is None else self._sum(vector))
+                if cross is not None:
+                    self._add_crossed(cross, curvature)
+        self._failure = self._failure or whole.operator.error
+
+    def _add_crossed(self, cross: _Cross, curvature: float) -> None:
+        self._problem.on_product()
+        for quantity, denominator in cross.denominators.items():
+            self._add(quantity, curvature * cross.factor, denominator)
 
     def _add(self, quantity: Quantity, numerator: float, denominator: float = 1.0) -> None:
         if quantity in self._open:

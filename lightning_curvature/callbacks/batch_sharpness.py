@@ -21,7 +21,7 @@ from lightning_curvature.probe_draws import Population, read_population
 from lightning_curvature.probe_loss import ProbeLoss, StepCall
 from lightning_curvature.progress import Progress
 from lightning_curvature.reporting import report
-from lightning_curvature.sharpness import FULL_GRADIENT, SharpnessMeasurement
+from lightning_curvature.sharpness import FULL_GRADIENT, FullHessian, SharpnessMeasurement
 from lightning_curvature.sharpness_draws import PAIR, QUANTITIES, Quantity, SharpnessProblem
 from lightning_curvature.trial_steps import TrialSteps
 
@@ -68,6 +68,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         relative_error: relative standard error at which a quantity is known well enough.
         batch_size: samples of a drawn batch; default: those of one optimizer step, over ranks and accumulation.
         curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of each H.
+        full_hessian: "pairs", as above, or "exact": a product with the whole probe set for each batch and each of (IAS
+            with GNI) and λ_gen. Dearer by the size of the set, and each draw says more: worth it on small sets, and
+            where curvature is unevenly spread over samples (nearly fitted data).
         probe_samples: the most samples of the probe set; None for all training data.
         probe_dataloader: where to take them from; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size.
@@ -101,6 +104,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         relative_error: float = 0.05,
         batch_size: int | None = None,
         curvature: Curvature = "hessian",
+        full_hessian: FullHessian = "pairs",
         probe_samples: int | None = 8192,
         probe_dataloader: Any = None,
         micro_batch_size: int | None = None,
@@ -137,6 +141,11 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         check_fraction("relative_error", relative_error, "0.05 gives values to 5 %")
         check_fraction("tolerance", tolerance, "1e-2 gives eigenvalues to three digits or so")
         operator_type(curvature)  # which refuses unknown names
+        if full_hessian not in ("pairs", "exact"):
+            raise ValueError(
+                f"full_hessian must be 'pairs' or 'exact', got {full_hessian!r}: 'pairs' is the one for "
+                "large probe sets."
+            )
         self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
         self.batch_size = batch_size
         self.progress_bar = progress_bar
@@ -147,6 +156,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             min_batches=min_batches,
             relative_error=relative_error,
             tolerance=tolerance,
+            full_hessian=full_hessian,
         )
         self._calls: list[StepCall] = []
         self._calls_step = -1

@@ -164,3 +164,11 @@ def test_graphs_of_two_batches_at_most_are_alive(monkeypatch: pytest.MonkeyPatch
         fit(monitor(*quantities))
         assert most[0] == bound
         assert alive == set()
+
+
+def test_exact_products_take_the_whole_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward of all samples, whose graphs are kept; then for each pair one product of each vector with them."""
+    made = counted(monkeypatch, HessianOperator, "product_of")
+    fit(monitor("ias", "gni", full_hessian="exact", min_batches=DRAWS, num_batches=DRAWS))
+    micro_batches = -(-SAMPLES // BATCH)
+    assert len(made) == DRAWS * micro_batches * len(MEASURED)

@@ -47,6 +47,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         {"curvature": "fisher"},
         r"curvature must be one of \('hessian', 'gauss_newton'\), got 'fisher': 'hessian' is the whole",
     ),
+    ({"full_hessian": "whole"}, r"full_hessian must be 'pairs' or 'exact', got 'whole': 'pairs' is the one for large"),
     ({"probe_samples": 0}, rf"probe_samples {WHOLE} 1, or None, got 0: None takes all training data"),
     ({"micro_batch_size": 0}, rf"micro_batch_size {WHOLE} 1, or None, got 0: None takes the batch size of the loader"),
     ({"probe_mode": "test"}, r"probe_mode must be 'train' or 'eval', got 'test'"),
@@ -225,7 +226,7 @@ def test_unequal_weights_have_no_full_gradient(name: str) -> None:
     data = TensorDataset(torch.randn(12, 4).double(), torch.zeros(12, dtype=torch.long))
     weighted = DataLoader(data, batch_size=4, sampler=WeightedRandomSampler([1.0, 10.0] * 6, 12))
     module = Classifier(mlp(4, 5, 3), sgd)
-    with pytest.raises(MisconfigurationException, match=f"quantities must not hold '{name}' where samples are drawn by"):
+    with pytest.raises(MisconfigurationException, match=f"quantities must not hold '{name}' where samples are drawn"):
         make_trainer(monitor(name, "batch_sharpness")).fit(module, weighted)
     alike = DataLoader(data, batch_size=4, sampler=WeightedRandomSampler([2.0] * 12, 12))
     make_trainer(monitor(name, "batch_sharpness")).fit(Classifier(mlp(4, 5, 3), sgd), alike)

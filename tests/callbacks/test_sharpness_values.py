@@ -110,9 +110,13 @@ class Dense:
         curvature: the network at the moment.
         kind: "hessian" or "gauss_newton".
         among: those that mini-batches are drawn from; default: all.
+        exact: whether the matrix of all samples is used as it is, or the other batch of a pair stands for it.
     """
 
-    def __init__(self, curvature: Curvature, kind: str = "hessian", among: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, curvature: Curvature, kind: str = "hessian", among: Sequence[int] | None = None, exact: bool = False
+    ) -> None:
+        self.exact = exact
         x, y = samples()
         self.among = among or range(len(y))
         singles = [Part(x[i : i + 1], y[i : i + 1]) for i in range(len(y))]
@@ -130,7 +134,7 @@ class Dense:
 
     def terms(self, quantity: str, batches: Sequence[Sequence[int]], updates: Sequence[Tensor] = ()) -> list[Any]:
         """Numerator and denominator of each independent draw, as defined."""
-        found, (full, _) = [self.of(batch) for batch in batches], self.of(self.among)
+        found, (full, every) = [self.of(batch) for batch in batches], self.of(self.among)
         if quantity == "batch_sharpness":
             return [(g @ h @ g / (g @ g), 1.0) for g, h in found]
         if quantity == "modified_batch_sharpness":
@@ -141,6 +145,7 @@ class Dense:
         vectors = list(updates) or [g for g, _ in found]
         for i in range(0, len(found), 2):
             (g, h), (k, f), v, w = *found[i : i + 2], *vectors[i : i + 2]
+            h, f = (every, every) if self.exact else (h, f)
             below = {"ias": (g @ g + k @ k) / 2, "gni": full @ full, "lambda_gen": full @ (v + w) / 2}
             terms.append(((v @ f @ v + w @ h @ w) / 2, below[quantity]))
         return terms
@@ -172,12 +177,13 @@ class Run:
         names: Sequence[str] | None = None,
         training: bool = True,
         among: Sequence[int] | None = None,
+        exact: bool = False,
     ) -> None:
         """Every value and standard error of every measurement is what the draws give by definition."""
         assert self.rows
         for step, row in self.rows.items():
             curvature = Curvature(self.module.network, self.module.loss, self.moment(step), names, training)
-            dense = Dense(curvature, kind, among)
+            dense = Dense(curvature, kind, among, exact)
             assert row["two_over_lr"] == 2.0 / self.moment(step).lr
             for quantity in (name for name in DRAWN if name in row):
                 batches = self.beside.draws(step, int(row[f"{quantity}_batches"]))
@@ -202,6 +208,19 @@ def fit(
     trainer = make_trainer(*callbacks_before, beside, follow, logger=capture, **options)
     trainer.fit(module, data if data is not None else loader())
     return Run(module, beside, rows(capture), trainer)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_exact_products_with_all_samples(kind: Any, size: int | None) -> None:
+    """Batches are those of the pairs; each is multiplied with the matrix of all samples."""
+    run = fit(monitor(curvature=kind, full_hessian="exact", micro_batch_size=size))
+    run.check(kind, exact=True)
+    pairs = fit(monitor(curvature=kind, micro_batch_size=size))
+    for step, row in run.rows.items():
+        for name in ("ias", "gni", "lambda_gen"):
+            assert abs(row[name] / pairs.rows[step][name] - 1.0) > 1e-3
+        assert row["batch_sharpness"] == pairs.rows[step]["batch_sharpness"]
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])

@@ -37,6 +37,7 @@ dropout = SharpnessCase(dropping, steps=1, monitor={"quantities": DRAWN, "micro_
 
 disturbed = SharpnessCase(noisy, steps=4, monitor={"every_n_train_steps": 2})
 undisturbed = disturbed.unwatched()
+exact = replace(whole, monitor={"full_hessian": "exact", "micro_batch_size": 2})
 # Each rank draws of its own batches; the values are of all of them.
 by_rank = replace(
     whole, batches=True, trainer={"use_distributed_sampler": False}, monitor={"quantities": ("batch_sharpness", "gni")}
@@ -50,6 +51,9 @@ counted = {
         "counted_step": ("step_sharpness",),
     }.items()
 }
+counted["counted_exact"] = replace(
+    counted["counted_full"], monitor=counted["counted_full"].monitor | {"full_hessian": "exact"}
+)
 globals().update(counted)
 
 
@@ -68,8 +72,8 @@ class Failing(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def failing(call: int, rank: int = 1) -> SharpnessCase:
-    return SharpnessCase(partial(Failing, call, rank), steps=3)
+def failing(call: int, rank: int = 1, **options: str) -> SharpnessCase:
+    return SharpnessCase(partial(Failing, call, rank), steps=3, monitor=options)
 
 
 # Calls before one step: its own batch; eleven samples in three micro-batches of four; then two batches of two
@@ -79,11 +83,23 @@ in_full_gradient = failing(2)
 in_full_gradient_of_rank_0 = failing(1, rank=0)
 in_first_pair = failing(4)
 in_second_pair = failing(10, rank=0)
+# With exact products graphs are kept: the calls are the same ones.
+in_exact_gradient = failing(2, full_hessian="exact")
+in_exact_pair = failing(4, full_hessian="exact")
 unbroken = failing(-1)
+unbroken_exact = failing(-1, full_hessian="exact")
 unbroken_unwatched = unbroken.unwatched()
 
 JOBS = [name for name, value in list(globals().items()) if isinstance(value, SharpnessCase)]
-FAILING = ("in_step", "in_full_gradient", "in_full_gradient_of_rank_0", "in_first_pair", "in_second_pair")
+FAILING = (
+    "in_step",
+    "in_full_gradient",
+    "in_full_gradient_of_rank_0",
+    "in_first_pair",
+    "in_second_pair",
+    "in_exact_gradient",
+    "in_exact_pair",
+)
 
 
 def raised(rank: int, world_size: int) -> list[str]:
@@ -91,7 +107,8 @@ def raised(rank: int, world_size: int) -> list[str]:
     ends = []
     for name in FAILING:
         try:
-            replace(globals()[name], monitor={"on_error": "raise"})(rank, world_size)
+            case = globals()[name]
+            replace(case, monitor=case.monitor | {"on_error": "raise"})(rank, world_size)
         except Exception as error:
             ends.append(f"{type(error).__name__}: {error}")
         dist.barrier()

@@ -24,7 +24,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Launch(jobs.__name__, [*jobs.JOBS, "raised"], tmp_path_factory.mktemp("sharpness")).results()
 
 
-@pytest.mark.parametrize("name", ["whole", "preconditioned", "accumulated", "uneven", "sized", "odd", "dropout"])
+@pytest.mark.parametrize(
+    "name", ["whole", "preconditioned", "accumulated", "uneven", "sized", "odd", "dropout", "exact"]
+)
 def test_values_are_those_of_one_process(results: Results, name: str) -> None:
     alone = getattr(jobs, name)()
     assert_complete(alone)
@@ -67,6 +69,9 @@ def test_one_collective_a_pair(results: Results) -> None:
         assert outcome.collectives == [3, 2]
     for outcome in results["counted_full"]:
         assert outcome.collectives == [4, 3]
+    # Two vectors of a pair for each of GNI and λ_gen, on two ranks: each is sent round, and its curvature summed.
+    for outcome in results["counted_exact"]:
+        assert outcome.collectives == [4 + 32, 3 + 32]
     # The gradient and the product of the step's own batch; nothing is read.
     for outcome in results["counted_step"]:
         assert outcome.collectives == [2, 2]
@@ -74,7 +79,10 @@ def test_one_collective_a_pair(results: Results) -> None:
 
 @pytest.mark.parametrize("name", jobs.FAILING)
 def test_a_failure_on_one_rank_is_nan_on_both(results: Results, name: str) -> None:
-    unbroken, failed = results["unbroken"], getattr(jobs, name).module.keywords or getattr(jobs, name).module.args
+    unbroken, failed = (
+        results["unbroken_exact" if "exact" in name else "unbroken"],
+        getattr(jobs, name).module.keywords or getattr(jobs, name).module.args,
+    )
     for outcome, whole in zip(results[name], unbroken, strict=True):
         gone = lost(outcome.rows[1])
         # The step's own batch is measured by itself; all that is drawn fails together.
