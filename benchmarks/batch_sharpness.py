@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from directional import hardware
 from sharpness_recipes import RECIPES
 from spectrum import Page
+from spectrum_cost import in_turns
 from spectrum_nets import Batch, Net, subject
 from timing import Clock, Spread
 
@@ -68,18 +69,6 @@ def parse_arguments() -> argparse.Namespace:
 def forward_backward(net: Net, batch: Batch) -> None:
     """What a plain step costs."""
     torch.autograd.grad(F.cross_entropy(net.rows(batch[0]), batch[1]), net.parameters)
-
-
-def in_turns(clock: Clock, actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each action, in turns, after a first turn that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(repeats + 1):
-        for name, action in actions.items():
-            start = clock.now()
-            action()
-            if turn:
-                seconds[name].append(clock.now() - start)
-    return seconds
 
 
 def cost(net: Net, clock: Clock, repeats: int) -> list[str]:

@@ -64,7 +64,7 @@ def hessian_of(net: Net, keep_graph: KeepGraph) -> HessianOperator:
     return operator
 
 
-def _times(clock: Clock, actions: dict[str, Action], repeats: int) -> dict[str, list[float]]:
+def in_turns(clock: Clock, actions: dict[str, Action], repeats: int) -> dict[str, list[float]]:
     """Seconds of each, in turns, after one run that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(repeats + 1):
@@ -80,7 +80,7 @@ def cheapest_product(net: Net, clock: Clock, repeats: int = 5) -> float:
     """Seconds of a product with all samples where every graph is kept, from its first two micro-batches."""
     few = part(net)
     operator, vector = hessian_of(few, True), vector_of(net)
-    seconds = median(_times(clock, {"": lambda: operator(vector)}, repeats)[""])
+    seconds = median(in_turns(clock, {"": lambda: operator(vector)}, repeats)[""])
     operator.close()
     return seconds * net.samples / few.samples
 
@@ -130,7 +130,7 @@ def products(nets: Sequence[Net], clock: Clock, repeats: int) -> list[str]:
             actions[columns[-1]] = batched
         except RuntimeError as error:
             note = f"fails: {str(error).splitlines()[0][:60]}"
-        seconds = _times(clock, actions, repeats)
+        seconds = in_turns(clock, actions, repeats)
         plain = seconds["plain"]
         cells = []
         for name in columns:
@@ -181,7 +181,7 @@ def linear(clock: Clock, parameters: Sequence[int], samples: int, micro_batch: i
             actions: dict[str, Action] = {"plain": lambda net=net: _forward_backward(net)}  # type: ignore[misc]
             for name, operator in zip(("kept", "dropped"), operators, strict=True):
                 actions[name] = lambda operator=operator, vector=vector: operator(vector)  # type: ignore[misc]
-            took = {name: median(seconds) for name, seconds in _times(clock, actions, repeats).items()}
+            took = {name: median(seconds) for name, seconds in in_turns(clock, actions, repeats).items()}
             for operator in operators:
                 operator.close()
             exact = sum(p.numel() for p in net.parameters)
