@@ -43,6 +43,8 @@ class Launch:
         for rank in range(RANKS):
             # LOCAL_RANK tells Lightning that processes are started from outside.
             environment = os.environ | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            # A seed left by an earlier test: Lightning would set it in these processes, and not in the test's own.
+            environment.pop("PL_GLOBAL_SEED", None)
             arguments = [str(rank), str(folder), str(collective_seconds), module, *jobs]
             command = [sys.executable, "-m", "tests.distributed.launch", *arguments]
             with open(folder / f"output_{rank}", "wb") as output:

