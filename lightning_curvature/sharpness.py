@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from lightning_curvature.failures import failure_of
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature, CurvatureOperator, operator_type
 from lightning_curvature.parallel import sum_over_ranks
@@ -16,7 +17,6 @@ from lightning_curvature.sharpness_draws import (
     SharpnessProblem,
     check_finite,
 )
-from lightning_curvature.spectrum_problem import failure_of
 
 FullHessian = Literal["pairs", "exact"]
 

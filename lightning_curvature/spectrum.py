@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_curvature.failures import Failure, failure_of
 from lightning_curvature.linalg import (
     Eigenpairs,
     NonFiniteProductError,
@@ -20,7 +21,7 @@ from lightning_curvature.linalg import (
 )
 from lightning_curvature.optimizers import NotYetSteppedError
 from lightning_curvature.reporting import warn
-from lightning_curvature.spectrum_problem import Failure, Operator, Problem, basis_length, failure_of, make_operator
+from lightning_curvature.spectrum_problem import Operator, Problem, basis_length, make_operator
 
 Quantity = Literal[
     "lambda_max",

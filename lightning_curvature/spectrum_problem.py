@@ -1,4 +1,4 @@
-"""What a spectrum is of at one step, the operators it is measured on, and what their failures mean."""
+"""What a spectrum is of at one step, and the operators it is measured on."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,11 @@ from lightning_curvature.operators import (
 )
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.optimizers import StabilityRule, preconditioner
-from lightning_curvature.parallel import least_over_ranks, mean_of_scalars, sum_over_ranks
+from lightning_curvature.parallel import least_over_ranks, sum_over_ranks
 
 # Share of the free memory that the basis of an eigensolver may take, and the most vectors that are of use: a restart
 # after so many costs little.
 _BASIS_SHARE, _LONGEST_BASIS = 0.25, 64
-
-# Words by which torch says that something cannot be differentiated twice.
-_LACKING = ("derivative", "differentia", "double backward", "inplace operation", "not implemented")
 
 
 class Operator(Protocol):
@@ -73,38 +70,6 @@ class Problem:
     sharding: Sharding | None
     seed: int
     on_product: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What ended the products of an operator.
-
-    Attributes:
-        cause: the error of this rank, or that another one failed.
-        lacking: whether some rank's error may be a lack of second derivatives.
-        only_here: whether this rank failed while others did not.
-    """
-
-    cause: Exception
-    lacking: bool
-    only_here: bool
-
-
-def failure_of(trainer: pl.Trainer, own: Exception | None, error: Exception) -> Failure:
-    """Bring together what the ranks know of products that ended on all of them, one collective.
-
-    Args:
-        trainer: its ranks.
-        own: what failed on this rank of several, and was sent to the others as NaN.
-        error: what was raised.
-    """
-    cause = (own or error).with_traceback(None)  # which holds graphs
-    lacks = isinstance(cause, NotImplementedError) or any(word in str(cause).lower() for word in _LACKING)
-    flags = {"lacks": torch.tensor(float(lacks)), "failed": torch.tensor(float(own is not None))}
-    shares = mean_of_scalars(trainer, flags, trainer.strategy.root_device)
-    if own is None and shares["failed"] > 0.0:
-        cause = RuntimeError("a product failed on another rank, which tells more")
-    return Failure(cause, shares["lacks"] > 0.0, own is not None and shares["failed"] < 1.0)
 
 
 def make_operator(problem: Problem, kind: str, difference: bool, keep_graph: bool | Literal["auto"]) -> Operator:

@@ -166,3 +166,18 @@ def run(module: pl.LightningModule, batches: list[Batch], *callbacks: pl.Callbac
     trainer = make_trainer(recorder, *callbacks, logger=capture, **kwargs)
     trainer.fit(module, loader(batches))
     return Outcome(trainer, module, capture, recorder.steps)
+
+
+# A configuration of the command line, up to the monitors.
+YAML_TRAINER = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 1
+  precision: 64-true
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+"""

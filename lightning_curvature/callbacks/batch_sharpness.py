@@ -20,7 +20,6 @@ from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probe_draws import Population, read_population
 from lightning_curvature.probe_loss import ProbeLoss, StepCall
 from lightning_curvature.progress import Progress
-from lightning_curvature.reporting import report
 from lightning_curvature.sharpness import FULL_GRADIENT, FullHessian, SharpnessMeasurement
 from lightning_curvature.sharpness_draws import PAIR, QUANTITIES, Quantity, SharpnessProblem
 from lightning_curvature.trial_steps import TrialSteps
@@ -245,11 +244,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     def _report(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
         lr = stability_rule(trainer.optimizers[self.optimizer_index]).lr
         values = values | {"two_over_lr": 2.0 / lr if lr else math.inf}
-        report(
-            trainer,
-            {f"{self.prefix}/{key}": value for key, value in values.items()},
-            [f"{self.prefix}/{key}" for key in self.quantities] if self.progress_bar else [],
-        )
+        self._write(trainer, values, self.quantities if self.progress_bar else ())
 
     def _let_go(self) -> None:
         super()._let_go()

@@ -20,7 +20,6 @@ from lightning_curvature.metrics import CriticalSharpness, DirectionalCurvature
 from lightning_curvature.objective import ObjectiveFunction
 from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probes import Window
-from lightning_curvature.reporting import report
 
 Estimator = Literal["kl", "finite_difference", "hvp", "gauss_newton", "critical"]
 
@@ -186,11 +185,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         if {"kl", "finite_difference"} & set(active):
             logged["epsilon"] = result.epsilon
         shown = [*(KEYS[name] for name in active), "headroom"] if self.progress_bar else []
-        report(
-            trainer,
-            {f"{self.prefix}/{key}": value for key, value in logged.items()},
-            [f"{self.prefix}/{key}" for key in shown],
-        )
+        self._write(trainer, logged, shown)
 
     def _curvatures(self, result: Result, lr: float) -> dict[str, float]:
         """Return λ and its error for each estimator, and the headroom of the first that has a value."""

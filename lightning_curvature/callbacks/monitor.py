@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_curvature.callbacks.checks import check_count
 from lightning_curvature.objective import ObjectiveFunction, StepObjective
 from lightning_curvature.probe_loss import Precision
-from lightning_curvature.reporting import add_layout, warn
+from lightning_curvature.reporting import add_layout, report, warn
 
 OnError = Literal["warn", "raise"]
 
@@ -133,6 +133,14 @@ class Monitor(pl.Callback):
                 yield
 
         return without_autocast
+
+    def _write(self, trainer: pl.Trainer, values: Mapping[str, float], shown: Iterable[str] = ()) -> None:
+        """Write values under the prefix, and show some of them on the progress bar."""
+        report(
+            trainer,
+            {f"{self.prefix}/{key}": value for key, value in values.items()},
+            [f"{self.prefix}/{key}" for key in shown],
+        )
 
     def _fail(self, error: Exception) -> None:
         """Handle a failed measurement as ``on_error`` says."""

@@ -20,7 +20,7 @@ from lightning_curvature.parallel import fresh_shards, is_sharded, vector_space
 from lightning_curvature.probe_data import ProbeSet
 from lightning_curvature.probe_loss import ProbeLoss
 from lightning_curvature.progress import Progress
-from lightning_curvature.reporting import report, report_density, warn
+from lightning_curvature.reporting import report_density, warn
 from lightning_curvature.spectrum import (
     EXACT_ONLY,
     OPERATOR_OF,
@@ -261,11 +261,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
 
     def _report(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
         shown = [key for key in values if key.endswith(("lambda_max", "lambda_min"))] if self.progress_bar else []
-        report(
-            trainer,
-            {f"{self.prefix}/{key}": value for key, value in values.items()},
-            [f"{self.prefix}/{key}" for key in shown],
-        )
+        self._write(trainer, values, shown)
 
     def _thresholds(self, rule: StabilityRule) -> dict[str, float]:
         if rule.note is not None:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.runs import Capture, Classifier, classification, loader, make_trainer, mlp, run
+from tests.runs import YAML_TRAINER, Capture, Classifier, classification, loader, make_trainer, mlp, run
 from tests.test_reporting import charts, layouts
 
 KEYS = {
@@ -199,17 +199,9 @@ class YamlClassifier(Classifier):
         return loader(classification(2))
 
 
-YAML = """
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_epochs: 1
-  precision: 64-true
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
+YAML = (
+    YAML_TRAINER
+    + """\
     - class_path: lightning_curvature.DirectionalCurvatureMonitor
       init_args:
         estimators: [kl, finite_difference, hvp, gauss_newton, critical]
@@ -224,6 +216,7 @@ trainer:
         progress_bar: true
         on_error: raise
 """
+)
 
 
 @pytest.mark.parametrize(("epsilon", "precision"), [("0.5", "32-true"), ("auto", "null")])

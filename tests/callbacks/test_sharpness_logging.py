@@ -19,7 +19,7 @@ from lightning_curvature.sharpness_draws import QUANTITIES
 from tests.callbacks.test_sharpness_values import DRAWN, learner, loader, monitor, sgd
 from tests.callbacks.test_spectrum_logging import read
 from tests.callbacks.test_spectrum_values import rows
-from tests.runs import Capture, Classifier, make_trainer, mlp
+from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp
 from tests.test_reporting import charts, layouts
 
 
@@ -151,17 +151,9 @@ class YamlClassifier(Classifier):
         return loader()
 
 
-YAML = """
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_epochs: 1
-  precision: 64-true
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
+YAML = (
+    YAML_TRAINER
+    + """\
     - class_path: lightning_curvature.BatchSharpnessMonitor
       init_args:
         quantities: [{quantities}]
@@ -185,6 +177,7 @@ trainer:
         progress_bar: true
         on_error: raise
 """
+)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.callbacks.test_spectrum_errors import warned
 from tests.callbacks.test_spectrum_setups import loader, sgd
 from tests.callbacks.test_spectrum_values import TOLERANCE, monitor, rows, whole
 from tests.oracles.hessian_spectrum import Curvature, Moments, check_eigenvalue
-from tests.runs import Capture, Classifier, make_trainer, mlp
+from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp
 from tests.test_reporting import charts, layouts
 
 ALL = (
@@ -245,17 +245,9 @@ class YamlClassifier(Classifier):
         return loader()
 
 
-YAML = """
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_epochs: 1
-  precision: 64-true
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
+YAML = (
+    YAML_TRAINER
+    + """\
     - class_path: lightning_curvature.HessianSpectrumMonitor
       init_args:
         quantities: [{quantities}]
@@ -281,6 +273,7 @@ trainer:
         progress_bar: true
         on_error: raise
 """
+)
 
 
 @pytest.mark.parametrize(
