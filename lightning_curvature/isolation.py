@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -116,6 +116,26 @@ def own_buffers(module: nn.Module) -> Generator[None, None, None]:
             before = {name: b for name, b in buffers.items() if b is not None}
             buffers.update({name: copies.setdefault(id(b), b.clone()) for name, b in before.items()})
             stack.callback(buffers.update, before)
+        yield
+
+
+@contextlib.contextmanager
+def parameters_replaced(module: nn.Module, values: Mapping[int, Tensor]) -> Generator[None, None, None]:
+    """Let the module compute with other tensors in place of its parameters inside the block.
+
+    Each place is set and put back once. ``torch.func.functional_call`` visits a submodule that has two names twice, and
+    puts back what it has put there itself.
+
+    Args:
+        module: the module.
+        values: tensors by the ``id`` of the parameter that they stand for, wherever it stands.
+    """
+    with contextlib.ExitStack() as stack:
+        for submodule in module.modules():
+            places = submodule._parameters
+            before = {name: p for name, p in places.items() if id(p) in values}
+            stack.callback(places.update, before)
+            places.update({name: values[id(p)] for name, p in before.items()})  # type: ignore[misc]
         yield
 
 

@@ -243,20 +243,6 @@ class StepObjective:
                 yield seen
 
 
-class PureStep(nn.Module):
-    """A recorded step as a module, so that ``torch.func.functional_call`` can give it any parameters."""
-
-    def __init__(self, objective: StepObjective) -> None:
-        super().__init__()
-        self.module = objective.module
-        self._objective = [objective]  # in a list: the objective is no submodule's business
-
-    def forward(self, record: RecordedBatch, segment: int) -> tuple[Tensor, Tensor | None]:
-        """Return loss and outputs of the recorded step."""
-        result = self._objective[0].evaluate(record, segment)
-        return result.loss, result.outputs
-
-
 def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
     try:
         return action()
@@ -266,7 +252,9 @@ def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    clone = tensor.detach().clone()
+    # Not at all where it would change nothing: inside ``torch.vmap`` it is an error.
+    return clone.requires_grad_() if tensor.requires_grad else clone
 
 
 def copied(data: Any) -> Any:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.func import functional_call
 
 from lightning_curvature.differentiation import differentiable, same_attention
 from lightning_curvature.evaluation import Evaluation
@@ -25,7 +24,8 @@ from lightning_curvature.functional import (
     output_quadratic_form,
     pair_statistics,
 )
-from lightning_curvature.objective import PureStep, RecordedBatch, StepObjective
+from lightning_curvature.isolation import parameters_replaced
+from lightning_curvature.objective import RecordedBatch, StepObjective
 from lightning_curvature.parallel import fresh_shards
 from lightning_curvature.targets import OutputModel
 from lightning_curvature.update import ParameterUpdate
@@ -240,18 +240,18 @@ def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
     assert window.model is not None
     _load_forward_mode()
     model = window.model
-    step = PureStep(window.objective)
-    tangents = {id(p): d for p, d in zip(window.update.parameters, direction, strict=True)}
-    names = {name: p for name, p in step.named_parameters() if id(p) in tangents}
+    module, moved = window.objective.module, list(zip(window.update.parameters, direction, strict=True))
     descents: list[Tensor] = []
     quadratics: list[Tensor] = []
     last = len(window.records) - 1
     for index, record in enumerate(window.records):
         with forward_ad.dual_level(), window.precision():
-            duals = {name: forward_ad.make_dual(p.detach(), tangents[id(p)]) for name, p in names.items()}
-            loss, outputs = functional_call(step, duals, (record, window.segment if index == last else 0))
+            duals = {id(p): forward_ad.make_dual(p.detach(), d) for p, d in moved}
+            with parameters_replaced(module, duals):
+                found = window.objective.evaluate(record, window.segment if index == last else 0)
+            outputs = found.outputs
             z, u = forward_ad.unpack_dual(window.arranged(outputs))
-            _, slope = forward_ad.unpack_dual(loss)
+            _, slope = forward_ad.unpack_dual(found.loss)
         if u is None or slope is None:
             raise ValueError(
                 "outputs and loss must depend on the parameters that moved, got no derivative: check outputs=."

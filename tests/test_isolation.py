@@ -15,7 +15,7 @@ import torch
 import torchmetrics
 from torch import nn
 
-from lightning_curvature.isolation import ReplayTrainer, muted, patched, untouched
+from lightning_curvature.isolation import ReplayTrainer, muted, parameters_replaced, patched, untouched
 from lightning_curvature.module_state import Bystanders, ModuleState, RandomState
 from tests.runs import Capture, make_trainer
 from tests.witness import frozen, module_state, random_states
@@ -270,3 +270,17 @@ def test_a_bystander_written_later_is_found() -> None:
     assert found.written_since(versions) == ["frozen.bias", "backbone.weight"]
     assert found.written_since(found.versions()) == []
     assert len(found.saved) == 2
+
+
+def test_replaced_parameters_are_put_back_wherever_they_stand() -> None:
+    """A layer under two names, a weight in two layers; also after an error."""
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    module["again"] = module["a"]
+    module["b"].weight = module["a"].weight
+    before = {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)}
+    weight, other = module["a"].weight, torch.full((2, 2), 7.0)
+    with contextlib.suppress(KeyError), parameters_replaced(module, {id(weight): other}):
+        assert module["a"].weight is module["again"].weight is module["b"].weight is other
+        assert module["c"].weight is not other
+        raise KeyError
+    assert {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)} == before

@@ -51,6 +51,18 @@ class Tied(nn.Module):
         return self.head(self.second(self.first(x).tanh()).tanh())
 
 
+class Shared(nn.Module):
+    """One layer under two names, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
 def frozen() -> nn.Module:
     network = mlp(4, 6, 5, 3)
     network[2].requires_grad_(False)
@@ -76,6 +88,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "frozen_layer": frozen,
     "layer_without_gradient": Unused,
     "tied_weights": Tied,
+    "shared_layer": Shared,
 }
 
 
@@ -83,7 +96,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layers(name: str, make: MakeOptimizer) -> None:
     torch.manual_seed(0)
-    check(fit(NETWORKS[name](), make), steps=4)
+    network = NETWORKS[name]()
+    parameters = dict(network.named_parameters())
+    check(fit(network, make), steps=4)
+    assert {key: id(p) for key, p in network.named_parameters()} == {key: id(p) for key, p in parameters.items()}
 
 
 @pytest.mark.parametrize("name", ["dropout", "batch_norm"])
