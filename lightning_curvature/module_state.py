@@ -91,7 +91,7 @@ class ModuleState:
         self._seen: set[int] = set()
         # Attributes that share memory with a parameter follow the parameter.
         self._parameter_memory = {_memory(p) for p in module.parameters()}
-        self._restorers += [functools.partial(p.requires_grad_, p.requires_grad) for p in module.parameters()]
+        self._restorers += [functools.partial(_set_requires_grad, p, p.requires_grad) for p in module.parameters()]
         for parameter in parameters:
             self._save_content(parameter)
         for submodule in module.modules():
@@ -194,6 +194,11 @@ class ModuleState:
                 part.copy_(content)
 
         self._restorers.append(restore)
+
+
+def _set_requires_grad(parameter: Tensor, flag: bool) -> None:
+    if parameter.requires_grad != flag:  # inside ``torch.vmap`` even the same again is an error
+        parameter.requires_grad_(flag)
 
 
 def _is_state(name: str, value: Any) -> bool:

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from lightning_curvature.data_state import DataRandomness
 from lightning_curvature.differentiation import same_attention
 from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.module_state import ModuleState, RandomState
-from lightning_curvature.objective import StepObjective
+from lightning_curvature.objective import RecordedBatch, StepObjective
 from lightning_curvature.operators import MicroBatch
 from lightning_curvature.probe_data import ProbeBatch, ProbeSet, to_device
+from lightning_curvature.stacked_loss import stacked_evaluation
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
@@ -79,6 +81,45 @@ class ProbeLoss:
         self._state.restore(gently=True)
         batch = to_device(self._trainer, self._objective.module, probe)
         return self._repeat(batch, index, self._seeded(probe.seed))
+
+    def parts_of_many(
+        self, draws: Sequence[Sequence[ProbeBatch]], parameters: Sequence[Tensor], copies: Sequence[Tensor]
+    ) -> list[MicroBatch]:
+        """Micro-batches of several mini-batches at once, each at its own copy of the parameters.
+
+        Args:
+            draws: micro-batches of each mini-batch, as many and as large in all of them.
+            parameters: those that have copies.
+            copies: of each, (mini-batches, shape).
+
+        Raises:
+            ValueError: if they are not alike.
+        """
+        sizes = [[probe.size for probe in draw] for draw in draws]
+        if any(one != sizes[0] for one in sizes):
+            raise ValueError(f"mini-batches must be cut alike to be stacked, got {sizes}")
+        return [
+            MicroBatch(
+                functools.partial(self._evaluate_many, [draw[index] for draw in draws], index, parameters, copies),
+                size / sum(sizes[0]),
+            )
+            for index, size in enumerate(sizes[0])
+        ]
+
+    def _evaluate_many(
+        self, probes: Sequence[ProbeBatch], index: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
+    ) -> Evaluation:
+        batches = []
+        for probe in probes:
+            self._state.restore(gently=True)
+            batches.append(to_device(self._trainer, self._objective.module, probe))
+        randomness = self._seeded(probes[0].seed)
+
+        def record(batch: Any) -> RecordedBatch:
+            return self._objective.prepare(batch, index, randomness, self._state)
+
+        with self._precision(), same_attention(self._objective.module):
+            return stacked_evaluation(self._objective, record, batches, parameters, copies)
 
     def parts_of_step(self, calls: Sequence[StepCall], ranks: int) -> list[MicroBatch]:
         """Micro-batches of a step about to be made, weighted as Lightning averages their gradients: all alike."""

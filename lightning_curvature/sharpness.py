@@ -5,23 +5,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from torch import Tensor
+
 from lightning_curvature.failures import failure_of
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature, CurvatureOperator, operator_type
 from lightning_curvature.parallel import sum_over_ranks
-from lightning_curvature.sharpness_draws import (
-    CROSSED,
-    DrawOptions,
-    Draws,
-    Quantity,
-    SharpnessProblem,
-    check_finite,
-)
+from lightning_curvature.sharpness_at_once import AtOnceChoice, BatchesAtOnce
+from lightning_curvature.sharpness_draws import Draws, check_finite
+from lightning_curvature.sharpness_pairs import PairsAtOnce, PairsInTurn
+from lightning_curvature.sharpness_problem import CROSSED, FULL_GRADIENT, DrawOptions, Quantity, SharpnessProblem
 
 FullHessian = Literal["pairs", "exact"]
-
-# They hold ∇L of the whole probe set.
-FULL_GRADIENT = ("gni", "lambda_gen")
 
 
 class SharpnessMeasurement:
@@ -40,6 +35,7 @@ class SharpnessMeasurement:
         relative_error: relative standard error to reach.
         tolerance: relative residual of "lambda_max_b".
         full_hessian: "pairs", in which the other batch stands for all samples, or "exact" products with these.
+        batches_at_once: how many mini-batches are differentiated at once, or "auto".
     """
 
     def __init__(
@@ -52,12 +48,15 @@ class SharpnessMeasurement:
         relative_error: float,
         tolerance: float,
         full_hessian: FullHessian,
+        batches_at_once: BatchesAtOnce,
     ) -> None:
         self.quantities = tuple(quantities)
         self.drawn: tuple[Quantity, ...] = tuple(q for q in self.quantities if q != "step_sharpness")
         self._operator = operator_type(curvature)
         self._exact = full_hessian == "exact" and bool(set(CROSSED) & set(self.drawn))
         self._options = DrawOptions(self.drawn, self._operator, num_batches, min_batches, relative_error, tolerance)
+        # Products with the whole probe set take much longer than to launch a mini-batch.
+        self.at_once = AtOnceChoice(1 if self._exact else batches_at_once)
 
     def keys(self) -> list[str]:
         """Keys of all values, the same at every measurement."""
@@ -106,10 +105,23 @@ class SharpnessMeasurement:
             if set(FULL_GRADIENT) & set(self.drawn):
                 full = whole.gradient
                 check_together(problem, whole.operator, whole.operator.space.norm(full))
-            draws = Draws(self._options, problem, full, whole if self._exact else None)
+            draws = self._draws(problem, full, whole)
             while not draws.enough:
                 draws.next_pairs()
         return draws.values()
+
+    def _draws(self, problem: SharpnessProblem, full: Tensor | None, whole: MiniBatch) -> Draws:
+        in_turn = PairsInTurn(self._options, problem, full, with_whole=self._exact)
+        at_once = PairsAtOnce(self._options, problem, full)
+        pairs = self.at_once.pairs(self._options, problem, in_turn, at_once)
+        return Draws(
+            self._options,
+            problem,
+            in_turn,
+            at_once if pairs > 1 else None,
+            pairs,
+            whole if self._exact else None,
+        )
 
     def _whole_set(self, problem: SharpnessProblem) -> MiniBatch:
         """The whole probe set as one batch: for its gradient, and with exact products for these."""

@@ -20,8 +20,9 @@ from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probe_draws import Population, read_population
 from lightning_curvature.probe_loss import ProbeLoss, StepCall
 from lightning_curvature.progress import Progress
-from lightning_curvature.sharpness import FULL_GRADIENT, FullHessian, SharpnessMeasurement
-from lightning_curvature.sharpness_draws import PAIR, QUANTITIES, Quantity, SharpnessProblem
+from lightning_curvature.sharpness import FullHessian, SharpnessMeasurement
+from lightning_curvature.sharpness_at_once import BatchesAtOnce
+from lightning_curvature.sharpness_problem import FULL_GRADIENT, PAIR, QUANTITIES, Quantity, SharpnessProblem
 from lightning_curvature.trial_steps import TrialSteps
 
 
@@ -70,6 +71,10 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         full_hessian: "pairs", as above, or "exact": a product with the whole probe set for each batch and each of (IAS
             with GNI) and λ_gen. Dearer by the size of the set, and each draw says more: worth it on small sets, and
             where curvature is unevenly spread over samples (nearly fitted data).
+        batches_at_once: how many mini-batches are differentiated at once, by ``torch.vmap``; 1 for one after the other;
+            "auto" takes 16 of small models (100,000 parameters), whose mini-batches take longer to launch than to
+            compute. Where ``vmap`` cannot follow the training step (dropout, ``loss.item()``, BatchNorm's running
+            statistics), for "lambda_max_b" and for exact products it is always one after the other.
         probe_samples: the most samples of the probe set; None for all training data.
         probe_dataloader: where to take them from; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size.
@@ -104,6 +109,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         batch_size: int | None = None,
         curvature: Curvature = "hessian",
         full_hessian: FullHessian = "pairs",
+        batches_at_once: BatchesAtOnce = "auto",
         probe_samples: int | None = 8192,
         probe_dataloader: Any = None,
         micro_batch_size: int | None = None,
@@ -137,6 +143,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         check_count("min_batches", min_batches, 2 * PAIR, "16 make a standard error that can be trusted")
         check_count("num_batches", num_batches, min_batches, "it is the most, min_batches the fewest")
         check_count("batch_size", batch_size, 1, "None takes the data of one optimizer step", optional=True)
+        if batches_at_once != "auto":
+            check_count("batches_at_once", batches_at_once, 1, "'auto' finds what pays")
         check_fraction("relative_error", relative_error, "0.05 gives values to 5 %")
         check_fraction("tolerance", tolerance, "1e-2 gives eigenvalues to three digits or so")
         operator_type(curvature)  # which refuses unknown names
@@ -156,6 +164,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             relative_error=relative_error,
             tolerance=tolerance,
             full_hessian=full_hessian,
+            batches_at_once=batches_at_once,
         )
         self._calls: list[StepCall] = []
         self._calls_step = -1
@@ -195,6 +204,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     def _read(self, trainer: pl.Trainer, batch: Any) -> Population | None:
         if not self._measurement.drawn:
             return None
+        self._measurement.at_once.forget()
         population = read_population(
             trainer,
             self.probe_dataloader,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_curvature import BatchSharpnessMonitor, CurvatureWarning
-from lightning_curvature.sharpness_draws import QUANTITIES
+from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.callbacks.test_no_observer_effect import SETUPS, Measured
 from tests.callbacks.test_no_observer_effect_habits import HABITS, Habitual
 from tests.callbacks.test_no_observer_effect_spectrum import DATA, Boom, Hooked, Trapped

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
-from lightning_curvature.sharpness_draws import QUANTITIES
+from lightning_curvature.sharpness_problem import QUANTITIES
 from lightning_curvature.trial_steps import TrialSteps
 from tests.callbacks.test_sharpness_values import BATCH, SAMPLES, learner, loader, samples
 from tests.callbacks.test_sharpness_values import monitor as of_values
@@ -24,7 +24,8 @@ OWN, CROSS = ("batch_sharpness", "modified_batch_sharpness"), ("ias", "gni")
 
 
 def monitor(*quantities: str, **options: Any) -> Any:
-    exactly = {"num_batches": DRAWS, "min_batches": DRAWS, "every_n_train_steps": EVERY}
+    """One mini-batch after the other; many at once are counted in ``test_sharpness_at_once.py``."""
+    exactly = {"num_batches": DRAWS, "min_batches": DRAWS, "every_n_train_steps": EVERY, "batches_at_once": 1}
     return of_values(*quantities, **(exactly | options))
 
 
@@ -141,7 +142,7 @@ def test_nothing_happens_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_graphs_of_two_batches_at_most_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a pair; one where nothing is crossed."""
-    from lightning_curvature import sharpness_draws as sharpness
+    from lightning_curvature import sharpness_pairs as sharpness
 
     alive: set[int] = set()
     most: list[int] = [0]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_curvature import BatchSharpnessMonitor
-from lightning_curvature.sharpness_draws import QUANTITIES
+from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.callbacks.test_sharpness_setups import Stream, whole_batches
 from tests.callbacks.test_sharpness_values import DRAWN, loader, monitor, sgd
 from tests.callbacks.test_spectrum_errors import Plain, warned

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.sharpness_draws import QUANTITIES
+from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.callbacks.test_sharpness_values import DRAWN, learner, loader, monitor, sgd
 from tests.callbacks.test_spectrum_logging import read
 from tests.callbacks.test_spectrum_values import rows

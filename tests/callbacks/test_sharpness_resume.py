@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature.sharpness_draws import QUANTITIES
+from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.callbacks.test_sharpness_values import monitor, samples
 from tests.callbacks.test_spectrum_values import rows
 from tests.runs import Capture, Classifier, make_trainer, mlp

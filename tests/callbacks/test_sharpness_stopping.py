@@ -41,10 +41,12 @@ def test_first_pair_after_which_the_error_is_small_enough(least: int, most: int)
         assert max(ends) == 6
 
 
+@pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("name", DRAWN)
-def test_each_quantity_by_itself(name: str) -> None:
+def test_each_quantity_by_itself(name: str, count: int) -> None:
     """Beside the others it is what it is alone: nobody draws on because somebody else has to."""
-    alone, together = (fit(monitor(*names, relative_error=0.1)) for names in ((name,), DRAWN))
+    options = {"relative_error": 0.1, "batches_at_once": count}
+    alone, together = (fit(monitor(*names, **options)) for names in ((name,), DRAWN))
     assert list(alone.rows) == list(together.rows) == [0, 2]
     for step, row in alone.rows.items():
         for key in (name, f"{name}_stderr", f"{name}_batches"):

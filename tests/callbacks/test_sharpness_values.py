@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import BatchSharpnessMonitor
 from lightning_curvature.probe_draws import Population, read_population
-from lightning_curvature.sharpness_draws import QUANTITIES
+from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.callbacks.test_spectrum_values import rows
 from tests.oracles.dense import Loss
 from tests.oracles.hessian_spectrum import Curvature, Moment, Moments, Part

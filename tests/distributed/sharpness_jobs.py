@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_curvature.sharpness_draws import QUANTITIES
+from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.sharpness_cases import Outcome, SharpnessCase
 from tests.distributed.spectrum_cases import Measuring, dataset

@@ -1,0 +1,95 @@
+"""The training step on several mini-batches at once, each at a copy of the parameters of its own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_curvature.evaluation import Evaluation
+from lightning_curvature.isolation import parameters_replaced
+from lightning_curvature.objective import RecordedBatch, StepObjective
+
+
+def copies_of(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return each parameter ``count`` times, (count, shape): leaves to differentiate by, which share its memory.
+
+    Losses of different mini-batches at different copies have a Hessian of blocks, one for each mini-batch, so that one
+    product multiplies a vector of each.
+    """
+    return [p.detach().expand(count, *p.shape).requires_grad_() for p in parameters]
+
+
+def stacked_evaluation(
+    objective: StepObjective,
+    record: Callable[[Any], RecordedBatch],
+    batches: Sequence[Any],
+    parameters: Sequence[Tensor],
+    copies: Sequence[Tensor],
+) -> Evaluation:
+    """Evaluate the training step on every batch at its own copy of the parameters.
+
+    Args:
+        objective: the training step.
+        record: makes the record of a step from its batch.
+        batches: alike in structure and shapes; numbers and strings in them must be the same.
+        parameters: those that have copies; all others are as they are.
+        copies: of each, (batches, shape).
+
+    Returns:
+        The sum of the losses, and the outputs of all, (batches, B, …).
+
+    Raises:
+        ValueError: where the batches differ in more than the values of their tensors.
+        Exception: whatever ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers, reads
+            a value (``loss.item()``), or writes to a buffer.
+    """
+    tensors, rebuild = stack(batches)
+
+    def evaluate(own: tuple[Tensor, ...], of_batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        values = {id(p): value for p, value in zip(parameters, own, strict=True)}
+        with parameters_replaced(objective.module, values):
+            found = objective.evaluate(record(rebuild(of_batch)))
+        return (found.loss,) if found.outputs is None else (found.loss, found.outputs)
+
+    losses, *outputs = torch.vmap(evaluate, randomness="error")(tuple(copies), tensors)
+    return Evaluation(losses.sum(), outputs[0] if outputs else None)
+
+
+def stack(batches: Sequence[Any]) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Any]]:
+    """Stack the tensors of batches that are alike; returns them with what makes a batch of tensors again.
+
+    Raises:
+        ValueError: where they differ in structure, in shapes, or in anything that is no tensor; or hold none.
+    """
+    leaves, structures = zip(*map(tree_flatten, batches), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        raise ValueError("batches must be of one structure to be stacked, got several")
+    tensors, others = [], {}
+    for position, column in enumerate(zip(*leaves, strict=True)):
+        if all(isinstance(leaf, Tensor) for leaf in column):
+            if any(leaf.shape != column[0].shape or leaf.dtype != column[0].dtype for leaf in column):
+                raise ValueError(f"batches must be of one shape to be stacked, got {[tuple(t.shape) for t in column]}")
+            tensors.append(torch.stack(column))
+        elif isinstance(column[0], (bool, int, float, str, type(None))) and all(leaf == column[0] for leaf in column):
+            others[position] = column[0]
+        else:
+            raise ValueError(f"batches must differ in tensors alone to be stacked, got {type(column[0]).__name__}")
+    if not tensors:
+        raise ValueError("batches must hold a tensor to be stacked, got none")
+    count = len(leaves[0])
+
+    def rebuild(of_batch: Sequence[Tensor]) -> Any:
+        rest = iter(of_batch)
+        return tree_unflatten([others[i] if i in others else next(rest) for i in range(count)], structures[0])
+
+    return tuple(tensors), rebuild
+
+
+def forward_operations(evaluate: Callable[[], Evaluation]) -> int:
+    """Count the floating-point operations of the matrix products and convolutions of one evaluation."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        evaluate()
+    return counter.get_total_flops()
