@@ -44,7 +44,7 @@ by_rank = replace(
 )
 
 counted = {
-    name: replace(whole, monitor={"quantities": names, "num_batches": 8, "relative_error": 1e-9})
+    name: replace(whole, monitor={"quantities": names, "num_batches": 8, "relative_error": 1e-9, "batches_at_once": 1})
     for name, names in {
         "counted_alone": ("batch_sharpness", "ias", "lambda_max_b"),
         "counted_full": ("gni", "lambda_gen"),
@@ -54,7 +54,26 @@ counted = {
 counted["counted_exact"] = replace(
     counted["counted_full"], monitor=counted["counted_full"].monitor | {"full_hessian": "exact"}
 )
+counted["counted_at_once"] = replace(
+    counted["counted_alone"], monitor=counted["counted_alone"].monitor | {"batches_at_once": 4}
+)
 globals().update(counted)
+
+
+class OnOneRank(Classifier):
+    """One rank reads a number off its loss, which ``torch.vmap`` does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(4, 5, 3), momentum)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if dist.is_initialized() and dist.get_rank() == 1:
+            assert loss.item() > 0.0
+        return loss
+
+
+in_turn_on_one_rank = SharpnessCase(OnOneRank)
 
 
 class Failing(Classifier):
@@ -72,8 +91,8 @@ class Failing(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def failing(call: int, rank: int = 1, **options: str) -> SharpnessCase:
-    return SharpnessCase(partial(Failing, call, rank), steps=3, monitor=options)
+def failing(call: int, rank: int = 1, **options: str | int) -> SharpnessCase:
+    return SharpnessCase(partial(Failing, call, rank), steps=3, monitor={"batches_at_once": 1, **options})
 
 
 # Calls before one step: its own batch; eleven samples in three micro-batches of four; then two batches of two
@@ -86,6 +105,8 @@ in_second_pair = failing(10, rank=0)
 # With exact products graphs are kept: the calls are the same ones.
 in_exact_gradient = failing(2, full_hessian="exact")
 in_exact_pair = failing(4, full_hessian="exact")
+# After its own batch and three micro-batches of all samples: the first call is that of four mini-batches.
+in_many_at_once = failing(4, batches_at_once=4)
 unbroken = failing(-1)
 unbroken_exact = failing(-1, full_hessian="exact")
 unbroken_unwatched = unbroken.unwatched()

@@ -25,7 +25,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["whole", "preconditioned", "accumulated", "uneven", "sized", "odd", "dropout", "exact"]
+    "name",
+    ["whole", "preconditioned", "accumulated", "uneven", "sized", "odd", "dropout", "exact", "in_turn_on_one_rank"],
 )
 def test_values_are_those_of_one_process(results: Results, name: str) -> None:
     alone = getattr(jobs, name)()
@@ -72,6 +73,9 @@ def test_one_collective_a_pair(results: Results) -> None:
     # Two vectors of a pair for each of GNI and λ_gen, on two ranks: each is sent round, and its curvature summed.
     for outcome in results["counted_exact"]:
         assert outcome.collectives == [4 + 32, 3 + 32]
+    # All pairs at once; the first time ranks agree to do so.
+    for outcome in results["counted_at_once"]:
+        assert outcome.collectives == [3, 1]
     # The gradient and the product of the step's own batch; nothing is read.
     for outcome in results["counted_step"]:
         assert outcome.collectives == [2, 2]
@@ -98,6 +102,14 @@ def test_a_failure_on_one_rank_is_nan_on_both(results: Results, name: str) -> No
     assert results[name][rank].said == [f"Observed logs NaN: RuntimeError: {jobs.MESSAGE}"]
     (elsewhere,) = results[name][1 - rank].said
     assert elsewhere.endswith("failed on another rank, which tells more")
+
+
+def test_many_at_once_that_fail_are_measured_in_turn(results: Results) -> None:
+    """On the one rank where they do; the other does not notice."""
+    for outcome in results["in_many_at_once"]:
+        assert_complete(outcome)
+        assert outcome.said == []
+    assert_same_sharpness(results["in_many_at_once"], results["unbroken"][0], ROUNDING)
 
 
 def test_errors_are_raised_on_both_ranks(results: dict[str, list[list[str]]]) -> None:
