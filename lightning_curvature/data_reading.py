@@ -38,7 +38,7 @@ class ProbeBatch:
 
     Attributes:
         batch: the collated samples.
-        size: how many samples are in it.
+        size: how many samples are in it, or how much it counts beside others.
         seed: of what the batch hooks draw (see :func:`~.probe_data.to_device`).
         group: number of the group of batches that it belongs to.
         spread: whether other ranks hold batches of that group, too.

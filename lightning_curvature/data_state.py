@@ -8,7 +8,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,10 +39,11 @@ _IN_PROCESS: dict[str, Any] = {
 
 
 class DataRandomness:
-    """Every random-number generator that reading data may draw from.
+    """Every random-number generator that reading data may draw from, and the attributes of what is read.
 
     Python's, numpy's and torch's own (see :class:`~.module_state.RandomState`) and those found in the given objects: in
-    attributes, containers and closures, transforms among them.
+    attributes, containers and closures, transforms among them. A dataset or ``collate_fn`` that counts its calls, or
+    remembers what it has read, is put back too.
 
     Args:
         device: the device that the module trains on.
@@ -51,7 +52,7 @@ class DataRandomness:
 
     def __init__(self, device: torch.device, *roots: object) -> None:
         self._device = device
-        self._own = _generators(roots)
+        self._own, self._holders = _found(roots)
 
     @contextlib.contextmanager
     def kept(self) -> Generator[None, None, None]:
@@ -62,6 +63,8 @@ class DataRandomness:
                 restore = generator_state(one)
                 assert restore is not None
                 stack.callback(restore)
+            for holder in self._holders:
+                stack.callback(_content(holder))
             yield
 
     def seed(self, *key: int) -> None:
@@ -78,9 +81,12 @@ class DataRandomness:
             _seed(one, value)
 
 
-def _generators(roots: Sequence[Any]) -> list[Any]:
-    """Return the generators within a few steps of the given objects, whichever way is the shortest."""
-    found, seen, level = [], set(), list(roots)
+def _found(roots: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the generators within a few steps of the given objects, whichever way is the shortest, and what holds."""
+    found: list[Any] = []
+    holders: list[Any] = []
+    seen: set[int] = set()
+    level = list(roots)
     for _ in range(_DEPTH + 1):
         following: list[Any] = []
         for value in level:
@@ -90,9 +96,32 @@ def _generators(roots: Sequence[Any]) -> list[Any]:
             if generator_state(value) is not None:
                 found.append(value)
             else:
-                following += _parts(value)
+                parts = _parts(value)
+                following += parts
+                if isinstance(value, (list, set, deque, dict)) and len(value) <= _DATA_LENGTH:
+                    holders.append(value)
+                elif parts and isinstance(getattr(value, "__dict__", None), dict):
+                    holders.append(vars(value))
         level = following
-    return found
+    return found, holders
+
+
+def _content(holder: Any) -> Callable[[], None]:
+    """Return what gives a container, or the attributes of an object, the elements that they have now."""
+    before = copy.copy(holder)
+
+    def restore() -> None:
+        if isinstance(holder, dict):
+            same = len(holder) == len(before) and all(holder.get(key) is value for key, value in before.items())
+        elif isinstance(holder, set):
+            same = holder == before
+        else:
+            same = len(holder) == len(before) and all(a is b for a, b in zip(holder, before, strict=True))
+        if not same:
+            holder.clear()
+            holder.extend(before) if isinstance(holder, (list, deque)) else holder.update(before)
+
+    return restore
 
 
 def _parts(value: Any) -> Sequence[Any]:
@@ -137,8 +166,8 @@ def mixed(*key: int) -> int:
 def fresh_copy(loader: Any) -> Any:
     """Return what gives the batches of a loader from the start, in this process, and leaves the loader as it is.
 
-    Samplers and iterable datasets are copied with the state that they have; a map-style dataset is shared. A sequence
-    of batches is its own copy.
+    Samplers and iterable datasets are copied with the state that they have; of a map-style dataset the data is shared.
+    A sequence of batches is its own copy.
 
     Raises:
         MisconfigurationException: for what cannot be copied.
@@ -151,7 +180,7 @@ def fresh_copy(loader: Any) -> Any:
         # The memo makes samplers refer to the dataset that is read, instead of copying it with them.
         memo: dict[int, Any] = {}
         if not isinstance(loader.dataset, IterableDataset):
-            memo[id(loader.dataset)] = _sheltered(loader.dataset) if loader.num_workers > 0 else loader.dataset
+            memo[id(loader.dataset)] = _sheltered(loader.dataset)
         names = ("dataset", "sampler", "batch_sampler", "generator")
         parts = copy.deepcopy([getattr(loader, name) for name in names], memo)
     except Exception as error:
@@ -172,8 +201,8 @@ def fresh_copy(loader: Any) -> Any:
 def _sheltered(dataset: Any) -> Any:
     """Return a copy of a dataset, and of datasets inside it, that shares all data.
 
-    Worker processes start from the dataset of this process. A file that is opened on first use must stay closed in
-    there: opened before the workers are forked, they would share its position.
+    What it counts or remembers while it is read stays in the copy. Worker processes start from the dataset of this
+    process: a file that is opened on first use must stay closed in there, or they would share its position.
     """
     try:
         copied = copy.copy(dataset)

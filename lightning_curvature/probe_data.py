@@ -30,12 +30,14 @@ class ProbeSet:
         batches: this rank's share.
         total: number of samples over all ranks.
         rounds: the largest number of batches that any rank has.
+        count: number of batches over all ranks.
         spread: number of groups that ranks have batches of in common, or None where each group lies on one rank.
     """
 
     batches: tuple[ProbeBatch, ...]
     total: int
     rounds: int
+    count: int
     spread: int | None = None
 
     def groups(self) -> list[int]:
@@ -145,7 +147,7 @@ def read_together(
         RuntimeError: on every rank when the reading failed on another one.
     """
     own = dataloader is None
-    loader, shaped = _only_loader(trainer.train_dataloader if own else dataloader, nested=own)
+    loader, shaped = only_loader(trainer.train_dataloader if own else dataloader, nested=own)
     errors: list[Exception] = []
     batches: Sequence[ProbeBatch] = ()
     more: list[Found] = []
@@ -181,7 +183,7 @@ def to_device(trainer: pl.Trainer, module: pl.LightningModule, probe: ProbeBatch
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
+def only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
     """Return the one loader in a collection, and what puts its batches into a collection of that form."""
     if loaders is None:
         raise MisconfigurationException(
@@ -189,7 +191,7 @@ def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
             "on_train_start or later, or give probe_dataloader=."
         )
     if isinstance(loaders, CombinedLoader):
-        return _only_loader(loaders.iterables, nested=True)
+        return only_loader(loaders.iterables, nested=True)
     if isinstance(loaders, (list, tuple)):
         nested = nested or any(isinstance(one, DataLoader) for one in loaders)
     if not isinstance(loaders, Mapping) and not (nested and isinstance(loaders, (list, tuple))):
@@ -197,13 +199,13 @@ def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
     if len(loaders) != 1:
         raise MisconfigurationException(
             f"the probe set must come from one dataloader, got a {type(loaders).__name__} of {len(loaders)}: give "
-            "probe_dataloader= the one to measure on."
+            "probe_dataloader= batches of the form that training_step takes, such as a list of some of them."
         )
     if isinstance(loaders, Mapping):
         ((name, value),) = loaders.items()
-        loader, inner = _only_loader(value, nested=True)
+        loader, inner = only_loader(value, nested=True)
         return loader, lambda batch: {name: inner(batch)}
-    loader, inner = _only_loader(loaders[0], nested=True)
+    loader, inner = only_loader(loaders[0], nested=True)
     form = list if isinstance(loaders, list) else tuple
     return loader, lambda batch: form([inner(batch)])
 
@@ -227,4 +229,5 @@ def _agreed(trainer: pl.Trainer, batches: Sequence[ProbeBatch], errors: list[Exc
             "the probe set must hold at least one sample for each rank, got "
             f"{' + '.join(map(str, counts))}: give more data, or other data by probe_dataloader=."
         )
-    return ProbeSet(tuple(batches), sum(counts), int(table[:, 1].max()), int(table[:, 3].max()) or None)
+    numbers = [int(count) for count in table[:, 1].tolist()]
+    return ProbeSet(tuple(batches), sum(counts), max(numbers), sum(numbers), int(table[:, 3].max()) or None)

@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 from lightning_curvature.data_reading import Reading
 from lightning_curvature.data_state import DataRandomness, mixed
 from lightning_curvature.objective import copied
-from lightning_curvature.probe_data import ProbeBatch, ProbeSet, Shape, check_numbers, read_together
+from lightning_curvature.probe_data import ProbeBatch, ProbeSet, Shape, check_numbers, only_loader, read_together
 
 __all__ = ["Population", "read_population"]
 
@@ -35,7 +35,7 @@ class Population(ABC):
 
     Attributes:
         share: this rank's micro-batches of all samples; in them may be indices instead of data.
-        batch_size: samples of a mini-batch, or None where batches of the loader's are drawn, which may differ in size.
+        batch_size: samples of a mini-batch, or None where batches of the loader's are drawn, which all count alike.
         replacement: whether a mini-batch may hold a sample twice.
         seed: of all draws.
     """
@@ -100,20 +100,20 @@ def read_population(
     ``whole`` makes anew n / W samples of batches, which live as long as the caller holds them.
 
     *Any other loader* (see :func:`~.probe_data.read_probe_set`): each rank keeps the batches that it has read, and a
-    mini-batch consists of as many of them as make up a step, drawn without replacement, but for a last one that is
-    incomplete. Ranks have different batches, and so different mini-batches of one ``number``; a pair of mini-batches
-    has the curvature of this rank's batches, not of all. A draw copies nothing: its data is that of ``whole``.
-    Where torch cuts the batches of single samples (an iterable dataset with a ``batch_size``), they are cut to the
-    largest part of a mini-batch that is no larger than ``micro_batch_size`` and makes it up exactly; whole batches
-    stay as they are, and both sizes must be left out.
+    mini-batch consists of as many of them as make up a step, drawn without replacement; all count alike, as they do in
+    a step, also in the whole. Ranks have different batches, and so different mini-batches of one ``number``; a pair of
+    mini-batches has the curvature of this rank's batches, not of all. A draw copies nothing: its data is that of
+    ``whole``. Where torch cuts the batches of single samples (an iterable dataset with a ``batch_size``), the last one
+    is left out where it is incomplete, and they are cut to the largest part of a mini-batch that is no larger than
+    ``micro_batch_size`` and makes it up exactly; whole batches stay as they are, and both sizes must be left out.
 
     Args:
         trainer: the Trainer, from ``on_train_start`` on.
         dataloader: a DataLoader, or batches that can be iterated again and again; default: the Trainer's.
         samples: the most samples to take, over all ranks; None for all.
-        batch_size: samples of a mini-batch. Default: of the Trainer's loader the data of an optimizer step as it is now
-            (its batch size · ``accumulate_grad_batches`` · ranks), or all where training has no more; of a given
-            ``dataloader`` one batch.
+        batch_size: samples of a mini-batch. Default: the data of an optimizer step as it is now (batch size of the
+            Trainer's loader · ``accumulate_grad_batches`` · ranks), or all where training has no more; one batch of a
+            given ``dataloader`` where the Trainer's has no size, or where the given one hands out whole batches.
         micro_batch_size: samples of a micro-batch; default: the batch size of the loader.
         seed: of the choice of samples, of random augmentations in them, and of the draws.
 
@@ -135,16 +135,31 @@ def read_population(
     check_numbers(trainer, samples, batch_size=batch_size, micro_batch_size=micro_batch_size)
 
     def read(reading: Reading, shaped: Shape) -> tuple[Sequence[ProbeBatch], Callable[[ProbeSet], Population]]:
-        step = trainer.accumulate_grad_batches * trainer.world_size if reading.own else 1
+        group = trainer.accumulate_grad_batches * trainer.world_size if reading.own else 1
+        size = batch_size
+        if reading.cuts_batches and size is None:
+            size = step_size(trainer) or reading.loader.batch_sampler.batch_size * group
         reading.randomness.seed(seed)
         indices = reading.indices()
         if indices is None:
-            return _read_batches(reading, shaped, step, batch_size)
-        return _read_samples(reading, shaped, indices, step, batch_size)
+            return _read_batches(reading, shaped, group, size)
+        assert size is not None
+        limited = batch_size is None and (samples is None or len(indices) <= samples)
+        return _read_samples(reading, shaped, indices, size, limited)
 
     options = {"samples": samples, "batch_size": micro_batch_size, "group_size": 1, "seed": seed}
     share, population = read_together(trainer, dataloader, read, **options)
     return population(share)
+
+
+def step_size(trainer: pl.Trainer) -> int | None:
+    """Return the samples of an optimizer step as it is now, over all ranks; None where the loader has no batch size."""
+    try:
+        loader, _ = only_loader(trainer.train_dataloader, nested=True)
+    except MisconfigurationException:  # none yet, or several
+        return None
+    size = getattr(loader, "batch_size", None)
+    return size * trainer.accumulate_grad_batches * trainer.world_size if isinstance(size, int) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,15 +220,13 @@ class _Samples(Population):
 
 
 def _read_samples(
-    reading: Reading, shaped: Shape, every: Sequence[int], step: int, batch_size: int | None
+    reading: Reading, shaped: Shape, every: Sequence[int], size: int, limited: bool
 ) -> tuple[Sequence[ProbeBatch], Callable[[ProbeSet], Population]]:
     loader, sampler = reading.loader, reading.source_sampler
     indices = reading.chosen(every)
-    own_size = loader.batch_sampler.batch_size
     replacement = type(sampler) in (RandomSampler, WeightedRandomSampler) and sampler.replacement
     weights = sampler.weights.cpu()[list(indices)] if type(sampler) is WeightedRandomSampler else None
-    size = batch_size or own_size * step
-    if batch_size is None and not replacement and (reading.samples is None or len(every) <= reading.samples):
+    if limited and not replacement:
         size = min(size, len(indices))  # an epoch is no longer
     if not replacement and 0 < len(indices) < size:
         raise MisconfigurationException(
@@ -230,7 +243,7 @@ def _read_samples(
         indices=indices,
         rows=rows,
         weights=weights,
-        micro_batch_size=reading.batch_size or own_size,
+        micro_batch_size=reading.batch_size or loader.batch_sampler.batch_size,
         collate=loader.collate_fn,
         shaped=shaped,
         device=reading.trainer.strategy.root_device,
@@ -241,50 +254,51 @@ def _read_samples(
 class _Batches(Population):
     """Batches as a loader gives them.
 
+    They count alike, as Lightning averages those of a step, whatever their sizes are.
+
     Attributes:
-        drawn: those that are drawn from.
         group: how many make a mini-batch.
     """
 
-    drawn: Sequence[ProbeBatch]
     group: int
 
     def whole(self) -> ProbeSet:
-        return self.share
+        return replace(self.share, batches=self._alike, total=self.share.count)
+
+    @property
+    def _alike(self) -> tuple[ProbeBatch, ...]:
+        return tuple(replace(one, size=1) for one in self.share.batches)
 
     def draw(self, key: int, number: int) -> tuple[ProbeBatch, ...]:
-        chosen = random.Random(mixed(self.seed, key, number, _CHOICE)).sample(self.drawn, self.group)
+        chosen = random.Random(mixed(self.seed, key, number, _CHOICE)).sample(self._alike, self.group)
         return tuple(
             replace(one, seed=mixed(self.seed, key, number, index, _HOOKS), group=0) for index, one in enumerate(chosen)
         )
 
 
 def _read_batches(
-    reading: Reading, shaped: Shape, step: int, batch_size: int | None
+    reading: Reading, shaped: Shape, group: int, size: int | None
 ) -> tuple[Sequence[ProbeBatch], Callable[[ProbeSet], Population]]:
-    group, part, size = step, None, None
+    part = None
     if reading.cuts_batches:
-        own_size = reading.loader.batch_sampler.batch_size
-        size = batch_size or own_size * step
-        most = min(reading.batch_size or own_size, size)
+        assert size is not None
+        most = min(reading.batch_size or reading.loader.batch_sampler.batch_size, size)
         part = max(number for number in range(1, most + 1) if size % number == 0)
         reading, group = replace(reading, batch_size=part), size // part
     else:
-        for name, value in (("batch_size", batch_size), ("micro_batch_size", reading.batch_size)):
+        for name, value in (("batch_size", size), ("micro_batch_size", reading.batch_size)):
             if value is not None:
                 raise MisconfigurationException(
                     f"{name} must be left to a dataloader that hands out whole batches, got {value}: leave it out."
                 )
     batches = [replace(one, batch=shaped(one.batch)) for one in reading.in_order()]
-    incomplete = reading.cuts_batches and len(batches) > 1 and batches[-1].size < batches[0].size
-    drawn = tuple(batches[:-1] if incomplete else batches)
-    if 0 < len(drawn) < group:
+    if part is not None and len(batches) > 1 and batches[-1].size < batches[0].size:
+        batches.pop()  # the incomplete one at the end of an epoch
+    if 0 < len(batches) < group:
         raise MisconfigurationException(
-            f"each rank must hold at least the {group} batches that make up a mini-batch, got {len(drawn)}: raise "
+            f"each rank must hold at least the {group} batches that make up a mini-batch, got {len(batches)}: raise "
             "samples, or give batches of the size of a mini-batch by probe_dataloader=."
         )
-    if any(one.size != part for one in drawn):
+    if any(one.size != part for one in batches):
         size = None
-    return batches, functools.partial(
-        _Batches, batch_size=size, replacement=False, seed=reading.seed, drawn=drawn, group=group
-    )
+    return batches, functools.partial(_Batches, batch_size=size, replacement=False, seed=reading.seed, group=group)

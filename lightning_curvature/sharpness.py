@@ -3,7 +3,8 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from lightning_curvature.sharpness_pairs import PairsAtOnce, PairsInTurn
 from lightning_curvature.sharpness_problem import CROSSED, FULL_GRADIENT, DrawOptions, Quantity, SharpnessProblem
 
 FullHessian = Literal["pairs", "exact"]
+Found = TypeVar("Found")
 
 
 class SharpnessMeasurement:
@@ -65,31 +67,38 @@ class SharpnessMeasurement:
             keys += [quantity, f"{quantity}_stderr"]
             if quantity in self.drawn:
                 keys.append(f"{quantity}_batches")
+        if "lambda_max_b" in self.drawn:
+            keys.append("lambda_max_b_unconverged")
         return keys + (["zero_gradient_batches"] if self.drawn else [])
 
     def measure(self, problem: SharpnessProblem, fail: Callable[[Exception], None]) -> dict[str, float]:
         """Measure everything asked for. Every rank comes here, and leaves together with the others.
+
+        What fails takes with it what needs it, and nothing else.
 
         Args:
             problem: what is measured.
             fail: called with the error that ended a measurement; returns where training goes on.
         """
         values = dict.fromkeys(self.keys(), math.nan)
-        for part in (self._step_sharpness, self._drawn_batches):
-            errors: list[Exception] = []
-            try:
-                values |= part(problem)
-            except Exception as error:
-                # Let go of the frames, which hold graphs.
-                errors.append(error.with_traceback(None))
-            if errors:
-                fail(errors.pop())
+        if "step_sharpness" in self.quantities:
+            values |= self._attempt(lambda: self._step_sharpness(problem), fail) or {}
+        if problem.population is not None and self.drawn:
+            values |= self._drawn_batches(problem, fail)
         return values
+
+    def _attempt(self, part: Callable[[], Found], fail: Callable[[Exception], None]) -> Found | None:
+        errors: list[Exception] = []
+        try:
+            return part()
+        except Exception as error:
+            # Let go of the frames, which hold graphs.
+            errors.append(error.with_traceback(None))
+        fail(errors.pop())
+        return None
 
     def _step_sharpness(self, problem: SharpnessProblem) -> dict[str, float]:
         """Sharpness of the data of the coming step, of all ranks together."""
-        if "step_sharpness" not in self.quantities:
-            return {}
         operator = self._operator(problem.step, problem.parameters, reduce=sum_over_ranks(problem.trainer))
         with contextlib.closing(MiniBatch(operator)) as batch:
             curvature, square = batch.self_curvature, batch.squared_norm
@@ -97,25 +106,36 @@ class SharpnessMeasurement:
         check_together(problem, operator, curvature)
         return {"step_sharpness": curvature / square if square else math.nan}
 
-    def _drawn_batches(self, problem: SharpnessProblem) -> dict[str, float]:
-        if problem.population is None or not self.drawn:
+    def _drawn_batches(self, problem: SharpnessProblem, fail: Callable[[Exception], None]) -> dict[str, float]:
+        whole = self._attempt(lambda: self._whole_set(problem), fail)
+        if whole is None:
             return {}
-        with contextlib.closing(self._whole_set(problem)) as whole:
-            full = None
+        options, full = self._options, None
+        with contextlib.closing(whole):
             if set(FULL_GRADIENT) & set(self.drawn):
-                full = whole.gradient
-                check_together(problem, whole.operator, whole.operator.space.norm(full))
-            draws = self._draws(problem, full, whole)
-            while not draws.enough:
-                draws.next_pairs()
+                full = self._attempt(lambda: self._full_gradient(problem, whole), fail)
+                if full is None:
+                    options = replace(options, quantities=tuple(q for q in self.drawn if q not in FULL_GRADIENT))
+            if not options.quantities:
+                return {}
+            draws = self._draws(options, problem, full, whole)
+            if self._attempt(draws.draw, fail) is None:
+                draws.give_up()
+        for error in draws.errors:
+            fail(error)
         return draws.values()
 
-    def _draws(self, problem: SharpnessProblem, full: Tensor | None, whole: MiniBatch) -> Draws:
-        in_turn = PairsInTurn(self._options, problem, full, with_whole=self._exact)
-        at_once = PairsAtOnce(self._options, problem, full)
-        pairs = self.at_once.pairs(self._options, problem, in_turn, at_once)
+    def _full_gradient(self, problem: SharpnessProblem, whole: MiniBatch) -> Tensor:
+        gradient = whole.gradient
+        check_together(problem, whole.operator, whole.operator.space.norm(gradient))
+        return gradient
+
+    def _draws(self, options: DrawOptions, problem: SharpnessProblem, full: Tensor | None, whole: MiniBatch) -> Draws:
+        in_turn = PairsInTurn(options, problem, full, with_whole=self._exact)
+        at_once = PairsAtOnce(options, problem, full)
+        pairs = self.at_once.pairs(options, problem, in_turn, at_once)
         return Draws(
-            self._options,
+            options,
             problem,
             in_turn,
             at_once if pairs > 1 else None,

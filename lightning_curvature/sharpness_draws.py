@@ -11,11 +11,13 @@ from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.parallel import sum_over_ranks
 from lightning_curvature.reporting import warn
 from lightning_curvature.sharpness_pairs import PairMoments, Pairs, PairsInTurn
-from lightning_curvature.sharpness_problem import CROSS_PRODUCT, CROSSED, PAIR, DrawOptions, SharpnessProblem
+from lightning_curvature.sharpness_problem import CROSS_PRODUCT, CROSSED, PAIR, DrawOptions, Quantity, SharpnessProblem
 
 
 class Draws:
     """The draws of one measurement: moments of the pairs that this rank has drawn, and of all pairs together.
+
+    A quantity that is not finite is lost, and the others go on.
 
     Args:
         options: what is measured, and how exactly.
@@ -25,6 +27,9 @@ class Draws:
         pairs: how many pairs each rank draws between two looks at what all of them know.
         whole: products with the whole probe set, shared out over the ranks; None where the other batch of a pair stands
             for it.
+
+    Attributes:
+        errors: why quantities were lost.
     """
 
     def __init__(
@@ -44,14 +49,32 @@ class Draws:
         self._batches = dict.fromkeys(options.quantities, 0)
         # At η = 0 there is no update over η.
         self._open = [q for q in options.quantities if q != "lambda_gen" or problem.lr]
-        self._zero_gradients = 0.0
+        self._zero_gradients = self._unconverged = 0.0
         self._begun = self._drawn = 0
         self._failure: Exception | None = None
+        self._lost: list[Quantity] = []
+        self.errors: list[Exception] = []
 
     @property
     def enough(self) -> bool:
         """Whether every quantity is known well enough, or there have been as many batches as may be."""
         return not self._open or self._drawn >= self._options.num_batches
+
+    def draw(self) -> bool:
+        """Draw until there are enough."""
+        while not self.enough:
+            self.next_pairs()
+        return True
+
+    def give_up(self) -> None:
+        """Draw no more: what is not known well enough by now is lost."""
+        for quantity in list(self._open):
+            self._lose(quantity)
+
+    def _lose(self, quantity: Quantity) -> None:
+        self._open.remove(quantity)
+        self._lost.append(quantity)
+        self._merged[quantity] = torch.full((6,), torch.nan, dtype=torch.float64)
 
     def next_pairs(self) -> None:
         """Draw pairs of batches on every rank, and add them one after the other. One collective."""
@@ -85,18 +108,25 @@ class Draws:
             else:
                 for pair, other in zip(pairs, self._in_turn.observe(numbers, alone) if alone else [], strict=False):
                     pair.moments |= other.moments
+                    pair.unconverged = other.unconverged
                 return pairs
         return self._in_turn.observe(numbers, self._open)
 
     def _merge(self, row: Tensor) -> None:
         """Add what a pair gave, and leave alone what is now known well enough."""
         self._drawn += PAIR
-        self._zero_gradients += float(row[-1])
+        self._zero_gradients += float(row[-2])
+        self._unconverged += float(row[-1]) if "lambda_max_b" in self._open else 0.0
         for column, quantity in enumerate(self._options.quantities):
             if quantity not in self._open:
                 continue
             moments = merge_moments(torch.stack([self._merged[quantity], row[6 * column : 6 * (column + 1)]]))
-            check_finite(float(moments.sum()))
+            try:
+                check_finite(float(moments.sum()))
+            except ArithmeticError as error:
+                self.errors.append(error.with_traceback(None))
+                self._lose(quantity)
+                continue
             self._merged[quantity], self._batches[quantity] = moments, self._drawn
             # Batches that tell something: of those without a gradient there may be any number.
             told = float(moments[0]) * (PAIR if quantity in CROSSED else 1)
@@ -123,12 +153,12 @@ class Draws:
         self._failure = self._failure or whole.operator.error
 
     def _exchange(self, pairs: Sequence[PairMoments]) -> Tensor:
-        """What the pairs of all ranks gave, in the order of their numbers: moments, and batches without a gradient."""
+        """What the pairs of all ranks gave, in the order of their numbers: moments, and counts of batches."""
         nothing = torch.zeros(6, dtype=torch.float64)
         own = [
             torch.cat(
                 [pair.moments.get(quantity, nothing) for quantity in self._options.quantities]
-                + [torch.tensor([float(pair.zero_gradients), float(self._failure is not None)]).double()]
+                + [torch.tensor([pair.zero_gradients, pair.unconverged, self._failure is not None]).double()]
             )
             for pair in pairs
         ]
@@ -147,13 +177,16 @@ class Draws:
                 "no mini-batch that was drawn has a gradient, and sharpness along it is not defined: all samples are "
                 "fitted, or the loss is constant."
             )
-        values = {"zero_gradient_batches": self._zero_gradients}
+        lost_all = len(self._lost) == len(self._merged)
+        values = {"zero_gradient_batches": math.nan if lost_all else self._zero_gradients}
+        if "lambda_max_b" in self._merged:
+            values["lambda_max_b_unconverged"] = math.nan if "lambda_max_b" in self._lost else self._unconverged
         for quantity, moments in self._merged.items():
             value, error = float(ratio_of_means(moments)), float(ratio_standard_error(moments))
             values |= {
                 quantity: value,
                 f"{quantity}_stderr": error,
-                f"{quantity}_batches": float(self._batches[quantity]),
+                f"{quantity}_batches": math.nan if quantity in self._lost else float(self._batches[quantity]),
             }
         return values
 

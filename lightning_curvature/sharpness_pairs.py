@@ -43,11 +43,13 @@ class PairMoments:
     Attributes:
         moments: by quantity, (6,); none where it gave nothing.
         zero_gradients: how many of its batches had no gradient.
+        unconverged: of how many the eigenvalue was not found to the tolerance.
         crosses: what the whole probe set has still to be multiplied with.
     """
 
     moments: dict[Quantity, Tensor] = field(default_factory=dict)
     zero_gradients: int = 0
+    unconverged: int = 0
     crosses: list[Cross] = field(default_factory=list)
 
     def add(self, quantity: Quantity, numerator: float, denominator: float = 1.0) -> None:
@@ -159,17 +161,18 @@ class PairsInTurn(Pairs):
             pair.add_own(batch.self_curvature, batch.squared_norm)
             self._problem.on_product()
         if "lambda_max_b" in wanted:
-            found = eigenpairs(
-                batch.operator,
-                batch.operator.space,
-                largest=1,
-                tolerance=self._options.tolerance,
-                start=self._vector,
-            )
-            self._problem.on_product()
-            self._vector = found.vectors
-            pair.add("lambda_max_b", float(found.values))
+            pair.add("lambda_max_b", self._largest_eigenvalue(batch, pair))
         pair.zero_gradients += batch.squared_norm == 0.0
+
+    def _largest_eigenvalue(self, batch: MiniBatch, pair: PairMoments) -> float:
+        space = batch.operator.space
+        self._problem.on_product()
+        if space.dimension == 1:
+            return batch.curvature_along(space.zeros() + 1.0)
+        found = eigenpairs(batch.operator, space, largest=1, tolerance=self._options.tolerance, start=self._vector)
+        self._vector = found.vectors
+        pair.unconverged += not all(found.converged)
+        return float(found.values)
 
 
 class PairsAtOnce(Pairs):

@@ -26,7 +26,7 @@ ACCUMULATION = {"accumulate_grad_batches": 2}
         (DataLoader(NUMBERS, batch_sampler=Growing()), {}, None, [[0], [1, 2], [3, 4, 5], [6, 7, 8, 9]]),
         (Doubled(NUMBERS[:8], batch_size=4), {}, None, [[0, 2, 4, 6], [8, 10, 12, 14]]),
         (DataLoader(Stream(), batch_size=2), {"samples": 7}, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        # An incomplete batch is in the whole only.
+        # But for an incomplete batch.
         (DataLoader(Stream(5), batch_size=2), {"samples": 9}, 4, [[0, 1], [2, 3]]),
         # Cut so that they make up a mini-batch.
         (DataLoader(Stream(12), batch_size=6), {"samples": 12, "micro_batch_size": 4, "batch_size": 6}, 6,
@@ -44,14 +44,17 @@ def test_a_mini_batch_is_as_many_batches_as_make_up_a_step(
     assert (population.batch_size, population.replacement) == (batch_size, False)
     whole = population.whole()
     places = {id(part.batch): place for place, part in enumerate(whole.batches)}
-    assert [part.batch.tolist() for part in whole.batches][: len(drawn)] == drawn
-    assert population.total == sum(part.size for part in whole.batches)
+    assert [part.batch.tolist() for part in whole.batches] == drawn
+    assert population.total == sum(map(len, drawn))
+    # They count alike, as in the steps of training, whatever their sizes are.
+    assert [part.size for part in whole.batches] == [1] * len(drawn)
+    assert whole.total == len(drawn)
     found = set()
     for number in range(100):
         parts = population.draw(0, number)
         chosen = [places[id(part.batch)] for part in parts]
         assert len(set(chosen)) == len(chosen) == 2
-        assert all(part.size == len(part.batch) for part in parts)
+        assert [part.size for part in parts] == [1, 1]
         found |= set(chosen)
     # Each of at most six is missing with probability at most (1 − 2/6)^100.
     assert found == set(range(len(drawn)))

@@ -17,7 +17,7 @@ from tests.test_probe_data_ranks import NUMBERS, WHOLE, Noisy, Noticed, Sharded,
 from tests.test_probe_draws import assert_same, numbers
 
 
-def populate_all(ranks: int, make: Callable[[int], Any], given: bool = False, **options: Any) -> list[Any]:
+def populate_all(ranks: int, make: Callable[[int], Any], given: Any = False, **options: Any) -> list[Any]:
     """The population or the error of each rank: all are read once for what they send, then again with their sum."""
     sent: list[Tensor] = []
 
@@ -30,6 +30,7 @@ def populate_all(ranks: int, make: Callable[[int], Any], given: bool = False, **
 
     def read(rank: int, reduce: Any) -> Any:
         loader = make(rank)
+        probed = given if isinstance(given, DataLoader) else loader if given else None
         trainer: Any = SimpleNamespace(
             world_size=ranks,
             global_rank=rank,
@@ -40,7 +41,11 @@ def populate_all(ranks: int, make: Callable[[int], Any], given: bool = False, **
             accumulate_grad_batches=2,
         )
         try:
-            return read_population(trainer, loader if given else None, **({"samples": None} | options))
+            return read_population(
+                trainer,
+                probed,
+                **({"samples": None} | options),
+            )
         except Exception as error:
             return error
 
@@ -90,7 +95,9 @@ def test_a_mini_batch_is_as_large_as_the_data_of_all_ranks() -> None:
     assert first.batch_size == second.batch_size == 2 * 2 * 2
     assert [part.size for part in first.draw(0, 4)] == [2, 2, 2, 2]
     assert numbers(first.draw(0, 4)) == numbers(second.draw(0, 4))
-    assert populate_all(2, make, given=True)[0].batch_size == 2
+    # Also of a given loader, whatever its own batch size is.
+    larger = DataLoader(NUMBERS, batch_size=5)
+    assert populate_all(2, make, given=larger)[0].batch_size == 8
 
 
 def test_by_the_weights_of_a_sampler_that_lightning_has_shared_out() -> None:
@@ -110,7 +117,8 @@ def test_by_the_weights_of_a_sampler_that_lightning_has_shared_out() -> None:
         (lambda rank: WHOLE, True, {}, None, [{0, 2, 4}, {1, 3}]),
         (lambda rank: DataLoader(WHOLE[:4] if rank else WHOLE, batch_size=None), False, {}, None,
          [{0, 1, 2, 3, 4}, {0, 1, 2, 3}]),
-        (lambda rank: DataLoader(Sharded(rank), batch_size=1), True, {"samples": 6}, 1, [{0, 1, 2}, {20, 21, 22}]),
+        (lambda rank: DataLoader(Sharded(rank), batch_size=1), True, {"samples": 6, "batch_size": 1}, 1,
+         [{0, 1, 2}, {20, 21, 22}]),
     ],
     ids=["given", "own of each", "iterable"],
 )  # fmt: skip

@@ -17,12 +17,12 @@ from lightning_curvature.objective import ObjectiveFunction, copied
 from lightning_curvature.operators import Curvature, operator_type
 from lightning_curvature.optimizers import stability_rule
 from lightning_curvature.parallel import is_sharded
-from lightning_curvature.probe_draws import Population, read_population
+from lightning_curvature.probe_draws import Population, read_population, step_size
 from lightning_curvature.probe_loss import ProbeLoss, StepCall
 from lightning_curvature.progress import Progress
 from lightning_curvature.sharpness import FullHessian, SharpnessMeasurement
 from lightning_curvature.sharpness_at_once import BatchesAtOnce
-from lightning_curvature.sharpness_problem import FULL_GRADIENT, PAIR, QUANTITIES, Quantity, SharpnessProblem
+from lightning_curvature.sharpness_problem import CROSSED, FULL_GRADIENT, PAIR, QUANTITIES, Quantity, SharpnessProblem
 from lightning_curvature.trial_steps import TrialSteps
 
 
@@ -45,8 +45,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     * "lambda_max_b": :math:`E_B[\lambda_{\max}(H_B)]`; between 2/η and 4/η.
 
     Each comes with ``<key>_stderr``, the standard error of the value over the draws, and ``<key>_batches``, how many
-    batches it took; beside them ``two_over_lr`` (2/η) and ``zero_gradient_batches``, drawn batches without a gradient,
-    which batch sharpness leaves out.
+    batches it took; beside them ``two_over_lr`` (2/η), ``zero_gradient_batches``, drawn batches without a gradient,
+    which batch sharpness leaves out, and ``lambda_max_b_unconverged``, drawn batches whose eigenvalue was not found to
+    ``tolerance`` and counts too small.
 
     Batches are drawn until the standard error of each value falls below ``relative_error`` of it, in pairs (B, B'). Two
     batches of a pair are independent, so that :math:`g_B^\top H_{B'} g_B` is :math:`g_B^\top H g_B` in the mean: the
@@ -66,7 +67,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             up.
         min_batches: the fewest that have a gradient; standard errors of fewer are not to be trusted.
         relative_error: relative standard error at which a quantity is known well enough.
-        batch_size: samples of a drawn batch; default: those of one optimizer step, over ranks and accumulation.
+        batch_size: samples of a drawn batch; default: those of one optimizer step, over ranks and accumulation (with a
+            ``probe_dataloader``, too).
         curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of each H.
         full_hessian: "pairs", as above, or "exact": a product with the whole probe set for each batch and each of (IAS
             with GNI) and λ_gen. Dearer by the size of the set, and each draw says more: worth it on small sets, and
@@ -124,6 +126,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         progress_bar: bool = False,
         on_error: OnError = "warn",
     ) -> None:
+        self.full_hessian = full_hessian
         super().__init__(
             every_n_train_steps=every_n_train_steps,
             probe_samples=probe_samples,
@@ -189,7 +192,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
 
     def _complete(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
         """Keep the batches of the coming step, where they are asked for, until the last of them."""
-        size = (getattr(trainer.train_dataloader, "batch_size", None), trainer.accumulate_grad_batches)
+        size = (step_size(trainer), trainer.accumulate_grad_batches)
         if size != self._step_size:
             # Steps of another size from here on: mini-batches are drawn anew, of that size.
             self._step_size, self._has_read = size, False
@@ -213,11 +216,13 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
         )
-        unequal = [q for q in self.quantities if q in FULL_GRADIENT and population.weighted]
+        # A pair has the Hessian of the samples as they are drawn, which is that of the loss that training descends.
+        whole = CROSSED if self.full_hessian == "exact" else FULL_GRADIENT
+        unequal = [q for q in self.quantities if q in whole and population.weighted]
         if unequal:
             raise MisconfigurationException(
                 f"quantities must not hold {unequal[0]!r} where samples are drawn by unequal weights, got a "
-                "WeightedRandomSampler, whose mean gradient is not that of the probe set: leave it out, or give "
+                "WeightedRandomSampler, whose mean loss is not that of the probe set: leave it out, or give "
                 "probe_dataloader= one that draws all alike."
             )
         return population

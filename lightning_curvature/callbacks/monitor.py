@@ -65,6 +65,7 @@ class Monitor(pl.Callback):
         self.probe_precision = probe_precision
         self.on_error: OnError = on_error
         self._objective: StepObjective | None = None
+        self._asked_step, self._is_due = -1, False
 
     @property
     def state_key(self) -> str:
@@ -100,6 +101,7 @@ class Monitor(pl.Callback):
                 f"optimizer_index must be below the number of optimizers, got {self.optimizer_index} of {count}: "
                 "count from 0."
             )
+        self._asked_step = -1
         device = trainer.strategy.root_device
         self._objective = StepObjective(pl_module, device, self.outputs, self.objective_function)
         add_layout(trainer)
@@ -119,7 +121,15 @@ class Monitor(pl.Callback):
             vars(self).pop(name, None)
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        return self._objective is not None and trainer.global_step % self.every_n_train_steps == 0
+        """Whether the step that a batch begins is to be measured; to be asked at the start of every batch.
+
+        In manual optimization a batch may make several steps: then the first that begins at or after 0, n, 2n, …
+        """
+        step, every = trainer.global_step, self.every_n_train_steps
+        if step != self._asked_step:
+            passed = 0 <= self._asked_step < step - step % every
+            self._asked_step, self._is_due = step, passed or step % every == 0
+        return self._objective is not None and self._is_due
 
     def _precision(self, trainer: pl.Trainer) -> Precision:
         """What makes the context of a probe's forward."""

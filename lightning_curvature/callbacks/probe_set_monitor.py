@@ -58,7 +58,7 @@ class ProbeSetMonitor(Monitor):
         self.probe_mode: ProbeMode = probe_mode
         self.seed = seed
         self._probe_set: Any = None
-        self._has_read = False
+        self._has_read = self._has_measured = False
         self._measured_step = -1
 
     def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: Any) -> None:
@@ -73,6 +73,7 @@ class ProbeSetMonitor(Monitor):
         """Check optimizers and parameters, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
         self._probe_set, self._has_read, self._measured_step = None, False, -1
+        self._has_measured = False
         parameters = self._parameters(trainer)
         if not parameters:
             raise MisconfigurationException(
@@ -117,8 +118,12 @@ class ProbeSetMonitor(Monitor):
                 loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
                 begun = True
                 self.measure(trainer, loss, self._probe_set)
+                self._has_measured = True
                 objective.bystanders.settle()
         except Exception as error:
+            if isinstance(error, MisconfigurationException) and self._has_measured:
+                # What could be measured before, and cannot any more, is no reason to end a run.
+                error = RuntimeError(str(error))
             self._fail(error)
             if not begun:
                 self.report_nothing(trainer)

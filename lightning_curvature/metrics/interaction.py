@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_curvature.functional import NoiseTerms, add_to_moments, merge_moments
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.micro_batches import sample_count
+from lightning_curvature.reporting import warn
 
 Batch = tuple[Any, Any]
 
@@ -62,7 +64,8 @@ class FullCurvatureMetric(MiniBatchMetric):
         if self._data is not None:
             self._add_exact(inputs, targets, self._data)
         elif self._waiting is None:
-            self._waiting = (inputs, targets)
+            # A copy: whoever gives it may write into it before the other one comes.
+            self._waiting = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (inputs, targets))
         else:
             with closing(self._mini_batch(*self._waiting)) as first, closing(self._mini_batch(inputs, targets)) as last:
                 crossed = last.curvature_along(first.gradient) + first.curvature_along(last.gradient)
@@ -191,11 +194,14 @@ class GradientNoiseInteraction(FullCurvatureMetric):
     .. math:: \frac{E_B[g_B^\top H\, g_B]}{\lVert g\rVert^2}
 
     ``update``, ``compute`` and cost as in :class:`InteractionAwareSharpness`; g is the gradient of the same ``data``.
-    Without ``data`` a pair gives :math:`g_B^\top g_{B'}` for the denominator, which is ‖g‖² in the mean. Where noise
-    is much larger than g it takes many pairs to see it, and the value is NaN as long as their mean is not positive.
+    Give ``data`` unless the mini-batches are drawn independently of each other and of the parameters. Without, a pair
+    gives :math:`g_B^\top g_{B'}` for the denominator, which is ‖g‖² in the mean for independent mini-batches. Those of
+    one epoch have no sample in common: theirs is :math:`\lVert g\rVert^2 - \operatorname{tr}\Sigma / (n - 1)`, which
+    near a minimum is negative, and so is that of mini-batches that were just trained on. The value is NaN, and said to
+    be, where the mean is not positive.
 
-    Not reset while the parameters move, it is the ratio of the means over a trajectory, exactly 2/η where SGD is
-    stationary on a quadratic.
+    With ``data`` and not reset while the parameters move, it is the ratio of the means over a trajectory, exactly 2/η
+    where SGD is stationary on a quadratic.
 
     Args:
         model: see :class:`InteractionAwareSharpness`.
@@ -228,6 +234,15 @@ class GradientNoiseInteraction(FullCurvatureMetric):
             replacement: whether mini-batches, given and meant, may hold a sample twice.
         """
         return self.noise_terms(replacement).gni(sizes, replacement)
+
+    def compute(self) -> Tensor:
+        """Return the ratio; NaN, with a warning, where pairs have not seen g through the noise."""
+        if self._data is None and self.moments[0] and not self.moments[2] > 0.0:
+            warn(
+                "GradientNoiseInteraction must find a positive mean of the denominators g_B·g_B', got "
+                f"{float(self.moments[2]):.3g}: give data= all samples, or mini-batches that are drawn independently."
+            )
+        return super().compute()
 
     def _denominator_of_pair(self, first: MiniBatch, last: MiniBatch) -> float:
         return first.operator.space.dot(first.gradient, last.gradient)

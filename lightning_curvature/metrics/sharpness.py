@@ -275,5 +275,8 @@ class BatchLambdaMax(MiniBatchMetric):
         start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
         with closing(self._mini_batch(inputs, targets)) as batch:
             operator = batch.operator
+            if operator.space.dimension == 1:  # its Hessian is the eigenvalue
+                self._add(batch.curvature_along(operator.space.zeros() + 1.0))
+                return
             self.pairs = eigenpairs(operator, operator.space, largest=1, tolerance=self.tolerance, start=start)
         self._add(float(self.pairs.values[0]))

@@ -325,5 +325,6 @@ def check_graph(loss: Tensor) -> None:
     """Raise if a loss has no graph at all."""
     if not loss.requires_grad:
         raise ValueError(
-            "the loss must depend on the parameters, got a constant: compute it with gradients enabled, without detach."
+            "the loss must depend on the parameters, got a constant: compute it with gradients enabled, without detach "
+            "and outside of no_grad and inference_mode."
         )

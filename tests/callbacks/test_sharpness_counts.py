@@ -113,15 +113,15 @@ def test_samples_are_read_once_a_fit(subset: int | None) -> None:
     data = Reads()
     data.tensors = samples()
     fit(None, data=DataLoader(data, batch_size=BATCH))
-    plain, data.count = data.count, 0
+    plain, Reads.count = Reads.count, 0
     follow = monitor("batch_sharpness", "gni", probe_samples=subset)
     for _ in range(2):
         fit(follow, data=DataLoader(data, batch_size=BATCH))
-        assert data.count == plain + (subset or SAMPLES)
-        data.count = 0
+        assert Reads.count == plain + (subset or SAMPLES)
+        Reads.count = 0
         assert follow._probe_set is None  # let go of when training ends
     fit(monitor("step_sharpness"), data=DataLoader(data, batch_size=BATCH))
-    assert data.count == plain  # that needs no others
+    assert Reads.count == plain  # that needs no others
 
 
 def test_nothing_happens_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,9 +191,12 @@ def test_a_loss_that_is_nan() -> None:
     assert list(found) == [0, 2]
     for row in found.values():
         assert lost(row) == set(row) - {"two_over_lr"}
+    # The step's own batch and ∇L; an eigenvalue of a mini-batch.
     assert said == [
         "BatchSharpnessMonitor logs NaN: ArithmeticError: the loss of a mini-batch and its derivatives must be finite, "
-        "got nan: look at the loss there."
+        "got nan: look at the loss there.",
+        "BatchSharpnessMonitor logs NaN: NonFiniteProductError: a product with the operator must be finite, got NaN or "
+        "infinity in product 1: look at the loss and its gradient there.",
     ]
 
 

@@ -131,11 +131,12 @@ def test_a_subset_of_the_samples() -> None:
 
 
 def test_a_dataloader_for_the_measurement() -> None:
+    """Its samples, in mini-batches as large as those of training."""
     held = Subset(TensorDataset(*samples()), list(range(6)))
     run = fit(monitor(probe_dataloader=DataLoader(held, batch_size=5)))
     drawn = [batch for step in run.rows for batch in run.beside.draws(step, 24)]
     assert {i for batch in drawn for i in batch} == set(range(6))
-    assert {len(batch) for batch in drawn} == {5}  # one batch of it
+    assert {len(batch) for batch in drawn} == {4}
     first = {(name, step): row[name] for step, row in run.rows.items() for name in ("batch_sharpness", "gni")}
     other = fit(monitor(probe_dataloader=DataLoader(Subset(held.dataset, list(range(6, 14))), batch_size=5)))
     assert all(abs(other.rows[step][name] / value - 1.0) > 1e-3 for (name, step), value in first.items())

@@ -165,14 +165,16 @@ def test_products_end_at_their_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Reads(TensorDataset):
-    """Counts the samples that are read."""
+    """Counts the samples that are read, outside of itself: its own attributes are put back."""
+
+    count = 0
 
     def __init__(self) -> None:
         super().__init__(*samples())
-        self.count = 0
+        Reads.count = 0
 
     def __getitem__(self, index: Any) -> Any:
-        self.count += 1
+        Reads.count += 1
         return super().__getitem__(index)
 
 
@@ -190,12 +192,12 @@ class Stream(IterableDataset[Any]):
 def test_probe_set_is_read_once_a_fit(subset: int | None) -> None:
     data = Reads()
     fit(follow=None, data=DataLoader(data, batch_size=BATCH))
-    plain, data.count = data.count, 0
+    plain, Reads.count = Reads.count, 0
     follow = monitor(probe_samples=subset)
     for _ in range(2):
         fit(follow=follow, data=DataLoader(data, batch_size=BATCH))
-        assert data.count == plain + (subset or SAMPLES)
-        data.count = 0
+        assert Reads.count == plain + (subset or SAMPLES)
+        Reads.count = 0
         assert follow._probe_set is None  # let go of when training ends
 
 

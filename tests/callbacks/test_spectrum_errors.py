@@ -201,13 +201,13 @@ MISFITS: dict[str, tuple[Make, HessianSpectrumMonitor, Callable[[], Any], str]] 
         Plain,
         monitor(),
         lambda: [shuffled(), shuffled()],
-        r"the probe set must come from one dataloader, got a list of 2: give probe_dataloader= the one to measure on",
+        r"the probe set must come from one dataloader, got a list of 2: give probe_dataloader= batches of the form",
     ),
     "several named dataloaders": (
         Plain,
         monitor(),
         lambda: {"a": shuffled(), "b": shuffled()},
-        r"the probe set must come from one dataloader, got a dict of 2: give probe_dataloader= the one to measure on",
+        r"the probe set must come from one dataloader, got a dict of 2: give probe_dataloader= batches of the form",
     ),
     "empty probe set": (
         Plain,

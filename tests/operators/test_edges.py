@@ -58,7 +58,8 @@ def test_a_piecewise_linear_network_has_the_curvature_of_its_loss() -> None:
 
 
 CONSTANT = (
-    r"^the loss must depend on the parameters, got a constant: compute it with gradients enabled, without detach\.$"
+    r"^the loss must depend on the parameters, got a constant: compute it with gradients enabled, without detach and "
+    r"outside of no_grad and inference_mode\.$"
 )
 MISSING = (
     r"^outputs must come with the loss, in its graph, got none: compute them by calling self\(…\) exactly once, or "
