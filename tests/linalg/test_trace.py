@@ -163,6 +163,19 @@ def test_more_samples_until_the_error_is_small_enough() -> None:
     assert tight.matvecs == tight.samples
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_no_sketch_where_samples_alone_are_cheaper(count: int) -> None:
+    """Two samples would do for a bulk alone, as above; outliers that hold all of the trace are found by the sketch."""
+    flat, tall = SPECTRA["bulk alone"], with_spectrum([9.0] * count + [0.0] * (N - count))
+    outside = 0
+    for seed in range(100):
+        found = trace(flat, flat.space, generator=_generator(seed))
+        assert (found.matvecs, found.samples, found.deflated) == (7, 6, 1)
+        outside += abs(found.value - 75.0) > 3.0 * found.standard_error
+        assert trace(tall, tall.space, generator=_generator(seed)).deflated >= 2
+    assert outside <= 1
+
+
 def test_the_cap_is_kept_and_said() -> None:
     operator = SPECTRA["cancelling"]
     operator.products = 0
