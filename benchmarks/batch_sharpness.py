@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from directional import hardware
 from sharpness_recipes import RECIPES
+from sharpness_small import NETWORKS, SMALL_LEGEND, small
 from spectrum import Page
 from spectrum_cost import in_turns
 from spectrum_nets import Batch, Net, subject
@@ -27,6 +28,16 @@ from lightning_curvature.functional import add_to_moments, ratio_of_means, ratio
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import HessianOperator
 
+SECTIONS = ("cost", "small", "estimates")
+FAST = {
+    "workloads": ["mlp"],
+    "small": ["MLP, 64–32"],
+    "samples": 64,
+    "draws": 4,
+    "train_steps": 4,
+    "repeats": 2,
+    "batch_sizes": [8],
+}
 TARGET = 0.05  # relative standard error of the estimates
 Draw = Callable[[int], tuple[float, float]]
 
@@ -48,7 +59,11 @@ def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=["mlp", "resnet9", "gpt"], default=["mlp", "resnet9", "gpt"])
+    parser.add_argument(
+        "--sections", nargs="+", choices=["cost", "small", "estimates"], default=["cost", "small", "estimates"]
+    )
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16], help="samples of a mini-batch")
+    parser.add_argument("--small", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="small networks")
     parser.add_argument("--samples", type=int, default=256, help="samples of the whole set")
     parser.add_argument("--draws", type=int, default=12, help="draws of which the spread is taken")
     parser.add_argument("--train-steps", type=int, default=100, help="steps before anything is measured")
@@ -61,7 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the tables to this file too")
     arguments = parser.parse_args()
     if arguments.fast:
-        parser.set_defaults(workloads=["mlp"], samples=64, draws=4, train_steps=4, repeats=2, batch_sizes=[8])
+        parser.set_defaults(
+            workloads=["mlp"], small=["MLP, 64–32"], samples=64, draws=4, train_steps=4, repeats=2, batch_sizes=[8]
+        )
         arguments = parser.parse_args()
     return arguments
 
@@ -153,17 +170,25 @@ def main() -> None:
     page = Page(arguments.out)
     page.add("# Cost of mini-batch sharpness", "")
     page.add(f"Made by `benchmarks/batch_sharpness.py`: {hardware(device)}; {arguments.clock} time.", "")
-    page.add("## One mini-batch", "", *COST_LEGEND.splitlines(), "")
     nets = {}
-    for key in arguments.workloads:
+    for key in arguments.workloads if set(arguments.sections) - {"small"} else []:
         for size in arguments.batch_sizes:
             nets[key, size] = subject(key, arguments.npz, arguments.samples, size).trained(
                 device, arguments.train_steps
             )
-            page.add(f"### {nets[key, size].title}", "", *cost(nets[key, size], clock, arguments.repeats), "")
-    for (key, size), net in nets.items():
-        legend = ESTIMATE_LEGEND.format(samples=net.samples, size=size)
-        page.add(f"## One estimate: {key}", "", *legend.splitlines(), "", *estimates(net, clock, arguments.draws), "")
+    if "cost" in arguments.sections:
+        page.add("## One mini-batch", "", *COST_LEGEND.splitlines(), "")
+        for net in nets.values():
+            page.add(f"### {net.title}", "", *cost(net, clock, arguments.repeats), "")
+    if "small" in arguments.sections:
+        page.add("## Small models", "", *SMALL_LEGEND.splitlines(), "")
+        page.add(*small(clock, arguments.batch_sizes, arguments.repeats, arguments.small), "")
+    if "estimates" in arguments.sections:
+        for (key, size), net in nets.items():
+            legend = ESTIMATE_LEGEND.format(samples=net.samples, size=size)
+            page.add(
+                f"## One estimate: {key}", "", *legend.splitlines(), "", *estimates(net, clock, arguments.draws), ""
+            )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ class AtOnceChoice:
         self._wanted = wanted
         self._pairs: int | None = None
 
+    @property
+    def taken(self) -> bool:
+        """Whether mini-batches are differentiated at once; before the first measurement they are not."""
+        return (self._pairs or 1) > 1
+
     def forget(self) -> None:
         """Choose anew at the next measurement."""
         self._pairs = None
