@@ -1,8 +1,12 @@
 """Loss curvature along the steps an optimizer really takes, as Lightning callbacks and torchmetrics metrics."""
 
-from lightning_curvature.callbacks import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.reporting import CurvatureWarning
-from lightning_curvature.update import ParameterUpdate
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_curvature.callbacks import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
+    from lightning_curvature.reporting import CurvatureWarning
+    from lightning_curvature.update import ParameterUpdate
 
 __all__ = [
     "BatchSharpnessMonitor",
@@ -11,3 +15,24 @@ __all__ = [
     "HessianSpectrumMonitor",
     "ParameterUpdate",
 ]
+
+_HOMES = {
+    "BatchSharpnessMonitor": "callbacks",
+    "CurvatureWarning": "reporting",
+    "DirectionalCurvatureMonitor": "callbacks",
+    "HessianSpectrumMonitor": "callbacks",
+    "ParameterUpdate": "update",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: Lightning loads ``autoload`` for every Trainer, also of scripts that want nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ BatchesAtOnce = int | Literal["auto"]
 # "auto" takes this many at once, which are as many as `min_batches` asks for, ...
 _COUNT = 16
 # ... where parameters and floating-point operations of a forward are at most so many. On a CPU, MLPs, CNNs and
-# transformers below both were 1.2 to 4 times as fast at once, and slower above 200 thousand parameters, where copies
+# transformers below both were 1.1 to 3.4 times as fast at once, and slower above 200 thousand parameters, where copies
 # of them no longer fit into the cache (docs/benchmark_batch_sharpness.md).
 _PARAMETERS, _OPERATIONS = 100_000, 25_000_000
 # Relative difference that both ways may have, which is rounding: at most 4e-6 was seen in float32.

@@ -1,0 +1,50 @@
+"""Monitors for a script that nobody wants to change: named by an environment variable, added by Lightning to a Trainer.
+
+Lightning calls :func:`monitors` for every Trainer that it makes, through the entry point ``callbacks_factory``. Without
+the variable nothing else of this package is imported.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_curvature.callbacks.monitor import Monitor
+
+VARIABLE = "LIGHTNING_CURVATURE"
+NAMES = {
+    "directional": "DirectionalCurvatureMonitor",
+    "spectrum": "HessianSpectrumMonitor",
+    "batch_sharpness": "BatchSharpnessMonitor",
+}
+
+
+def monitors() -> "list[Monitor]":
+    """Return the monitors that ``LIGHTNING_CURVATURE`` names, none where it is not set or empty.
+
+    Names are separated by commas, "directional", "spectrum" or "batch_sharpness", each with its defaults, or with
+    ``@n`` behind it for ``every_n_train_steps=n``.
+
+    Raises:
+        ValueError: for an unknown name or a number that is none.
+
+    Example:
+        >>> os.environ["LIGHTNING_CURVATURE"] = "directional@10, spectrum"
+        >>> [(type(one).__name__, one.every_n_train_steps) for one in monitors()]
+        [('DirectionalCurvatureMonitor', 10), ('HessianSpectrumMonitor', 200)]
+        >>> del os.environ["LIGHTNING_CURVATURE"]
+        >>> monitors()
+        []
+    """
+    return [_monitor(entry.strip()) for entry in os.environ.get(VARIABLE, "").split(",") if entry.strip()]
+
+
+def _monitor(entry: str) -> Any:
+    name, at, number = entry.partition("@")
+    if name not in NAMES or (at and not number.isdecimal()):
+        raise ValueError(
+            f"{VARIABLE} must hold names from {tuple(NAMES)}, each with @n behind it or not, got {entry!r}: "
+            "'directional@10,spectrum' measures every 10 steps and at the default ones; unset it for none."
+        )
+    from lightning_curvature import callbacks
+
+    return getattr(callbacks, NAMES[name])(**({"every_n_train_steps": int(number)} if at else {}))

@@ -1,0 +1,79 @@
+"""Monitors by an environment variable: nothing without it, what it names with it, and one sentence for a bad one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import lightning_curvature
+from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor, autoload
+from lightning_curvature.callbacks.monitor import Monitor
+from tests.runs import Capture, classification, loader, make_trainer, mlp
+from tests.runs import Classifier as Learner
+
+
+def of_trainer(trainer: pl.Trainer) -> list[Monitor]:
+    return [one for one in trainer.callbacks if isinstance(one, Monitor)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", [None, "", " , "])
+def test_nothing_where_nothing_is_asked_for(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(autoload.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(autoload.VARIABLE, value)
+    assert of_trainer(make_trainer()) == []
+
+
+def test_lightning_knows_the_factory() -> None:
+    points = importlib.metadata.entry_points(group="lightning.pytorch.callbacks_factory")
+    assert [point.value for point in points if point.name == "lightning_curvature"] == [
+        "lightning_curvature.autoload:monitors"
+    ]
+
+
+def test_a_trainer_has_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(autoload.VARIABLE, "directional@2,spectrum, batch_sharpness@3")
+    capture = Capture()
+    trainer = make_trainer(logger=capture)
+    kinds = [(type(one), one.every_n_train_steps) for one in of_trainer(trainer)]
+    assert kinds == [(DirectionalCurvatureMonitor, 2), (HessianSpectrumMonitor, 200), (BatchSharpnessMonitor, 3)]
+    trainer.fit(Learner(mlp(4, 3, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), loader(classification(4)))
+    keys = {key for row in capture.rows.values() for key in row}
+    assert {"curvature/lambda_kl", "curvature/lambda_max", "curvature/batch_sharpness"} <= keys
+
+
+@pytest.mark.parametrize(
+    "value", ["lambda_max", "directional@", "directional@often", "spectrum@-1", "directional spectrum"]
+)
+def test_bad_values(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(autoload.VARIABLE, value)
+    with pytest.raises(
+        ValueError, match=r"^LIGHTNING_CURVATURE must hold names from \('directional', .*, got .*unset it"
+    ):
+        make_trainer()
+    monkeypatch.setenv(autoload.VARIABLE, "spectrum@0")
+    with pytest.raises(ValueError, match=r"^every_n_train_steps must be a whole number of at least 1, got 0"):
+        make_trainer()
+
+
+def test_the_factory_imports_nothing_unless_asked() -> None:
+    """Every Trainer of the environment calls it."""
+    script = (
+        "import sys; from lightning_curvature import autoload; assert autoload.monitors() == []; "
+        "print([name for name in sys.modules if name.startswith('lightning_curvature.')], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['lightning_curvature.autoload'] False"
+
+
+def test_public_names() -> None:
+    assert set(lightning_curvature.__all__) <= set(dir(lightning_curvature))
+    for name in lightning_curvature.__all__:
+        assert getattr(lightning_curvature, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'lightning_curvature' has no attribute 'Nothing'"):
+        _ = lightning_curvature.Nothing  # type: ignore[attr-defined]
