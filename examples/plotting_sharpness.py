@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from curves import Curve
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from plotting import EDGE_SHARE, first_step_at_edge, label_at_right, plt, share_steps, tidy
 
 # Batch sharpness has reached the edge where the median of its share over the next tenth of the run exceeds EDGE_SHARE:
@@ -30,6 +30,7 @@ COLUMNS = 5  # of the legend, before it takes two rows
 
 # Height of the panel as a multiple of the highest 2/η: points of single batches and catapults may leave it.
 HEADROOM = 1.8
+MOST_HEADROOM = 2.5
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,13 @@ def _draw_sharpness(run: Run, axis: plt.Axes) -> None:
     starts = [*(phase.start for phase in run.phases), run.steps]
     axis.stairs(edges, starts, baseline=None, color="black", linestyle="--", linewidth=1.3, label="2/η", zorder=5)
     label_at_right(axis, edges[-1], f"2/η = {edges[-1]:.3g}")
-    axis.set(ylim=(0, HEADROOM * max(edges)), ylabel="sharpness")
+    # Curves are shown whole, up to 4/η where λ_max of mini-batches lies.
+    highest = max(
+        (values[np.isfinite(values)].max(initial=0.0) for key, (_, values) in run.curvature.items() if key in STYLES),
+        default=0.0,
+    )
+    ceiling = max(HEADROOM * max(edges), min(1.05 * highest, MOST_HEADROOM * max(edges)))
+    axis.set(ylim=(0, ceiling), ylabel="sharpness")
     axis.tick_params(labelbottom=False)
 
 
@@ -203,7 +210,11 @@ def _draw_loss(run: Run, axis: plt.Axes) -> None:
     axis.plot(*run.step_loss, markersize=3, alpha=0.3, **POINTS | {"color": "dimgray"})
     axis.plot(*run.loss, color="black", linewidth=1.3)
     axis.set(yscale="log", ylabel="training loss")
-    axis.yaxis.set_minor_formatter(NullFormatter())  # else a loss of less than a decade has labels as wide as the axis
+    low, high = axis.get_ylim()
+    if high < 10 * low:  # less than a decade has no label of its own, and each minor one would be as wide as the axis
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     note = {"xycoords": "axes fraction", "color": "dimgray", "fontsize": 9}
     # A falling loss leaves this corner empty.
     axis.annotate("points: one batch; line: mean of an epoch", (0.012, 0.06), **note)

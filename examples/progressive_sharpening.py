@@ -183,6 +183,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="fewer steps and measurements, digits only")
     args = parser.parse_args(arguments)
+    if args.npz is not None and args.dataset != "cifar10":
+        parser.error(f"--npz holds CIFAR-10, got --dataset {args.dataset}: add --dataset cifar10.")
     known = LEARNING_RATES[args.dataset]
     args.optimizers = list(dict.fromkeys(args.optimizers or known))
     if args.fast and args.dataset != "digits":

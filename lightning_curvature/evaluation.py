@@ -30,9 +30,9 @@ def read_result(result: Any, seen: list[Any], objective: bool = False) -> Evalua
     """Read what a step, or the user's objective, returned; only the latter's "mask" means weights of positions."""
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor):
+        got = f"a dict of {list(result)}" if isinstance(result, dict) and loss is None else type(loss).__name__
         raise ValueError(
-            f"the step must return a loss tensor or a dict with 'loss', got {type(loss).__name__}: return the loss, "
-            "or give objective=."
+            f"the step must return a loss tensor or a dict with 'loss', got {got}: return the loss, or give objective=."
         )
     if loss.numel() != 1:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean().")

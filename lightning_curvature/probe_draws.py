@@ -144,8 +144,7 @@ def read_population(
         if indices is None:
             return _read_batches(reading, shaped, group, size)
         assert size is not None
-        limited = batch_size is None and (samples is None or len(indices) <= samples)
-        return _read_samples(reading, shaped, indices, size, limited)
+        return _read_samples(reading, shaped, indices, size, own=batch_size is None)
 
     options = {"samples": samples, "batch_size": micro_batch_size, "group_size": 1, "seed": seed}
     share, population = read_together(trainer, dataloader, read, **options)
@@ -220,18 +219,18 @@ class _Samples(Population):
 
 
 def _read_samples(
-    reading: Reading, shaped: Shape, every: Sequence[int], size: int, limited: bool
+    reading: Reading, shaped: Shape, every: Sequence[int], size: int, own: bool
 ) -> tuple[Sequence[ProbeBatch], Callable[[ProbeSet], Population]]:
     loader, sampler = reading.loader, reading.source_sampler
     indices = reading.chosen(every)
     replacement = type(sampler) in (RandomSampler, WeightedRandomSampler) and sampler.replacement
     weights = sampler.weights.cpu()[list(indices)] if type(sampler) is WeightedRandomSampler else None
-    if limited and not replacement:
+    if own and not replacement and (reading.samples is None or len(every) <= reading.samples):
         size = min(size, len(indices))  # an epoch is no longer
     if not replacement and 0 < len(indices) < size:
         raise MisconfigurationException(
             f"batch_size must be at most the {len(indices)} samples that are drawn from without replacement, got "
-            f"{size}: lower it, or raise samples."
+            f"{size}{' (an optimizer step)' if own else ''}: lower it, or raise probe_samples."
         )
     # Copies: the samples may be the dataset's own memory.
     rows = {index: copied(reading.sample(index)) for index in indices}
@@ -297,7 +296,7 @@ def _read_batches(
     if 0 < len(batches) < group:
         raise MisconfigurationException(
             f"each rank must hold at least the {group} batches that make up a mini-batch, got {len(batches)}: raise "
-            "samples, or give batches of the size of a mini-batch by probe_dataloader=."
+            "probe_samples, or give batches of the size of a mini-batch by probe_dataloader=."
         )
     if any(one.size != part for one in batches):
         size = None

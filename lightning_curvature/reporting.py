@@ -83,11 +83,13 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
     """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    if not writers:
+        warn(f"{key} is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one.")
     if not writers or not trainer.is_global_zero:
         return
     edges, shares = density.histogram()
     counts = shares * density.dimension
-    picture = _density_picture(density)
+    picture = _density_picture(key, step, density)
     for writer in writers:
         writer.add_histogram_raw(
             key,
@@ -104,7 +106,7 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
             writer.add_image(f"{key}_picture", picture, step, dataformats="HWC")
 
 
-def _density_picture(density: SpectralDensity) -> Any:
+def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
     """The density on a logarithmic scale as an image, (H, W, 3) uint8, or None without matplotlib."""
     try:
         # Not pyplot, whose figures and backend are the user's.
@@ -117,10 +119,13 @@ def _density_picture(density: SpectralDensity) -> Any:
     figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.semilogy(grid.numpy(), density.evaluate(grid).numpy(), linewidth=1.2)
-    # Below a tenth of one eigenvalue there is nothing to see but the tails of the smoothing.
-    axes.set_ylim(bottom=0.1 / (density.dimension * density.default_width()))
+    values = density.evaluate(grid).numpy()
+    axes.semilogy(grid.numpy(), values, linewidth=1.2)
+    # Below a tenth of one eigenvalue there is nothing to see but the tails of the smoothing. They go down to 1e-300 and
+    # would decide where the upper end is.
+    axes.set_ylim(0.1 / (density.dimension * density.default_width()), 3.0 * values.max())
     axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_title(f"{key} at step {step}", fontsize=10)
     axes.set_ylabel("density")
     canvas.draw()
     return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -99,9 +99,13 @@ def test_a_single_incomplete_batch_is_better_than_nothing() -> None:
             DataLoader(NUMBERS, batch_size=4),
             {"batch_size": 11},
             r"batch_size must be at most the 10 samples that are drawn from without replacement, got 11: lower it, or "
-            r"raise samples\.",
+            r"raise probe_samples\.",
         ),
-        (DataLoader(NUMBERS, batch_size=4), {"samples": 3}, r"at most the 3 samples .*, got 4: lower it, or raise sam"),
+        (
+            DataLoader(NUMBERS, batch_size=4),
+            {"samples": 3},
+            r"at most the 3 samples .*, got 4 \(an optimizer step\): lower it, or raise prob",
+        ),
         (DataLoader([], batch_size=4), {"batch_size": 2}, r"at least one sample for each rank, got 0: give more data"),
         ([], {}, r"at least one sample for each rank, got 0: give more data, or other data by probe_dataloader=\."),
         (WHOLE, {"batch_size": 2}, r"^batch_size must be left to a dataloader that hands out whole batches, got 2: le"),
@@ -109,8 +113,8 @@ def test_a_single_incomplete_batch_is_better_than_nothing() -> None:
         (
             DataLoader(Stream(5), batch_size=2),
             {"batch_size": 6, "samples": 9},
-            r"each rank must hold at least the 3 batches that make up a mini-batch, got 2: raise samples, or give "
-            r"batches of the size of a mini-batch by probe_dataloader=\.",
+            r"each rank must hold at least the 3 batches that make up a mini-batch, got 2: raise probe_samples, or "
+            r"give batches of the size of a mini-batch by probe_dataloader=\.",
         ),
         (DataLoader(Stream(), batch_size=2), {}, r"samples must be a number where the dataloader has no length, got N"),
     ],

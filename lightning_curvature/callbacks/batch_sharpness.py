@@ -173,6 +173,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         self._calls_step = -1
         self._step_size: tuple[int | None, int] | None = None
 
+    _batch_norm_note = "a mini-batch is normalized by its own statistics, or each of its micro-batches where it is cut"
+
     def charts(self) -> dict[str, list[str]]:
         """TensorBoard charts: all sharpnesses with the edge."""
         names = [*self.quantities, "two_over_lr"]

@@ -77,7 +77,8 @@ class Monitor(pl.Callback):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and type(other) is type(self) and other.prefix == self.prefix:
                 raise MisconfigurationException(
-                    f"prefix must differ between monitors, got {self.prefix!r} twice: give one of them another prefix."
+                    f"prefix must differ between monitors of one class, got {self.prefix!r} of two "
+                    f"{type(self).__name__}s: give one of them another prefix."
                 )
         if stage != "fit" or self.objective_function is not None:
             return

@@ -61,6 +61,8 @@ class ProbeSetMonitor(Monitor):
         self._has_read = self._has_measured = False
         self._measured_step = -1
 
+    _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
+
     def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: Any) -> None:
         """Measure at the parameters as they are, on what ``_read`` gave. Called on every rank."""
         raise NotImplementedError
@@ -88,8 +90,8 @@ class ProbeSetMonitor(Monitor):
         batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules())
         if batch_norm and self.probe_mode == "train":
             warn(
-                "BatchNorm in training mode couples samples: H is that of the mean of micro-batches' losses, each "
-                "normalized by its own statistics. probe_mode='eval' takes the running statistics instead."
+                f"BatchNorm in training mode couples samples: {self._batch_norm_note}. probe_mode='eval' takes the "
+                "running statistics instead."
             )
 
     def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:

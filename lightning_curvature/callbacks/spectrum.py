@@ -214,7 +214,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         if "preconditioned_lambda_max" in self.quantities and math.isnan(rule.preconditioned):
             raise MisconfigurationException(
                 "quantities must not hold 'preconditioned_lambda_max' where the preconditioner is not known, "
-                f"got {type(trainer.optimizers[self.optimizer_index]).__name__} ({rule.note}): leave it out."
+                f"got {type(trainer.optimizers[self.optimizer_index]).__name__}: leave it out."
             )
         if self._sharded and self._measurement.products == "auto":
             warn(

@@ -59,7 +59,10 @@ def nothing_left(module: Any, batch: Any) -> Any:
 BAD_OBJECTIVES = [
     (lambda m, batch: m(batch[0]), r"loss must be a scalar, got shape \(8, 3\)"),
     (lambda m, batch: 3.0, r"must return a loss tensor or a dict with 'loss', got float: return the loss"),
-    (lambda m, batch: {"outputs": m(batch[0])}, r"must return a loss tensor or a dict with 'loss', got NoneType"),
+    (
+        lambda m, batch: {"outputs": m(batch[0])},
+        r"must return a loss tensor or a dict with 'loss', got a dict of \['outputs'\]",
+    ),
     (nothing_left, r"KeyError: 'labels'"),
 ]
 

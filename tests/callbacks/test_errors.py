@@ -149,7 +149,7 @@ def test_one_prefix_for_two_monitors() -> None:
         make_trainer(monitor(prefix="a"), monitor(prefix="a"))
     trainer = make_trainer(monitor(prefix="a"))
     trainer.callbacks.append(monitor(prefix="a", estimators=["hvp"]))  # type: ignore[attr-defined]
-    sentence = r"prefix must differ between monitors, got 'a' twice: give one of them another prefix"
+    sentence = r"prefix must differ between monitors of one class, got 'a' of two \w+s: give one of them another prefix"
     with pytest.raises(MisconfigurationException, match=sentence):
         trainer.fit(Plain(), loader(classification(1)))
 

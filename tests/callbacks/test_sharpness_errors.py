@@ -102,13 +102,13 @@ MISFITS: dict[str, tuple[Any, BatchSharpnessMonitor, Callable[[], Any], str]] = 
         monitor(batch_size=15),
         loader,
         r"batch_size must be at most the 14 samples that are drawn from without replacement, got 15: lower it, or "
-        r"raise samples",
+        r"raise probe_samples",
     ),
     "more than the subset": (
         sgd,
         monitor(probe_samples=3),
         loader,
-        r"batch_size must be at most the 3 samples that are drawn from without replacement, got 4: lower it",
+        r"batch_size must be at most the 3 samples that are drawn from without replacement, got 4 \(an optimizer step\): lower it",
     ),
     "size of whole batches": (
         sgd,

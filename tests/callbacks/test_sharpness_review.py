@@ -178,7 +178,7 @@ def test_a_step_that_grows_beyond_the_samples_ends_no_run() -> None:
     said = {str(w.message) for w in caught if w.category is CurvatureWarning}
     assert said == {
         "BatchSharpnessMonitor logs NaN: RuntimeError: batch_size must be at most the 8 samples that are drawn from "
-        "without replacement, got 16: lower it, or raise samples."
+        "without replacement, got 16 (an optimizer step): lower it, or raise probe_samples."
     }
     with pytest.raises(MisconfigurationException, match="got 16"):
         fit(monitor("batch_sharpness", probe_samples=8), accumulate_grad_batches=4)

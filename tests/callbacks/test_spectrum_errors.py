@@ -189,13 +189,13 @@ MISFITS: dict[str, tuple[Make, HessianSpectrumMonitor, Callable[[], Any], str]] 
         lambda: Plain(make_optimizer=lambda m: torch.optim.Adadelta(m.parameters())),
         monitor("preconditioned_lambda_max"),
         shuffled,
-        rf"quantities {KNOWN} Adadelta \(Adadelta is not known: 2/η of gradient descent is drawn.*\): leave it out",
+        rf"quantities {KNOWN} Adadelta: leave it out",
     ),
     "preconditioner of a changed step": (
         lambda: Plain(make_optimizer=lambda m: Adamlike(m.parameters())),
         monitor("preconditioned_lambda_max"),
         shuffled,
-        rf"quantities {KNOWN} Adamlike \(Adamlike is not known",
+        rf"quantities {KNOWN} Adamlike: leave it out",
     ),
     "several dataloaders": (
         Plain,
@@ -246,7 +246,7 @@ def test_misfits_are_found_before_the_first_step(name: str) -> None:
 def test_one_prefix_for_two_monitors() -> None:
     trainer = make_trainer(monitor(prefix="a"))
     trainer.callbacks.append(monitor(prefix="a"))  # type: ignore[attr-defined]
-    sentence = r"prefix must differ between monitors, got 'a' twice: give one of them another prefix"
+    sentence = r"prefix must differ between monitors of one class, got 'a' of two \w+s: give one of them another prefix"
     with pytest.raises(MisconfigurationException, match=sentence):
         trainer.fit(Plain(), shuffled())
 
