@@ -108,7 +108,7 @@ MISFITS: dict[str, tuple[Any, BatchSharpnessMonitor, Callable[[], Any], str]] = 
         sgd,
         monitor(probe_samples=3),
         loader,
-        r"batch_size must be at most the 3 samples that are drawn from without replacement, got 4 \(an optimizer step\): lower it",
+        r"at most the 3 samples that are drawn from without replacement, got 4 \(an optimizer step\): lower it",
     ),
     "size of whole batches": (
         sgd,
