@@ -55,7 +55,7 @@ def frozen(value: Any) -> Any:
     """Copy a value into plain containers, with tensors as (type, shape, bytes): equal means equal bit for bit."""
     if isinstance(value, Tensor):
         plain = value.detach().to_dense().clone().reshape(-1)
-        return ("tensor", str(value.dtype), tuple(value.shape), plain.view(torch.uint8).numpy().tobytes())
+        return ("tensor", str(value.dtype), tuple(value.shape), plain.view(torch.uint8).cpu().numpy().tobytes())
     if isinstance(value, np.ndarray):
         return ("array", str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, (bool, int, str, bytes, type(None))):
@@ -80,7 +80,8 @@ def frozen(value: Any) -> Any:
 
 
 def random_states() -> Any:
-    return frozen([random.getstate(), np.random.get_state(), torch.get_rng_state()])  # noqa: NPY002
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return frozen([random.getstate(), np.random.get_state(), torch.get_rng_state(), devices])  # noqa: NPY002
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""Checks of the arguments of monitors: one sentence with argument, rule, value and remedy."""
+"""Checks of arguments and modules of monitors: one sentence with argument or object, rule, value and remedy."""
 
 from collections.abc import Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 
 def check_names(argument: str, names: object, known: Sequence[str]) -> None:
@@ -29,3 +32,29 @@ def check_fraction(argument: str, value: object, remedy: str) -> None:
     """Raise unless ``value`` lies between 0 and 1."""
     if not isinstance(value, float) or not 0.0 < value < 1.0:
         raise ValueError(f"{argument} must lie between 0 and 1, got {value!r}: {remedy}.")
+
+
+def check_not_quantized(monitor: str, module: nn.Module) -> None:
+    """Raise where a module computes with weights of eight bits or less, which have no derivatives worth the name."""
+    remedy = "train the module in float32, bfloat16 or float16, or leave the monitor out"
+    for name, submodule in module.named_modules():
+        if kind := _quantized(submodule):
+            raise MisconfigurationException(
+                f"{monitor} must find modules that can be differentiated, got the quantized {name!r} ({kind}): "
+                f"{remedy}."
+            )
+    for name, p in module.named_parameters():
+        if p.is_floating_point() and p.dtype.itemsize == 1:
+            raise MisconfigurationException(
+                f"{monitor} must find parameters of at least 16 bits, got {name!r} of {p.dtype}: {remedy}."
+            )
+
+
+def _quantized(module: nn.Module) -> str | None:
+    """Name of the class of ``torch.ao``'s quantized modules that a module is of, or None."""
+    for kind in type(module).__mro__:
+        packages = kind.__module__.split(".")
+        # FloatFunctional stands there, too, and is what its name says.
+        if packages[:3] == ["torch", "ao", "nn"] and "quantized" in packages and kind.__name__ != "FloatFunctional":
+            return f"{kind.__module__}.{kind.__name__}"
+    return None

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_curvature.callbacks.checks import check_count
+from lightning_curvature.callbacks.checks import check_count, check_not_quantized
 from lightning_curvature.objective import ObjectiveFunction, StepObjective
 from lightning_curvature.probe_loss import Precision
 from lightning_curvature.reporting import add_layout, report, warn
@@ -89,7 +89,8 @@ class Monitor(pl.Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the optimizers and lay out TensorBoard."""
+        """Check the module and the optimizers, and lay out TensorBoard."""
+        check_not_quantized(type(self).__name__, pl_module)
         count = len(trainer.optimizers)
         if count > 1 and self.objective_function is None:
             raise MisconfigurationException(

@@ -38,6 +38,7 @@ class UpdateMonitor(Monitor):
         self._update_step = -1
         self._segment = 0
         self._gradients: dict[int, Tensor] = {}
+        self._differentiated = False
         self._loss_scale = 1.0
         self._failure: Exception | None = None
 
@@ -68,6 +69,7 @@ class UpdateMonitor(Monitor):
         """Keep the gradients before anything changes them."""
         if not self._armed or self._update_step == trainer.global_step:
             return
+        self._differentiated = True
         optimizer = trainer.optimizers[self.optimizer_index]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
@@ -99,6 +101,8 @@ class UpdateMonitor(Monitor):
         records = self._objective.records
         if not records or self._failure is not None:
             return
+        if pl_module.automatic_optimization and not self._differentiated:
+            return  # StochasticWeightAveraging passes over the data once more for BatchNorm: no backward, no step
         if not pl_module.automatic_optimization:
             self._segment = len(records[-1].backward.segments) - 1
             records[-1].backward.close()
@@ -170,7 +174,7 @@ class UpdateMonitor(Monitor):
         if self._objective is not None:
             self._objective.records = []
         self._update, self._update_step, self._failure = None, -1, None
-        self._gradients, self._loss_scale, self._segment = {}, 1.0, 0
+        self._gradients, self._differentiated, self._loss_scale, self._segment = {}, False, 1.0, 0
 
     def _note_failure(self, error: Exception) -> None:
         if self.on_error == "raise":

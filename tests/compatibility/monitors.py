@@ -1,0 +1,77 @@
+"""The three monitors, each with as few products as may be: one half of every matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
+from lightning_curvature.callbacks.monitor import Monitor
+from tests.witness import ALL, LAMBDAS
+
+# The others are made of the same products, or of many more.
+SPECTRUM = ("lambda_max", "gauss_newton_lambda_max", "preconditioned_lambda_max")
+SHARPNESS = ("batch_sharpness", "step_sharpness", "ias", "gni", "lambda_gen")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A monitor.
+
+    Attributes:
+        type: its class.
+        options: those of a quick run.
+        keys: what it must have a finite value of at every measured step, without the prefix.
+        watched: the one of them that a stopper or a checkpoint would watch.
+    """
+
+    type: Callable[..., Monitor]
+    options: Mapping[str, Any]
+    keys: tuple[str, ...]
+    watched: str
+
+    def make(self, **options: Any) -> Monitor:
+        """One that measures every third step."""
+        defaults = {"every_n_train_steps": 3, "on_error": "raise"}
+        return self.type(**(defaults | dict(self.options) | options))
+
+    def rows(self, rows: Mapping[int, Mapping[str, float]], prefix: str = "curvature") -> dict[int, dict[str, float]]:
+        """What it alone has logged, by step, in units that two runs can be compared in: bit for bit."""
+        keys = {f"{prefix}/{key}": key for key in (*self.keys, *(f"{key}_error" for key in self.keys))}
+        found = {step: {keys[k]: v for k, v in row.items() if k in keys} for step, row in sorted(rows.items())}
+        return {step: row for step, row in found.items() if row}
+
+    def check(self, rows: Mapping[int, Mapping[str, float]], steps: tuple[int, ...], prefix: str = "curvature") -> None:
+        """Values at these steps and at no other, all of them finite."""
+        found = self.rows(rows, prefix)
+        assert tuple(found) == steps
+        for step, row in found.items():
+            assert [key for key in self.keys if not math.isfinite(row[key])] == [], step
+
+
+MONITORS = {
+    "directional": Kind(
+        DirectionalCurvatureMonitor,
+        {"estimators": ALL},
+        (*LAMBDAS.values(), "descent", "update_norm"),
+        "lambda_kl",
+    ),
+    "spectrum": Kind(
+        HessianSpectrumMonitor,
+        {"quantities": SPECTRUM, "max_products": 20, "tolerance": 0.1, "micro_batch_size": 22},
+        SPECTRUM,
+        "lambda_max",
+    ),
+    "sharpness": Kind(
+        BatchSharpnessMonitor,
+        {"quantities": SHARPNESS, "num_batches": 4, "min_batches": 4},
+        SHARPNESS,
+        "batch_sharpness",
+    ),
+}
+
+each_monitor = pytest.mark.parametrize("kind", MONITORS.values(), ids=MONITORS)
