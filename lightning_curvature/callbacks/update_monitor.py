@@ -39,6 +39,7 @@ class UpdateMonitor(Monitor):
         self._segment = 0
         self._gradients: dict[int, Tensor] = {}
         self._differentiated = False
+        self._others: list[tuple[Tensor, Tensor]] = []
         self._loss_scale = 1.0
         self._failure: Exception | None = None
 
@@ -108,6 +109,7 @@ class UpdateMonitor(Monitor):
             records[-1].backward.close()
         try:
             self._update = ParameterUpdate(optimizer, self._gradient_scale(trainer, pl_module), self._gradients)
+            self._others = _other_parameters(trainer, optimizer)
         except Exception as error:
             self._note_failure(error)
         self._gradients = {}
@@ -135,9 +137,12 @@ class UpdateMonitor(Monitor):
                 return
             with contextlib.ExitStack() as stack:
                 try:
-                    bystanders = objective.bystanders.saved
+                    bystanders = [*objective.bystanders.saved, *(p for p, _ in self._others)]
                     stack.enter_context(untouched(pl_module, objective.device, bystanders, trainer.optimizers))
                     update.complete()
+                    # A discriminator's step was made before the generator's, on the generator as it was then.
+                    for p, before in self._others:
+                        local(p).detach().copy_(before)
                 except Exception as error:
                     self._note_failure(error)
                     self.measure(trainer, None, error)
@@ -174,9 +179,19 @@ class UpdateMonitor(Monitor):
         if self._objective is not None:
             self._objective.records = []
         self._update, self._update_step, self._failure = None, -1, None
-        self._gradients, self._differentiated, self._loss_scale, self._segment = {}, False, 1.0, 0
+        self._gradients, self._others, self._differentiated = {}, [], False
+        self._loss_scale, self._segment = 1.0, 0
 
     def _note_failure(self, error: Exception) -> None:
         if self.on_error == "raise":
             raise error
         self._failure = error
+
+
+@torch.no_grad()
+def _other_parameters(trainer: pl.Trainer, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """What the other optimizers hold, with copies: they may step before the batch ends."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    groups = [group for other in trainer.optimizers for group in other.param_groups]
+    others = {id(p): p for group in groups for p in group["params"] if id(p) not in own}
+    return [(p, local(p).detach().clone()) for p in others.values()]
