@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_curvature import probes
 from lightning_curvature.estimates import Estimate, estimate, loss_descent, next_epsilon
 from lightning_curvature.evaluation import OUTPUTS_REMEDY
+from lightning_curvature.failures import FAILED, MISTAKEN, elsewhere, severity
 from lightning_curvature.line_search import CriticalStep, critical_step
 from lightning_curvature.parallel import mean_of_scalars
 from lightning_curvature.probes import Window
@@ -27,11 +28,9 @@ _USES_OUTPUTS = (*_NEEDS_OUTPUTS, "finite_difference")
 _EXACT = {"hvp": "hvp", "gauss_newton": "gn"}  # estimator → prefix of its values
 
 # What the ranks agree on before the probes.
-_START = ("loss", "descent", "squared_norm", "squared_size", "failed")
+_START = ("loss", "descent", "squared_norm", "squared_size", "failed", "mistaken", "modelled")
 
 Fail = Callable[[Exception], None]
-
-_ELSEWHERE = "a probe failed on another rank, which tells more"
 
 
 @dataclass
@@ -128,7 +127,7 @@ class DirectionalMeasurement:
         errors: list[Exception] = []
         start = mean_of_scalars(trainer, self._start(window, failure, errors.append), device)
         if start["failed"] > 0.0 or window is None:
-            _hand_over(errors, fail)
+            _hand_over(errors, fail, start["mistaken"])
             return Result()  # means over the ranks that did not fail are not numbers of the job
         norm = math.sqrt(max(start["squared_norm"], 0.0))
         result = Result(norm=norm, lr=window.update.lr)
@@ -138,19 +137,24 @@ class DirectionalMeasurement:
         if norm == 0.0:
             warn("the step did not move the parameters (a skipped fp16 step, or a learning rate of 0): logging NaN.")
             return result
+        if 0.0 < start["modelled"] < 1.0:
+            self.begin()  # and look again at the next step
+            fail(RuntimeError("the outputs, or the likelihood of the loss, were found on some of the ranks only"))
+            return result
         # Not before all ranks have a model: the distance is remembered, and must be the same on all of them.
         result.epsilon = self._choose_epsilon(norm, start)
         local, result.critical = self._probe(trainer, window, result.epsilon, start["loss"], errors.append)
+        local["mistaken"] = _mistaken(errors)
         # A rank that failed must still send as many numbers as the others: all names are known beforehand.
         missing = torch.full((), torch.nan)
         names = _value_names(self.active, self._model is not None)
         values = start | mean_of_scalars(trainer, {n: local.get(n, missing) for n in names}, device)
         if values["failed"] > 0.0:
-            _hand_over(errors, fail)
+            _hand_over(errors, fail, values["mistaken"])
             return replace(result, critical=None)
         wanted = set(self.active)
         if values["exact_failed"] > 0.0:
-            _hand_over(errors, fail)
+            _hand_over(errors, fail, values["mistaken"])
             wanted -= set(_EXACT)
             values = {n: v for n, v in values.items() if not n.startswith(tuple(_EXACT.values()))}
         values["positions"] = values.get("positions", math.nan) * trainer.world_size
@@ -176,10 +180,12 @@ class DirectionalMeasurement:
                 # ‖θ‖ sets the first distance; afterwards nobody asks.
                 "squared_size": window.update.squared_size() if math.isnan(self._distance) else torch.zeros(()),
                 "failed": torch.zeros(()),
+                "mistaken": torch.zeros(()),
+                "modelled": torch.tensor(float(self._model is not None)),
             }
         except Exception as error:
             fail(error)
-            return dict.fromkeys(_START, torch.zeros(())) | {"failed": torch.ones(())}
+            return dict.fromkeys(_START, torch.zeros(())) | {"failed": torch.ones(()), "mistaken": _mistaken([error])}
 
     def _find_model(self, window: Window) -> None:
         """On the first measured step: which likelihood, which target, which estimators; later: whether that holds."""
@@ -311,21 +317,26 @@ class DirectionalMeasurement:
         self._learned = (rounding.growth, rounding.history, rounding.offset, rounding.slopes)
 
 
-def _hand_over(errors: list[Exception], fail: Fail) -> None:
+def _mistaken(errors: Sequence[Exception]) -> Tensor:
+    """1 where an error is a mistake that ends the run, which it must do on all ranks."""
+    return torch.tensor(float(any(severity(error) == MISTAKEN for error in errors)))
+
+
+def _hand_over(errors: list[Exception], fail: Fail, mistaken: float) -> None:
     """Call ``fail`` with the first error of this rank, if it has one, and let go of them all.
 
     An error holds the frames it came through, and they hold the update: a list that kept it would keep two copies of
     the parameters until the collector comes by.
     """
     try:
-        fail(errors[0] if errors else RuntimeError(_ELSEWHERE))
+        fail(errors[0] if errors else elsewhere("a probe", MISTAKEN if mistaken > 0.0 else FAILED))
     finally:
         errors.clear()
 
 
 def _value_names(active: Collection[str], outputs: bool) -> list[str]:
     """Names of all numbers that one measurement brings together, the same on every rank."""
-    names = ["failed", "exact_failed"]
+    names = ["failed", "exact_failed", "mistaken"]
     if "finite_difference" in active:
         names += ["loss_plus", "loss_minus"] + (list(probes.PAIR_NAMES) if outputs else [])
     elif "kl" in active:

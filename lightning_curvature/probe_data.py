@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature.data_reading import ProbeBatch, Reading
 from lightning_curvature.data_state import DataRandomness, fresh_copy
+from lightning_curvature.failures import elsewhere, noted, severity
 from lightning_curvature.objective import copied
 from lightning_curvature.parallel import mean_over_ranks
 
@@ -54,6 +55,7 @@ def read_probe_set(
     batch_size: int | None = None,
     group_size: int = 1,
     seed: int = 0,
+    errors: list[Exception] | None = None,
 ) -> ProbeSet:
     """Read the probe set of a run, which does not notice.
 
@@ -92,8 +94,10 @@ def read_probe_set(
         batch_size: size of a batch; default: that of the loader. Whole batches cannot be cut.
         group_size: how many consecutive batches belong together; they go to one rank, if there are groups for all.
         seed: of the draw of samples and of the random augmentations in them.
+        errors: what has failed before on this rank, which then does not read, and tells the others.
 
     Raises:
+        Exception: the first of ``errors``.
         ValueError: ``samples`` or ``batch_size`` is less than 1.
         MisconfigurationException: there is more than one loader, or it cannot be copied, has no end or no samples.
         RuntimeError: on every rank when the reading failed on another one.
@@ -104,7 +108,14 @@ def read_probe_set(
         return [replace(one, batch=shaped(one.batch)) for one in reading.batches()], None
 
     return read_together(
-        trainer, dataloader, read, samples=samples, batch_size=batch_size, group_size=group_size, seed=seed
+        trainer,
+        dataloader,
+        read,
+        errors,
+        samples=samples,
+        batch_size=batch_size,
+        group_size=group_size,
+        seed=seed,
     )[0]
 
 
@@ -129,6 +140,7 @@ def read_together(
     trainer: pl.Trainer,
     dataloader: Any | None,
     read: Callable[[Reading, Shape], tuple[Sequence[ProbeBatch], Found]],
+    errors: list[Exception] | None = None,
     **options: Any,
 ) -> tuple[ProbeSet, Found]:
     """Read on all ranks what ``read`` makes of a fresh copy of the loader; random states are the same afterwards.
@@ -137,28 +149,29 @@ def read_together(
         trainer: the Trainer.
         dataloader: the loader; default: the Trainer's.
         read: gets the reading, and what gives a batch the form of the Trainer's; returns this rank's share, and more.
+        errors: what has failed before on this rank.
         **options: of the reading: ``samples``, ``batch_size``, ``group_size``, ``seed``.
 
     Returns:
         What the ranks have together, and what else this one's ``read`` returned.
 
     Raises:
-        MisconfigurationException: there is more than one loader, or it cannot be copied, or gives no samples.
+        MisconfigurationException: there is more than one loader, or it cannot be copied, or gives no samples; on every
+            rank, also when it was another one's.
         RuntimeError: on every rank when the reading failed on another one.
     """
-    own = dataloader is None
-    loader, shaped = only_loader(trainer.train_dataloader if own else dataloader, nested=own)
-    errors: list[Exception] = []
+    errors = [] if errors is None else errors
     batches: Sequence[ProbeBatch] = ()
     more: list[Found] = []
-    try:
-        fresh = fresh_copy(loader)
-        randomness = DataRandomness(trainer.strategy.root_device, fresh)
-        with randomness.kept():
-            batches, found = read(Reading(trainer, fresh, own, randomness=randomness, **options), shaped)
-            more.append(found)
-    except Exception as error:
-        errors.append(error)
+    if not errors:
+        with noted(errors):
+            own = dataloader is None
+            loader, shaped = only_loader(trainer.train_dataloader if own else dataloader, nested=own)
+            fresh = fresh_copy(loader)
+            randomness = DataRandomness(trainer.strategy.root_device, fresh)
+            with randomness.kept():
+                batches, found = read(Reading(trainer, fresh, own, randomness=randomness, **options), shaped)
+                more.append(found)
     return _agreed(trainer, batches, errors), more[0]
 
 
@@ -214,15 +227,21 @@ def _agreed(trainer: pl.Trainer, batches: Sequence[ProbeBatch], errors: list[Exc
     """Bring together what the ranks have read. Each comes here, also one that failed: none waits for another."""
     table = torch.zeros(trainer.world_size, 4, dtype=torch.float64, device="cpu")
     spread = max((one.group + 1 for one in batches if one.spread), default=0)
-    for column, value in enumerate((sum(one.size for one in batches), len(batches), len(errors), spread)):
+    failed = severity(errors[0] if errors else None)
+    for column, value in enumerate((sum(one.size for one in batches), len(batches), failed, spread)):
         table[trainer.global_rank, column] = value
     if trainer.world_size > 1:
         summed = mean_over_ranks(trainer, table.to(trainer.strategy.root_device)) * trainer.world_size
         table = summed.round().cpu()
     if errors:
-        raise errors.pop()  # which leaves no frame that holds it
+        error = errors[0]
+        errors.clear()
+        try:
+            raise error
+        finally:
+            del error  # which holds this frame
     if table[:, 2].any():
-        raise RuntimeError("reading the probe set failed on another rank, which tells more")
+        raise elsewhere("reading the probe set", float(table[:, 2].max()))
     counts = [int(count) for count in table[:, 0].tolist()]
     if min(counts) == 0:
         raise MisconfigurationException(

@@ -1,16 +1,17 @@
 """The measurement of mini-batch sharpness at one step: of the step's own batch, and of batches that are drawn."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 from torch import Tensor
 
 from lightning_curvature.failures import failure_of
 from lightning_curvature.mini_batch import MiniBatch
-from lightning_curvature.operators import Curvature, CurvatureOperator, operator_type
+from lightning_curvature.operators import Curvature, CurvatureOperator, MicroBatch, operator_type
 from lightning_curvature.parallel import sum_over_ranks
 from lightning_curvature.sharpness_at_once import AtOnceChoice, BatchesAtOnce
 from lightning_curvature.sharpness_draws import Draws, check_finite
@@ -147,12 +148,22 @@ class SharpnessMeasurement:
         """The whole probe set as one batch: for its gradient, and with exact products for these."""
         assert problem.population is not None
         used = self._exact or set(FULL_GRADIENT) & set(self.drawn)
-        parts = problem.loss.parts(problem.population.whole()) if used else []
         reduce = sum_over_ranks(problem.trainer)
+        try:
+            parts = problem.loss.parts(problem.population.whole()) if used else []
+        except Exception as error:
+            if reduce is None:
+                raise
+            # The others are on their way to the first product: it fails there, and they hear of it.
+            parts = [MicroBatch(functools.partial(_raise, error.with_traceback(None)), 0.0)]
         if not self._exact:
             return MiniBatch(CurvatureOperator(parts, problem.parameters, reduce=reduce))
         processes = problem.trainer.num_devices
         return MiniBatch(self._operator(parts, problem.parameters, reduce=reduce, processes=processes))
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def check_together(problem: SharpnessProblem, operator: CurvatureOperator, number: float) -> None:
@@ -160,4 +171,5 @@ def check_together(problem: SharpnessProblem, operator: CurvatureOperator, numbe
     try:
         check_finite(number)
     except ArithmeticError as error:
-        raise failure_of(problem.trainer, operator.error, error).cause from None
+        own, operator.error = operator.error, None  # told here: its next product may well do
+        raise failure_of(problem.trainer, own, error).cause from None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_curvature.failures import elsewhere, severity
 from lightning_curvature.functional import merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.parallel import sum_over_ranks
@@ -158,7 +159,7 @@ class Draws:
         own = [
             torch.cat(
                 [pair.moments.get(quantity, nothing) for quantity in self._options.quantities]
-                + [torch.tensor([pair.zero_gradients, pair.unconverged, self._failure is not None]).double()]
+                + [torch.tensor([pair.zero_gradients, pair.unconverged, severity(self._failure)]).double()]
             )
             for pair in pairs
         ]
@@ -167,7 +168,7 @@ class Draws:
         if self._sum is not None:
             table = self._sum(table.to(self._problem.trainer.strategy.root_device)).cpu()
         if self._failure is None and table[..., -1].any():
-            self._failure = RuntimeError("a mini-batch failed on another rank, which tells more")
+            self._failure = elsewhere("a mini-batch", float(table[..., -1].max()))
         return table[..., :-1].flatten(0, 1)
 
     def values(self) -> dict[str, float]:

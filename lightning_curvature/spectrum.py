@@ -21,7 +21,7 @@ from lightning_curvature.linalg import (
 )
 from lightning_curvature.optimizers import NotYetSteppedError
 from lightning_curvature.reporting import warn
-from lightning_curvature.spectrum_problem import Operator, Problem, basis_length, make_operator
+from lightning_curvature.spectrum_problem import Operator, Problem, make_operator, preconditioned
 
 Quantity = Literal[
     "lambda_max",
@@ -128,8 +128,8 @@ class SpectrumMeasurement:
     def measure(self, problem: Problem, fail: Callable[[Exception], None]) -> Spectrum:
         """Measure everything asked for.
 
-        Every rank comes here and makes the same products. One that fails sends NaN in its product, so that all of them
-        leave the operator together; the other operators are still measured.
+        Every rank comes here and makes the same products. One that fails sends NaN in its product, or in one more, so
+        that all of them leave the operator together; the other operators are still measured.
 
         Args:
             problem: what the spectrum is of.
@@ -152,8 +152,11 @@ class SpectrumMeasurement:
 
     def keys(self) -> list[str]:
         """Keys of all values, the same at every measurement."""
+        return self._keys_of(self.quantities)
+
+    def _keys_of(self, quantities: Sequence[str]) -> list[str]:
         keys = []
-        for quantity in self.quantities:
+        for quantity in quantities:
             if quantity == "hessian_trace":
                 keys += [quantity, f"{quantity}_stderr"]
             elif quantity == "second_moment_contraction":
@@ -187,9 +190,25 @@ class SpectrumMeasurement:
     def _attempt(self, problem: Problem, kind: str, wanted: Sequence[str], spectrum: Spectrum) -> Failure | None:
         with contextlib.closing(make_operator(problem, kind, self._difference, self.keep_graph)) as operator:
             try:
-                self._measure_on(operator, problem, kind, wanted, spectrum)
-            except (RuntimeError, NonFiniteProductError) as error:
-                return failure_of(problem.trainer, operator.error, error)
+                whole = preconditioned(problem, operator) if kind == "preconditioned" else operator
+                self._measure_on(whole, problem, kind, wanted, spectrum)
+                if not operator.all_ended():
+                    raise NonFiniteProductError(f"what was measured of the operator {kind!r} is lost")
+            except NotYetSteppedError:
+                raise
+            except Exception as error:
+                if operator.reduce is None and not isinstance(error, (RuntimeError, NonFiniteProductError)):
+                    raise
+                between = not isinstance(error, NonFiniteProductError)
+                if between:
+                    operator.fail(error.with_traceback(None))  # which holds vectors
+                failure = failure_of(problem.trainer, operator.error, error, between)
+                if failure.between and operator.reduce is not None:
+                    # Some ranks have come further than others, and all must have the same.
+                    spectrum.values |= dict.fromkeys(self._keys_of(wanted), math.nan)
+                    spectrum.density = spectrum.density if "spectral_density" not in wanted else None
+                    self.vectors.pop(kind, None)
+                return failure
         return None
 
     def _measure_on(
@@ -214,7 +233,7 @@ class SpectrumMeasurement:
                 smallest=smallest,
                 tolerance=self.tolerance,
                 max_matvecs=self.max_products,
-                max_basis=basis_length(space, problem.trainer),
+                max_basis=problem.basis,
                 start=self._start(space, kind),
                 generator=generator,
             )

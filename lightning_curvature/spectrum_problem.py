@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators import (
+    CurvatureOperator,
     GaussNewtonOperator,
     GradientDifferenceOperator,
     HessianOperator,
@@ -20,7 +21,7 @@ from lightning_curvature.operators import (
 )
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.optimizers import StabilityRule, preconditioner
-from lightning_curvature.parallel import least_over_ranks, sum_over_ranks
+from lightning_curvature.parallel import local, sum_over_ranks
 
 # Share of the free memory that the basis of an eigensolver may take, and the most vectors that are of use: a restart
 # after so many costs little.
@@ -32,15 +33,8 @@ class Operator(Protocol):
 
     space: VectorSpace
 
-    @property
-    def error(self) -> Exception | None:
-        """What made a product of this rank fail."""
-
     def __call__(self, vector: Tensor) -> Tensor:
         """Product with a vector."""
-
-    def close(self) -> None:
-        """Let go of memory."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +49,10 @@ class Problem:
         rule: its thresholds.
         groups: for each micro-batch the number of its mini-batch.
         spread: number of mini-batches that ranks share, or None.
-        sharding: how ranks share the parameters, or None.
         seed: of random vectors.
         on_product: called after every product.
+        basis: how many vectors of the eigensolver's basis are kept, the same on every rank: they restart together.
+        sharding: how ranks share the parameters, or None.
     """
 
     trainer: pl.Trainer
@@ -67,17 +62,20 @@ class Problem:
     rule: StabilityRule
     groups: Sequence[int]
     spread: int | None
-    sharding: Sharding | None
     seed: int
     on_product: Callable[[], None]
+    basis: int = 0
+    sharding: Sharding | None = None
 
 
-def make_operator(problem: Problem, kind: str, difference: bool, keep_graph: bool | Literal["auto"]) -> Operator:
+def make_operator(
+    problem: Problem, kind: str, difference: bool, keep_graph: bool | Literal["auto"]
+) -> CurvatureOperator:
     """Make the operator called ``kind`` ("hessian", "gauss_newton", "preconditioned", "second_moment").
 
     Args:
         problem: what it is of.
-        kind: which.
+        kind: which; for "preconditioned" the Hessian.
         difference: whether products with the Hessian are differences of gradients.
         keep_graph: whether graphs are kept from product to product.
     """
@@ -88,19 +86,18 @@ def make_operator(problem: Problem, kind: str, difference: bool, keep_graph: boo
     if kind == "second_moment":
         options = exact | {"groups": problem.groups, "spread": problem.spread}
         return SecondMomentOperator(problem.parts, problem.parameters, lr=problem.rule.lr, **options)
-    hessian: HessianOperator | GradientDifferenceOperator
     if difference:
-        options["sharding"] = problem.sharding
-        hessian = GradientDifferenceOperator(problem.parts, problem.parameters, **options)
-    else:
-        hessian = HessianOperator(problem.parts, problem.parameters, **exact)
-    if kind == "hessian":
-        return hessian
+        return GradientDifferenceOperator(problem.parts, problem.parameters, sharding=problem.sharding, **options)
+    return HessianOperator(problem.parts, problem.parameters, **exact)
+
+
+def preconditioned(problem: Problem, hessian: CurvatureOperator) -> PreconditionedOperator:
+    """Precondition the Hessian as the optimizer does at this step."""
     return PreconditionedOperator(hessian, preconditioner(problem.optimizer, problem.parameters))
 
 
-def basis_length(space: VectorSpace, trainer: pl.Trainer) -> int:
-    """Vectors of the basis that fit into memory, the same number on every rank: they must restart together."""
+def basis_length(parameters: Sequence[Tensor], trainer: pl.Trainer) -> float:
+    """Vectors of a basis that fit into the memory of this rank."""
+    space = VectorSpace([local(p) for p in parameters])
     row = space.size * torch.finfo(space.dtype).bits // 8
-    fits = _BASIS_SHARE * available_memory(space.device, trainer.num_devices) / max(row, 1)
-    return int(least_over_ranks(trainer, min(_LONGEST_BASIS, fits)))
+    return min(_LONGEST_BASIS, _BASIS_SHARE * available_memory(space.device, trainer.num_devices) / max(row, 1))

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names
 from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
+from lightning_curvature.failures import noted
 from lightning_curvature.module_state import RandomState
 from lightning_curvature.objective import ObjectiveFunction, copied
 from lightning_curvature.operators import Curvature, operator_type
@@ -100,6 +101,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     (IAS).
     """
 
+    # The gradients of sharded parameters are those of all ranks together.
+    takes_shards = False
+
     def __init__(
         self,
         *,
@@ -170,6 +174,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             batches_at_once=batches_at_once,
         )
         self._calls: list[StepCall] = []
+        self._errors: list[Exception] = []
         self._calls_step = -1
         self._step_size: tuple[int | None, int] | None = None
 
@@ -201,12 +206,13 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         if "step_sharpness" not in self.quantities:
             return True
         if self._calls_step != trainer.global_step:
-            self._calls, self._calls_step = [], trainer.global_step
-        # A copy, as a step may write into its batch.
-        self._calls.append(StepCall(copied(batch), batch_idx, RandomState(trainer.strategy.root_device)))
+            self._calls, self._errors, self._calls_step = [], [], trainer.global_step
+        with noted(self._errors):
+            # A copy, as a step may write into its batch.
+            self._calls.append(StepCall(copied(batch), batch_idx, RandomState(trainer.strategy.root_device)))
         return ends_step(trainer, batch_idx)
 
-    def _read(self, trainer: pl.Trainer, batch: Any) -> Population | None:
+    def _read(self, trainer: pl.Trainer, batch: Any, errors: list[Exception]) -> Population | None:
         if not self._measurement.drawn:
             return None
         self._measurement.at_once.forget()
@@ -217,6 +223,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
+            errors=errors,
         )
         # A pair has the Hessian of the samples as they are drawn, which is that of the loss that training descends.
         whole = CROSSED if self.full_hessian == "exact" else FULL_GRADIENT
@@ -229,27 +236,34 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             )
         return population
 
-    def measure(self, trainer: pl.Trainer, loss: ProbeLoss, population: Population | None) -> None:
-        """Measure at the parameters as they are and write what it gave."""
+    def prepare(
+        self, trainer: pl.Trainer, loss: ProbeLoss, population: Population | None
+    ) -> tuple[tuple[SharpnessProblem, Progress], float]:
+        """Return what is measured, and what shows that it is."""
         optimizer = trainer.optimizers[self.optimizer_index]
         parameters = self._parameters(trainer)
-        progress = Progress(trainer, "mini-batch sharpness")
         calls, self._calls = self._calls, []
+        if self._errors:
+            raise self._errors.pop()
+        progress = Progress(trainer, "mini-batch sharpness")
+        problem = SharpnessProblem(
+            trainer=trainer,
+            loss=loss,
+            parameters=parameters,
+            lr=stability_rule(optimizer).lr,
+            population=population,
+            step=loss.parts_of_step(calls, trainer.world_size),
+            trials=TrialSteps(trainer, optimizer, parameters) if "lambda_gen" in self.quantities else None,
+            key=trainer.global_step,
+            on_product=progress.tick,
+        )
+        return (problem, progress), 0.0
+
+    def measure(self, trainer: pl.Trainer, prepared: tuple[SharpnessProblem, Progress], least: float) -> None:
+        """Measure at the parameters as they are and write what it gave."""
+        problem, progress = prepared
         try:
-            values = self._measurement.measure(
-                SharpnessProblem(
-                    trainer=trainer,
-                    loss=loss,
-                    parameters=parameters,
-                    lr=stability_rule(optimizer).lr,
-                    population=population,
-                    step=loss.parts_of_step(calls, trainer.world_size),
-                    trials=TrialSteps(trainer, optimizer, parameters) if "lambda_gen" in self.quantities else None,
-                    key=trainer.global_step,
-                    on_product=progress.tick,
-                ),
-                self._fail,
-            )
+            values = self._measurement.measure(problem, self._fail)
         finally:
             progress.close()
         self._report(trainer, values)
@@ -265,7 +279,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
 
     def _let_go(self) -> None:
         super()._let_go()
-        self._calls = []
+        self._calls, self._errors = [], []
 
 
 def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.callbacks.checks import check_count, check_not_quantized
+from lightning_curvature.callbacks.strategies import check_strategy
 from lightning_curvature.objective import ObjectiveFunction, StepObjective
 from lightning_curvature.probe_loss import Precision
 from lightning_curvature.reporting import add_layout, report, warn
@@ -31,6 +32,9 @@ class Monitor(pl.Callback):
         probe_precision: "32-true" probes without autocast, None in the precision of the run.
         on_error: "warn" logs NaN and warns once when a measurement fails, "raise" lets the error through.
     """
+
+    # Whether it works with parameters that are sharded by FSDP2.
+    takes_shards = True
 
     def __init__(
         self,
@@ -74,6 +78,8 @@ class Monitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that no other monitor writes the same keys, and what can be checked before optimizers exist."""
+        if stage == "fit":
+            check_strategy(trainer, pl_module, type(self).__name__, self.takes_shards)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and type(other) is type(self) and other.prefix == self.prefix:
                 raise MisconfigurationException(
@@ -89,8 +95,9 @@ class Monitor(pl.Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the module and the optimizers, and lay out TensorBoard."""
+        """Check module and optimizers, and the parameters as the strategy has left them, and lay out TensorBoard."""
         check_not_quantized(type(self).__name__, pl_module)
+        check_strategy(trainer, pl_module, type(self).__name__, self.takes_shards)
         count = len(trainer.optimizers)
         if count > 1 and self.objective_function is None:
             raise MisconfigurationException(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_curvature.callbacks.checks import check_count
 from lightning_curvature.callbacks.monitor import Monitor
 from lightning_curvature.data_reading import sample_count
+from lightning_curvature.failures import agree, noted
 from lightning_curvature.isolation import untouched
 from lightning_curvature.probe_data import read_probe_set
 from lightning_curvature.probe_loss import ProbeLoss, ProbeMode
@@ -63,8 +65,21 @@ class ProbeSetMonitor(Monitor):
 
     _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
 
-    def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: Any) -> None:
-        """Measure at the parameters as they are, on what ``_read`` gave. Called on every rank."""
+    def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: Any) -> tuple[Any, float]:
+        """Return what ``measure`` needs, made of what ``_read`` gave, and a number of which it gets the least.
+
+        It may fail on one rank alone, and must not communicate.
+        """
+        raise NotImplementedError
+
+    def measure(self, trainer: pl.Trainer, prepared: Any, least: float) -> None:
+        """Measure at the parameters as they are, and write what it gave. Called on every rank, or on none.
+
+        Args:
+            trainer: the Trainer.
+            prepared: what ``prepare`` returned.
+            least: the least number, on any rank, that it returned beside.
+        """
         raise NotImplementedError
 
     def report_nothing(self, trainer: pl.Trainer) -> None:
@@ -111,15 +126,25 @@ class ProbeSetMonitor(Monitor):
         self._measured_step = step
         objective, begun = self._objective, False
         try:
-            objective.bystanders.save_all()
-            bystanders = objective.bystanders.saved
-            with untouched(pl_module, objective.device, bystanders, trainer.optimizers):
+            with contextlib.ExitStack() as stack:
+                # What fails on one rank alone is kept until the others can be told: they are on their way to the next
+                # collective, and would wait there.
+                errors: list[Exception] = []
+                with noted(errors):
+                    objective.bystanders.save_all()
+                    bystanders = objective.bystanders.saved
+                    stack.enter_context(untouched(pl_module, objective.device, bystanders, trainer.optimizers))
                 if not self._has_read:
-                    self._probe_set, self._has_read = self._read(trainer, batch), True
-                objective.bystanders.begin()
-                loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
+                    self._probe_set, self._has_read = self._read(trainer, batch, errors), True
+                prepared: tuple[Any, float] = (None, 0.0)
+                if not errors:
+                    with noted(errors):
+                        objective.bystanders.begin()
+                        loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
+                        prepared = self.prepare(trainer, loss, self._probe_set)
+                least = agree(trainer, errors, "preparing the measurement", prepared[1])
                 begun = True
-                self.measure(trainer, loss, self._probe_set)
+                self.measure(trainer, prepared[0], least)
                 self._has_measured = True
                 objective.bystanders.settle()
         except Exception as error:
@@ -130,21 +155,12 @@ class ProbeSetMonitor(Monitor):
             if not begun:
                 self.report_nothing(trainer)
 
-    def _read(self, trainer: pl.Trainer, batch: Any) -> Any:
-        """Read the data of all measurements of a fit."""
-        loader = self.probe_dataloader if self.probe_dataloader is not None else trainer.train_dataloader
+    def _read(self, trainer: pl.Trainer, batch: Any, errors: list[Exception]) -> Any:
+        """Read the data of all measurements of a fit; a rank with errors takes part, and tells the others."""
         size, group = self.micro_batch_size, 1
-        if self._by_step:
-            # Groups of batches are as large as the data of one optimizer step, over all its batches and ranks.
-            own = getattr(trainer.train_dataloader, "batch_size", None) or sample_count(batch)
-            step = own * trainer.accumulate_grad_batches * trainer.world_size
-            cut = size or getattr(loader, "batch_size", None)
-            if cut is None:
-                group = max(1, math.ceil(step / own))
-            else:
-                # The largest part of a step's data that is no larger than asked for, and makes it up exactly.
-                size = max(n for n in range(1, min(cut, step) + 1) if step % n == 0)
-                group = step // size
+        if self._by_step and not errors:
+            with noted(errors):
+                size, group = self._step_groups(trainer, batch)
         return read_probe_set(
             trainer,
             self.probe_dataloader,
@@ -152,7 +168,20 @@ class ProbeSetMonitor(Monitor):
             batch_size=size,
             group_size=group,
             seed=self.seed,
+            errors=errors,
         )
+
+    def _step_groups(self, trainer: pl.Trainer, batch: Any) -> tuple[int | None, int]:
+        """Size of a micro-batch, and how many hold the data of one optimizer step, of all its batches and ranks."""
+        loader = self.probe_dataloader if self.probe_dataloader is not None else trainer.train_dataloader
+        own = getattr(trainer.train_dataloader, "batch_size", None) or sample_count(batch)
+        step = own * trainer.accumulate_grad_batches * trainer.world_size
+        cut = self.micro_batch_size or getattr(loader, "batch_size", None)
+        if cut is None:
+            return None, max(1, math.ceil(step / own))
+        # The largest part of a step's data that is no larger than asked for, and makes it up exactly.
+        size = max(n for n in range(1, min(cut, step) + 1) if step % n == 0)
+        return size, step // size
 
     def _complete(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
         """Whether all is there that the measurement of the coming step needs; called for each of its batches."""

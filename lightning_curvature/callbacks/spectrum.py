@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -29,7 +30,7 @@ from lightning_curvature.spectrum import (
     Quantity,
     SpectrumMeasurement,
 )
-from lightning_curvature.spectrum_problem import Problem
+from lightning_curvature.spectrum_problem import Problem, basis_length
 
 
 class HessianSpectrumMonitor(ProbeSetMonitor):
@@ -226,31 +227,36 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
     def _by_step(self) -> bool:
         return "second_moment_contraction" in self.quantities
 
-    def measure(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet) -> None:
-        """Measure the spectrum at the parameters as they are and write what it gave."""
+    def prepare(
+        self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet
+    ) -> tuple[tuple[Problem, Progress], float]:
+        """Return what the spectrum is of, what shows that it is measured, and how long a basis may be on this rank."""
         optimizer = trainer.optimizers[self.optimizer_index]
-        rule = stability_rule(optimizer)
+        parameters = self._parameters(trainer)
         progress = Progress(trainer, "Hessian spectrum")
+        problem = Problem(
+            trainer=trainer,
+            parts=loss.parts(probe_set),
+            parameters=parameters,
+            optimizer=optimizer,
+            rule=stability_rule(optimizer),
+            groups=probe_set.groups(),
+            spread=probe_set.spread,
+            # Other random vectors at every step, and the same ones in a resumed run.
+            seed=self.seed + trainer.global_step,
+            on_product=progress.tick,
+        )
+        return (problem, progress), basis_length(parameters, trainer)
+
+    def measure(self, trainer: pl.Trainer, prepared: tuple[Problem, Progress], least: float) -> None:
+        """Measure the spectrum at the parameters as they are and write what it gave."""
+        problem, progress = prepared
+        problem = replace(problem, basis=int(least), sharding=self._sharding(trainer))
         try:
-            spectrum = self._measurement.measure(
-                Problem(
-                    trainer=trainer,
-                    parts=loss.parts(probe_set),
-                    parameters=self._parameters(trainer),
-                    optimizer=optimizer,
-                    rule=rule,
-                    groups=probe_set.groups(),
-                    spread=probe_set.spread,
-                    sharding=self._sharding(trainer),
-                    # Other random vectors at every step, and the same ones in a resumed run.
-                    seed=self.seed + trainer.global_step,
-                    on_product=progress.tick,
-                ),
-                self._fail,
-            )
+            spectrum = self._measurement.measure(problem, self._fail)
         finally:
             progress.close()
-        self._report(trainer, spectrum.values | self._thresholds(rule))
+        self._report(trainer, spectrum.values | self._thresholds(problem.rule))
         if spectrum.density is not None:
             report_density(trainer, f"{self.prefix}/spectral_density", spectrum.density)
 

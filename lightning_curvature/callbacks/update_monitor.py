@@ -183,8 +183,7 @@ class UpdateMonitor(Monitor):
         self._loss_scale, self._segment = 1.0, 0
 
     def _note_failure(self, error: Exception) -> None:
-        if self.on_error == "raise":
-            raise error
+        # Until the end of the step, also where it is to be raised: ranks that did not fail would wait for this one.
         self._failure = error
 
 

@@ -40,6 +40,7 @@ class CurvatureOperator:
         self.parts, self.parameters, self.reduce = list(parts), list(parameters), reduce
         self.space = VectorSpace(self.parameters)
         self.error: Exception | None = None
+        self._instead: float | None = None
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return Av."""
@@ -49,12 +50,37 @@ class CurvatureOperator:
         """Sum over the ranks of a tensor of which each makes its part; ``nothing`` is of its shape (a vector)."""
         if self.reduce is None:
             return own_part()
+        nothing = nothing or self.space.zeros
+        if self._instead is not None:
+            return self.reduce(nothing().fill_(self._instead))
         try:
             part = own_part()
         except Exception as error:
             self.error = error
-            part = torch.full_like((nothing or self.space.zeros)(), torch.nan)
+            part = nothing().fill_(torch.nan)
         return self.reduce(part)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the others of an error that came between products: take part in their next one, with NaN.
+
+        Args:
+            error: kept in ``error``.
+        """
+        if self.reduce is not None:
+            self.error = error
+            self._take_part(torch.nan)
+
+    def all_ended(self) -> bool:
+        """Whether every rank is done with its products; False where one failed since its last. Costs no product."""
+        return self.reduce is None or bool(self._take_part(0.0).isfinite().all())
+
+    def _take_part(self, value: float) -> Tensor:
+        """Make the reductions of a product, with a number in place of what would be computed."""
+        self._instead = value
+        try:
+            return self(self.space.zeros())
+        finally:
+            self._instead = None
 
     def local_product(self, vector: Tensor) -> Tensor:
         """This rank's part of Av, in a new tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib
 import os
 import subprocess
@@ -87,13 +88,18 @@ def main(rank: int, folder: Path, collective_seconds: int, module: str, jobs: Se
         world_size=RANKS,
         timeout=datetime.timedelta(seconds=collective_seconds),
     )
-    source = importlib.import_module(module)
-    results = {}
-    for name in jobs:
-        print(f"job {name}", flush=True)
-        results[name] = getattr(source, name)(rank, RANKS)
-    torch.save(results, folder / f"result_{rank}.pt")
-    torch.distributed.destroy_process_group()
+    try:
+        source = importlib.import_module(module)
+        results = {}
+        for name in jobs:
+            print(f"job {name}", flush=True)
+            results[name] = getattr(source, name)(rank, RANKS)
+        torch.save(results, folder / f"result_{rank}.pt")
+    finally:
+        # Also after an error: a thread of the group that still runs when Python ends aborts the process. Models under
+        # DDP hold the group, and errors, by their frames, such models: these cycles go first.
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

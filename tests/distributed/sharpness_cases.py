@@ -73,6 +73,8 @@ class SharpnessCase:
         monitor: options of the monitor.
         trainer: options of the Trainer.
         steps: optimizer steps.
+        strategy: of several processes.
+        collate: makes batches of samples; default: as torch does.
         watched: whether there is a monitor at all.
     """
 
@@ -83,6 +85,8 @@ class SharpnessCase:
     monitor: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     steps: int = STEPS
+    strategy: str = "ddp"
+    collate: Callable[[list[Any]], Any] | None = None
     watched: bool = True
 
     def unwatched(self) -> SharpnessCase:
@@ -100,7 +104,7 @@ class SharpnessCase:
             "tolerance": 1e-6,
         }
         monitors = [Observed(outcome, **(options | self.monitor))] if self.watched else []
-        parallel = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
+        parallel = {"strategy": self.strategy, "devices": world_size} if world_size > 1 else {}
         limits = {"max_steps": self.steps, "max_epochs": 9}
         trainer = make_trainer(*monitors, logger=capture, **(limits | parallel | self.trainer))
         with warnings.catch_warnings(record=True) as caught:
@@ -122,7 +126,7 @@ class SharpnessCase:
             return DataLoader(own, batch_size=None, shuffle=False)  # type: ignore[arg-type]
         # Rows in turn: the batches of both make that of one process. Lightning's own would shuffle.
         sampler = DistributedSampler(data, world_size, rank, shuffle=False) if world_size > 1 else None
-        return DataLoader(data, batch_size=self.step // world_size, sampler=sampler)
+        return DataLoader(data, batch_size=self.step // world_size, sampler=sampler, collate_fn=self.collate)
 
 
 def assert_same_sharpness(together: Sequence[Outcome], alone: Outcome, tolerance: float) -> None:
