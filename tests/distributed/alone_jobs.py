@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -99,7 +99,7 @@ SPECTRUM = {
 class Failed:
     """Jobs that have. Not in the data, where it would be put back."""
 
-    jobs: set[str] = set()
+    jobs: ClassVar[set[str]] = set()
 
 
 def collating(job: str) -> Callable[[list[Any]], Any]:

@@ -15,10 +15,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.parallel import fresh_shards
 from tests.distributed.cases import Case, adamw, batches, momentum
-from tests.runs import Batch, Classifier, MakeOptimizer, mlp
+from tests.runs import Batch, Classifier, MakeOptimizer, loader, make_trainer, mlp
 
 FORWARD_ONLY = ("kl", "finite_difference", "critical")
 strategy = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
@@ -112,6 +114,30 @@ def interrupted(rank: int, world_size: int) -> dict[str, bool]:
         "in shards": all(isinstance(p, DTensor) for p in network.parameters()),
         "with gradients": all(p.grad is not None for p in network.parameters()),
     }
+
+
+class ByColumns(Classifier):
+    """Cuts a layer by its columns, over the ranks of whichever dimension of the mesh has some."""
+
+    def configure_model(self) -> None:
+        meshes = [self._device_mesh[name] for name in ("data_parallel", "tensor_parallel")]
+        if not isinstance(self.network[0].weight, DTensor):
+            parallelize_module(self.network[0], max(meshes, key=lambda mesh: mesh.size()), ColwiseParallel())
+
+
+def tensor_parallel(rank: int, world_size: int) -> list[str]:
+    """What is said of tensor parallelism that the strategy knows of, and of such that it does not."""
+    said = []
+    for sizes in ({"data_parallel_size": 1, "tensor_parallel_size": 2}, {}):
+        for follow in (DirectionalCurvatureMonitor(), HessianSpectrumMonitor(), BatchSharpnessMonitor()):
+            trainer = make_trainer(
+                follow, devices=2, precision="32-true", strategy=strategy(**sizes), use_distributed_sampler=False
+            )
+            try:
+                trainer.fit(classifier(kind=ByColumns), loader(batches()))
+            except MisconfigurationException as error:
+                said.append(str(error))
+    return said
 
 
 def refusal(rank: int, world_size: int) -> str:

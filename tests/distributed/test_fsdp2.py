@@ -21,7 +21,9 @@ Results = dict[str, list[Outcome]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, [*jobs.JOBS, "refusal", "interrupted"], tmp_path_factory.mktemp("fsdp2")).results()
+    return Launch(
+        jobs.__name__, [*jobs.JOBS, "refusal", "tensor_parallel", "interrupted"], tmp_path_factory.mktemp("fsdp2")
+    ).results()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "as_one", "squared_error", "one_sided", "accumulated"])
@@ -76,6 +78,25 @@ def test_derivatives_are_refused_in_one_sentence(results: dict[str, list[str]]) 
         "'finite_difference' or 'critical'."
     )
     assert results["refusal"] == [expected, expected]
+
+
+def test_tensor_parallelism_is_refused_in_one_sentence(results: dict[str, list[list[str]]]) -> None:
+    names = ("DirectionalCurvatureMonitor", "HessianSpectrumMonitor", "BatchSharpnessMonitor")
+    shared = [
+        f"strategy must give each rank batches of its own for {name}, got ModelParallelStrategy, whose 2 ranks share "
+        "those of 1 (tensor parallelism): set tensor_parallel_size=1, or leave the monitor out."
+        for name in names
+    ]
+    cut = [
+        f"parameters must be whole, or sharded by FSDP2's fully_shard alone, for {name}, got 'network.0.weight' as a "
+        "DTensor of another kind (tensor parallelism): leave its parallelization or the monitor out."
+        for name in names[:2]
+    ]
+    whole = (
+        "BatchSharpnessMonitor must find whole parameters, got sharded ones, whose gradients are those of all ranks "
+        "together: train with strategy='ddp', or leave the monitor out."
+    )
+    assert results["tensor_parallel"] == [[*shared, *cut, whole]] * 2
 
 
 @pytest.mark.skipif(
