@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.sharpness_problem import QUANTITIES
@@ -50,10 +48,11 @@ class Lion(torch.optim.Optimizer):
 def of_torch() -> Iterable[type[torch.optim.Optimizer]]:
     """Whatever this version of torch has."""
     for cls in vars(torch.optim).values():
-        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer):
-            # The base steps nowhere, and the sparse one on sparse gradients alone.
-            if cls not in (torch.optim.Optimizer, torch.optim.SparseAdam):
-                yield cls
+        if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
+            continue
+        # The base steps nowhere, and the sparse one on sparse gradients alone.
+        if cls not in (torch.optim.Optimizer, torch.optim.SparseAdam):
+            yield cls
 
 
 # Steps of a length at which there is something to measure, where the default is far from it.
@@ -98,7 +97,9 @@ alone = functools.cache(lambda name: fit(name)[0])
 
 def spectrum(*more: Any) -> HessianSpectrumMonitor:
     quantities: Any = (*SPECTRUM, *more)
-    return HessianSpectrumMonitor(quantities=quantities, every_n_train_steps=2, tolerance=0.1, max_products=20, on_error="raise")
+    return HessianSpectrumMonitor(
+        quantities=quantities, every_n_train_steps=2, tolerance=0.1, max_products=20, on_error="raise"
+    )
 
 
 def sharpness(*without: str) -> BatchSharpnessMonitor:
