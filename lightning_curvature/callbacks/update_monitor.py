@@ -183,7 +183,10 @@ class UpdateMonitor(Monitor):
         self._loss_scale, self._segment = 1.0, 0
 
     def _note_failure(self, error: Exception) -> None:
-        # Until the end of the step, also where it is to be raised: ranks that did not fail would wait for this one.
+        alone = self._objective is None or self._objective.module.trainer.world_size == 1
+        if self.on_error == "raise" and alone:
+            raise error
+        # Else until the end of the step, also where it is to be raised: other ranks would wait for this one.
         self._failure = error
 
 
