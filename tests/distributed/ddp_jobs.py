@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
@@ -44,16 +45,16 @@ squared_error = Case(regressor, regression)
 class Unused(Classifier):
     """Holds a layer that no forward reaches."""
 
-    def __init__(self) -> None:
-        super().__init__(mlp(4, 6, 3), momentum)
+    def __init__(self, make_optimizer: MakeOptimizer = momentum) -> None:
+        super().__init__(mlp(4, 6, 3), make_optimizer)
         self.spare = nn.Linear(3, 3).double()
 
 
 class Rare(Classifier):
     """Sends some of the samples through a layer more; a process that got none of these does not touch the layer."""
 
-    def __init__(self) -> None:
-        super().__init__(mlp(4, 6, 3), momentum)
+    def __init__(self, make_optimizer: MakeOptimizer = momentum) -> None:
+        super().__init__(mlp(4, 6, 3), make_optimizer)
         self.extra = nn.Linear(4, 3).double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,8 +75,35 @@ def rare_batches() -> list[Batch]:
     return found
 
 
+def mean_of_halves(module: Any, batch: Batch) -> dict[str, Tensor]:
+    """The loss that DDP descends: the mean over ranks of each one's mean, however many samples it has."""
+    x, y = batch
+    halves = 1 if dist.is_initialized() else 2
+    weights = torch.cat([torch.full((len(part),), 1.0 / len(part), dtype=x.dtype) for part in x.tensor_split(halves)])
+    outputs = module(x)
+    loss = (weights * F.cross_entropy(outputs, y, reduction="none")).sum() / halves
+    return {"loss": loss, "outputs": outputs, "mask": weights}
+
+
+class Uneven(Rare):
+    """Is trained on batches of which the processes have parts of different size."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = mean_of_halves(self, batch)["loss"]
+        self.log("train_loss", loss)
+        return loss
+
+
+def uneven_batches() -> list[Batch]:
+    """Sixteen samples, then fifteen, nine and seven: the first process has one more of the last three."""
+    return [(x[:size], y[:size]) for (x, y), size in zip(rare_batches(), (16, 15, 9, 7), strict=True)]
+
+
 unused = Case(Unused, strategy="ddp_find_unused_parameters_true")
 rare = Case(Rare, rare_batches, strategy="ddp_find_unused_parameters_true")
+
+
+uneven = replace(rare, module=Uneven, batches=uneven_batches, monitor={"objective": mean_of_halves})
 
 
 def noisy() -> Classifier:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_curvature.sharpness_problem import QUANTITIES
+from tests.distributed.ddp_jobs import Rare, Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.sharpness_cases import Outcome, SharpnessCase
 from tests.distributed.spectrum_cases import Measuring, dataset
@@ -28,6 +29,8 @@ preconditioned = SharpnessCase(partial(classifier, adam), monitor={"curvature": 
 # Two batches of four make the step that one process makes of one of eight.
 accumulated = replace(whole, step=4, trainer={"accumulate_grad_batches": 2})
 uneven = replace(whole, data=partial(dataset, 21))
+unused = replace(uneven, module=partial(Unused, momentum), strategy="ddp_find_unused_parameters_true")
+rare = replace(unused, module=partial(Rare, adam))
 sized = replace(whole, monitor={"batch_size": 5, "micro_batch_size": 2, "probe_samples": 9})
 # Three pairs of batches: one process draws three, two draw four and look at three.
 odd = replace(whole, monitor={"num_batches": 6, "relative_error": 1e-9})

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from tests.distributed.ddp_jobs import Rare, Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.fsdp2_jobs import Sharded, ShardedAsOne, strategy
 from tests.distributed.spectrum_cases import SAMPLES, STEP, Measuring, Outcome, SpectrumCase, dataset
@@ -78,6 +79,11 @@ def dropping() -> Classifier:
     torch.manual_seed(0)
     return Classifier(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double(), adam)
 
+
+# Samples that do not divide by ranks, steps or micro-batches; layers that no sample reaches, or those of one rank only.
+anything = {"strategy": "ddp_find_unused_parameters_true", "data": partial(dataset, 21)}
+unused = replace(whole, module=partial(Unused, adam), **anything)
+rare = replace(whole, module=partial(Rare, adam), **anything)
 
 # Training draws its masks and takes its statistics on each rank for itself: only θ_0 is that of one process.
 dropout = replace(whole, module=dropping, steps=1)

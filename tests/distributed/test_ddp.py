@@ -21,7 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Launch(jobs.__name__, jobs.JOBS, tmp_path_factory.mktemp("ddp")).results()
 
 
-@pytest.mark.parametrize("name", ["sgd_64", "adamw_64", "squared_error", "accumulated", "unused", "rare"])
+@pytest.mark.parametrize("name", ["sgd_64", "adamw_64", "squared_error", "accumulated", "unused", "rare", "uneven"])
 def test_values_are_those_of_the_union_in_float64(results: Results, name: str) -> None:
     assert_same_values(results[name], getattr(jobs, name)(), torch.float64)
 

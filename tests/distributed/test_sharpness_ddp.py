@@ -26,7 +26,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["whole", "preconditioned", "accumulated", "uneven", "sized", "odd", "dropout", "exact", "in_turn_on_one_rank"],
+    [
+        "whole",
+        "preconditioned",
+        "accumulated",
+        "uneven",
+        "unused",
+        "rare",
+        "sized",
+        "odd",
+        "dropout",
+        "exact",
+        "in_turn_on_one_rank",
+    ],
 )
 def test_values_are_those_of_one_process(results: Results, name: str) -> None:
     alone = getattr(jobs, name)()

@@ -43,6 +43,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "batch_norm",
         "by_differences",
         "gathering",
+        "unused",
+        "rare",
     ],
 )
 def test_values_are_those_of_one_process(results: Results, name: str) -> None:
