@@ -88,8 +88,10 @@ def patched(target: object, **attributes: Any) -> Iterator[None]:
         for name, value in attributes.items():
             # What someone else has put there since stays.
             if namespace.get(name) is value:
-                del namespace[name]
-                namespace |= {name: before[name]} if name in before else {}
+                if name in before:
+                    namespace[name] = before[name]
+                else:
+                    del namespace[name]
 
 
 @contextlib.contextmanager

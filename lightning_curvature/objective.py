@@ -80,7 +80,7 @@ class StepObjective:
         self.function = function
         self._outputs_name = outputs
         self._step: Callable[..., Any] = module.training_step
-        # A step compiled as a whole is one graph: what happens inside cannot be watched, and it is repeated eagerly.
+        # As a whole, by ``torch.compile(module)``: also the step, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
         self.records: list[RecordedBatch] = []
         self.bystanders = Bystanders(module, module.trainer.optimizers)
@@ -103,7 +103,8 @@ class StepObjective:
             if record is None:
                 return step(*args, **kwargs)
             with contextlib.ExitStack() as stack:
-                seen = stack.enter_context(self._watching_outputs())
+                # A step compiled as a whole is one graph, in which to watch is to make it another.
+                seen = [] if self.compiled else stack.enter_context(self._watching_outputs())
                 if not self.module.automatic_optimization:
                     stack.enter_context(recording_backward(self.module, record.backward))
                 self.records.append(record)
@@ -221,26 +222,22 @@ class StepObjective:
     def _watching_outputs(self) -> Generator[list[Any], None, None]:
         """Collect what the module's forward, or the named submodule, returns inside the block."""
         seen: list[Any] = []
-        if self.compiled or self.function is not None:
+        if self.function is not None:
             yield seen
-        elif self._outputs_name is not None:
-            submodule = self.module.get_submodule(self._outputs_name)
-            handle = submodule.register_forward_hook(lambda module, args, output: seen.append(output))
-            try:
-                yield seen
-            finally:
-                handle.remove()
-        else:
-            forward = self.module.forward
+            return
+        watched = self.module if self._outputs_name is None else self.module.get_submodule(self._outputs_name)
+        forward = watched.forward
 
-            @functools.wraps(forward)
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                output = forward(*args, **kwargs)
-                seen.append(output)
-                return output
+        # No hook: compiled code does not look whether one was added. Without the attributes of a compiled function, by
+        # which torch would know this one for it, and pass it over.
+        @functools.wraps(forward, updated=())
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            seen.append(output)
+            return output
 
-            with patched(self.module, forward=watched):
-                yield seen
+        with patched(watched, forward=noted):
+            yield seen
 
 
 def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:

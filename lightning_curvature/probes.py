@@ -219,9 +219,25 @@ def exact(window: Window, hvp: bool, gauss_newton: bool) -> Values:
     return values
 
 
+def _check_loss(window: Window, index: int, loss: Tensor) -> None:
+    """Raise where a step that is differentiated is another than the one that was made.
+
+    Dropout has other masks in compiled code and in fused attention than without them. Roundings of the forward pass are
+    far below the square root of their unit, other masks far above it.
+    """
+    base, found = float(window.base[index].loss), float(loss.detach())
+    if abs(found - base) > torch.finfo(window.records[index].forward_dtype).eps ** 0.5 * max(abs(base), abs(found)):
+        raise ValueError(
+            f"a repeated step must have the loss it had, got {found:g} without compiled code and fused attention for "
+            f"{base:g} with them: let dropout draw the same masks, torch._inductor.config.fallback_random = True, or "
+            "use forward-only estimators."
+        )
+
+
 def _hessian(window: Window, direction: list[Tensor]) -> Values:
     descents, quadratics = [], []
-    for _, result in window.evaluations():
+    for index, result in window.evaluations():
+        _check_loss(window, index, result.loss)
         descent, quadratic = hessian_quadratic_form(result.loss, window.update.parameters, direction)
         descents.append(descent)
         quadratics.append(quadratic)
@@ -251,11 +267,12 @@ def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
                 found = window.objective.evaluate(record, window.segment if index == last else 0)
             outputs = found.outputs
             z, u = forward_ad.unpack_dual(window.arranged(outputs))
-            _, slope = forward_ad.unpack_dual(found.loss)
+            loss, slope = forward_ad.unpack_dual(found.loss)
         if u is None or slope is None:
             raise ValueError(
                 "outputs and loss must depend on the parameters that moved, got no derivative: check outputs=."
             )
+        _check_loss(window, index, loss)
         mask = window.mask(index)
         assert outputs is not None
         quadratics.append(model.scale(outputs, mask) * output_quadratic_form(z, u, model.likelihood, mask))

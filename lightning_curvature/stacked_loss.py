@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_curvature.differentiation import differentiable
 from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.isolation import parameters_replaced
 from lightning_curvature.objective import RecordedBatch, StepObjective
@@ -90,6 +91,7 @@ def stack(batches: Sequence[Any]) -> tuple[tuple[Tensor, ...], Callable[[Sequenc
 
 def forward_operations(evaluate: Callable[[], Evaluation]) -> int:
     """Count the floating-point operations of the matrix products and convolutions of one evaluation."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # As it will be differentiated: the counter does not see into compiled code.
+    with torch.no_grad(), differentiable(), FlopCounterMode(display=False) as counter:
         evaluate()
     return counter.get_total_flops()

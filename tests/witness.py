@@ -20,8 +20,9 @@ ALL = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
 FORWARD_ONLY = ("kl", "finite_difference", "critical")
 LAMBDAS = dict(zip(ALL, ("lambda_dir", "lambda_gn", "lambda_kl", "lambda_fd", "critical_sharpness"), strict=True))
 
-# Links to the run, not state of it; the last is keyed by memory addresses.
-_LINKS = {"_trainer", "_parameters", "_buffers", "_modules", "_metric_attributes"}
+# Links to the run, not state of it; the last but one is keyed by memory addresses, the last counts what a process has
+# compiled.
+_LINKS = {"_trainer", "_parameters", "_buffers", "_modules", "_metric_attributes", "_torchdynamo_wrapper_id"}
 # What stands on the module while a step is awaited or under way, and at no other time.
 _AWAITED = {"attribute .training_step"}
 _UNDER_WAY = {"attribute .forward", "attribute .manual_backward"}

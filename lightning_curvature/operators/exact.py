@@ -113,7 +113,8 @@ class CurvatureOperator:
 
     def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
         """Gradient of the loss of one micro-batch, unweighted."""
-        with torch.enable_grad():
+        # Of the same code as the products: dropout draws other masks where it is compiled or fused.
+        with building_graphs():
             loss = self.parts[index].evaluate().loss
             check_graph(loss)
             return torch.autograd.grad(loss, self.parameters, allow_unused=True)

@@ -1,0 +1,184 @@
+"""Compiled modules: the values of the eager run, the same run as without a monitor, and no compilation at each probe."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lightning_curvature import (
+    BatchSharpnessMonitor,
+    CurvatureWarning,
+    DirectionalCurvatureMonitor,
+    HessianSpectrumMonitor,
+)
+from tests.callbacks.test_spectrum_values import rows
+from tests.oracles.along_step import DIFFERENCE, EXACT
+from tests.runs import Batch, Classifier, classification
+from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, assert_same, copies, watch
+
+
+# BatchNorm couples samples; and torch's counter of operations hooks modules.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:BatchNorm in training mode"),
+    pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks"),
+    pytest.mark.filterwarnings("ignore:the loss is not the mean categorical"),
+]
+
+
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=0.05)
+
+
+def whole(module: Classifier, backend: Any) -> Any:
+    """What the guide of Lightning shows: forward and the steps, each one graph where it has no breaks."""
+    return torch.compile(module, backend=backend)
+
+
+def in_place(module: Classifier, backend: Any) -> Any:
+    module.compile(backend=backend)
+    return module
+
+
+def submodule(module: Classifier, backend: Any) -> Any:
+    module.network = torch.compile(module.network, backend=backend)  # type: ignore[assignment]
+    return module
+
+
+def submodule_in_place(module: Classifier, backend: Any) -> Any:
+    module.network.compile(backend=backend)
+    return module
+
+
+Way = Callable[[Classifier, Any], Any]
+WAYS: dict[str, Way] = {way.__name__: way for way in (whole, in_place, submodule, submodule_in_place)}
+
+
+class Quiet(Classifier):
+    """Without logs, each of which breaks a graph in two and takes seconds to trace."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(self(batch[0]), batch[1])
+
+
+def network() -> nn.Module:
+    """Draws random numbers, and moves statistics."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.4), nn.Linear(5, 3)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fit(
+    way: Way | None, monitor: pl.Callback | None, steps: int = 3, kind: type[Quiet] = Quiet, backend: str = "aot_eager"
+) -> tuple[Record, int]:
+    """A run, and how many graphs were compiled in it. These backends ask for no C++ compiler."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+
+    def make() -> Any:
+        module = kind(network(), adam)
+        return module if way is None else way(module, counter)
+
+    record = watch(make, lambda: copies(classification(steps)), monitor)
+    assert (counter.frame_count > 0) == (way is not None)
+    return record, counter.frame_count
+
+
+alone = functools.cache(lambda way: fit(way, None)[0])
+eager = functools.cache(lambda name: fit(None, MONITORS[name]())[0])
+
+
+def directional(**options: Any) -> DirectionalCurvatureMonitor:
+    defaults: Any = {"estimators": ALL, "every_n_train_steps": 2, "on_error": "raise"}
+    return DirectionalCurvatureMonitor(**(defaults | options))
+
+
+def spectrum() -> HessianSpectrumMonitor:
+    quantities: Any = ("lambda_max", "hessian_trace", "gauss_newton_lambda_max", "preconditioned_lambda_max")
+    return HessianSpectrumMonitor(quantities=quantities, every_n_train_steps=2, max_products=20, on_error="raise")
+
+
+def sharpness() -> BatchSharpnessMonitor:
+    quantities: Any = ("batch_sharpness", "step_sharpness", "gni", "lambda_gen", "lambda_max_b")
+    few: Any = {"num_batches": 4, "min_batches": 4}
+    return BatchSharpnessMonitor(quantities=quantities, every_n_train_steps=2, on_error="raise", **few)
+
+
+MONITORS = {"directional": directional, "spectrum": spectrum, "sharpness": sharpness}
+# Errors of values, and how far the search for an eigenvalue got: not themselves known to many digits.
+ROUGH = ("_error", "_stderr", "epsilon", "_upper")
+ALONG_DIFFERENCES = ("lambda_fd", "lambda_kl", "critical_sharpness")
+
+
+@pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.parametrize("way", WAYS)
+def test_values_and_run(way: str, name: str) -> None:
+    """Operations in another order: a value is as far from the eager run's as each of them may be from the truth."""
+    watched, _ = fit(WAYS[way], MONITORS[name]())
+    assert_same(alone(WAYS[way]), watched)
+    found, expected = rows(watched.logger), rows(eager(name).logger)
+    assert list(found) == list(expected) == [0, 2]
+    for step, row in found.items():
+        assert row.keys() == expected[step].keys()
+        for key in (key for key in row if not key.endswith(ROUGH)):
+            tolerance = DIFFERENCE if key in ALONG_DIFFERENCES else EXACT
+            assert row[key] == pytest.approx(expected[step][key], rel=tolerance, nan_ok=True), key
+    values = [value for key, value in row.items() if "lambda" in key or "sharpness" in key]
+    assert sum(math.isfinite(value) for value in values) > len(values) / 2
+
+
+# A graph of the run's own steps, one for those whose outputs are watched, one without gradients.
+GRAPHS = 3
+
+
+@pytest.mark.parametrize("outputs", [None, "network"])
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_only_probes_compile_once(way: str, outputs: str | None) -> None:
+    def graphs(steps: int, estimators: Any) -> int:
+        monitor = directional(estimators=estimators, outputs=outputs)
+        record, count = fit(WAYS[way], monitor, steps, backend="eager")
+        assert len(record.curve("lambda_kl")) == (steps + 1) // 2
+        assert all(math.isfinite(value) for value in record.curve("lambda_kl"))
+        return count
+
+    few = graphs(3, FORWARD_ONLY)
+    assert 2 <= few <= GRAPHS
+    # What is not compiled does not count here: the exact products, by the eager module, add nothing.
+    assert graphs(9, FORWARD_ONLY) == graphs(3, ALL) == few
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["spectrum", "sharpness"])
+def test_exact_products_compile_nothing(name: str, way: str) -> None:
+    assert fit(WAYS[way], MONITORS[name](), backend="eager")[1] == fit(WAYS[way], None, backend="eager")[1]
+
+
+class Otherwise(Quiet):
+    """Computes something else where it is compiled, as dropout does that draws its masks in compiled kernels."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return 1.01 * loss if torch.compiler.is_compiling() else loss
+
+
+@pytest.mark.parametrize("estimator", ["hvp", "gauss_newton"])
+def test_exact_products_of_another_loss_are_refused(estimator: str) -> None:
+    monitor = directional(estimators=("kl", "finite_difference", estimator), on_error="warn")
+    with pytest.warns(CurvatureWarning, match=r"step must have the loss it had.*fallback_random = True"):
+        watched, _ = fit(whole, monitor, kind=Otherwise)
+    assert all(math.isnan(value) for value in watched.curve(LAMBDAS[estimator]))
+    assert all(math.isfinite(value) for value in watched.curve("lambda_fd"))
