@@ -1,4 +1,4 @@
-"""Compiled modules: the values of the eager run, the same run as without a monitor, and no compilation at each probe."""
+"""Compiled modules: values of the eager run, the same run as without a monitor, no compilation at each probe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from tests.callbacks.test_spectrum_values import rows
 from tests.oracles.along_step import DIFFERENCE, EXACT
 from tests.runs import Batch, Classifier, classification
 from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, assert_same, copies, watch
-
 
 # BatchNorm couples samples; and torch's counter of operations hooks modules.
 pytestmark = [

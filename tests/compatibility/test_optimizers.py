@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.sharpness_problem import QUANTITIES
@@ -47,11 +48,10 @@ class Lion(torch.optim.Optimizer):
 
 def of_torch() -> Iterable[type[torch.optim.Optimizer]]:
     """Whatever this version of torch has."""
+    # The base steps nowhere, and the sparse one on sparse gradients alone.
+    others = (torch.optim.Optimizer, torch.optim.SparseAdam)
     for cls in vars(torch.optim).values():
-        if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
-            continue
-        # The base steps nowhere, and the sparse one on sparse gradients alone.
-        if cls not in (torch.optim.Optimizer, torch.optim.SparseAdam):
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls not in others:
             yield cls
 
 
@@ -70,7 +70,6 @@ def makers() -> dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
 
 
 OPTIMIZERS = makers()
-NAMES = [name for name in OPTIMIZERS if name != "LBFGS"]
 
 
 def learner(name: str) -> Classifier:
@@ -128,7 +127,9 @@ def test_directional(name: str) -> None:
     watched, steps = fit(name, monitor)
     assert_same(alone(name), watched)
     outcome = Outcome(watched.trainer, watched.module, watched.logger, steps)
-    for index, row in enumerate(rows_of(outcome)):
+    found = rows_of(outcome)
+    assert len(found) == STEPS
+    for index, row in enumerate(found):
         check_row(row, outcome.reference(index), steps[index])
     values = watched.curve("critical_sharpness")
     assert [math.isfinite(value) for value in values] == [descent > 0.0 for descent in watched.curve("descent")]
@@ -144,7 +145,7 @@ def test_spectrum(name: str) -> None:
     assert_finite(watched, SPECTRUM)
     if known:
         # Before the first step of an adaptive optimizer there is no P.
-        assert [math.isfinite(value) for value in watched.curve("preconditioned_lambda_max")][-1]
+        assert math.isfinite(watched.curve("preconditioned_lambda_max")[-1])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -153,3 +154,10 @@ def test_sharpness(name: str) -> None:
     watched, _ = fit(name, sharpness(*without))
     assert_same(alone(name), watched)
     assert_finite(watched, [key for key in QUANTITIES if key not in without])
+
+
+def test_trial_steps_of_lbfgs_are_refused() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"got LBFGS, whose step needs closure: .* leave 'lambda_gen' out"
+    ):
+        fit("LBFGS", sharpness())
