@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS ?= directional spectrum batch_sharpness
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark compatibility clean
 
 # gradient descent and AdamW reach the edge of stability on real data: table, picture, TensorBoard log
 demo: $(VENV)/.ready
@@ -12,6 +12,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+# docs/compatibility.md, from what the tests find
+compatibility: $(VENV)/.ready
+	$(BIN)/python -m pytest -p tests.compatibility.table --table docs/compatibility.md tests/compatibility tests/distributed
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,0 +1,99 @@
+"""A pytest plugin that writes what the tests found as a table: set-ups down, monitors across.
+
+python -m pytest -p tests.compatibility.table --table docs/compatibility.md tests/compatibility tests/distributed
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Generator
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+TITLES = {
+    "test_trainer_features": "Trainer features",
+    "test_trainer_records": "Loggers, checkpoints, early stopping",
+    "test_precisions": "Precisions",
+    "test_compile": "torch.compile",
+    "test_optimizers": "Optimizers",
+    "test_several_optimizers": "Several optimizers, steps by hand",
+    "test_resume": "Resume",
+    "distributed": "Two processes: ddp, FSDP2",
+}
+MONITORS = {
+    "directional": "DirectionalCurvatureMonitor",
+    "spectrum": "HessianSpectrumMonitor",
+    "sharpness": "BatchSharpnessMonitor",
+}
+MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run"}
+HEAD = """\
+# Where the monitors run
+
+Written by the tests themselves (`make compatibility`): {versions}. A set-up is true for a monitor (✓)
+where a test asserts that the run is bit for bit the run without it, and that the values are those of an oracle, of one
+process or of the plain set-up, as the test's name says; *refused* is one clear sentence at the start, *not run* needs a
+GPU. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) are refused by what they expose.
+"""
+
+# (section, row) → monitor → marks of the tests behind it.
+_found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", type=Path, required=True, help="where to write the table")
+
+
+def place_of(nodeid: str) -> tuple[str, str, str] | None:
+    """Section, row and monitor ("" for all) of a test.
+
+    Example:
+        >>> place_of("tests/compatibility/test_precisions.py::test_values_and_run[bf16-true, probes None-directional]")
+        ('Precisions', 'values and run: bf16-true, probes None', 'directional')
+    """
+    path, _, test = nodeid.partition("::")
+    file, folder = Path(path).stem, Path(path).parent.name
+    title = TITLES.get("distributed" if folder == "distributed" else file)
+    if title is None:
+        return None
+    name, _, ids = test.partition("[")
+    words, ids = name.removeprefix("test_").replace("_", " "), ids.removesuffix("]")
+    monitor = next((m for m in MONITORS if m in words.split() or m in file or re.search(rf"(^|-){m}(-|$)", ids)), "")
+    if not monitor and folder == "distributed" and file in ("test_ddp", "test_fsdp2", "test_failures"):
+        monitor = "directional"
+    ids = re.sub(rf"(^|-){monitor}(?=-|$)", "", ids).strip("-") if monitor else ids
+    words = " ".join(word for word in words.split() if word != monitor)
+    return title, ": ".join(part for part in (words, ids) if part), monitor
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    place = place_of(report.nodeid)
+    if place is None or (report.when != "call" and report.passed):
+        return
+    section, row, monitor = place
+    mark = "refused" if report.passed and "refused" in row else MARKS[report.outcome]
+    for name in [monitor] if monitor else MONITORS:
+        _found[section, row][name].append(mark)
+
+
+def lines() -> Generator[str, None, None]:
+    """The page."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
+    yield HEAD.format(versions=versions)
+    for title in TITLES.values():
+        rows = {row: cells for (section, row), cells in _found.items() if section == title}
+        if not rows:
+            continue
+        yield from (f"## {title}", "", f"| | {' | '.join(MONITORS.values())} |", "|---|---|---|---|")
+        for row, cells in rows.items():
+            marks = (" ".join(sorted(set(cells[name]))) if name in cells else "" for name in MONITORS)
+            yield f"| {row} | {' | '.join(marks)} |"
+        yield ""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.getoption("--table").write_text("\n".join(lines()).rstrip() + "\n", encoding="utf-8")
