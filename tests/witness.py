@@ -82,7 +82,8 @@ def frozen(value: Any) -> Any:
 
 def random_states() -> Any:
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return frozen([random.getstate(), np.random.get_state(), torch.get_rng_state(), devices])  # noqa: NPY002
+    # Python's is a tuple of 625 numbers, which need no freezing one by one.
+    return [random.getstate(), *frozen([np.random.get_state(), torch.get_rng_state(), devices])]  # noqa: NPY002
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:

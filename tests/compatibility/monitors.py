@@ -40,7 +40,7 @@ class Kind:
         return self.type(**(defaults | dict(self.options) | options))
 
     def rows(self, rows: Mapping[int, Mapping[str, float]], prefix: str = "curvature") -> dict[int, dict[str, float]]:
-        """What it alone has logged, by step, in units that two runs can be compared in: bit for bit."""
+        """What it has logged, by step: a value or its error, without the prefix."""
         keys = {f"{prefix}/{key}": key for key in (*self.keys, *(f"{key}_error" for key in self.keys))}
         found = {step: {keys[k]: v for k, v in row.items() if k in keys} for step, row in sorted(rows.items())}
         return {step: row for step, row in found.items() if row}

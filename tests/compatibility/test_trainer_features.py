@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,13 @@ from torch.utils.data import DataLoader
 from tests.compatibility.features import FEATURES, Learner, data, plain
 from tests.compatibility.monitors import MONITORS, Kind, each_monitor
 from tests.runs import make_trainer
-from tests.witness import Rows, assert_same, frozen, module_state, random_states
+from tests.witness import Record, Rows, assert_same, frozen, module_state, random_states
+
+
+@functools.cache
+def alone(name: str, monitor: str) -> Record:
+    """A run with one monitor, made once."""
+    return FEATURES[name].run(MONITORS[monitor].make())
 
 
 @pytest.mark.parametrize("monitor", MONITORS)
@@ -21,7 +28,7 @@ from tests.witness import Rows, assert_same, frozen, module_state, random_states
 @pytest.mark.filterwarnings("ignore:BatchNorm", "ignore:You requested to overfit", "ignore:SWA is currently")
 def test_features(name: str, monitor: str) -> None:
     feature, kind = FEATURES[name], MONITORS[monitor]
-    watched = feature.run(kind.make())
+    watched = alone(name, monitor)
     assert_same(plain(name), watched)
     kind.check(watched.logger.rows, feature.steps + feature.begun.get(monitor, ()))
 
@@ -56,20 +63,19 @@ def test_two_of_a_kind(kind: Kind) -> None:
     both = feature.run(first, second)
     assert_same(plain("plain"), both)
     for prefix, every, steps in (("curvature_a", 3, (0, 3, 6, 9)), ("curvature_b", 2, (0, 2, 4, 6, 8, 10))):
-        alone = feature.run(kind.make(prefix=prefix, every_n_train_steps=every))
+        single = feature.run(kind.make(prefix=prefix, every_n_train_steps=every))
         kind.check(both.logger.rows, steps, prefix)
-        assert kind.rows(both.logger.rows, prefix) == kind.rows(alone.logger.rows, prefix)
+        assert kind.rows(both.logger.rows, prefix) == kind.rows(single.logger.rows, prefix)
 
 
 @pytest.mark.parametrize("name", ["plain", "validation within a window"])
 def test_all_three_together(name: str) -> None:
     """Each gives what it gives alone, in whatever order they stand."""
-    feature, kinds = FEATURES[name], list(MONITORS.values())
-    alone = {kind.watched: kind.rows(feature.run(kind.make()).logger.rows) for kind in kinds}
-    for order in (kinds, kinds[::-1]):
-        first, *others = (kind.make() for kind in order)
+    feature = FEATURES[name]
+    for order in (list(MONITORS), list(MONITORS)[::-1]):
+        first, *others = (MONITORS[monitor].make() for monitor in order)
         together = feature.run(first, *others)
         assert_same(plain(name), together)
-        for kind in kinds:
+        for monitor, kind in MONITORS.items():
             kind.check(together.logger.rows, feature.steps)
-            assert kind.rows(together.logger.rows) == alone[kind.watched]
+            assert kind.rows(together.logger.rows) == kind.rows(alone(name, monitor).logger.rows)
