@@ -40,9 +40,9 @@ class Stream(IterableDataset[int]):
         (
             {"a": DataLoader(NUMBERS), "b": DataLoader(NUMBERS)},
             {},
-            r"the probe set must come from one dataloader, got a dict of 2: give probe_dataloader= the one to measure",
+            r"the probe set must come from one dataloader, got a dict of 2: give probe_dataloader= batches of the form",
         ),
-        ([DataLoader(NUMBERS)] * 3, {}, r"one dataloader, got a list of 3: give probe_dataloader= the one to measure"),
+        ([DataLoader(NUMBERS)] * 3, {}, r"one dataloader, got a list of 3: give probe_dataloader= batches of the form"),
         (None, {}, r"set up its train dataloader .* got None: read in on_train_start or later, or give probe_data"),
         (
             DataLoader(Stream(i for i in range(9)), batch_size=2),
