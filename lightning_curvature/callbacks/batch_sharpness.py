@@ -104,6 +104,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     # The gradients of sharded parameters are those of all ranks together.
     takes_shards = False
 
+    _batch_norm_note = "a mini-batch is normalized by its own statistics, or each of its micro-batches where it is cut"
+
     def __init__(
         self,
         *,
@@ -177,8 +179,6 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         self._errors: list[Exception] = []
         self._calls_step = -1
         self._step_size: tuple[int | None, int] | None = None
-
-    _batch_norm_note = "a mini-batch is normalized by its own statistics, or each of its micro-batches where it is cut"
 
     def charts(self) -> dict[str, list[str]]:
         """TensorBoard charts: all sharpnesses with the edge."""

@@ -37,6 +37,8 @@ class ProbeSetMonitor(Monitor):
         **options: those of :class:`~lightning_curvature.callbacks.monitor.Monitor`.
     """
 
+    _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
+
     def __init__(
         self,
         *,
@@ -62,8 +64,6 @@ class ProbeSetMonitor(Monitor):
         self._probe_set: Any = None
         self._has_read = self._has_measured = False
         self._measured_step = -1
-
-    _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: Any) -> tuple[Any, float]:
         """Return what ``measure`` needs, made of what ``_read`` gave, and a number of which it gets the least.
