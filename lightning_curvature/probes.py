@@ -227,10 +227,11 @@ def _check_loss(window: Window, index: int, loss: Tensor) -> None:
     """
     base, found = float(window.base[index].loss), float(loss.detach())
     if abs(found - base) > torch.finfo(window.records[index].forward_dtype).eps ** 0.5 * max(abs(base), abs(found)):
+        # Without the two losses: a sentence that changes with each step would be said at each step.
         raise ValueError(
-            f"a repeated step must have the loss it had, got {found:g} without compiled code and fused attention for "
-            f"{base:g} with them: let dropout draw the same masks, torch._inductor.config.fallback_random = True, or "
-            "use forward-only estimators."
+            "a repeated step must have the loss it had, got another one without compiled code and fused attention: let "
+            "dropout draw the same masks, torch._inductor.config.fallback_random = True, or leave 'hvp' and "
+            "'gauss_newton' out."
         )
 
 
