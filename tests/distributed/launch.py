@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import importlib
 import os
 import subprocess
@@ -96,9 +95,7 @@ def main(rank: int, folder: Path, collective_seconds: int, module: str, jobs: Se
             results[name] = getattr(source, name)(rank, RANKS)
         torch.save(results, folder / f"result_{rank}.pt")
     finally:
-        # Also after an error: a thread of the group that still runs when Python ends aborts the process. Models under
-        # DDP hold the group, and errors, by their frames, such models: these cycles go first.
-        gc.collect()
+        # Also after an error: a thread of the group that needs Python while Python ends aborts the process.
         torch.distributed.destroy_process_group()
 
 

@@ -26,8 +26,8 @@ LOST = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All runs of this file, by one pair of processes; one that waits for the other gives up soon."""
-    return Launch(jobs.__name__, jobs.JOBS, tmp_path_factory.mktemp("alone"), collective_seconds=20).results()
+    """All runs of this file, by one pair of processes."""
+    return Launch(jobs.__name__, jobs.JOBS, tmp_path_factory.mktemp("alone")).results()
 
 
 @pytest.mark.parametrize("name", [*jobs.SPECTRUM, *jobs.SHARPNESS])

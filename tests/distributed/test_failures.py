@@ -65,7 +65,7 @@ def test_all_ranks_probe_at_the_same_distance_after_a_failed_first_step(results:
 
 
 def test_raising_raises_on_both_ranks(tmp_path: Any) -> None:
-    first, second = Launch(jobs.__name__, ["raised"], tmp_path, collective_seconds=20).results()["raised"]
+    first, second = Launch(jobs.__name__, ["raised"], tmp_path).results()["raised"]
     assert len(first) == len(jobs.fatal)
     assert all("failed on another rank" in end for end in first)
     assert second == [f"RuntimeError: {jobs.MESSAGE}"] * len(jobs.fatal)
