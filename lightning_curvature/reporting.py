@@ -14,7 +14,7 @@ import numpy
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature.linalg import SpectralDensity
 
@@ -76,6 +76,14 @@ def add_layout(trainer: pl.Trainer) -> None:
             logger.experiment.add_custom_scalars({LAYOUT_TITLE: charts})
 
 
+def check_tensorboard(trainer: pl.Trainer, quantity: str) -> None:
+    """Say where a quantity that only TensorBoard can show will be dropped."""
+    if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        rank_zero_info(
+            f"{quantity!r} is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one."
+        )
+
+
 def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> None:
     """Write a spectral density to every TensorBoard logger: a histogram of all N eigenvalues, and a picture of it.
 
@@ -83,8 +91,6 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
     """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    if not writers:
-        warn(f"{key} is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one.")
     if not writers or not trainer.is_global_zero:
         return
     edges, shares = density.histogram()

@@ -21,7 +21,7 @@ from lightning_curvature.parallel import fresh_shards, is_sharded, vector_space
 from lightning_curvature.probe_data import ProbeSet
 from lightning_curvature.probe_loss import ProbeLoss
 from lightning_curvature.progress import Progress
-from lightning_curvature.reporting import report_density, warn
+from lightning_curvature.reporting import check_tensorboard, report_density, warn
 from lightning_curvature.spectrum import (
     EXACT_ONLY,
     OPERATOR_OF,
@@ -211,6 +211,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             raise MisconfigurationException(
                 f"k must be below the number of parameters, got {self._measurement.k} for {count}: ask for fewer."
             )
+        if "spectral_density" in self.quantities:
+            check_tensorboard(trainer, "spectral_density")
         rule = stability_rule(trainer.optimizers[self.optimizer_index])
         if "preconditioned_lambda_max" in self.quantities and math.isnan(rule.preconditioned):
             raise MisconfigurationException(

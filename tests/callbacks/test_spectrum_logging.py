@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
+from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor, reporting
 from tests.callbacks.test_spectrum_errors import warned
 from tests.callbacks.test_spectrum_setups import loader, sgd
 from tests.callbacks.test_spectrum_values import TOLERANCE, monitor, rows, whole
@@ -188,6 +188,17 @@ def test_density_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     events = read(logger.log_dir)
     assert len(events.Histograms("curvature/spectral_density")) == 4
     assert events.Tags()["images"] == []
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_density_without_tensorboard_is_said(shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(reporting, "rank_zero_info", said.append)
+    fit(monitor("spectral_density"), logger=TensorBoardLogger(tmp_path) if shown else CSVLogger(tmp_path))
+    sentence = (
+        "'spectral_density' is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one."
+    )
+    assert said == ([] if shown else [sentence])
 
 
 def test_density_leaves_the_users_figures_alone(tmp_path: Path) -> None:
