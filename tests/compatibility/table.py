@@ -34,10 +34,12 @@ MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run"}
 HEAD = """\
 # Where the monitors run
 
-Written by the tests themselves (`make compatibility`): {versions}. A set-up is true for a monitor (✓)
-where a test asserts that the run is bit for bit the run without it, and that the values are those of an oracle, of one
-process or of the plain set-up, as the test's name says; *refused* is one clear sentence at the start, *not run* needs a
-GPU. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) are refused by what they expose.
+Written by the tests themselves (`make compatibility`): {versions}.
+
+A row is a test, or several. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
+an oracle, of one process or of the plain set-up, as the row says. *refused*: one clear sentence at the start. *not run*:
+needs a GPU. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor parallelism are refused by all monitors,
+sharded parameters (FSDP2) by `BatchSharpnessMonitor`.
 """
 
 # (section, row) → monitor → marks of the tests behind it.
@@ -66,7 +68,7 @@ def place_of(nodeid: str) -> tuple[str, str, str] | None:
     if not monitor and folder == "distributed" and file in ("test_ddp", "test_fsdp2", "test_failures"):
         monitor = "directional"
     ids = re.sub(rf"(^|-){monitor}(?=-|$)", "", ids).strip("-") if monitor else ids
-    words = " ".join(word for word in words.split() if word != monitor)
+    words = " ".join(word for word in words.split() if word not in (monitor, "features"))
     return title, ": ".join(part for part in (words, ids) if part), monitor
 
 
