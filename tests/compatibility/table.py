@@ -65,7 +65,9 @@ def place_of(nodeid: str) -> tuple[str, str, str] | None:
     name, _, ids = test.partition("[")
     words, ids = name.removeprefix("test_").replace("_", " "), ids.removesuffix("]")
     monitor = next((m for m in MONITORS if m in words.split() or m in file or re.search(rf"(^|-){m}(-|$)", ids)), "")
-    if not monitor and folder == "distributed" and file in ("test_ddp", "test_fsdp2", "test_failures"):
+    if not monitor and folder == "distributed":
+        if file not in ("test_ddp", "test_fsdp2", "test_failures"):
+            return None  # of several monitors, each in cases of its own
         monitor = "directional"
     ids = re.sub(rf"(^|-){monitor}(?=-|$)", "", ids).strip("-") if monitor else ids
     words = " ".join(word for word in words.split() if word not in (monitor, "features"))
