@@ -1,6 +1,6 @@
 """A long run with all monitors, which often measure and sometimes fail: memory is flat, the run is the run without.
 
-Minutes on one core: ``pytest -m slow``.
+Two minutes on one core: ``pytest -m slow``.
 """
 
 from __future__ import annotations
