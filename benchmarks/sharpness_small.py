@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from sharpness_recipes import RECIPES
 from timing import Clock, Spread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_curvature import BatchSharpnessMonitor
+from lightning_curvature.stacked_loss import forward_operations
 
 _SAMPLES, _BATCHES, _CLASSES = 1024, 64, 10
 
@@ -135,16 +138,11 @@ def _measured(network: nn.Module, clock: Clock, size: int, rounds: int, count: A
 
 def _plain(network: nn.Module, clock: Clock, size: int) -> float:
     """Seconds of the plain recipe for a mini-batch."""
-    parameters = list(network.parameters())
     x = torch.randn(size, 64, device=clock.device)
     y = torch.randint(_CLASSES, (size,), device=clock.device)
+    net: Any = SimpleNamespace(rows=network, parameters=list(network.parameters()))
     start = clock.now()
-    for _ in range(_BATCHES):
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            gradients = torch.autograd.grad(F.cross_entropy(network(x), y), parameters, create_graph=True)
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            product = torch.autograd.grad(flat @ flat.detach(), parameters)
-        float(torch.cat([h.reshape(-1) for h in product]) @ flat.detach())
+    RECIPES["plain recipe"].measure(net, [(x, y)] * _BATCHES)
     return (clock.now() - start) / _BATCHES
 
 
@@ -160,8 +158,8 @@ def small(clock: Clock, sizes: list[int], rounds: int, names: list[str]) -> list
         for size in sizes:
             torch.manual_seed(0)
             network = NETWORKS[name]().to(clock.device)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                network(torch.zeros(size, 64, device=clock.device))
+            x = torch.zeros(size, 64, device=clock.device)
+            operations = forward_operations(functools.partial(network, x))
             plain = 1e3 * median(_plain(network, clock, size) for _ in range(3))
             runs = {count: _measured(network, clock, size, rounds, count) for count in (1, 16)}
             in_turn, at_once = ([1e3 * s / _BATCHES for s in run.seconds[1:]] for run in runs.values())
@@ -169,7 +167,7 @@ def small(clock: Clock, sizes: list[int], rounds: int, names: list[str]) -> list
             auto = _measured(network, clock, size, 0, "auto")._measurement.at_once
             lines.append(
                 f"| {name} | {sum(p.numel() for p in network.parameters()):,} | {size} | "
-                f"{counter.get_total_flops() / 1e6:.2f} | {plain:.2f} | {median(in_turn):.2f} | "
+                f"{operations / 1e6:.2f} | {plain:.2f} | {median(in_turn):.2f} | "
                 f"{median(at_once):.2f} | {gain.middle:.2f} [{gain.low:.2f}, {gain.high:.2f}] | "
                 f"{'at once' if auto.taken else 'in turn'} |"
             )

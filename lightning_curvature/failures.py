@@ -1,14 +1,17 @@
 """What a failure means: to this rank, and to the others, which must not wait for it."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.parallel import least_over_ranks, mean_of_scalars
+
+Found = TypeVar("Found")
 
 # Words by which torch says that something cannot be differentiated twice.
 _LACKING = ("derivative", "differentia", "double backward", "inplace operation", "not implemented")
@@ -78,6 +81,18 @@ def noted(errors: list[Exception]) -> Generator[None, None, None]:
         yield
     except Exception as error:
         errors.append(error)
+
+
+def attempted(part: Callable[[], Found], fail: Callable[[Exception], None]) -> Found | None:
+    """Return what a part of a measurement gives; where it fails, call ``fail`` and return None.
+
+    The error comes without its frames, which hold graphs and vectors.
+    """
+    errors: list[Exception] = []
+    with noted(errors):
+        return part()
+    fail(errors.pop().with_traceback(None))
+    return None
 
 
 def agree(trainer: pl.Trainer, errors: list[Exception], what: str, number: float = 0.0) -> float:

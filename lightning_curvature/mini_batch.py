@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_curvature.linalg import Eigenpairs, eigenpairs
 from lightning_curvature.operators import CurvatureOperator
 
 # Squared norms between this and its inverse are those of vectors whose products stay in the range of float32 (1e-38);
@@ -59,6 +60,19 @@ class MiniBatch:
     def curvature_along(self, vector: Tensor) -> float:
         """Return vᵀAv; one product, none for a vector of zeros."""
         return self._curvature_along(vector, float(self.operator.space.squared_norm(vector)))
+
+    def largest_eigenvalue(self, tolerance: float, start: Sequence[Tensor]) -> tuple[float, Eigenpairs | None]:
+        """Return λ_max of its curvature, and how it was found; not at all for one parameter, whose only entry it is.
+
+        Args:
+            tolerance: relative residual.
+            start: vectors to begin with.
+        """
+        space = self.operator.space
+        if space.dimension == 1:
+            return self.curvature_along(space.zeros() + 1.0), None
+        found = eigenpairs(self.operator, space, largest=1, tolerance=tolerance, start=start)
+        return float(found.values[0]), found
 
     def _curvature_along(self, vector: Tensor, square: float) -> float:
         if square == 0.0:

@@ -17,7 +17,7 @@ from lightning_curvature.failures import elsewhere, noted, severity
 from lightning_curvature.objective import copied
 from lightning_curvature.parallel import mean_over_ranks
 
-__all__ = ["ProbeBatch", "ProbeSet", "read_probe_set", "to_device"]
+__all__ = ["ProbeBatch", "ProbeSet", "read_probe_set", "step_size", "to_device"]
 
 Shape = Callable[[Any], Any]
 Found = TypeVar("Found")
@@ -166,7 +166,7 @@ def read_together(
     if not errors:
         with noted(errors):
             own = dataloader is None
-            loader, shaped = only_loader(trainer.train_dataloader if own else dataloader, nested=own)
+            loader, shaped = _only_loader(trainer.train_dataloader if own else dataloader, nested=own)
             fresh = fresh_copy(loader)
             randomness = DataRandomness(trainer.strategy.root_device, fresh)
             with randomness.kept():
@@ -196,7 +196,17 @@ def to_device(trainer: pl.Trainer, module: pl.LightningModule, probe: ProbeBatch
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
+def step_size(trainer: pl.Trainer) -> int | None:
+    """Return the samples of an optimizer step as it is now, over all ranks; None where the loader has no batch size."""
+    try:
+        loader, _ = _only_loader(trainer.train_dataloader, nested=True)
+    except MisconfigurationException:  # none yet, or several
+        return None
+    size = getattr(loader, "batch_size", None)
+    return size * trainer.accumulate_grad_batches * trainer.world_size if isinstance(size, int) else None
+
+
+def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
     """Return the one loader in a collection, and what puts its batches into a collection of that form."""
     if loaders is None:
         raise MisconfigurationException(
@@ -204,7 +214,7 @@ def only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
             "on_train_start or later, or give probe_dataloader=."
         )
     if isinstance(loaders, CombinedLoader):
-        return only_loader(loaders.iterables, nested=True)
+        return _only_loader(loaders.iterables, nested=True)
     if isinstance(loaders, (list, tuple)):
         nested = nested or any(isinstance(one, DataLoader) for one in loaders)
     if not isinstance(loaders, Mapping) and not (nested and isinstance(loaders, (list, tuple))):
@@ -216,9 +226,9 @@ def only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
         )
     if isinstance(loaders, Mapping):
         ((name, value),) = loaders.items()
-        loader, inner = only_loader(value, nested=True)
+        loader, inner = _only_loader(value, nested=True)
         return loader, lambda batch: {name: inner(batch)}
-    loader, inner = only_loader(loaders[0], nested=True)
+    loader, inner = _only_loader(loaders[0], nested=True)
     form = list if isinstance(loaders, list) else tuple
     return loader, lambda batch: form([inner(batch)])
 

@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 from lightning_curvature.data_reading import Reading
 from lightning_curvature.data_state import DataRandomness, mixed
 from lightning_curvature.objective import copied
-from lightning_curvature.probe_data import ProbeBatch, ProbeSet, Shape, check_numbers, only_loader, read_together
+from lightning_curvature.probe_data import ProbeBatch, ProbeSet, Shape, check_numbers, read_together, step_size
 
 __all__ = ["Population", "read_population"]
 
@@ -152,16 +152,6 @@ def read_population(
     options = {"samples": samples, "batch_size": micro_batch_size, "group_size": 1, "seed": seed}
     share, population = read_together(trainer, dataloader, read, errors, **options)
     return population(share)
-
-
-def step_size(trainer: pl.Trainer) -> int | None:
-    """Return the samples of an optimizer step as it is now, over all ranks; None where the loader has no batch size."""
-    try:
-        loader, _ = only_loader(trainer.train_dataloader, nested=True)
-    except MisconfigurationException:  # none yet, or several
-        return None
-    size = getattr(loader, "batch_size", None)
-    return size * trainer.accumulate_grad_batches * trainer.world_size if isinstance(size, int) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,15 +70,19 @@ def add_layout(trainer: pl.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, HasCharts):
             charts |= {title: ["Multiline", keys] for title, keys in callback.charts().items()}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and logger not in _laid_out:
+    for logger in _tensorboards(trainer):
+        if logger not in _laid_out:
             _laid_out.add(logger)
             logger.experiment.add_custom_scalars({LAYOUT_TITLE: charts})
 
 
+def _tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
 def check_tensorboard(trainer: pl.Trainer, quantity: str) -> None:
     """Say where a quantity that only TensorBoard can show will be dropped."""
-    if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+    if not _tensorboards(trainer):
         rank_zero_info(
             f"{quantity!r} is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one."
         )
@@ -90,7 +94,7 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
     The picture needs matplotlib; without it the histogram comes alone, with one warning.
     """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    writers = [logger.experiment for logger in _tensorboards(trainer)]
     if not writers or not trainer.is_global_zero:
         return
     edges, shares = density.histogram()

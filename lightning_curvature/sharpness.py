@@ -5,11 +5,11 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn
 
 from torch import Tensor
 
-from lightning_curvature.failures import failure_of
+from lightning_curvature.failures import attempted, failure_of
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature, CurvatureOperator, MicroBatch, operator_type
 from lightning_curvature.parallel import sum_over_ranks
@@ -19,7 +19,6 @@ from lightning_curvature.sharpness_pairs import PairsAtOnce, PairsInTurn
 from lightning_curvature.sharpness_problem import CROSSED, FULL_GRADIENT, DrawOptions, Quantity, SharpnessProblem
 
 FullHessian = Literal["pairs", "exact"]
-Found = TypeVar("Found")
 
 
 class SharpnessMeasurement:
@@ -83,20 +82,10 @@ class SharpnessMeasurement:
         """
         values = dict.fromkeys(self.keys(), math.nan)
         if "step_sharpness" in self.quantities:
-            values |= self._attempt(lambda: self._step_sharpness(problem), fail) or {}
+            values |= attempted(lambda: self._step_sharpness(problem), fail) or {}
         if problem.population is not None and self.drawn:
             values |= self._drawn_batches(problem, fail)
         return values
-
-    def _attempt(self, part: Callable[[], Found], fail: Callable[[Exception], None]) -> Found | None:
-        errors: list[Exception] = []
-        try:
-            return part()
-        except Exception as error:
-            # Let go of the frames, which hold graphs.
-            errors.append(error.with_traceback(None))
-        fail(errors.pop())
-        return None
 
     def _step_sharpness(self, problem: SharpnessProblem) -> dict[str, float]:
         """Sharpness of the data of the coming step, of all ranks together."""
@@ -108,19 +97,19 @@ class SharpnessMeasurement:
         return {"step_sharpness": curvature / square if square else math.nan}
 
     def _drawn_batches(self, problem: SharpnessProblem, fail: Callable[[Exception], None]) -> dict[str, float]:
-        whole = self._attempt(lambda: self._whole_set(problem), fail)
+        whole = attempted(lambda: self._whole_set(problem), fail)
         if whole is None:
             return {}
         options, full = self._options, None
         with contextlib.closing(whole):
             if set(FULL_GRADIENT) & set(self.drawn):
-                full = self._attempt(lambda: self._full_gradient(problem, whole), fail)
+                full = attempted(lambda: self._full_gradient(problem, whole), fail)
                 if full is None:
                     options = replace(options, quantities=tuple(q for q in self.drawn if q not in FULL_GRADIENT))
             if not options.quantities:
                 return {}
             draws = self._draws(options, problem, full, whole)
-            if self._attempt(draws.draw, fail) is None:
+            if attempted(draws.draw, fail) is None:
                 draws.give_up()
         for error in draws.errors:
             fail(error)

@@ -63,7 +63,7 @@ class AtOnceChoice:
             if self._wanted == "auto" and not _is_small(problem):
                 return False
             one, other = (way.observe([0], ["modified_batch_sharpness"])[0] for way in (in_turn, at_once))
-            if agree(one, other):
+            if alike(one, other):
                 return True
             reason = "its gradients come out differently there"
         except Exception as error:
@@ -76,7 +76,7 @@ class AtOnceChoice:
         return False
 
 
-def agree(one: PairMoments, other: PairMoments) -> bool:
+def alike(one: PairMoments, other: PairMoments) -> bool:
     """Whether two measurements of one pair are the same but for rounding."""
     if one.zero_gradients != other.zero_gradients or one.moments.keys() != other.moments.keys():
         return False

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.functional import add_to_moments
-from lightning_curvature.linalg import VectorSpace, eigenpairs
+from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.mini_batch import MiniBatch, MiniBatches
 from lightning_curvature.sharpness_problem import (
     CROSS_PRODUCT,
+    CROSSED,
     OWN_PRODUCT,
     PAIR,
     DrawOptions,
@@ -133,7 +134,7 @@ class PairsInTurn(Pairs):
         problem, population = self._problem, self._problem.population
         assert population is not None
         pair, batches = PairMoments(), []
-        crossed = bool({*CROSS_PRODUCT, "lambda_gen"} & set(wanted))
+        crossed = bool(set(CROSSED) & set(wanted))
         with contextlib.ExitStack() as stack:
             for index in range(PAIR):
                 drawn = population.draw(problem.key, PAIR * number + index)
@@ -161,18 +162,13 @@ class PairsInTurn(Pairs):
             pair.add_own(batch.self_curvature, batch.squared_norm)
             self._problem.on_product()
         if "lambda_max_b" in wanted:
-            pair.add("lambda_max_b", self._largest_eigenvalue(batch, pair))
+            value, found = batch.largest_eigenvalue(self._options.tolerance, self._vector)
+            self._problem.on_product()
+            if found is not None:
+                self._vector = found.vectors
+                pair.unconverged += not all(found.converged)
+            pair.add("lambda_max_b", value)
         pair.zero_gradients += batch.squared_norm == 0.0
-
-    def _largest_eigenvalue(self, batch: MiniBatch, pair: PairMoments) -> float:
-        space = batch.operator.space
-        self._problem.on_product()
-        if space.dimension == 1:
-            return batch.curvature_along(space.zeros() + 1.0)
-        found = eigenpairs(batch.operator, space, largest=1, tolerance=self._options.tolerance, start=self._vector)
-        self._vector = found.vectors
-        pair.unconverged += not all(found.converged)
-        return float(found.values)
 
 
 class PairsAtOnce(Pairs):
@@ -208,7 +204,7 @@ class PairsAtOnce(Pairs):
         self, batches: MiniBatches, wanted: Collection[Quantity], pairs: Sequence[PairMoments], squares: list[float]
     ) -> None:
         """The vectors of each batch of a pair on the Hessian of the other."""
-        if not {*CROSS_PRODUCT, "lambda_gen"} & set(wanted):
+        if not set(CROSSED) & set(wanted):
             return
         rows = torch.cat([gradient.flatten(1) for gradient in batches.gradients], dim=1)
         crosses = []

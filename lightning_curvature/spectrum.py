@@ -1,6 +1,7 @@
 """One measurement of the spectrum: operators on a probe set, the algorithms on them, numbers by key."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_curvature.failures import Failure, failure_of
+from lightning_curvature.failures import Failure, attempted, failure_of
 from lightning_curvature.linalg import (
     Eigenpairs,
     NonFiniteProductError,
@@ -138,16 +139,7 @@ class SpectrumMeasurement:
         spectrum = Spectrum(dict.fromkeys(self.keys(), math.nan))
         for kind in dict.fromkeys(OPERATOR_OF[q] for q in self.quantities):
             wanted = [q for q in self.quantities if OPERATOR_OF[q] == kind]
-            errors: list[Exception] = []
-            try:
-                self._measure_operator(problem, kind, wanted, spectrum)
-            except NotYetSteppedError:
-                continue
-            except Exception as error:
-                # Let go of the frames, which hold graphs.
-                errors.append(error.with_traceback(None))
-            if errors:
-                fail(errors.pop())
+            attempted(functools.partial(self._measure_operator, problem, kind, wanted, spectrum), fail)
         return spectrum
 
     def keys(self) -> list[str]:
@@ -195,7 +187,7 @@ class SpectrumMeasurement:
                 if not operator.all_ended():
                     raise NonFiniteProductError(f"what was measured of the operator {kind!r} is lost")
             except NotYetSteppedError:
-                raise
+                return None  # nothing to measure, on any rank
             except Exception as error:
                 if operator.reduce is None and not isinstance(error, (RuntimeError, NonFiniteProductError)):
                     raise

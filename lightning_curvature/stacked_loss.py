@@ -89,7 +89,7 @@ def stack(batches: Sequence[Any]) -> tuple[tuple[Tensor, ...], Callable[[Sequenc
     return tuple(tensors), rebuild
 
 
-def forward_operations(evaluate: Callable[[], Evaluation]) -> int:
+def forward_operations(evaluate: Callable[[], object]) -> int:
     """Count the floating-point operations of the matrix products and convolutions of one evaluation."""
     # As it will be differentiated: the counter does not see into compiled code.
     with torch.no_grad(), differentiable(), FlopCounterMode(display=False) as counter:

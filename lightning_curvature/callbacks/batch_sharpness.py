@@ -18,7 +18,8 @@ from lightning_curvature.objective import ObjectiveFunction, copied
 from lightning_curvature.operators import Curvature, operator_type
 from lightning_curvature.optimizers import stability_rule
 from lightning_curvature.parallel import is_sharded
-from lightning_curvature.probe_draws import Population, read_population, step_size
+from lightning_curvature.probe_data import step_size
+from lightning_curvature.probe_draws import Population, read_population
 from lightning_curvature.probe_loss import ProbeLoss, StepCall
 from lightning_curvature.progress import Progress
 from lightning_curvature.sharpness import FullHessian, SharpnessMeasurement

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ from lightning_curvature.callbacks.monitor import Monitor
 from lightning_curvature.data_reading import sample_count
 from lightning_curvature.failures import agree, noted
 from lightning_curvature.isolation import untouched
-from lightning_curvature.probe_data import read_probe_set
+from lightning_curvature.probe_data import read_probe_set, step_size
 from lightning_curvature.probe_loss import ProbeLoss, ProbeMode
 from lightning_curvature.reporting import warn
 
@@ -174,11 +173,11 @@ class ProbeSetMonitor(Monitor):
     def _step_groups(self, trainer: pl.Trainer, batch: Any) -> tuple[int | None, int]:
         """Size of a micro-batch, and how many hold the data of one optimizer step, of all its batches and ranks."""
         loader = self.probe_dataloader if self.probe_dataloader is not None else trainer.train_dataloader
-        own = getattr(trainer.train_dataloader, "batch_size", None) or sample_count(batch)
-        step = own * trainer.accumulate_grad_batches * trainer.world_size
+        batches = trainer.accumulate_grad_batches * trainer.world_size
+        step = step_size(trainer) or sample_count(batch) * batches
         cut = self.micro_batch_size or getattr(loader, "batch_size", None)
         if cut is None:
-            return None, max(1, math.ceil(step / own))
+            return None, batches
         # The largest part of a step's data that is no larger than asked for, and makes it up exactly.
         size = max(n for n in range(1, min(cut, step) + 1) if step % n == 0)
         return size, step // size

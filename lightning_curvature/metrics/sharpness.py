@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
-from lightning_curvature.linalg import Eigenpairs, eigenpairs
+from lightning_curvature.linalg import Eigenpairs
 from lightning_curvature.metrics.model import ModelMetric
 from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature
@@ -274,9 +274,5 @@ class BatchLambdaMax(MiniBatchMetric):
         """Add a mini-batch."""
         start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
         with closing(self._mini_batch(inputs, targets)) as batch:
-            operator = batch.operator
-            if operator.space.dimension == 1:  # its Hessian is the eigenvalue
-                self._add(batch.curvature_along(operator.space.zeros() + 1.0))
-                return
-            self.pairs = eigenpairs(operator, operator.space, largest=1, tolerance=self.tolerance, start=start)
-        self._add(float(self.pairs.values[0]))
+            value, self.pairs = batch.largest_eigenvalue(self.tolerance, start)
+        self._add(value)

@@ -206,18 +206,18 @@ def test_an_error_of_both_ways_is_told() -> None:
         fit(monitor(*OWN, objective=broken))
 
 
-def test_agreement() -> None:
+def test_alike() -> None:
     def pair(x: float, y: float, zeros: int = 0) -> PairMoments:
         made = PairMoments(zero_gradients=zeros)
         made.add("modified_batch_sharpness", x, y)
         return made
 
-    assert at_once.agree(pair(1.0, 2.0), pair(1.0 + 1e-6, 2.0 - 1e-6))
-    assert not at_once.agree(pair(1.0, 2.0), pair(1.01, 2.0))
-    assert not at_once.agree(pair(1.0, 2.0), pair(1.0, 1.99))
-    assert not at_once.agree(pair(1.0, 2.0), pair(1.0, 2.0, zeros=1))
-    assert not at_once.agree(pair(1.0, 2.0), pair(math.nan, 2.0))
-    assert not at_once.agree(pair(1.0, 2.0), PairMoments())
+    assert at_once.alike(pair(1.0, 2.0), pair(1.0 + 1e-6, 2.0 - 1e-6))
+    assert not at_once.alike(pair(1.0, 2.0), pair(1.01, 2.0))
+    assert not at_once.alike(pair(1.0, 2.0), pair(1.0, 1.99))
+    assert not at_once.alike(pair(1.0, 2.0), pair(1.0, 2.0, zeros=1))
+    assert not at_once.alike(pair(1.0, 2.0), pair(math.nan, 2.0))
+    assert not at_once.alike(pair(1.0, 2.0), PairMoments())
 
 
 @pytest.mark.parametrize("value", [0, -2, 2.5, "all"])

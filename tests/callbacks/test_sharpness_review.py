@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from lightning_curvature import CurvatureWarning
+from lightning_curvature import CurvatureWarning, mini_batch
 from lightning_curvature import sharpness_pairs as pairs
 from tests.callbacks.test_sharpness_values import Dense, fit, learner, loader, monitor, samples, sgd
 from tests.oracles.hessian_spectrum import Curvature
@@ -358,8 +358,8 @@ def test_step_sharpness_knows_the_numbers_of_the_batches() -> None:
 
 
 def test_eigenvalues_that_were_not_found_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pairs.eigenpairs
-    monkeypatch.setattr(pairs, "eigenpairs", lambda *args, **kwargs: real(*args, **kwargs, max_matvecs=1))
+    real = mini_batch.eigenpairs
+    monkeypatch.setattr(mini_batch, "eigenpairs", lambda *args, **kwargs: real(*args, **kwargs, max_matvecs=1))
     run = fit(monitor("lambda_max_b", "batch_sharpness"))
     for row in run.rows.values():
         assert row["lambda_max_b_unconverged"] == row["lambda_max_b_batches"] > 0.0

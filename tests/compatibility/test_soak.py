@@ -60,7 +60,7 @@ class Learner(pl.LightningModule):
 
 
 class Counts(pl.Callback):
-    """Tensors and resident bytes that are alive, every thousand steps."""
+    """Tensors and all other objects that are alive, every thousand steps."""
 
     def __init__(self) -> None:
         self.tensors: list[int] = []
