@@ -4,7 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_curvature.callbacks import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
+    from lightning_curvature.callbacks import (
+        BatchSharpnessMonitor,
+        DirectionalCurvatureMonitor,
+        HessianSpectrumMonitor,
+        StabilizationMonitor,
+    )
     from lightning_curvature.reporting import CurvatureWarning
     from lightning_curvature.update import ParameterUpdate
 
@@ -14,6 +19,7 @@ __all__ = [
     "DirectionalCurvatureMonitor",
     "HessianSpectrumMonitor",
     "ParameterUpdate",
+    "StabilizationMonitor",
 ]
 
 _HOMES = {
@@ -22,6 +28,7 @@ _HOMES = {
     "DirectionalCurvatureMonitor": "callbacks",
     "HessianSpectrumMonitor": "callbacks",
     "ParameterUpdate": "update",
+    "StabilizationMonitor": "callbacks",
 }
 
 

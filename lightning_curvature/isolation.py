@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from torch import Tensor, nn
 
 from lightning_curvature.module_state import FUNCTIONS, ModuleState, RandomState
@@ -103,6 +104,37 @@ def muted(module: pl.LightningModule, global_step: int) -> Generator[None, None,
             if isinstance(submodule, pl.LightningModule):
                 stack.enter_context(patched(submodule, _trainer=stand_in, log=_silent, log_dict=_silent, print=_silent))
         yield
+
+
+@contextlib.contextmanager
+def attached(
+    trainer: pl.Trainer, module: pl.LightningModule, parameters: Sequence[Tensor]
+) -> Generator[None, None, None]:
+    """Let a Trainer that does not run hold a module inside the block, on its device; before and after as it was.
+
+    Args:
+        trainer: the Trainer.
+        module: the module.
+        parameters: those that may be moved, as if an optimizer held them; all others are put back in each repetition.
+    """
+    before, device, strategy = module._trainer, module.device, trainer.strategy
+    held = strategy._lightning_module, strategy.model, trainer.optimizers
+    connector = trainer._data_connector
+    selector = connector._datahook_selector
+    try:
+        # Which hooks move a batch: those of the module.
+        connector._datahook_selector = _DataHookSelector(module, None)
+        strategy.connect(module)
+        strategy.setup_environment()
+        module.trainer = trainer
+        module.to(strategy.root_device)
+        trainer.optimizers = [torch.optim.SGD(parameters, lr=0.0)]
+        yield
+    finally:
+        module.to(device)
+        module._trainer = before
+        strategy._lightning_module, strategy.model, trainer.optimizers = held
+        connector._datahook_selector = selector
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lightning_curvature.module_state import ModuleState, RandomState
 from lightning_curvature.objective import RecordedBatch, StepObjective
 from lightning_curvature.operators import MicroBatch
 from lightning_curvature.probe_data import ProbeBatch, ProbeSet, to_device
-from lightning_curvature.stacked_loss import stacked_evaluation
+from lightning_curvature.stacked_loss import Stacked, stacked_evaluation, stacked_losses
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
@@ -77,9 +77,7 @@ class ProbeLoss:
 
     def evaluate(self, probe: ProbeBatch, index: int) -> Evaluation:
         """Loss and outputs of one micro-batch at the parameters as they are now; ``index`` is its ``batch_idx``."""
-        # A hook that augments on the device changes the module before the step does.
-        self._state.restore(gently=True)
-        batch = to_device(self._trainer, self._objective.module, probe)
+        (batch,) = self.moved([probe])
         return self._repeat(batch, index, self._seeded(probe.seed))
 
     def parts_of_many(
@@ -109,10 +107,7 @@ class ProbeLoss:
     def _evaluate_many(
         self, probes: Sequence[ProbeBatch], index: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> Evaluation:
-        batches = []
-        for probe in probes:
-            self._state.restore(gently=True)
-            batches.append(to_device(self._trainer, self._objective.module, probe))
+        batches = self.moved(probes)
         randomness = self._seeded(probes[0].seed)
 
         def record(batch: Any) -> RecordedBatch:
@@ -120,6 +115,34 @@ class ProbeLoss:
 
         with self._precision(), same_attention(self._objective.module):
             return stacked_evaluation(self._objective, record, batches, parameters, copies)
+
+    def moved(self, probes: Sequence[ProbeBatch]) -> list[Any]:
+        """Return batches as ``training_step`` receives them."""
+        batches = []
+        for probe in probes:
+            # A hook that augments on the device changes the module before the step does.
+            self._state.restore(gently=True)
+            batches.append(to_device(self._trainer, self._objective.module, probe))
+        return batches
+
+    def losses_of_many(self, stacked: Stacked, seed: int) -> Tensor:
+        """Losses of batches that were moved and stacked, (batches,), all at the parameters as they are.
+
+        Raises:
+            Exception: see :func:`~.stacked_loss.stacked_losses`.
+        """
+        self._state.restore(gently=True)
+        randomness = self._seeded(seed)
+
+        def record(batch: Any) -> RecordedBatch:
+            return self._objective.prepare(batch, 0, randomness, self._state)
+
+        with self._precision(), same_attention(self._objective.module):
+            return stacked_losses(self._objective, record, stacked)[0]
+
+    def loss_of(self, batch: Any, seed: int) -> Tensor:
+        """Loss of one batch that was moved, at the parameters as they are."""
+        return self._repeat(batch, 0, self._seeded(seed)).loss
 
     def parts_of_step(self, calls: Sequence[StepCall], ranks: int) -> list[MicroBatch]:
         """Micro-batches of a step about to be made, weighted as Lightning averages their gradients: all alike."""

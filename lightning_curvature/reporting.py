@@ -4,19 +4,21 @@ The only home of private Trainer attributes.
 """
 
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
-import numpy
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature.linalg import SpectralDensity
+from lightning_curvature.pictures import new_figure, picture_of
+from lightning_curvature.sample_growth import SampleGrowth
 
 # TensorBoard keeps one layout a run: it is written once for all the monitors of a Trainer.
 _laid_out: "weakref.WeakSet[Logger]" = weakref.WeakSet()
@@ -116,18 +118,37 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
             writer.add_image(f"{key}_picture", picture, step, dataformats="HWC")
 
 
+def report_growth(trainer: pl.Trainer, prefix: str, growth: SampleGrowth) -> None:
+    """Write a table of sample growth: to TensorBoard against k and as a picture, and as files where loggers write."""
+    if not trainer.is_global_zero:
+        return
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    figure = growth.draw(f"{prefix}: sample growth at step {step}") if trainer.loggers else None
+    if figure is None and trainer.loggers:
+        warn("sample growth comes without a picture: install matplotlib to have one.")
+    for writer in (logger.experiment for logger in _tensorboards(trainer)):
+        for (criterion, estimator, dimension, sigma), curve in growth.curves().items():
+            parts = [criterion, *([f"D={dimension}"] if dimension else []), *([f"sigma={sigma:g}"] if sigma else [])]
+            for k, row in curve.items():
+                writer.add_scalar(f"{prefix}_by_samples/step={step}/{'_'.join([*parts, estimator])}", row.value, k)
+        if figure is not None:
+            writer.add_image(f"{prefix}/sample_growth", picture_of(figure), step, dataformats="HWC")
+    folder = next((logger.log_dir for logger in trainer.loggers if getattr(logger, "log_dir", None)), None)
+    if folder is not None:
+        os.makedirs(folder, exist_ok=True)
+        name = os.path.join(folder, f"{prefix.replace('/', '-')}-stabilization-step={step}")
+        growth.to_csv(f"{name}.csv")
+        if figure is not None:
+            figure.savefig(f"{name}.png")
+
+
 def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
     """The density on a logarithmic scale as an image, (H, W, 3) uint8, or None without matplotlib."""
-    try:
-        # Not pyplot, whose figures and backend are the user's.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(figsize=(6.4, 3.6), dpi=100)
+    if figure is None:
         warn("the spectral density comes without a picture: install matplotlib to have one beside the histogram.")
         return None
     grid = density.grid()
-    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     values = density.evaluate(grid).numpy()
     axes.semilogy(grid.numpy(), values, linewidth=1.2)
@@ -137,5 +158,4 @@ def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
     axes.set_xlabel("eigenvalue of the Hessian")
     axes.set_title(f"{key} at step {step}", fontsize=10)
     axes.set_ylabel("density")
-    canvas.draw()
-    return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return picture_of(figure)

@@ -13,6 +13,9 @@ from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.isolation import parameters_replaced
 from lightning_curvature.objective import RecordedBatch, StepObjective
 
+# Tensors of batches that are alike, and what makes a batch of one row of each.
+Stacked = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Any]]
+
 
 def copies_of(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return each parameter ``count`` times, (count, shape): leaves to differentiate by, which share its memory.
@@ -44,10 +47,36 @@ def stacked_evaluation(
 
     Raises:
         ValueError: where the batches differ in more than the values of their tensors.
+        Exception: see :func:`stacked_losses`.
+    """
+    losses, outputs = stacked_losses(objective, record, stack(batches), parameters, copies)
+    return Evaluation(losses.sum(), outputs)
+
+
+def stacked_losses(
+    objective: StepObjective,
+    record: Callable[[Any], RecordedBatch],
+    stacked: Stacked,
+    parameters: Sequence[Tensor] = (),
+    copies: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor | None]:
+    """Evaluate the training step on every batch, at its own copy of some parameters, or at those that there are.
+
+    Args:
+        objective: the training step.
+        record: makes the record of a step from its batch.
+        stacked: the batches, by :func:`stack`.
+        parameters: those that have copies; all others are as they are.
+        copies: of each, (batches, shape).
+
+    Returns:
+        The losses, (batches,), and the outputs, (batches, B, …), or None.
+
+    Raises:
         Exception: whatever ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers, reads
             a value (``loss.item()``), or writes to a buffer.
     """
-    tensors, rebuild = stack(batches)
+    tensors, rebuild = stacked
 
     def evaluate(own: tuple[Tensor, ...], of_batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         values = {id(p): value for p, value in zip(parameters, own, strict=True)}
@@ -56,10 +85,10 @@ def stacked_evaluation(
         return (found.loss,) if found.outputs is None else (found.loss, found.outputs)
 
     losses, *outputs = torch.vmap(evaluate, randomness="error")(tuple(copies), tensors)
-    return Evaluation(losses.sum(), outputs[0] if outputs else None)
+    return losses, outputs[0] if outputs else None
 
 
-def stack(batches: Sequence[Any]) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Any]]:
+def stack(batches: Sequence[Any]) -> Stacked:
     """Stack the tensors of batches that are alike; returns them with what makes a batch of tensors again.
 
     Raises:

@@ -1,7 +1,8 @@
-"""Lightning callbacks: when to measure, one for each family of quantities."""
+"""When to measure: one Lightning callback for each family of quantities."""
 
 from lightning_curvature.callbacks.batch_sharpness import BatchSharpnessMonitor
 from lightning_curvature.callbacks.directional import DirectionalCurvatureMonitor
 from lightning_curvature.callbacks.spectrum import HessianSpectrumMonitor
+from lightning_curvature.callbacks.stabilization import StabilizationMonitor
 
-__all__ = ["BatchSharpnessMonitor", "DirectionalCurvatureMonitor", "HessianSpectrumMonitor"]
+__all__ = ["BatchSharpnessMonitor", "DirectionalCurvatureMonitor", "HessianSpectrumMonitor", "StabilizationMonitor"]

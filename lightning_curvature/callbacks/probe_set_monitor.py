@@ -120,9 +120,13 @@ class ProbeSetMonitor(Monitor):
         step = trainer.global_step
         if not self._due(trainer) or step == self._measured_step or self._objective is None:
             return
-        if not self._complete(trainer, batch, batch_idx):
-            return
-        self._measured_step = step
+        if self._complete(trainer, batch, batch_idx):
+            self._measure_now(trainer, pl_module, batch)
+
+    def _measure_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Measure at the parameters as they are; ``batch`` is that of the coming step."""
+        assert self._objective is not None
+        self._measured_step = trainer.global_step
         objective, begun = self._objective, False
         try:
             with contextlib.ExitStack() as stack:

@@ -35,9 +35,9 @@ from lightning_curvature.functional.stabilization import (
     decay_slope,
     gaussian_moment,
     increment,
-    moment_of_traces,
     rate_bound,
     relative_model_error,
+    sampled_gaussian_moment,
     spectral_moment,
     validated_sigma,
 )
@@ -72,7 +72,6 @@ __all__ = [
     "kl_curvature",
     "kl_divergence",
     "merge_moments",
-    "moment_of_traces",
     "momentum_threshold",
     "output_noise_gain",
     "output_quadratic_form",
@@ -81,6 +80,7 @@ __all__ = [
     "ratio_of_means",
     "ratio_standard_error",
     "relative_model_error",
+    "sampled_gaussian_moment",
     "spectral_moment",
     "validated_sigma",
 ]

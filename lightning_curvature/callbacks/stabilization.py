@@ -1,0 +1,370 @@
+"""The monitor of how the loss around a point settles as samples are added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names
+from lightning_curvature.callbacks.monitor import OnError
+from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
+from lightning_curvature.isolation import attached, untouched
+from lightning_curvature.objective import ObjectiveFunction, StepObjective
+from lightning_curvature.ordered_samples import OrderedSamples, read_ordered_samples
+from lightning_curvature.parallel import is_sharded
+from lightning_curvature.probe_loss import ProbeLoss
+from lightning_curvature.probing import LAWS, Law
+from lightning_curvature.progress import Progress
+from lightning_curvature.reporting import report_growth, warn
+from lightning_curvature.sample_growth import SampleGrowth
+from lightning_curvature.sample_losses import SampleLosses
+from lightning_curvature.stabilization import measure_growth
+from lightning_curvature.stabilization_problem import (
+    ESTIMATORS,
+    QUANTITIES,
+    Estimator,
+    GrowthOptions,
+    GrowthProblem,
+    Quantity,
+)
+
+Directions = Callable[[pl.LightningModule], Tensor]
+
+# Samples evaluated at once where nothing else is said.
+_MICRO_BATCH = 16
+
+
+class StabilizationMonitor(ProbeSetMonitor):
+    r"""Measure how much one more sample changes the loss around the parameters, for several numbers of samples.
+
+    L_k is the mean loss of the first k of a fixed order of training samples, w the parameters as they are. Quantities:
+
+    * "delta_1": :math:`|L_{k+1}(w) - L_k(w)|`.
+    * "delta_2": :math:`E[(L_{k+1} - L_k)^2]` over :math:`w + \varepsilon,\ \varepsilon \sim N(0, \sigma^2 I_N)`.
+    * "delta_2_subspace": the same over :math:`w + Uz,\ z \sim N(0, \sigma^2 I_D)`, U the D eigenvectors of ∇²L_k(w)
+      with the largest eigenvalues (or other directions: ``law``).
+
+    Estimators: "gaussian_moment" evaluates a quadratic model of the increment in closed form, "quadratic" by Monte
+    Carlo (in the subspace alone), "direct" perturbs the parameters and evaluates the losses. The model is compared with
+    the true increment on some probes, and where it is not within ``model_tolerance`` at a σ, a warning says so.
+
+    A sample is what the training step gives a loss for when it is alone in its batch: an example, or a sequence. Each
+    of ``candidates`` samples that follow the first k stands for the next one, so that every criterion is a mean with
+    its standard error.
+
+    Written are, for the largest k, the largest D and the first σ and estimator, ``<prefix>/<quantity>`` and
+    ``<quantity>_stderr``, and ``validated_sigma``; to TensorBoard all values against k in place of the step,
+    ``<prefix>_by_samples/…``, and a picture; into the logger's folder the whole table, ``…-stabilization-step=….csv``,
+    and the picture as PNG. ``result`` holds them as a :class:`~lightning_curvature.sample_growth.SampleGrowth`.
+
+    Cost, for each k: an eigensolver's products with the first k samples (three or four for each of the D directions,
+    and fewer from the second k on, which begins where the one before ended), D products with each candidate; "direct" S
+    forwards of k + candidates samples for each D and σ, in the full space of all samples for all k together. The basis
+    stays in memory: three times D + 16 vectors of N numbers during the search.
+
+    Args:
+        sample_sizes: k, each a sample size.
+        subspace_dim: D, or several, of which the largest is searched for.
+        sigma: σ, or several, in units of the parameters.
+        quantities: which of the above.
+        estimators: which of the above.
+        candidates: how many samples stand for the next one.
+        draws: S, Monte-Carlo draws.
+        trace_vectors: random vectors for the traces that "gaussian_moment" needs in the full space.
+        validation_draws: probes on which the model is compared, where "direct" is not asked for; 0 for none.
+        model_tolerance: relative error (root mean square) up to which the model counts as valid.
+        order: p of :math:`E|L_{k+1} - L_k|^p`; the closed form knows 2 alone.
+        law: "top" and "bottom" eigenvectors, "random" directions, "gradients" of the D samples with the longest ones.
+        directions: callable module → (D, N) vectors to span the subspace, in place of ``law``; their rows are made
+            orthonormal one after the other.
+        at_end: measure when fit ends.
+        at_steps: measure before these optimizer steps.
+        every_n_train_steps: measure before steps 0, n, 2n, …; None for not.
+        probe_dataloader: where to take the samples from; default: the Trainer's train dataloader.
+        micro_batch_size: samples evaluated at once.
+        tolerance: relative residual of eigenvectors.
+        max_products: products after which a search for eigenvectors ends; default: 20 for each.
+        objective: callable (module, batch of one sample) → loss, in place of training_step.
+        optimizer_index: whose parameters are moved, where there are several optimizers.
+        probe_mode: "eval" switches the module for the measurement, "train" leaves it in its modes.
+        probe_precision: "32-true" runs without autocast; None in the precision of the run.
+        seed: of the order of samples, probes and random vectors.
+        prefix: prefix of the keys.
+        on_error: "warn" logs NaN and warns when a measurement fails; "raise" raises.
+
+    Raises:
+        ValueError: for an argument outside its rule.
+        MisconfigurationException: at the start of fit or of the first measurement, for what the module, the data or the
+            strategy cannot give.
+
+    Source: P1 (curvature-aligned probing), eqs. 1–4 and 11–15.
+    """
+
+    # Its products are exact.
+    takes_shards = False
+
+    def __init__(
+        self,
+        *,
+        sample_sizes: Sequence[int] = (4, 8, 16, 32, 64),
+        subspace_dim: int | Sequence[int] = 8,
+        sigma: float | Sequence[float] = 1e-3,
+        quantities: Sequence[Quantity] = QUANTITIES,
+        estimators: Sequence[Estimator] = ("gaussian_moment",),
+        candidates: int = 8,
+        draws: int = 64,
+        trace_vectors: int = 16,
+        validation_draws: int = 8,
+        model_tolerance: float = 0.1,
+        order: float = 2.0,
+        law: Law = "top",
+        directions: Directions | None = None,
+        at_end: bool = True,
+        at_steps: Sequence[int] = (),
+        every_n_train_steps: int | None = None,
+        probe_dataloader: Any = None,
+        micro_batch_size: int | None = None,
+        tolerance: float = 1e-3,
+        max_products: int | None = None,
+        objective: ObjectiveFunction | None = None,
+        optimizer_index: int = 0,
+        probe_mode: Literal["train", "eval"] = "eval",
+        probe_precision: Literal["32-true"] | None = "32-true",
+        seed: int = 0,
+        prefix: str = "curvature",
+        on_error: OnError = "warn",
+    ) -> None:
+        super().__init__(
+            every_n_train_steps=1 if every_n_train_steps is None else every_n_train_steps,
+            probe_samples=None,
+            probe_dataloader=probe_dataloader,
+            micro_batch_size=micro_batch_size,
+            probe_mode=probe_mode,
+            probe_precision=probe_precision,
+            seed=seed,
+            objective=objective,
+            outputs=None,
+            optimizer_index=optimizer_index,
+            prefix=prefix,
+            on_error=on_error,
+        )
+        check_names("quantities", quantities, QUANTITIES)
+        check_names("estimators", estimators, ESTIMATORS)
+        check_names("law", [law], LAWS)
+        sizes = _numbers("sample_sizes", sample_sizes, "(8, 64) measures at both")
+        dims = _numbers("subspace_dim", subspace_dim, "16 holds what matters of many networks")
+        for name, value, least, remedy in (
+            ("candidates", candidates, 1, "8 tell how much samples differ"),
+            ("draws", draws, 2, "64 make a standard error that can be trusted"),
+            ("trace_vectors", trace_vectors, 3, "16 give the traces to a few per cent"),
+            ("validation_draws", validation_draws, 0, "0 leaves the model unchecked"),
+        ):
+            check_count(name, value, least, remedy)
+        check_count("max_products", max_products, dims[-1] + 1, "None allows 20 for each direction", optional=True)
+        check_fraction("tolerance", tolerance, "1e-3 gives eigenvectors to three digits")
+        check_fraction("model_tolerance", model_tolerance, "0.1 takes a model that is right to 10 %")
+        sigmas = tuple(sigma) if isinstance(sigma, Sequence) else (sigma,)
+        if not sigmas or not all(isinstance(s, (int, float)) and 0.0 < s < math.inf for s in sigmas):
+            raise ValueError(
+                f"sigma must be positive, got {sigma!r}: 1e-3 is a usual width in units of the parameters."
+            )
+        if not 0.0 < order < math.inf:
+            raise ValueError(f"order must be positive, got {order!r}: 2 is the mean square.")
+        if order != 2.0 and "gaussian_moment" in estimators:
+            raise ValueError(
+                f"estimators must not hold 'gaussian_moment' where order is not 2, got {order!r}, for which there is "
+                "no closed form: use 'quadratic' or 'direct'."
+            )
+        self.at_end, self.at_steps, self.directions = at_end, frozenset(at_steps), directions
+        self._periodic = every_n_train_steps is not None
+        self.options = GrowthOptions(
+            quantities=tuple(dict.fromkeys(quantities)),
+            sample_sizes=sizes,
+            candidates=candidates,
+            subspace_dims=dims[::-1],
+            sigmas=tuple(dict.fromkeys(map(float, sigmas))),
+            estimators=tuple(dict.fromkeys(estimators)),
+            draws=draws,
+            trace_vectors=trace_vectors,
+            validation_draws=validation_draws,
+            order=float(order),
+            law=law,
+            tolerance=tolerance,
+            max_products=max_products or 20 * dims[-1] + 20,
+            model_tolerance=model_tolerance,
+        )
+        self.result: SampleGrowth | None = None
+
+    def evaluate(
+        self, module: pl.LightningModule, dataloader: Any = None, trainer: pl.Trainer | None = None
+    ) -> SampleGrowth:
+        """Measure a module as it is, a checkpoint for example, without a fit; nothing is logged.
+
+        The module comes back as it was, on the device where it was.
+
+        Args:
+            module: the module; all its parameters that require gradients are moved.
+            dataloader: a DataLoader with the samples; default: ``probe_dataloader``.
+            trainer: gives device and precision; default: a Trainer on the device that Lightning finds.
+
+        Returns:
+            The values, also in ``result``.
+
+        Raises:
+            MisconfigurationException: for what the module or the data cannot give.
+
+        Example:
+            >>> class Line(pl.LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.w = torch.nn.Parameter(torch.ones(3))
+            ...     def training_step(self, batch, batch_idx):
+            ...         return (batch @ self.w).square().mean()
+            >>> import torch
+            >>> data = torch.utils.data.DataLoader(torch.eye(3).repeat(4, 1), batch_size=4)
+            >>> monitor = StabilizationMonitor(sample_sizes=(2, 4), subspace_dim=1, candidates=2, sigma=0.1)
+            >>> growth = monitor.evaluate(Line(), data, pl.Trainer(accelerator="cpu", devices=1, logger=False))
+            >>> sorted(growth.curves())[0]
+            ('delta_1', 'exact', 0, 0.0)
+        """
+        loader = self.probe_dataloader if dataloader is None else dataloader
+        if loader is None:
+            raise MisconfigurationException(
+                "dataloader must be given where there is no Trainer's, got None: give a DataLoader of single samples."
+            )
+        trainer = trainer or pl.Trainer(
+            devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+        )
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        with attached(trainer, module, parameters):
+            objective = StepObjective(module, trainer.strategy.root_device, None, self.objective_function)
+            objective.bystanders.save_all()
+            with untouched(module, objective.device, objective.bystanders.saved, trainer.optimizers):
+                samples = self._samples(trainer, loader, [])
+                objective.bystanders.begin()
+                loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
+                self.result = self._measured(self._problem(trainer, module, loss, samples, parameters, lambda: None))
+        return self.result
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check parameters and modules against what is measured."""
+        super().on_fit_start(trainer, pl_module)
+        parameters = self._parameters(trainer)
+        if is_sharded(parameters):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find whole parameters, got sharded ones, through whose gathering second "
+                "derivatives do not reach: train with strategy='ddp', or call evaluate() on a checkpoint."
+            )
+        self.result = None
+        self._check_dimension(parameters)
+
+    def _check_dimension(self, parameters: Sequence[Tensor]) -> None:
+        size, largest = sum(p.numel() for p in parameters), self.options.subspace_dims[0]
+        if "delta_2_subspace" in self.options.quantities and largest >= size:
+            raise MisconfigurationException(
+                f"subspace_dim must be below the number of parameters, got {largest} of {size}: ask for fewer."
+            )
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        periodic = super()._due(trainer)
+        return self._objective is not None and (trainer.global_step in self.at_steps or (periodic and self._periodic))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the parameters that came out."""
+        if self.at_end and self._objective is not None and trainer.global_step != self._measured_step:
+            self._measure_now(trainer, pl_module, None)
+
+    def _read(self, trainer: pl.Trainer, batch: Any, errors: list[Exception]) -> OrderedSamples:
+        return self._samples(trainer, self.probe_dataloader, errors)
+
+    def _samples(self, trainer: pl.Trainer, loader: Any, errors: list[Exception]) -> OrderedSamples:
+        count = self.options.sample_sizes[-1] + self.options.candidates
+        return read_ordered_samples(trainer, loader, samples=count, seed=self.seed, errors=errors)
+
+    def _problem(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        loss: ProbeLoss,
+        samples: OrderedSamples,
+        parameters: Sequence[Tensor],
+        on_product: Callable[[], None],
+    ) -> GrowthProblem:
+        self._check_dimension(parameters)
+        return GrowthProblem(
+            trainer=trainer,
+            losses=SampleLosses(loss, samples, self.micro_batch_size or _MICRO_BATCH),
+            parameters=parameters,
+            directions=None if self.directions is None else self.directions(module),
+            seed=self.seed,
+            on_product=on_product,
+        )
+
+    def prepare(
+        self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: OrderedSamples
+    ) -> tuple[tuple[GrowthProblem, Progress], float]:
+        """Return what is measured, and what shows that it is."""
+        progress = Progress(trainer, "sample growth")
+        module = trainer.lightning_module
+        return (
+            self._problem(trainer, module, loss, probe_set, self._parameters(trainer), progress.tick),
+            progress,
+        ), 0.0
+
+    def measure(self, trainer: pl.Trainer, prepared: tuple[GrowthProblem, Progress], least: float) -> None:
+        """Measure at the parameters as they are and write what it gave."""
+        problem, progress = prepared
+        try:
+            self.result = self._measured(problem)
+        except Exception:
+            self.report_nothing(trainer)
+            raise
+        finally:
+            progress.close()
+        values = self.result.headline()
+        if not math.isnan(self.result.validated_sigma) or self._checks_model:
+            values["validated_sigma"] = self.result.validated_sigma
+        self._write(trainer, values)
+        report_growth(trainer, self.prefix, self.result)
+
+    @property
+    def _checks_model(self) -> bool:
+        options = self.options
+        return "delta_2_subspace" in options.quantities and (
+            "direct" in options.estimators or options.validation_draws > 0
+        )
+
+    def _measured(self, problem: GrowthProblem) -> SampleGrowth:
+        result = measure_growth(self.options, problem)
+        valid = result.validated_sigma
+        beyond = [s for s in self.options.sigmas if not s <= valid]
+        if self._checks_model and beyond and set(self.options.estimators) - {"direct"}:
+            errors = [row.model_error for row in result.rows if row.sigma in beyond and not math.isnan(row.model_error)]
+            warn(
+                f"sigma must be small enough for a quadratic model of the loss, got {beyond[0]:g}, where it is off by "
+                f"up to {max(errors, default=math.nan):.0%}: trust 'direct' alone there, or a smaller sigma."
+            )
+        if not all(row.converged for row in result.rows):
+            warn(
+                f"eigenvectors had not converged after max_products={self.options.max_products} products: rows of the "
+                "table say where. Raise max_products or tolerance, or lower subspace_dim."
+            )
+        return result
+
+    def report_nothing(self, trainer: pl.Trainer) -> None:
+        """Write NaN for all values."""
+        names = [self.options.name(quantity) for quantity in self.options.quantities]
+        self._write(trainer, dict.fromkeys([*names, *(f"{name}_stderr" for name in names)], math.nan))
+
+
+def _numbers(argument: str, value: object, remedy: str) -> tuple[int, ...]:
+    """One whole number or several, as they ascend."""
+    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    for number in numbers or (value,):
+        check_count(argument, number, 1, remedy)
+    return tuple(sorted(set(numbers)))

@@ -1,0 +1,186 @@
+"""What a measurement of sample growth gave: a table of criteria by k, its slopes, a file and a picture of it."""
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lightning_curvature.functional import DecaySlope, decay_slope, validated_sigma
+from lightning_curvature.pictures import new_figure
+
+POINT = "delta_1"
+
+
+@dataclass(frozen=True)
+class CriterionRow:
+    """One value of the table.
+
+    Attributes:
+        k: samples before the new one.
+        criterion: "delta_1", "delta_2" or "delta_2_subspace"; with another order p in place of 2.
+        estimator: "exact", "gaussian_moment", "quadratic" or "direct".
+        dimension: D; N in the full space, 0 at the point.
+        sigma: σ of the probe; 0 at the point.
+        value: mean over the new samples.
+        stderr_samples: its standard error over them; NaN for one.
+        stderr_draws: its standard error over the draws of the probe; 0 for a closed form.
+        model_error: root mean square error of the quadratic model, relative to the increment, where it was compared.
+        converged: whether the eigenvectors were found to the tolerance.
+    """
+
+    k: int
+    criterion: str
+    estimator: str
+    dimension: int
+    sigma: float
+    value: float
+    stderr_samples: float
+    stderr_draws: float
+    model_error: float = math.nan
+    converged: bool = True
+
+    @property
+    def curve(self) -> tuple[str, str, int, float]:
+        """What rows of one curve against k have in common."""
+        return self.criterion, self.estimator, self.dimension, self.sigma
+
+
+@dataclass
+class SampleGrowth:
+    """The values of one measurement.
+
+    Attributes:
+        rows: the table.
+        seconds: time by stage ("subspace", "coefficients" and the estimators), over all k.
+        products: Hessian–vector products of the eigensolver, over all k.
+        tolerance: of the quadratic model, for :attr:`validated_sigma`.
+    """
+
+    rows: list[CriterionRow] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    products: int = 0
+    tolerance: float = 0.1
+
+    @property
+    def validated_sigma(self) -> float:
+        """The largest σ up to which the quadratic model holds in the subspace at every k; NaN where none does."""
+        worst: dict[float, float] = {}
+        for row in self.rows:
+            if not math.isnan(row.model_error):
+                worst[row.sigma] = max(worst.get(row.sigma, 0.0), row.model_error)
+        return validated_sigma(list(worst), list(worst.values()), self.tolerance)
+
+    def curves(self) -> dict[tuple[str, str, int, float], dict[int, CriterionRow]]:
+        """Rows by criterion, estimator, D and σ, and by k."""
+        found: dict[tuple[str, str, int, float], dict[int, CriterionRow]] = {}
+        for row in self.rows:
+            found.setdefault(row.curve, {})[row.k] = row
+        return found
+
+    def slopes(self) -> dict[tuple[str, str, int, float], DecaySlope]:
+        """Exponent of k + 1 for each curve, see :func:`~.functional.decay_slope`."""
+        return {
+            name: decay_slope(list(curve), [row.value for row in curve.values()])
+            for name, curve in self.curves().items()
+        }
+
+    def headline(self) -> dict[str, float]:
+        """Each criterion at the largest k, the largest D, the first σ and the first estimator, with its errors."""
+        values: dict[str, float] = {}
+        last = max(row.k for row in self.rows) if self.rows else 0
+        for row in sorted((r for r in self.rows if r.k == last), key=lambda r: -r.dimension):
+            if row.criterion not in values:
+                values |= {
+                    row.criterion: row.value,
+                    f"{row.criterion}_stderr": _together(row.stderr_samples, row.stderr_draws),
+                }
+        return values
+
+    def to_csv(self, path: Path | str) -> None:
+        """Write the table, one line a row."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(CriterionRow)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)
+
+    def __str__(self) -> str:
+        """The table as text, one line for each curve with its slope, and the seconds by stage."""
+        sizes = sorted({row.k for row in self.rows})
+        lines = [f"{'criterion':<18}{'estimator':<17}{'D':>9}{'σ':>9}" + "".join(f"{f'k={k}':>11}" for k in sizes)]
+        lines[0] += f"{'slope':>9}{'±':>7}"
+        slopes = self.slopes()
+        for name, curve in self.curves().items():
+            criterion, estimator, dimension, sigma = name
+            line = f"{criterion:<18}{estimator:<17}{dimension or '–':>9}{format(sigma, 'g') if sigma else '–':>9}"
+            line += "".join(f"{curve[k].value:>11.3e}" if k in curve else f"{'–':>11}" for k in sizes)
+            lines.append(line + f"{slopes[name].slope:>9.2f}{slopes[name].standard_error:>7.2f}")
+        if unconverged := sorted({row.k for row in self.rows if not row.converged}):
+            lines.append(f"eigenvectors not found to the tolerance at k = {', '.join(map(str, unconverged))}")
+        if any(not math.isnan(row.model_error) for row in self.rows):
+            lines.append(f"quadratic model within {self.tolerance:.0%} up to σ = {self.validated_sigma:g}")
+        lines.append(
+            "seconds: "
+            + ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in self.seconds.items())
+            + f"; {self.products} products for the subspaces"
+        )
+        return "\n".join(lines)
+
+    def draw(self, title: str = "") -> Any:
+        """Draw all criteria against k with their slopes, on logarithmic axes.
+
+        Returns:
+            A matplotlib figure, or None without matplotlib.
+        """
+        figure = new_figure(figsize=(8.4, 5.0), dpi=110)
+        if figure is None:
+            return None
+        axes = figure.add_subplot()
+        slopes = self.slopes()
+        for number, (name, curve) in enumerate(self.curves().items()):
+            criterion, estimator, dimension, sigma = name
+            rows = [row for row in curve.values() if row.value > 0.0]
+            sizes, values = [row.k + 1 for row in rows], [row.value for row in rows]
+            errors = [min(_together(row.stderr_samples, row.stderr_draws), 0.9 * row.value) for row in rows]
+            what = [_LABELS.get(criterion, criterion)]
+            what += [f"D = {dimension:,}"] * bool(dimension) + [f"σ = {sigma:g}"] * bool(sigma)
+            what += [estimator.replace("_", " ")] * (estimator != "exact")
+            label = f"{', '.join(what)}: slope {slopes[name].slope:.2f}"
+            axes.errorbar(
+                sizes,
+                values,
+                errors,
+                label=label,
+                marker=_MARKERS.get(estimator, "o"),
+                markersize=4,
+                linewidth=1.2,
+                linestyle="--" if criterion == POINT else "-",
+                color=f"C{number % 10}",
+                elinewidth=0.8,
+            )
+        axes.set(xscale="log", yscale="log", xlabel="k + 1 samples", ylabel="criterion", title=title)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        return figure
+
+
+_LABELS = {"delta_1": "Δ₁", "delta_2": "Δ₂", "delta_2_subspace": "Δ₂ in the subspace"}
+_MARKERS = {"direct": "o", "quadratic": "s", "gaussian_moment": "^", "exact": "."}
+
+
+def _together(*errors: float) -> float:
+    """Standard error of independent parts; one that is not known is left out, NaN where none is."""
+    known = [error for error in errors if not math.isnan(error)]
+    return math.hypot(*known) if known else math.nan
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN for the error of one value."""
+    numbers = list(values)
+    mean = math.fsum(numbers) / len(numbers)
+    if len(numbers) < 2:
+        return mean, math.nan
+    square = math.fsum((number - mean) ** 2 for number in numbers)
+    return mean, math.sqrt(square / (len(numbers) - 1) / len(numbers))
