@@ -104,7 +104,7 @@ def increment_model(
 
     table = tools.together(own_part, tools.numbers(*shape))
     curvature = tools.numbers(0, 0) if subspace is None else subspace.curvature.to(table)
-    own = table[:-1, 2 + dimension :].reshape(-1, dimension, dimension)
+    own = table[:-1, 2 + dimension :].reshape(len(new), dimension, dimension)
     model = QuadraticIncrement(
         increment(table[:-1, 0], table[-1, 0], k),
         increment(table[:-1, 2 : 2 + dimension], pairwise_dots(gradient[None], basis)[0], k),
