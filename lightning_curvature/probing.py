@@ -34,12 +34,14 @@ class Subspace:
         basis: U as rows, (D, n).
         curvature: UᵀHU of the mean over the first k samples, (D, D) float64.
         converged: whether the directions are what was asked for.
+        residual: largest ‖Hu − λu‖ over the largest |λ|, of eigenvectors; 0 for given directions.
         products: how many products they took.
     """
 
     basis: Tensor
     curvature: Tensor
     converged: bool
+    residual: float
     products: int
 
 
@@ -87,7 +89,8 @@ def eigen_subspace(
         generator=generator,
     )
     # Ritz vectors: UᵀHU is diagonal and known, whether they have converged or not.
-    return Subspace(torch.stack(pairs.vectors), torch.diag(pairs.values), all(pairs.converged), pairs.matvecs)
+    residual = float(pairs.residuals.max() / pairs.values.abs().max())
+    return Subspace(torch.stack(pairs.vectors), torch.diag(pairs.values), all(pairs.converged), residual, pairs.matvecs)
 
 
 def given_subspace(operator: CurvatureOperator, vectors: Tensor, on_product: Callable[[], None]) -> Subspace:
@@ -102,7 +105,7 @@ def given_subspace(operator: CurvatureOperator, vectors: Tensor, on_product: Cal
         products.append(operator(row))
         on_product()
     curvature = pairwise_dots(basis, torch.stack(products))
-    return Subspace(basis, 0.5 * (curvature + curvature.mT), True, len(basis))
+    return Subspace(basis, 0.5 * (curvature + curvature.mT), True, 0.0, len(basis))
 
 
 def orthonormal(space: VectorSpace, vectors: Tensor) -> Tensor:

@@ -55,12 +55,14 @@ class SampleGrowth:
         rows: the table.
         seconds: time by stage ("subspace", "coefficients" and the estimators), over all k.
         products: Hessian–vector products of the eigensolver, over all k.
+        residuals: by k, the largest ‖Hu − λu‖ of the eigenvectors u, relative to the largest |λ|.
         tolerance: of the quadratic model, for :attr:`validated_sigma`.
     """
 
     rows: list[CriterionRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     products: int = 0
+    residuals: dict[int, float] = field(default_factory=dict)
     tolerance: float = 0.1
 
     @property

@@ -54,6 +54,7 @@ class _Measurement:
                     with tools.timed("subspace"):
                         subspace = subspace_at(tools, k, operator, self._directions, subspace)
                     self._result.products += subspace.products
+                    self._result.residuals[k] = subspace.residual
                 with tools.timed("coefficients"):
                     model, squares = increment_model(tools, k, operator, subspace)
             if "delta_1" in self._options.quantities:

@@ -31,11 +31,12 @@ class Basis:
             raise IndexError(index)
         return self._blocks[index // _BLOCK][index % _BLOCK]
 
-    def _filled(self) -> list[Tensor]:
-        """The blocks, the last without its empty rows."""
+    def _filled(self, start: int = 0) -> list[Tensor]:
+        """The blocks from a row on, the last without its empty rows."""
         return [
-            block[: min(_BLOCK, self._count - first)]
+            block[max(start - first, 0) : min(_BLOCK, self._count - first)]
             for first, block in zip(range(0, self._count, _BLOCK), self._blocks, strict=False)
+            if start < first + _BLOCK
         ]
 
     def append(self, vector: Tensor) -> None:
@@ -49,9 +50,9 @@ class Basis:
         """Keep the first rows alone; their memory stays for the next ones."""
         self._count = count
 
-    def coefficients(self, vector: Tensor) -> Tensor:
-        """Dot products with all rows, (m,) float64."""
-        return self.space.dots(self._filled(), vector)
+    def coefficients(self, vector: Tensor, start: int = 0) -> Tensor:
+        """Dot products with the rows from one on, (m − start,) float64."""
+        return self.space.dots(self._filled(start), vector)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Σ c_i v_i over the first rows, as many as there are coefficients."""
@@ -69,11 +70,36 @@ class Basis:
         """
         total = torch.zeros(self._count, dtype=torch.float64, device=self.space.device)
         for _ in range(2 if self._count else 0):
-            c = self.coefficients(vector)
-            for block, part in zip(self._filled(), c.split(_BLOCK), strict=True):
-                vector.addmv_(block.T, part.to(block), alpha=-1.0)
-            total += c
+            total += self._take_out(vector)
         return total
+
+    def orthogonalize_known(self, vector: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Orthogonalize a vector whose coefficients along the first rows are known, in place.
+
+        Half the passes over the basis of :meth:`orthogonalize`: what is known, and the part along the other rows, is
+        taken out first, so that one pass over all rows finds little more than rounding. Where it finds as much as it
+        leaves, the vector lay within the rows, and one more pass is due.
+
+        Args:
+            vector: the vector.
+            known: (l,) float64 on the CPU, mostly zeros.
+
+        Returns:
+            The coefficients of all rows, (m,) float64, and those of the last pass.
+        """
+        for block, part in zip(self._filled(), known.split(_BLOCK), strict=False):
+            if part.any():
+                vector.addmv_(block[: len(part)].T, part.to(block), alpha=-1.0)
+        own = self._take_out(vector, len(known))
+        last = self._take_out(vector)
+        return torch.cat([known.to(own), own]) + last, last
+
+    def _take_out(self, vector: Tensor, start: int = 0) -> Tensor:
+        """Take the part along the rows from one on out of a vector, in place; its coefficients."""
+        blocks, coefficients = self._filled(start), self.coefficients(vector, start)
+        for block, part in zip(blocks, coefficients.split([len(block) for block in blocks]), strict=True):
+            vector.addmv_(block.T, part.to(block), alpha=-1.0)
+        return coefficients
 
     def replace(self, combinations: Tensor, tail: int) -> None:
         """Replace the first rows by combinations of themselves, and let the last ``tail`` rows follow them.

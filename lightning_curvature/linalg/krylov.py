@@ -94,12 +94,16 @@ class KrylovSpace:
         # Worked on in place below: a copy, so that an operator may keep what it returned, or return what it got.
         vector = self.matvec(self.basis[row]).clone()
         self.matvecs += 1
-        c = self.basis.orthogonalize(vector)
+        # A is symmetric: what it has along the rows before is known from their products.
+        c, last = self.basis.orthogonalize_known(vector, self.projected[:row, row])
         # One transfer to the host, of a handful of numbers: whether to go on is decided there.
         norm_squared = self.space.squared_norm(vector)
-        *coefficients, squared = torch.cat([c, norm_squared]).tolist()
+        *coefficients, found, squared = torch.cat([c, last.square().sum().reshape(1), norm_squared]).tolist()
         check_finite((*coefficients, squared), self.matvecs)
         column = torch.tensor(coefficients, dtype=torch.float64)
+        if found > squared:
+            column += self.basis.orthogonalize(vector).cpu()
+            squared = float(self.space.squared_norm(vector))
         difference = column[:row] - self.projected[:row, row]
         self.asymmetry = max([self.asymmetry, *difference.abs().tolist()])
         # The mean of the two measurements is the symmetric part.
