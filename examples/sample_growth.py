@@ -1,0 +1,145 @@
+"""How much does one more sample change the loss around a trained network, and where can one see it?
+
+A small character transformer is trained for a while. Then the mean loss of its first k sequences is compared with that
+of k + 1, at the parameters (Δ₁), around them in all directions (Δ₂) and in the D sharpest ones alone (Δ₂ of the
+subspace), for k from 1 to some hundreds: curvature-aligned probing, figures 2, 3 and 5 of its paper.
+
+    python examples/sample_growth.py               # Python's own standard library, on a CPU
+    python examples/sample_growth.py --text my.txt --sigma 1e-4 1e-3
+"""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+from char_transformer import CLIP_NORM, Characters, CharTransformer, default_text
+from lightning.pytorch.loggers import TensorBoardLogger
+from plotting_growth import draw
+from torch.utils.data import DataLoader
+
+from lightning_curvature import StabilizationMonitor
+from lightning_curvature.sample_growth import SampleGrowth
+
+CONTEXT, WIDTH, LAYERS, HEADS = 32, 48, 2, 4
+BATCH_SIZE = 32
+# The last panel: k of its own, and numbers of draws.
+CONVERGENCE_K, CONVERGENCE_DRAWS = 8, (4, 16, 64, 256)
+
+
+def monitor(args: argparse.Namespace, **options: object) -> StabilizationMonitor:
+    """All three estimators on the samples of training."""
+    defaults: dict[str, object] = {
+        "sample_sizes": args.sample_sizes,
+        "subspace_dim": args.subspace_dim,
+        "sigma": args.sigma,
+        "estimators": ("gaussian_moment", "quadratic", "direct"),
+        "candidates": args.candidates,
+        "draws": args.draws,
+        "tolerance": 1e-2,
+        "micro_batch_size": 64,
+        "seed": args.seed,
+    }
+    return StabilizationMonitor(**(defaults | options))  # type: ignore[arg-type]
+
+
+def converging(args: argparse.Namespace, model: CharTransformer, loader: DataLoader) -> dict[int, SampleGrowth]:
+    """One k, the middle σ and the largest D with more and more draws."""
+    sigma = sorted(args.sigma)[len(args.sigma) // 2]
+    found = {}
+    for draws in CONVERGENCE_DRAWS:
+        one = monitor(
+            args,
+            sample_sizes=(CONVERGENCE_K,),
+            subspace_dim=max(args.subspace_dim),
+            sigma=sigma,
+            draws=draws,
+            quantities=("delta_2_subspace",),
+        )
+        found[draws] = one.evaluate(model, loader)
+    return found
+
+
+def ratios(growth: SampleGrowth) -> str:
+    """Δ₂ of the subspace over Δ₂ of the full space by σ and D, in the mean over k, both by direct Monte Carlo."""
+    curves = growth.curves()
+    full = {
+        sigma: rows
+        for (name, estimator, _, sigma), rows in curves.items()
+        if (name, estimator) == ("delta_2", "direct")
+    }
+    lines = [f"{'σ':>8}{'D':>6}{'Δ₂ of the subspace / Δ₂':>28}{'lowest':>9}{'highest':>9}"]
+    for (name, estimator, dimension, sigma), rows in curves.items():
+        if (name, estimator) == ("delta_2_subspace", "direct"):
+            values = [rows[k].value / full[sigma][k].value for k in rows]
+            lines.append(
+                f"{sigma:>8g}{dimension:>6}{sum(values) / len(values):>28.3f}{min(values):>9.3f}{max(values):>9.3f}"
+            )
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="UTF-8 text (default: Python's standard library)")
+    parser.add_argument("--max-steps", type=int, default=300, help="training steps before the measurement")
+    parser.add_argument("--sample-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="k")
+    parser.add_argument("--subspace-dim", type=int, nargs="+", default=[1, 4, 16], help="D")
+    parser.add_argument("--sigma", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2])
+    parser.add_argument("--candidates", type=int, default=16, help="samples that stand for the next one")
+    parser.add_argument("--draws", type=int, default=24, help="S, of Monte Carlo")
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/sample_growth"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fast", action="store_true", help="half a minute: fewer steps, k up to 16")
+    args = parser.parse_args(arguments)
+    if args.fast:
+        args.max_steps, args.sample_sizes, args.draws = min(args.max_steps, 60), [1, 2, 4, 8, 16], 8
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, measure, print the table, draw the picture."""
+    args = parse_arguments(arguments)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 asks newer versions of PyTorch in a way that they warn about.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    pl.seed_everything(args.seed, verbose=False)
+    text = args.text.read_text(encoding="utf-8") if args.text else default_text()
+    characters = Characters(text, context=CONTEXT)
+    loader = DataLoader(characters, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
+    model = CharTransformer(
+        vocabulary_size=len(characters.vocabulary), context=CONTEXT, width=WIDTH, heads=HEADS, layers=LAYERS
+    )
+    growth_monitor = monitor(args)
+    trainer = pl.Trainer(
+        accelerator=args.accelerator,
+        devices=1,
+        max_steps=args.max_steps,
+        gradient_clip_val=CLIP_NORM,
+        logger=TensorBoardLogger(args.out.parent, name=args.out.name),
+        callbacks=[growth_monitor],  # at the end of fit
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
+    size = sum(p.numel() for p in model.parameters())
+    print(f"transformer of {size:,} parameters, sequences of {CONTEXT} characters", flush=True)
+    start = time.perf_counter()
+    trainer.fit(model, loader)
+    growth = growth_monitor.result
+    assert growth is not None
+    print(f"\n{growth}\n\n{ratios(growth)}\n", flush=True)
+    draws = converging(args, model, loader)
+    picture = args.out / "sample_growth.png"
+    draw(growth, draws, picture, subject=f"character transformer, {size:,} parameters, {args.max_steps} steps")
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.0f} s\npicture: {picture}\ntensorboard --logdir {args.out}")
+
+
+if __name__ == "__main__":
+    main()
