@@ -1,4 +1,4 @@
-"""The three monitors, each with as few products as may be: one half of every matrix."""
+"""The three monitors: one half of every matrix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import pytest
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.callbacks.monitor import Monitor
+from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.witness import ALL, LAMBDAS
 
 # The others are made of the same products, or of many more.
 SPECTRUM = ("lambda_max", "gauss_newton_lambda_max", "preconditioned_lambda_max")
 SHARPNESS = ("batch_sharpness", "step_sharpness", "ias", "gni", "lambda_gen")
+EVERY = 3
+FEW = {"num_batches": 4, "min_batches": 4}
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,25 @@ class Kind:
     Attributes:
         type: its class.
         options: those of a quick run.
+        more: beside them, those of a run that is compared digit by digit, with all kinds of products.
         keys: what it must have a finite value of at every measured step, without the prefix.
         watched: the one of them that a stopper or a checkpoint would watch.
     """
 
     type: Callable[..., Monitor]
     options: Mapping[str, Any]
+    more: Mapping[str, Any]
     keys: tuple[str, ...]
     watched: str
 
     def make(self, **options: Any) -> Monitor:
-        """One that measures every third step."""
-        defaults = {"every_n_train_steps": 3, "on_error": "raise"}
+        """One that measures every third step, with as few products as may be."""
+        defaults = {"every_n_train_steps": EVERY, "on_error": "raise"}
         return self.type(**(defaults | dict(self.options) | options))
+
+    def thorough(self, **options: Any) -> Monitor:
+        """One that measures more, and eigenvalues to all digits."""
+        return self.make(**(dict(self.more) | options))
 
     def rows(self, rows: Mapping[int, Mapping[str, float]], prefix: str = "curvature") -> dict[int, dict[str, float]]:
         """What it has logged, by step: a value or its error, without the prefix."""
@@ -57,18 +66,27 @@ MONITORS = {
     "directional": Kind(
         DirectionalCurvatureMonitor,
         {"estimators": ALL},
+        {},
         (*LAMBDAS.values(), "descent", "update_norm"),
         "lambda_kl",
     ),
     "spectrum": Kind(
         HessianSpectrumMonitor,
         {"quantities": SPECTRUM, "max_products": 20, "tolerance": 0.1, "micro_batch_size": 22},
+        # Whole batches, as most loaders of tests hand them out.
+        {
+            "quantities": (*SPECTRUM, "lambda_min", "hessian_trace"),
+            "max_products": 100,
+            "tolerance": 1e-6,
+            "micro_batch_size": None,
+        },
         SPECTRUM,
         "lambda_max",
     ),
     "sharpness": Kind(
         BatchSharpnessMonitor,
-        {"quantities": SHARPNESS, "num_batches": 4, "min_batches": 4},
+        {"quantities": SHARPNESS} | FEW,
+        {"quantities": QUANTITIES} | FEW,
         SHARPNESS,
         "batch_sharpness",
     ),

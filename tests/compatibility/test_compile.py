@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_curvature import (
-    BatchSharpnessMonitor,
-    CurvatureWarning,
-    DirectionalCurvatureMonitor,
-    HessianSpectrumMonitor,
-)
+from lightning_curvature import CurvatureWarning
 from tests.callbacks.test_spectrum_values import rows
+from tests.compatibility.monitors import MONITORS
 from tests.oracles.along_step import DIFFERENCE, EXACT
 from tests.runs import Batch, Classifier, classification
 from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, assert_same, copies, watch
@@ -98,26 +94,8 @@ def fit(
 
 
 alone = functools.cache(lambda way: fit(way, None)[0])
-eager = functools.cache(lambda name: fit(None, MONITORS[name]())[0])
+eager = functools.cache(lambda name: fit(None, MONITORS[name].thorough(every_n_train_steps=2))[0])
 
-
-def directional(**options: Any) -> DirectionalCurvatureMonitor:
-    defaults: Any = {"estimators": ALL, "every_n_train_steps": 2, "on_error": "raise"}
-    return DirectionalCurvatureMonitor(**(defaults | options))
-
-
-def spectrum() -> HessianSpectrumMonitor:
-    quantities: Any = ("lambda_max", "hessian_trace", "gauss_newton_lambda_max", "preconditioned_lambda_max")
-    return HessianSpectrumMonitor(quantities=quantities, every_n_train_steps=2, max_products=20, on_error="raise")
-
-
-def sharpness() -> BatchSharpnessMonitor:
-    quantities: Any = ("batch_sharpness", "step_sharpness", "gni", "lambda_gen", "lambda_max_b")
-    few: Any = {"num_batches": 4, "min_batches": 4}
-    return BatchSharpnessMonitor(quantities=quantities, every_n_train_steps=2, on_error="raise", **few)
-
-
-MONITORS = {"directional": directional, "spectrum": spectrum, "sharpness": sharpness}
 # Errors of values, and how far the search for an eigenvalue got: not themselves known to many digits.
 ROUGH = ("_error", "_stderr", "epsilon", "_upper")
 ALONG_DIFFERENCES = ("lambda_fd", "lambda_kl", "critical_sharpness")
@@ -127,7 +105,7 @@ ALONG_DIFFERENCES = ("lambda_fd", "lambda_kl", "critical_sharpness")
 @pytest.mark.parametrize("way", WAYS)
 def test_values_and_run(way: str, name: str) -> None:
     """Operations in another order: a value is as far from the eager run's as each of them may be from the truth."""
-    watched, _ = fit(WAYS[way], MONITORS[name]())
+    watched, _ = fit(WAYS[way], MONITORS[name].thorough(every_n_train_steps=2))
     assert_same(alone(WAYS[way]), watched)
     found, expected = rows(watched.logger), rows(eager(name).logger)
     assert list(found) == list(expected) == [0, 2]
@@ -148,7 +126,7 @@ GRAPHS = 3
 @pytest.mark.parametrize("way", WAYS)
 def test_forward_only_probes_compile_once(way: str, outputs: str | None) -> None:
     def graphs(steps: int, estimators: Any) -> int:
-        monitor = directional(estimators=estimators, outputs=outputs)
+        monitor = MONITORS["directional"].make(every_n_train_steps=2, estimators=estimators, outputs=outputs)
         record, count = fit(WAYS[way], monitor, steps, backend="eager")
         assert len(record.curve("lambda_kl")) == (steps + 1) // 2
         assert all(math.isfinite(value) for value in record.curve("lambda_kl"))
@@ -163,7 +141,8 @@ def test_forward_only_probes_compile_once(way: str, outputs: str | None) -> None
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["spectrum", "sharpness"])
 def test_exact_products_compile_nothing(name: str, way: str) -> None:
-    assert fit(WAYS[way], MONITORS[name](), backend="eager")[1] == fit(WAYS[way], None, backend="eager")[1]
+    monitor = MONITORS[name].thorough(every_n_train_steps=2)
+    assert fit(WAYS[way], monitor, backend="eager")[1] == fit(WAYS[way], None, backend="eager")[1]
 
 
 class Otherwise(Quiet):
@@ -176,7 +155,8 @@ class Otherwise(Quiet):
 
 @pytest.mark.parametrize("estimator", ["hvp", "gauss_newton"])
 def test_exact_products_of_another_loss_are_refused(estimator: str) -> None:
-    monitor = directional(estimators=("kl", "finite_difference", estimator), on_error="warn")
+    estimators = ("kl", "finite_difference", estimator)
+    monitor = MONITORS["directional"].make(every_n_train_steps=2, estimators=estimators, on_error="warn")
     with pytest.warns(CurvatureWarning, match=r"step must have the loss it had.*fallback_random = True"):
         watched, _ = fit(whole, monitor, kind=Otherwise)
     assert all(math.isnan(value) for value in watched.curve(LAMBDAS[estimator]))

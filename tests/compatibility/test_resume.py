@@ -16,18 +16,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.sharpness_problem import QUANTITIES
 from tests.callbacks.test_spectrum_values import rows
+from tests.compatibility.monitors import EVERY, MONITORS
 from tests.oracles.along_step import EXACT, check, monitors
 from tests.oracles.hessian_spectrum import Curvature, Moment
 from tests.oracles.hessian_spectrum import Part as MicroBatch
 from tests.runs import Batch, Capture, Classifier, Outcome, StepRecorder, classification, make_trainer
-from tests.witness import ALL, frozen
+from tests.witness import frozen
 
-BATCHES, EPOCHS, EVERY = 4, 2, 3
-TOLERANCE = 1e-6
-SPECTRUM: Any = ("lambda_max", "lambda_min", "hessian_trace", "preconditioned_lambda_max")
+BATCHES, EPOCHS = 4, 2
 
 
 class Stateful(DataLoader[Any]):
@@ -79,23 +76,6 @@ def scheduled(module: nn.Module) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def directional(every: int = EVERY) -> DirectionalCurvatureMonitor:
-    return DirectionalCurvatureMonitor(estimators=ALL, every_n_train_steps=every, on_error="raise")
-
-
-def spectrum(every: int = EVERY) -> HessianSpectrumMonitor:
-    # Before Adam's first step there is no preconditioner, of which a warning tells.
-    return HessianSpectrumMonitor(quantities=SPECTRUM, every_n_train_steps=every, tolerance=TOLERANCE)
-
-
-def sharpness(every: int = EVERY) -> BatchSharpnessMonitor:
-    few: Any = {"num_batches": 4, "min_batches": 4}
-    return BatchSharpnessMonitor(quantities=QUANTITIES, every_n_train_steps=every, on_error="raise", **few)
-
-
-MONITORS = {"directional": directional, "spectrum": spectrum, "sharpness": sharpness}
-
-
 class EveryBatch(pl.Callback):
     """Saves a checkpoint after every batch, also inside a window of accumulated ones."""
 
@@ -134,10 +114,10 @@ pytestmark = [
 @pytest.mark.parametrize("name", MONITORS)
 def test_from_any_step(name: str, tmp_path: Path) -> None:
     """At the ends of epochs and inside them, at measured steps, before and after them."""
-    unbroken = fit(MONITORS[name](), EveryBatch(tmp_path))
+    unbroken = fit(MONITORS[name].thorough(), EveryBatch(tmp_path))
     assert list(rows(unbroken.capture)) == [0, 3, 6]
     for done in range(1, BATCHES * EPOCHS):
-        resumed = fit(MONITORS[name](), resume=tmp_path / f"{done}.ckpt")
+        resumed = fit(MONITORS[name].thorough(), resume=tmp_path / f"{done}.ckpt")
         assert len(resumed.steps) == BATCHES * EPOCHS - done
         assert state(resumed) == state(unbroken)
         assert logged(resumed) == logged(unbroken, done), done
@@ -147,9 +127,10 @@ def test_from_any_step(name: str, tmp_path: Path) -> None:
 def test_from_the_middle_of_a_window(name: str, tmp_path: Path) -> None:
     """Lightning forgets the gradients of the window's first batch: the step is that of the second, and so is its λ."""
     two: Any = {"accumulate_grad_batches": 2}
-    many: Any = {"directional": monitors()}
-    unbroken = fit(MONITORS[name](1), EveryBatch(tmp_path), **two)
-    resumed, plain = (fit(*m, resume=tmp_path / "5.ckpt", **two) for m in (many.get(name, [MONITORS[name](1)]), []))
+    always: Any = {"every_n_train_steps": 1}
+    unbroken = fit(MONITORS[name].thorough(**always), EveryBatch(tmp_path), **two)
+    follow = monitors() if name == "directional" else [MONITORS[name].thorough(**always)]
+    resumed, plain = (fit(*m, resume=tmp_path / "5.ckpt", **two) for m in (follow, []))
     assert state(resumed) == state(plain) != state(unbroken)
     assert [len(step.parts) for step in resumed.steps] == [1, 2]
     found, before = rows(resumed.capture), rows(unbroken.capture)
@@ -180,7 +161,7 @@ def until_killed(name: str, folder: Path) -> None:
     """A run that never ends."""
     torch.set_num_threads(1)
     checkpoints = ModelCheckpoint(folder, filename="last", every_n_train_steps=1, enable_version_counter=False)
-    fit(MONITORS[name](), checkpoints, module=Mortal(kill_at=EVERY), enable_checkpointing=True)
+    fit(MONITORS[name].thorough(), checkpoints, module=Mortal(kill_at=EVERY), enable_checkpointing=True)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +183,7 @@ def test_killed_in_the_middle_of_a_probe(name: str, killed: dict[str, Path]) -> 
     """Nothing of what a probe had perturbed is in the file, and the next process goes on as if there had been one."""
     (path,) = killed[name].iterdir()
     assert torch.load(path, weights_only=True)["global_step"] == EVERY
-    resumed, unbroken = fit(MONITORS[name](), resume=path), fit(MONITORS[name]())
+    resumed, unbroken = fit(MONITORS[name].thorough(), resume=path), fit(MONITORS[name].thorough())
     assert state(resumed) == state(unbroken)
     assert list(rows(resumed.capture)) == [3, 6]
     assert logged(resumed) == logged(unbroken, EVERY)
