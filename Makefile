@@ -13,8 +13,9 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
 
-# docs/compatibility.md, from what the tests find
+# docs/compatibility.md, from what the tests find, also those of loggers that `make test` leaves out where they are missing
 compatibility: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[loggers]"
 	$(BIN)/python -m pytest -p tests.compatibility.table --table docs/compatibility.md tests/compatibility tests/distributed
 
 lint: $(VENV)/.ready

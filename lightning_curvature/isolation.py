@@ -199,6 +199,23 @@ class _ParameterHooks:
             hooks.update(before)
 
 
+class _WatchingHooks:
+    """Forward hooks of W&B's ``watch``: they are for the forwards of the run, keep count of them and log parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._hooks = [(m._forward_hooks, dict(m._forward_hooks)) for m in module.modules() if m._forward_hooks]
+        for hooks, before in self._hooks:
+            for number, hook in before.items():
+                if str(getattr(hook, "__module__", "")).startswith("wandb."):
+                    del hooks[number]
+
+    def restore(self) -> None:
+        for hooks, before in self._hooks:
+            # In the order in which they were.
+            hooks.clear()
+            hooks.update(before)
+
+
 class _Options:
     """Learning rates and all else that ``param_groups`` hold beside the parameters."""
 
@@ -256,4 +273,5 @@ def untouched(
         stack.callback(_Options(optimizers).restore)
         stack.callback(_Gradients(module.parameters()).restore)
         stack.callback(_ParameterHooks(module.parameters()).restore)
+        stack.callback(_WatchingHooks(module).restore)
         yield

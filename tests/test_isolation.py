@@ -165,6 +165,22 @@ def test_every_part_is_put_back_though_one_fails(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(module.weight.grad, torch.ones(1, 1))
 
 
+def test_hooks_that_watch_for_wandb_are_off() -> None:
+    """A stand-in for those of ``wandb.watch``, which are known by their module; others may change outputs."""
+    called: list[str] = []
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    for name in ("before", "wandb", "after"):
+        hook = lambda *args, name=name: called.append(name)  # noqa: E731
+        hook.__module__ = "wandb.integration.torch.wandb_torch" if name == "wandb" else __name__
+        module[0].register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match="no"), untouched(module, CPU):
+        module(torch.ones(2))
+        raise RuntimeError("no")
+    assert called == ["before", "after"]
+    module(torch.ones(2))
+    assert called[2:] == ["before", "wandb", "after"]
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_patched_comes_off(error: type[BaseException] | None) -> None:
     target = types.SimpleNamespace(old=1)

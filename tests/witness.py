@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -169,6 +170,7 @@ def watch(
     monitor: pl.Callback | None,
     make_callbacks: Callable[[], list[pl.Callback]] = list,
     seed: int = 3,
+    loggers: Sequence[Logger] = (),
     **options: Any,
 ) -> Record:
     """Run once from a seed, with the monitor between two witnesses, or with the witnesses alone."""
@@ -176,7 +178,7 @@ def watch(
     module, data, logger = make_module(), make_data(), Rows()
     first, second = Witness(), Witness()
     between = [monitor] if monitor is not None else []
-    trainer = make_trainer(*make_callbacks(), first, *between, second, logger=logger, **options)
+    trainer = make_trainer(*make_callbacks(), first, *between, second, logger=[logger, *loggers], **options)
     trainer.fit(module, *data if isinstance(data, tuple) else (data,))
     # Whoever draws next must get the same numbers.
     more = {"random states": random_states(), "metrics": frozen(without_curvature(trainer.callback_metrics))}

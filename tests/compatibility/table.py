@@ -18,6 +18,7 @@ import torch
 TITLES = {
     "test_trainer_features": "Trainer features",
     "test_trainer_records": "Loggers, checkpoints, early stopping",
+    "test_other_loggers": "Loggers of other packages",
     "test_precisions": "Precisions",
     "test_compile": "torch.compile",
     "test_optimizers": "Optimizers",
@@ -37,9 +38,9 @@ HEAD = """\
 Written by the tests themselves (`make compatibility`): {versions}.
 
 A row is a test, or several. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
-an oracle, of one process or of the plain set-up, as the row says. *refused*: one clear sentence at the start. *not run*
-needs a GPU. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor parallelism are refused by all monitors,
-sharded parameters (FSDP2) by `BatchSharpnessMonitor`.
+an oracle, of one process or of the plain set-up, as the row says. *refused*: one clear sentence at the start.
+*not run*: needs a GPU, or a package that was missing. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor
+parallelism are refused by all monitors, sharded parameters (FSDP2) by `BatchSharpnessMonitor`.
 """
 
 # (section, row) → monitor → marks of the tests behind it.
