@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_names(argument: str, names: object, known: Sequence[str]) -> None:
@@ -35,10 +35,10 @@ def check_fraction(argument: str, value: object, remedy: str) -> None:
 
 
 def check_not_quantized(monitor: str, module: nn.Module) -> None:
-    """Raise where a module computes with weights of eight bits or less, which have no derivatives worth the name."""
+    """Raise where a module computes with eight bits or less, which have no derivatives worth the name."""
     remedy = "train the module in float32, bfloat16 or float16, or leave the monitor out"
-    for name, submodule in module.named_modules():
-        if kind := _quantized(submodule):
+    for name, part in [*module.named_modules(), *module.named_parameters()]:
+        if kind := _quantized(part):
             raise MisconfigurationException(
                 f"{monitor} must find modules that can be differentiated, got the quantized {name!r} ({kind}): "
                 f"{remedy}."
@@ -50,11 +50,30 @@ def check_not_quantized(monitor: str, module: nn.Module) -> None:
             )
 
 
-def _quantized(module: nn.Module) -> str | None:
-    """Name of the class of ``torch.ao``'s quantized modules that a module is of, or None."""
-    for kind in type(module).__mro__:
-        packages = kind.__module__.split(".")
-        # FloatFunctional stands there, too, and is what its name says.
-        if packages[:3] == ["torch", "ao", "nn"] and "quantized" in packages and kind.__name__ != "FloatFunctional":
-            return f"{kind.__module__}.{kind.__name__}"
+# By name, since none of these packages needs to be there: modules, and tensors in place of parameters.
+_QUANTIZED = (
+    "torch.ao.nn.quantized.",
+    "torch.ao.nn.intrinsic.quantized.",
+    "torch.ao.nn.sparse.quantized.",
+    "transformer_engine.pytorch.",
+    "bitsandbytes.nn.",
+    "torchao.dtypes.",
+    "torchao.float8.",
+    "torchao.prototype.",
+    "torchao.quantization.",
+)
+# They stand among the others, and compute in whatever type they are given.
+_NOT_QUANTIZED = (
+    "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
+    "bitsandbytes.nn.modules.Embedding",
+    "bitsandbytes.nn.modules.StableEmbedding",
+)
+
+
+def _quantized(part: nn.Module | Tensor) -> str | None:
+    """Name of the class that makes a module or parameter a quantized one, or None."""
+    for kind in type(part).__mro__:
+        name = f"{kind.__module__}.{kind.__name__}"
+        if name.startswith(_QUANTIZED) and name not in _NOT_QUANTIZED:
+            return name
     return None

@@ -20,6 +20,7 @@ TITLES = {
     "test_trainer_records": "Loggers, checkpoints, early stopping",
     "test_other_loggers": "Loggers of other packages",
     "test_precisions": "Precisions",
+    "test_quantized": "Quantized modules",
     "test_compile": "torch.compile",
     "test_optimizers": "Optimizers",
     "test_several_optimizers": "Several optimizers, steps by hand",

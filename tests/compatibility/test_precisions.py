@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,7 +25,7 @@ from tests.callbacks.test_precision import SINGLE
 from tests.compatibility.monitors import MONITORS
 from tests.oracles.along_step import DIFFERENCE
 from tests.oracles.matrices import Matrices
-from tests.runs import Classifier, Step, StepRecorder, classification, loader, make_trainer, mlp
+from tests.runs import Classifier, Step, StepRecorder, classification, mlp
 from tests.witness import Record, assert_same, watch
 
 # Near the edge, where gradients lie along large eigenvalues and what is measured along them stands out of rounding.
@@ -218,39 +216,3 @@ def test_scaler_that_overflows(monitor: str) -> None:
         row = watched.logger.rows[number]
         finite = [math.isfinite(row[f"curvature/{key}"]) for key in KEYS[monitor]]
         assert all(finite) if made or monitor != "directional" else not any(finite), number
-
-
-def dynamic(network: nn.Sequential) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao is on its way out
-        torch.ao.quantization.quantize_dynamic(
-            network, {"2": torch.ao.quantization.default_dynamic_qconfig}, inplace=True
-        )
-
-
-def eight_bits(network: nn.Sequential) -> None:
-    weight = network[2].weight.detach().to(torch.float8_e4m3fn)
-    network[2].weight = nn.Parameter(weight, requires_grad=False)
-
-
-QUANTIZED: dict[Callable[[nn.Sequential], None], str] = {
-    dynamic: r"must find modules that can be differentiated, got the quantized 'network\.2' "
-    r"\(torch\.ao\.nn\.quantized\.dynamic\.modules\.linear\.Linear\): train the module in float32, bfloat16 or ",
-    eight_bits: r"must find parameters of at least 16 bits, got 'network\.2\.weight' of torch\.float8_e4m3fn: train ",
-}
-
-
-@pytest.mark.parametrize("change", QUANTIZED)
-@pytest.mark.parametrize("monitor", MONITORS)
-def test_quantized_modules_are_refused(monitor: str, change: Callable[[nn.Sequential], None]) -> None:
-    """By name, in one sentence, before the first batch; and only where there is something to differentiate."""
-    network, follow = mlp(4, 6, 3, dtype=torch.float32), MONITORS[monitor].make()
-    change(network)
-    module = Classifier(network, lambda m: torch.optim.SGD(m.network[0].parameters(), lr=0.1))
-    batches = loader(classification(2, dtype=torch.float32))
-    with pytest.raises(MisconfigurationException, match=f"{type(follow).__name__} {QUANTIZED[change]}") as caught:
-        make_trainer(follow, precision="32-true").fit(module, batches)
-    assert str(caught.value).endswith("or leave the monitor out.")
-    assert "\n" not in str(caught.value)
-    module.predict_step = lambda batch, batch_idx: batch[1]
-    assert len(make_trainer(follow, precision="32-true").predict(module, batches)) == 2
