@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_curvature import CurvatureWarning
+from tests.callbacks.test_directional_manual import Manual, momentum
 from tests.callbacks.test_spectrum_values import rows
 from tests.compatibility.monitors import MONITORS
 from tests.oracles.along_step import DIFFERENCE, EXACT
-from tests.runs import Batch, Classifier, classification
-from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, assert_same, copies, watch
+from tests.runs import Batch, Classifier, MakeOptimizer, classification
+from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, Witness, assert_same, copies, watch
 
 # BatchNorm couples samples; and torch's counter of operations hooks modules.
 pytestmark = [
@@ -78,7 +79,11 @@ def _compile_anew() -> Iterator[None]:
 
 
 def fit(
-    way: Way | None, monitor: pl.Callback | None, steps: int = 3, kind: type[Quiet] = Quiet, backend: str = "aot_eager"
+    way: Way | None,
+    monitor: pl.Callback | None,
+    steps: int = 3,
+    kind: type[Classifier] = Quiet,
+    backend: str = "aot_eager",
 ) -> tuple[Record, int]:
     """A run, and how many graphs were compiled in it. These backends ask for no C++ compiler."""
     torch._dynamo.reset()
@@ -143,6 +148,30 @@ def test_forward_only_probes_compile_once(way: str, outputs: str | None) -> None
 def test_exact_products_compile_nothing(name: str, way: str) -> None:
     monitor = MONITORS[name].thorough(every_n_train_steps=2)
     assert fit(WAYS[way], monitor, backend="eager")[1] == fit(WAYS[way], None, backend="eager")[1]
+
+
+class ByHand(Manual):
+    def __init__(self, network: nn.Module, make: MakeOptimizer) -> None:
+        super().__init__(network, momentum)  # Adam's step takes three times as long to compile
+
+
+by_hand = functools.cache(lambda: fit(whole, None, 3, ByHand, "eager"))
+
+
+@pytest.mark.parametrize("name", MONITORS)
+def test_steps_by_hand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's step is compiled with the module, and all that it calls: the hooks of callbacks, once."""
+    # Those of the test are not the monitor's, and are many.
+    monkeypatch.setattr(Witness, "note", torch.compiler.disable(Witness.note))
+    follow = functools.partial(MONITORS[name].thorough, every_n_train_steps=2)
+    watched, graphs = fit(whole, follow(), 3, ByHand, "eager")
+    assert_same(by_hand()[0], watched)
+    # Compiled for this backend, operations are the same ones in the same order.
+    assert str(rows(watched.logger)) == str(rows(fit(None, follow(), 3, ByHand)[0].logger))
+    if name == "directional":
+        assert fit(whole, follow(), 7, ByHand, "eager")[1] == graphs
+    else:
+        assert graphs == by_hand()[1]
 
 
 class Otherwise(Quiet):
