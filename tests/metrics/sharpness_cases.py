@@ -1,0 +1,52 @@
+"""The metrics of mini-batch sharpness, and what they are fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_curvature.metrics import (
+    BatchLambdaMax,
+    BatchSharpness,
+    GradientNoiseInteraction,
+    InteractionAwareSharpness,
+    ModifiedBatchSharpness,
+    StepSharpness,
+)
+from tests.metrics.test_sharpness import fed
+from tests.runs import Batch, classification, mlp
+
+# Means of a few draws in another order.
+CLOSE = {"rel": 1e-12}
+# Eigenvalues from another start: the square of their residual, 1e-6, over a gap of a hundredth at least.
+RESTARTED = {"rel": 1e-10}
+BATCHES = classification(6, 3)
+DATA = classification(2, 4, seed=2)
+
+Make = Callable[..., Any]
+METRICS: dict[str, Make] = {
+    "batch": BatchSharpness,
+    "modified": ModifiedBatchSharpness,
+    "step": StepSharpness,
+    "lambda_max": lambda *args, **options: BatchLambdaMax(*args, tolerance=1e-6, **options),
+    "ias": InteractionAwareSharpness,
+    "ias, data": lambda *args, **options: InteractionAwareSharpness(*args, data=DATA, **options),
+    "gni": GradientNoiseInteraction,
+    "gni, data": lambda *args, **options: GradientNoiseInteraction(*args, data=DATA, **options),
+}
+every_metric = pytest.mark.parametrize("name", METRICS)
+# At θ = 1: gradients h·(1 − a) = 0 and −h.
+STILL, MOVING = (torch.tensor([a], dtype=torch.float64) for a in (1.0, 2.0))
+
+
+def made(name: str, network: nn.Module | None = None) -> Any:
+    return METRICS[name](network or mlp(4, 3, 3), F.cross_entropy)
+
+
+def value_of(name: str, batches: list[Batch], network: nn.Module | None = None) -> float:
+    return fed(made(name, network), batches)
