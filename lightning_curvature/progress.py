@@ -1,10 +1,12 @@
-"""A note on the progress bar while a long measurement is under way."""
+"""A note on the progress bar while a long measurement is under way, and a line about the first one."""
 
 import time
 from collections.abc import Callable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+from lightning_curvature.reporting import inform
 
 # A measurement says on the progress bar that it is under way when it has taken this long.
 _PATIENCE_SECONDS = 3.0
@@ -37,6 +39,12 @@ class Progress:
         """Take the note off."""
         if self._show is not None and self._last > self._start:
             self._show(None)
+
+    def tell(self) -> None:
+        """Say how long it took, where it took its time: also to who has no progress bar."""
+        seconds = self._clock() - self._start
+        if seconds >= _PATIENCE_SECONDS:
+            inform(f"{self._name}: the first measurement took {self._count} products, {seconds:.0f} s.")
 
 
 def _shower(bar: object) -> Callable[[str | None], None] | None:

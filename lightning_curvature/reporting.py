@@ -50,6 +50,11 @@ def warn(message: str, any_rank: bool = False) -> None:
         rank_zero_warn(message, category=CurvatureWarning, stacklevel=4)
 
 
+def inform(message: str) -> None:
+    """Say what is no reason to worry, on rank 0, through Lightning's logger."""
+    rank_zero_info(message)
+
+
 def report(trainer: pl.Trainer, values: Mapping[str, float], progress_bar: Sequence[str] = ()) -> None:
     """Write values to every logger at the step Lightning logs at, and make them watchable.
 
@@ -85,9 +90,7 @@ def _tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
 def check_tensorboard(trainer: pl.Trainer, quantity: str) -> None:
     """Say where a quantity that only TensorBoard can show will be dropped."""
     if not _tensorboards(trainer):
-        rank_zero_info(
-            f"{quantity!r} is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one."
-        )
+        inform(f"{quantity!r} is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one.")
 
 
 def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> None:

@@ -267,6 +267,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             values = self._measurement.measure(problem, self._fail)
         finally:
             progress.close()
+        if not self._has_measured:
+            progress.tell()
         self._report(trainer, values)
 
     def report_nothing(self, trainer: pl.Trainer) -> None:

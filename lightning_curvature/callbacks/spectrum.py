@@ -258,6 +258,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
             spectrum = self._measurement.measure(problem, self._fail)
         finally:
             progress.close()
+        if not self._has_measured:
+            progress.tell()
         self._report(trainer, spectrum.values | self._thresholds(problem.rule))
         if spectrum.density is not None:
             report_density(trainer, f"{self.prefix}/spectral_density", spectrum.density)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lightning_curvature.callbacks import spectrum
+from lightning_curvature import BatchSharpnessMonitor, progress
+from lightning_curvature.callbacks import batch_sharpness, spectrum
 from lightning_curvature.progress import Progress
 from tests.callbacks.test_spectrum_logging import module
 from tests.callbacks.test_spectrum_setups import loader
@@ -48,7 +50,8 @@ class Notes:
                 super().close()
                 notes.left.append(notes.said(self.trainer))
 
-        monkeypatch.setattr(spectrum, "Progress", Watched)
+        for callbacks in (spectrum, batch_sharpness):
+            monkeypatch.setattr(callbacks, "Progress", Watched)
 
     def said(self, trainer: Any) -> str:
         bar = trainer.progress_bar_callback
@@ -116,6 +119,22 @@ def test_note_goes_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         fit(TQDMProgressBar, on_error="warn")
     assert notes.shown[4::5] == ["Hessian spectrum: 5 products, 5 s"] * 4
     assert notes.left == notes.before
+
+
+@pytest.mark.parametrize("pace", [1.0, 0.001])
+def test_the_first_long_measurement_is_told(pace: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a fit, also without a bar."""
+    notes, said = Notes(pace, monkeypatch), list[str]()
+    monkeypatch.setattr(progress, "inform", said.append)
+    sharpness = BatchSharpnessMonitor(every_n_train_steps=2, num_batches=4, min_batches=4)
+    make_trainer(monitor("lambda_max"), sharpness, max_epochs=2).fit(module(), loader())
+    assert len(notes.left) == 2 * 4
+    told = [re.fullmatch(r"(.*): the first measurement took (\d+) products, (\d+) s\.", text) for text in said]
+    # It looks at the clock at each product, and when it is over.
+    assert [one and one[1] for one in told if one and int(one[3]) == int(one[2]) + 1 > 3] == (
+        ["Hessian spectrum", "mini-batch sharpness"] if pace == 1.0 else []
+    )
+    assert len(said) == (2 if pace == 1.0 else 0)
 
 
 def test_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
