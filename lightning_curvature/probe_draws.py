@@ -55,6 +55,11 @@ class Population(ABC):
         """Whether some samples are drawn more often than others."""
         return False
 
+    @property
+    def own_batches(self) -> int | None:
+        """How many of a rank's own batches a mini-batch has; None where it is the same on every rank."""
+        return None
+
     @abstractmethod
     def whole(self) -> ProbeSet:
         """Return this rank's share of all samples, as :func:`~.probe_data.read_probe_set` shares them out."""
@@ -256,6 +261,10 @@ class _Batches(Population):
 
     def whole(self) -> ProbeSet:
         return replace(self.share, batches=self._alike, total=self.share.count)
+
+    @property
+    def own_batches(self) -> int:
+        return self.group
 
     @property
     def _alike(self) -> tuple[ProbeBatch, ...]:

@@ -1,18 +1,16 @@
 """The measurement of mini-batch sharpness at one step: of the step's own batch, and of batches that are drawn."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NoReturn
+from typing import Literal
 
 from torch import Tensor
 
 from lightning_curvature.failures import attempted, failure_of
 from lightning_curvature.mini_batch import MiniBatch
-from lightning_curvature.operators import Curvature, CurvatureOperator, MicroBatch, operator_type
-from lightning_curvature.parallel import sum_over_ranks
+from lightning_curvature.operators import CurvatureOperator
 from lightning_curvature.sharpness_at_once import AtOnceChoice, BatchesAtOnce
 from lightning_curvature.sharpness_draws import Draws, check_finite
 from lightning_curvature.sharpness_pairs import PairsAtOnce, PairsInTurn
@@ -31,7 +29,6 @@ class SharpnessMeasurement:
 
     Args:
         quantities: names.
-        curvature: "hessian" or "gauss_newton".
         num_batches: the most batches, over all ranks, in whole pairs: an odd number is rounded up.
         min_batches: the fewest that have a gradient.
         relative_error: relative standard error to reach.
@@ -44,7 +41,6 @@ class SharpnessMeasurement:
         self,
         quantities: Sequence[Quantity],
         *,
-        curvature: Curvature,
         num_batches: int,
         min_batches: int,
         relative_error: float,
@@ -54,9 +50,8 @@ class SharpnessMeasurement:
     ) -> None:
         self.quantities = tuple(quantities)
         self.drawn: tuple[Quantity, ...] = tuple(q for q in self.quantities if q != "step_sharpness")
-        self._operator = operator_type(curvature)
         self._exact = full_hessian == "exact" and bool(set(CROSSED) & set(self.drawn))
-        self._options = DrawOptions(self.drawn, self._operator, num_batches, min_batches, relative_error, tolerance)
+        self._options = DrawOptions(self.drawn, num_batches, min_batches, relative_error, tolerance)
         # Products with the whole probe set take much longer than to launch a mini-batch.
         self.at_once = AtOnceChoice(1 if self._exact else batches_at_once)
 
@@ -89,7 +84,7 @@ class SharpnessMeasurement:
 
     def _step_sharpness(self, problem: SharpnessProblem) -> dict[str, float]:
         """Sharpness of the data of the coming step, of all ranks together."""
-        operator = self._operator(problem.step, problem.parameters, reduce=sum_over_ranks(problem.trainer))
+        operator = problem.together(problem.step)
         with contextlib.closing(MiniBatch(operator)) as batch:
             curvature, square = batch.self_curvature, batch.squared_norm
             problem.on_product()
@@ -135,24 +130,8 @@ class SharpnessMeasurement:
 
     def _whole_set(self, problem: SharpnessProblem) -> MiniBatch:
         """The whole probe set as one batch: for its gradient, and with exact products for these."""
-        assert problem.population is not None
         used = self._exact or set(FULL_GRADIENT) & set(self.drawn)
-        reduce = sum_over_ranks(problem.trainer)
-        try:
-            parts = problem.loss.parts(problem.population.whole()) if used else []
-        except Exception as error:
-            if reduce is None:
-                raise
-            # The others are on their way to the first product: it fails there, and they hear of it.
-            parts = [MicroBatch(functools.partial(_raise, error.with_traceback(None)), 0.0)]
-        if not self._exact:
-            return MiniBatch(CurvatureOperator(parts, problem.parameters, reduce=reduce))
-        processes = problem.trainer.num_devices
-        return MiniBatch(self._operator(parts, problem.parameters, reduce=reduce, processes=processes))
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error
+        return MiniBatch(problem.together(problem.whole() if used else [], multiplied=self._exact))
 
 
 def check_together(problem: SharpnessProblem, operator: CurvatureOperator, number: float) -> None:

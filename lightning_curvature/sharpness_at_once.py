@@ -49,7 +49,7 @@ class AtOnceChoice:
         """Return how many pairs a rank measures at once; 1 where each is measured in turn. One collective at first."""
         if self._pairs is None:
             count = _COUNT if self._wanted == "auto" else self._wanted
-            pays = count > 1 and bool(set(options.quantities) - {"lambda_max_b"})
+            pays = count > 1 and problem.can_be_stacked and bool(set(options.quantities) - {"lambda_max_b"})
             if pays:
                 vote = torch.tensor(float(self._pays(problem, in_turn, at_once)), dtype=torch.float64)
                 reduce = sum_over_ranks(problem.trainer)

@@ -9,7 +9,6 @@ from torch import Tensor
 from lightning_curvature.failures import elsewhere, severity
 from lightning_curvature.functional import merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.mini_batch import MiniBatch
-from lightning_curvature.parallel import sum_over_ranks
 from lightning_curvature.reporting import warn
 from lightning_curvature.sharpness_pairs import PairMoments, Pairs, PairsInTurn
 from lightning_curvature.sharpness_problem import CROSS_PRODUCT, CROSSED, PAIR, DrawOptions, Quantity, SharpnessProblem
@@ -44,8 +43,7 @@ class Draws:
     ) -> None:
         self._options, self._problem, self._whole = options, problem, whole
         self._in_turn, self._at_once, self._pairs = in_turn, at_once, pairs
-        self._ranks, self._rank = problem.trainer.world_size, problem.trainer.global_rank
-        self._sum = sum_over_ranks(problem.trainer)
+        (self._ranks, self._rank), self._sum = problem.turns, problem.reduce
         self._merged = {q: torch.zeros(6, dtype=torch.float64) for q in options.quantities}
         self._batches = dict.fromkeys(options.quantities, 0)
         # At η = 0 there is no update over η.

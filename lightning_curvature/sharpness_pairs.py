@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.functional import add_to_moments
-from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.mini_batch import MiniBatch, MiniBatches
 from lightning_curvature.sharpness_problem import (
     CROSS_PRODUCT,
@@ -81,8 +81,11 @@ class Pairs:
 
     def __init__(self, options: DrawOptions, problem: SharpnessProblem, full: Tensor | None) -> None:
         self._options, self._problem, self._full = options, problem, full
-        self._space = VectorSpace(problem.parameters)
-        self._full_square = None if full is None else float(self._space.squared_norm(full))
+        self._space = problem.space
+
+    @cached_property
+    def _full_square(self) -> float | None:
+        return None if self._full is None else float(self._space.squared_norm(self._full))
 
     def observe(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
         """Draw the pairs of these numbers and measure what is wanted of them."""
@@ -131,15 +134,11 @@ class PairsInTurn(Pairs):
         return [self._observe(number, wanted) for number in numbers]
 
     def _observe(self, number: int, wanted: Collection[Quantity]) -> PairMoments:
-        problem, population = self._problem, self._problem.population
-        assert population is not None
+        problem = self._problem
         pair, batches = PairMoments(), []
         crossed = bool(set(CROSSED) & set(wanted))
         with contextlib.ExitStack() as stack:
-            for index in range(PAIR):
-                drawn = population.draw(problem.key, PAIR * number + index)
-                parts = problem.loss.parts_of(drawn, sum(probe.size for probe in drawn))
-                operator = self._options.operator(parts, problem.parameters, processes=problem.trainer.num_devices)
+            for operator in problem.pair(number):
                 batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
                 self._observe_alone(batch, wanted, pair)
                 batches.append(batch)
@@ -188,7 +187,7 @@ class PairsAtOnce(Pairs):
         copies = copies_of(problem.parameters, len(draws))
         parts = problem.loss.parts_of_many(draws, problem.parameters, copies)
         pairs = [PairMoments() for _ in numbers]
-        operator = self._options.operator(parts, copies, processes=problem.trainer.num_devices)
+        operator = problem.curvature(parts, copies, processes=problem.trainer.num_devices)
         with contextlib.closing(MiniBatches(operator)) as batches:
             squares = batches.squared_norms.tolist()
             for index, square in enumerate(squares):

@@ -1,13 +1,18 @@
 """What is measured of mini-batch sharpness at one step, and how well."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NoReturn
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_curvature.operators import GaussNewtonOperator, HessianOperator, MicroBatch
+from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, MicroBatch
+from lightning_curvature.operators.exact import Reduce
+from lightning_curvature.parallel import sum_over_ranks
 from lightning_curvature.probe_draws import Population
 from lightning_curvature.probe_loss import ProbeLoss
 from lightning_curvature.trial_steps import TrialSteps
@@ -37,10 +42,11 @@ PAIR = 2
 
 @dataclass(frozen=True)
 class SharpnessProblem:
-    """What is measured at one step.
+    """What is measured at one step, and how ranks share it: each measures pairs of mini-batches of its own.
 
     Attributes:
         trainer: the Trainer.
+        curvature: makes products with the curvature of micro-batches.
         loss: makes micro-batches of what was drawn.
         parameters: the parameters that are differentiated.
         lr: η.
@@ -52,6 +58,7 @@ class SharpnessProblem:
     """
 
     trainer: pl.Trainer
+    curvature: type[HessianOperator] | type[GaussNewtonOperator]
     loss: ProbeLoss
     parameters: Sequence[Tensor]
     lr: float
@@ -61,6 +68,58 @@ class SharpnessProblem:
     key: int
     on_product: Callable[[], None]
 
+    # Whether mini-batches can be differentiated many at once.
+    can_be_stacked = True
+
+    @cached_property
+    def space(self) -> VectorSpace:
+        """The space of the parameters."""
+        return VectorSpace(self.parameters)
+
+    @property
+    def turns(self) -> tuple[int, int]:
+        """How many ranks measure pairs of their own, and which of them this one is."""
+        return self.trainer.world_size, self.trainer.global_rank
+
+    @property
+    def reduce(self) -> Reduce | None:
+        """Sum over these ranks; None where there are no others."""
+        return sum_over_ranks(self.trainer)
+
+    def together(self, parts: Sequence[MicroBatch], multiplied: bool = True) -> CurvatureOperator:
+        """Return the operator of micro-batches of which each rank has some.
+
+        Args:
+            parts: those of this rank.
+            multiplied: whether products are wanted of it, and not its gradient alone.
+        """
+        if not multiplied:
+            return CurvatureOperator(parts, self.parameters, reduce=self.reduce)
+        return self.curvature(parts, self.parameters, reduce=self.reduce, processes=self.trainer.num_devices)
+
+    def pair(self, number: int) -> Iterator[CurvatureOperator]:
+        """Draw the mini-batches of a pair, one after the other."""
+        assert self.population is not None
+        for index in range(PAIR):
+            drawn = self.population.draw(self.key, PAIR * number + index)
+            parts = self.loss.parts_of(drawn, sum(probe.size for probe in drawn))
+            yield self.curvature(parts, self.parameters, processes=self.trainer.num_devices)
+
+    def whole(self) -> list[MicroBatch]:
+        """Return this rank's micro-batches of all samples."""
+        assert self.population is not None
+        try:
+            return self.loss.parts(self.population.whole())
+        except Exception as error:
+            if self.reduce is None:
+                raise
+            # The others are on their way to the first product: it fails there, and they hear of it.
+            return [MicroBatch(functools.partial(_raise, error.with_traceback(None)), 0.0)]
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
 
 @dataclass(frozen=True)
 class DrawOptions:
@@ -68,7 +127,6 @@ class DrawOptions:
 
     Attributes:
         quantities: names, without "step_sharpness".
-        operator: of the curvature.
         num_batches: the most batches, over all ranks.
         min_batches: the fewest that tell something.
         relative_error: relative standard error to reach.
@@ -76,7 +134,6 @@ class DrawOptions:
     """
 
     quantities: tuple[Quantity, ...]
-    operator: type[HessianOperator] | type[GaussNewtonOperator]
     num_batches: int
     min_batches: int
     relative_error: float

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_curvature.isolation import muted
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.module_state import ModuleState, RandomState
-from lightning_curvature.parallel import is_sharded
+from lightning_curvature.parallel import local
 
 # The hooks on the steps of all optimizers are in these dictionaries of torch's. The names are private: where they are
 # others, those hooks hear of trial steps.
@@ -56,7 +56,7 @@ class TrialSteps:
         parameters: those of its parameters that have a gradient in a trial; any order.
 
     Raises:
-        MisconfigurationException: as :meth:`check` does; for parameters that are sharded or not the optimizer's.
+        MisconfigurationException: as :meth:`check` does; for parameters that are not the optimizer's.
 
     Example:
         >>> trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, gradient_clip_val=0.5)
@@ -77,12 +77,7 @@ class TrialSteps:
                 f"parameters must be among those of the optimizer, got {len(strange)} that {name} does not hold: give "
                 "those of its param_groups."
             )
-        if is_sharded(self._held):
-            raise MisconfigurationException(
-                f"optimizer must hold whole parameters for trial updates, got {name} with sharded ones: train with "
-                "strategy='ddp', or leave 'lambda_gen' out."
-            )
-        self._space = VectorSpace(self._parameters)
+        self._space = VectorSpace([local(p) for p in self._parameters])
 
     @staticmethod
     def check(optimizer: Any) -> None:
@@ -132,7 +127,8 @@ class TrialSteps:
                 f"{type(self._optimizer).__name__} ({type(error).__name__}: {error}): train with another optimizer, or "
                 "leave 'lambda_gen' out."
             ) from error
-        return self._space.add_(self._space.pack(self._parameters), moved, -1.0)
+        before = self._space.pack([local(p) for p in self._parameters])
+        return self._space.add_(before, [local(p) for p in moved], -1.0)
 
     def _step(self, gradient: Tensor) -> list[Tensor]:
         """The parameters after a step of a copy, which is gone when this returns."""
@@ -143,7 +139,8 @@ class TrialSteps:
             copied, moved = self._copy()
             for p, part in zip(moved, self._space.views(gradient), strict=True):
                 # Of the strides that autograd gives it, on which kernels and the order of their sums depend.
-                p.grad = torch.empty_like(p).copy_(part)
+                p.grad = torch.empty_like(p)
+                local(p.grad).copy_(part)
             self._clip(copied, moved)
             with torch.enable_grad():  # as in training: steps that need it off turn it off
                 copied.step()

@@ -10,12 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.optim import SGD
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_curvature.trial_steps import TrialSteps
@@ -154,15 +150,3 @@ def test_parameters_of_somebody_else_are_refused(trainer: pl.Trainer) -> None:
     message = r"among those of the optimizer, got 1 that Plain does not hold: give those of its param_groups\."
     with pytest.raises(MisconfigurationException, match=message):
         TrialSteps(trainer, run.optimizer, [*run.parameters, nn.Parameter(torch.ones(2))])
-
-
-def test_sharded_parameters_are_refused(trainer: pl.Trainer) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        sharded = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        with pytest.raises(
-            MisconfigurationException, match=r"whole parameters .* got SGD with sharded ones: train with"
-        ):
-            TrialSteps(trainer, SGD([sharded], lr=0.1), [sharded])
-    finally:
-        dist.destroy_process_group()

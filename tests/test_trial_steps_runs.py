@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.parallel import local
 from lightning_curvature.trial_steps import TrialSteps
 from tests.runs import Classifier, classification, loader, make_trainer, mlp
 from tests.test_trial_steps import Run
@@ -44,15 +45,15 @@ class Foretelling(pl.Callback):
         self.made: list[Tensor] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.parameters = list(pl_module.network.parameters())
-        self.space = VectorSpace(self.parameters)
-        gradient = self.space.pack([p.grad for p in self.parameters])
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.space = VectorSpace([local(p) for p in self.parameters])
+        gradient = self.space.pack([local(p.grad) for p in self.parameters])
         self.trials = TrialSteps(trainer, optimizer, self.parameters)
         self.foretold.append(self.trials.update_for(gradient))
-        self.before = self.space.pack(self.parameters)
+        self.before = self.space.pack([local(p) for p in self.parameters])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.made.append(self.before - self.space.pack(self.parameters))
+        self.made.append(self.before - self.space.pack([local(p) for p in self.parameters]))
         self.trials.update_for(-3.0 * self.before)
 
 

@@ -16,15 +16,18 @@ from lightning_curvature.failures import noted
 from lightning_curvature.module_state import RandomState
 from lightning_curvature.objective import ObjectiveFunction, copied
 from lightning_curvature.operators import Curvature, operator_type
+from lightning_curvature.operators.differences import WHERE_SHARDED
 from lightning_curvature.optimizers import stability_rule
 from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probe_data import step_size
 from lightning_curvature.probe_draws import Population, read_population
 from lightning_curvature.probe_loss import ProbeLoss, StepCall
 from lightning_curvature.progress import Progress
+from lightning_curvature.reporting import warn
 from lightning_curvature.sharpness import FullHessian, SharpnessMeasurement
 from lightning_curvature.sharpness_at_once import BatchesAtOnce
 from lightning_curvature.sharpness_problem import CROSSED, FULL_GRADIENT, PAIR, QUANTITIES, Quantity, SharpnessProblem
+from lightning_curvature.sharpness_shards import ShardedProblem
 from lightning_curvature.trial_steps import TrialSteps
 
 
@@ -102,9 +105,6 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     (IAS).
     """
 
-    # The gradients of sharded parameters are those of all ranks together.
-    takes_shards = False
-
     _batch_norm_note = "a mini-batch is normalized by its own statistics, or each of its micro-batches where it is cut"
 
     def __init__(
@@ -157,7 +157,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             check_count("batches_at_once", batches_at_once, 1, "'auto' finds what pays")
         check_fraction("relative_error", relative_error, "0.05 gives values to 5 %")
         check_fraction("tolerance", tolerance, "1e-2 gives eigenvalues to three digits or so")
-        operator_type(curvature)  # which refuses unknown names
+        self._operator = operator_type(curvature)
         if full_hessian not in ("pairs", "exact"):
             raise ValueError(
                 f"full_hessian must be 'pairs' or 'exact', got {full_hessian!r}: 'pairs' is the one for "
@@ -165,10 +165,11 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             )
         self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
         self.batch_size = batch_size
+        self.curvature, self.batches_at_once = curvature, batches_at_once
+        self._sharded = False
         self.progress_bar = progress_bar
         self._measurement = SharpnessMeasurement(
             self.quantities,
-            curvature=curvature,
             num_batches=num_batches,
             min_batches=min_batches,
             relative_error=relative_error,
@@ -189,14 +190,13 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
-        parameters = self._parameters(trainer)
-        if is_sharded(parameters):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find whole parameters, got sharded ones, whose gradients are those of all "
-                "ranks together: train with strategy='ddp', or leave the monitor out."
-            )
+        self._sharded = is_sharded(self._parameters(trainer))
+        if self._sharded:
+            ShardedProblem.check(self.curvature, self.batches_at_once)
         if "lambda_gen" in self.quantities:
             TrialSteps.check(trainer.optimizers[self.optimizer_index])
+        if self._sharded:
+            warn(WHERE_SHARDED)
 
     def _complete(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
         """Keep the batches of the coming step, where they are asked for, until the last of them."""
@@ -226,6 +226,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             seed=self.seed,
             errors=errors,
         )
+        if self._sharded:
+            ShardedProblem.check_population(population, trainer.world_size)
         # A pair has the Hessian of the samples as they are drawn, which is that of the loss that training descends.
         whole = CROSSED if self.full_hessian == "exact" else FULL_GRADIENT
         unequal = [q for q in self.quantities if q in whole and population.weighted]
@@ -247,8 +249,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         if self._errors:
             raise self._errors.pop()
         progress = Progress(trainer, "mini-batch sharpness")
-        problem = SharpnessProblem(
+        problem = (ShardedProblem if self._sharded else SharpnessProblem)(
             trainer=trainer,
+            curvature=self._operator,
             loss=loss,
             parameters=parameters,
             lr=stability_rule(optimizer).lr,

@@ -33,9 +33,6 @@ class Monitor(pl.Callback):
         on_error: "warn" logs NaN and warns once when a measurement fails, "raise" lets the error through.
     """
 
-    # Whether it works with parameters that are sharded by FSDP2.
-    takes_shards = True
-
     def __init__(
         self,
         *,
@@ -79,7 +76,7 @@ class Monitor(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that no other monitor writes the same keys, and what can be checked before optimizers exist."""
         if stage == "fit":
-            check_strategy(trainer, pl_module, type(self).__name__, self.takes_shards)
+            check_strategy(trainer, pl_module, type(self).__name__)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and type(other) is type(self) and other.prefix == self.prefix:
                 raise MisconfigurationException(
@@ -97,7 +94,7 @@ class Monitor(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check module and optimizers, and the parameters as the strategy has left them, and lay out TensorBoard."""
         check_not_quantized(type(self).__name__, pl_module)
-        check_strategy(trainer, pl_module, type(self).__name__, self.takes_shards)
+        check_strategy(trainer, pl_module, type(self).__name__)
         count = len(trainer.optimizers)
         if count > 1 and self.objective_function is None:
             raise MisconfigurationException(

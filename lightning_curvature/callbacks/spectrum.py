@@ -15,9 +15,10 @@ from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
 from lightning_curvature.objective import ObjectiveFunction
 from lightning_curvature.operators import Sharding
+from lightning_curvature.operators.differences import WHERE_SHARDED
 from lightning_curvature.operators.graphs import check_keep_graph
 from lightning_curvature.optimizers import StabilityRule, stability_rule
-from lightning_curvature.parallel import fresh_shards, is_sharded, vector_space
+from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probe_data import ProbeSet
 from lightning_curvature.probe_loss import ProbeLoss
 from lightning_curvature.progress import Progress
@@ -220,10 +221,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
                 f"got {type(trainer.optimizers[self.optimizer_index]).__name__}: leave it out."
             )
         if self._sharded and self._measurement.products == "auto":
-            warn(
-                "products with the Hessian are made by a difference of gradients, since parameters are sharded and "
-                "second derivatives do not reach through their gathering."
-            )
+            warn(WHERE_SHARDED)
 
     @property
     def _by_step(self) -> bool:
@@ -253,7 +251,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
     def measure(self, trainer: pl.Trainer, prepared: tuple[Problem, Progress], least: float) -> None:
         """Measure the spectrum at the parameters as they are and write what it gave."""
         problem, progress = prepared
-        problem = replace(problem, basis=int(least), sharding=self._sharding(trainer))
+        sharding = Sharding.of(trainer, problem.parameters) if self._sharded else None
+        problem = replace(problem, basis=int(least), sharding=sharding)
         try:
             spectrum = self._measurement.measure(problem, self._fail)
         finally:
@@ -282,15 +281,6 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         if "preconditioned_lambda_max" in self.quantities and not math.isnan(rule.preconditioned):
             values["preconditioned_lambda_max_threshold"] = rule.preconditioned
         return values
-
-    def _sharding(self, trainer: pl.Trainer) -> Sharding | None:
-        if not self._sharded:
-            return None
-        return Sharding(
-            space=vector_space(trainer, self._parameters(trainer)),
-            ranks=trainer.world_size,
-            around=lambda: fresh_shards(trainer.lightning_module),
-        )
 
 
 def _check_arguments(

@@ -17,14 +17,13 @@ from torch.distributed.tensor import DTensor
 _TWIN = "pytorch_lightning"
 
 
-def check_strategy(trainer: pl.Trainer, module: nn.Module, monitor: str, takes_shards: bool) -> None:
+def check_strategy(trainer: pl.Trainer, module: nn.Module, monitor: str) -> None:
     """Raise unless a monitor works under the Trainer's strategy; called in ``setup`` and when all is set up.
 
     Args:
         trainer: the Trainer.
         module: the module that it trains.
         monitor: name of the monitor.
-        takes_shards: whether it works with parameters that are sharded by FSDP2.
 
     Raises:
         MisconfigurationException: if it does not.
@@ -37,9 +36,7 @@ def check_strategy(trainer: pl.Trainer, module: nn.Module, monitor: str, takes_s
         )
     strategy = trainer.strategy
     name = type(strategy).__name__
-    remedy = "train with strategy='ddp'"
-    if takes_shards:
-        remedy += ", or with ModelParallelStrategy and fully_shard in configure_model (FSDP2)"
+    remedy = "train with strategy='ddp', or with ModelParallelStrategy and fully_shard in configure_model (FSDP2)"
     if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(
             f"strategy must leave each parameter a tensor by itself for {monitor}, got {name}, which flattens several "
@@ -63,7 +60,7 @@ def check_strategy(trainer: pl.Trainer, module: nn.Module, monitor: str, takes_s
                 f"{trainer.world_size} ranks share those of {replicas} (tensor parallelism): set "
                 "tensor_parallel_size=1, or leave the monitor out."
             )
-    for parameter in _strangely_cut(module) if takes_shards else ():  # else the monitor refuses all shards
+    for parameter in _strangely_cut(module):
         raise MisconfigurationException(
             f"parameters must be whole, or sharded by FSDP2's fully_shard alone, for {monitor}, got {parameter!r} as a "
             "DTensor of another kind (tensor parallelism): leave its parallelization or the monitor out."

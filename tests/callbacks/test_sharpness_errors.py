@@ -71,7 +71,7 @@ def test_arguments_are_keyword_only() -> None:
 
 
 def sharded(module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a module whose last layer has become a shard, as FSDP2 makes it."""
+    """The optimizer of a module whose last layer has become a shard, by other means than FSDP2's."""
     network: Any = module.get_submodule("network")
     mesh = init_device_mesh("cpu", (1,))
     network[2].weight = nn.Parameter(distribute_tensor(network[2].weight.detach(), mesh, [Shard(0)]))
@@ -94,8 +94,8 @@ MISFITS: dict[str, tuple[Any, BatchSharpnessMonitor, Callable[[], Any], str]] = 
         sharded,
         monitor("batch_sharpness"),
         loader,
-        r"BatchSharpnessMonitor must find whole parameters, got sharded ones, .*: train with strategy='ddp', or leave "
-        r"the monitor out",
+        r"parameters must be whole, or sharded by FSDP2's fully_shard alone, for BatchSharpnessMonitor, got "
+        r"'network.2.weight' as a DTensor of another kind",
     ),
     "more than there is": (
         sgd,

@@ -43,7 +43,7 @@ class SharedBatches(DDPStrategy):
     distributed_sampler_kwargs = {"num_replicas": 2, "rank": 0}  # noqa: RUF012
 
 
-DDP, FSDP2 = "train with strategy='ddp'", ", or with ModelParallelStrategy and fully_shard in configure_model (FSDP2)"
+OTHERS = "train with strategy='ddp', or with ModelParallelStrategy and fully_shard in configure_model (FSDP2)"
 # Strategy, what is said of it before the remedy, the remedy.
 REFUSED: dict[str, tuple[Callable[[], Any], str, str | None]] = {
     "FSDP1": (
@@ -84,8 +84,7 @@ def test_strategies_are_refused_at_setup(name: str, monitor: str) -> None:
     follow = MONITORS[monitor](on_error="warn")  # a strategy lasts as long as the run
     with pytest.raises(MisconfigurationException) as caught:
         follow.setup(trainer, Classifier(mlp(4, 3), sgd), "fit")
-    shards = DDP + (FSDP2 if monitor != "BatchSharpnessMonitor" else "")
-    assert str(caught.value) == f"{sentence.format(monitor)}{remedy or shards}."
+    assert str(caught.value) == f"{sentence.format(monitor)}{remedy or OTHERS}."
     # Nothing is measured elsewhere.
     follow.setup(trainer, Classifier(mlp(4, 3), sgd), "validate")
 
@@ -164,11 +163,11 @@ def test_parameters_cut_by_other_means_than_fsdp2_are_refused(name: str) -> None
     make, culprit = CUT[name]
     trainer: Any = SimpleNamespace(strategy=SingleDeviceStrategy(), world_size=4)
     if culprit is None:
-        check_strategy(trainer, make(), "Monitor", takes_shards=True)
+        check_strategy(trainer, make(), "Monitor")
         return
     expected = (
         f"parameters must be whole, or sharded by FSDP2's fully_shard alone, for Monitor, got {culprit!r} as a DTensor "
         "of another kind (tensor parallelism): leave its parallelization or the monitor out."
     )
     with pytest.raises(MisconfigurationException, match=f"^{re.escape(expected)}$"):
-        check_strategy(trainer, make(), "Monitor", takes_shards=True)
+        check_strategy(trainer, make(), "Monitor")
