@@ -66,12 +66,7 @@ class Population(ABC):
 
     @abstractmethod
     def draw(self, key: int, number: int) -> tuple[ProbeBatch, ...]:
-        """Return the micro-batches of a mini-batch.
-
-        Args:
-            key: of the measurement, such as the number of the step.
-            number: of the mini-batch in the measurement.
-        """
+        """Return the micro-batches of mini-batch ``number`` of measurement ``key``, such as the number of a step."""
 
 
 def read_population(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import TensorDataset, default_collate
 
 from tests.distributed.failing_jobs import MESSAGE
@@ -113,6 +114,9 @@ class Failing(Sharded):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         Measuring.calls += Measuring.step is not None
+        if isinstance(self.network, FSDPModule) and hasattr(FSDPModule, "reset_iter_state"):
+            # One that was left open would take this one for a part of it.
+            assert self.network._get_fsdp_state()._state_ctx.iter_forward_root is None
         return super().training_step(batch, batch_idx)
 
 

@@ -86,9 +86,9 @@ def test_the_choice_is_told_once(results: Results, name: str) -> None:
 
 
 # One collective to be ready, one to know how many parameters there are, one for each pair of mini-batches. A gradient
-# is a pass, and its norm a collective; a product is two passes, the norms of θ and of its vector, and a dot product. The
-# norm of a vector of another mini-batch is taken once more; that of θ is known from a mini-batch's first product. ∇L
-# takes three passes, two norms, and a collective for the collating; λ_gen two dot products with it for each pair.
+# is a pass, and its norm a collective; a product is two passes, the norms of θ and of its vector, and a dot product.
+# The norm of a vector of another mini-batch is taken once more; that of θ is known after a mini-batch's first product.
+# ∇L takes three passes, two norms, and a collective for the collating; λ_gen two dot products with it for each pair.
 @pytest.mark.parametrize(
     ("name", "passes", "others"),
     [
