@@ -25,7 +25,8 @@ class SharpnessMeasurement:
     Each quantity is a ratio of two means over independent draws; it is left alone as soon as the standard error of that
     ratio falls below ``relative_error`` of it. A draw whose numerator and denominator are both 0 says nothing of a
     ratio and is left out, lest few others pass for many. Ranks draw different pairs of batches at a time, and then look
-    at them one after the other as one process would, which stops at the same pair.
+    at them one after the other as one process would, which stops at the same pair. Where parameters are sharded, all
+    ranks measure each pair together (see :class:`~.sharpness_shards.ShardedProblem`).
 
     Args:
         quantities: names.

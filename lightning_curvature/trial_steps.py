@@ -38,7 +38,8 @@ class TrialSteps:
     copies of its parameters and state. The optimizer itself, its parameters and their gradients are only read; even the
     parameters' version counters stay, so that autograd graphs kept for them remain good. A copy lives as long as one
     call: memory for the parameters and the optimizer's state once more, and for one gradient. Parameters that get no
-    gradient are not copied where the step is one of torch's, which leave them alone.
+    gradient are not copied where the step is one of torch's, which leave them alone. Of sharded parameters (FSDP2) each
+    rank copies its shards; all ranks ask for the same update together, since clipping and steps may communicate.
 
     Gradients are clipped first, as Trainer's ``gradient_clip_val`` and ``gradient_clip_algorithm`` say, by its own
     precision plugin. A module that overrides ``configure_gradient_clipping`` is asked to do it: it is given the copy,
@@ -108,7 +109,8 @@ class TrialSteps:
         """Return the update that the optimizer would make with a gradient.
 
         Args:
-            gradient: flat, (n,), in the order of ``parameters``; unclipped, unscaled; left as it is.
+            gradient: flat, (n,), in the order of ``parameters``, of which it has this rank's parts; unclipped,
+                unscaled; left as it is.
 
         Returns:
             d = θ − θ', flat, (n,), in the order of ``parameters``; fresh memory.

@@ -63,7 +63,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     take one forward+backward of the whole probe set more. Other steps cost nothing.
 
     BatchNorm in training mode is that of each mini-batch, or of its micro-batches where it is cut. Dropout has one mask
-    a micro-batch; in "step_sharpness" that which the step will use.
+    a micro-batch; in "step_sharpness" that which the step will use. Parameters that FSDP2 shards are measured by all
+    ranks together, products by differences of gradients: two forward+backwards each.
 
     Args:
         quantities: which of the above.

@@ -41,7 +41,7 @@ Written by the tests themselves (`make compatibility`): {versions}.
 A row is a test, or several. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
 an oracle, of one process or of the plain set-up, as the row says. *refused*: one clear sentence at the start.
 *not run*: needs a GPU, or a package that was missing. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor
-parallelism are refused by all monitors, sharded parameters (FSDP2) by `BatchSharpnessMonitor`.
+parallelism are refused by all monitors.
 """
 
 # (section, row) → monitor → marks of the tests behind it.
