@@ -38,12 +38,12 @@ FAST: dict[str, Any] = {"dimension": 6, "train_steps": 4, "repeats": 1, "draws":
 GOALS = {"subspace": 3.0, "coefficients": 10.0, "whole": 3.0}
 
 LEGEND = f"""\
-*Plain* is the source's procedure: power iteration with deflation, {ITERATIONS} iterations at most or until an eigenvalue
-changes by {TOLERANCE:g}; D products with the Hessian of each mean; S = {{draws}} evaluations of both means. *Ours* is
-`StabilizationMonitor.evaluate` with one candidate and all three estimators, its own stages as it times them. Both on the
-same network, in turns; median of {{repeats}}. *Residual* is the largest ‖Hu − (uᵀHu)u‖ over the directions, relative to
-the largest |uᵀHu|, by products of the plain procedure's own. Plain power iteration finds the largest magnitudes, ours
-the largest eigenvalues; criteria differ by what is between.
+*Plain* is the source's procedure: power iteration with deflation, {ITERATIONS} iterations at most or until an
+eigenvalue changes by {TOLERANCE:g}; D products with the Hessian of each mean; S = {{draws}} evaluations of both means.
+*Ours* is `StabilizationMonitor.evaluate` with one candidate and all three estimators, its own stages as it times them.
+Both on the same network, in turns; median of {{repeats}}. *Residual* is the largest ‖Hu − (uᵀHu)u‖ over the
+directions, relative to the largest |uᵀHu|. Plain power iteration finds the largest magnitudes, ours the largest
+eigenvalues; criteria differ by what is between.
 """
 
 
@@ -173,14 +173,13 @@ def report(
             f"| {stage} | {theirs:.4g} | {mine:.4g} | {ratios[stage]:.3g} | {SOURCE[stage]:g} | {' | '.join(shown)} |"
         )
     ratios["whole"] = whole["plain"] / whole["ours"]
+    source = sum(SOURCE.values())
+    page.add(f"| whole | {whole['plain']:.4g} | {whole['ours']:.4g} | {ratios['whole']:.3g} | {source:.4g} | | |", "")
     page.add(
-        f"| whole | {whole['plain']:.4g} | {whole['ours']:.4g} | {ratios['whole']:.3g} | {sum(SOURCE.values()):.4g} | | |",
-        "",
-    )
-    page.add(
-        f"Products for the subspace: {plain[0].products['subspace']} plain, {own[0].products} ours; for the coefficients "
-        f"{2 * arguments.dimension} with the means plain, {arguments.dimension} with one sample ours. Closed form below "
-        f"direct Monte Carlo by {own[0].seconds['direct'] / own[0].seconds['gaussian_moment']:,.0f} (goal 10,000)."
+        f"Products for the subspace: {plain[0].products['subspace']} plain, {own[0].products} ours; for the "
+        f"coefficients {2 * arguments.dimension} with the means plain, {arguments.dimension} with one sample ours. "
+        "Closed form below direct Monte Carlo by "
+        f"{own[0].seconds['direct'] / own[0].seconds['gaussian_moment']:,.0f} (goal 10,000)."
     )
     for goal, factor in GOALS.items():
         page.add(f"- {goal}: {ratios[goal]:.2f} times as fast (goal {factor:g}).")

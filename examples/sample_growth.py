@@ -109,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     pl.seed_everything(args.seed, verbose=False)
+    torch.set_num_threads(1)  # the matrix products of so small a model are not worth sharing
     text = args.text.read_text(encoding="utf-8") if args.text else default_text()
     characters = Characters(text, context=CONTEXT)
     loader = DataLoader(characters, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)

@@ -105,9 +105,6 @@ class StabilizationMonitor(ProbeSetMonitor):
     Source: P1 (curvature-aligned probing), eqs. 1–4 and 11–15.
     """
 
-    # Its products are exact.
-    takes_shards = False
-
     def __init__(
         self,
         *,
