@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from char_transformer import CLIP_NORM, Characters, CharTransformer, default_text
 from lightning.pytorch.loggers import TensorBoardLogger
 from plotting_growth import draw
