@@ -17,13 +17,15 @@ def differentiable() -> Generator[None, None, None]:
     def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return function(*args)
 
-    # An inherited classmethod: what is set on the class itself comes off again.
+    # An inherited classmethod: what is set on the class itself comes off again, by the outermost of nested contexts.
+    nested = "apply" in vars(CheckpointFunction)
     CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign, assignment]
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        del CheckpointFunction.apply
+        if not nested:
+            del CheckpointFunction.apply
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_curvature.data_state import DataRandomness
-from lightning_curvature.differentiation import same_attention
+from lightning_curvature.differentiation import differentiable, same_attention
 from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.module_state import ModuleState, RandomState
 from lightning_curvature.objective import RecordedBatch, StepObjective
@@ -137,7 +137,8 @@ class ProbeLoss:
         def record(batch: Any) -> RecordedBatch:
             return self._objective.prepare(batch, 0, randomness, self._state)
 
-        with self._precision(), same_attention(self._objective.module):
+        # Fused attention has no rule for ``vmap`` on a CPU, which would go through it sample by sample.
+        with self._precision(), same_attention(self._objective.module), differentiable():
             return stacked_losses(self._objective, record, stacked)[0]
 
     def loss_of(self, batch: Any, seed: int) -> Tensor:

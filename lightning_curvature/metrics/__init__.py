@@ -16,6 +16,7 @@ from lightning_curvature.metrics.sharpness import (
     StepSharpness,
 )
 from lightning_curvature.metrics.spectrum import HessianDensity, HessianEigenvalues, HessianTrace
+from lightning_curvature.metrics.stabilization import StabilizationCriterion
 
 __all__ = [
     "BatchLambdaMax",
@@ -32,5 +33,6 @@ __all__ = [
     "KLCurvature",
     "ModifiedBatchSharpness",
     "RatioOfMeans",
+    "StabilizationCriterion",
     "StepSharpness",
 ]
