@@ -34,13 +34,14 @@ def draw(growth: SampleGrowth, by_draws: dict[int, SampleGrowth], path: Path, *,
     """
     sigmas = sorted({row.sigma for row in growth.rows if row.sigma})
     dimensions = sorted({row.dimension for row in growth.rows if row.criterion == "delta_2_subspace"})
-    figure = plt.figure(figsize=(15, 4.9), layout="constrained")
+    figure = plt.figure(figsize=(11.5, 9.2), layout="constrained")
     figure.suptitle(f"What one more sample changes in the loss\n{subject}", fontsize=13, linespacing=1.5)
-    decay, ratio, estimators = figure.subplots(1, 3)
-    _draw_decay(decay, growth, sigmas[len(sigmas) // 2], dimensions)
+    (decay, ratio), (share, estimators) = figure.subplots(2, 2)
+    _draw_decay(decay, growth, sigmas[-1], dimensions)
     _draw_ratio(ratio, growth, sigmas, dimensions)
+    _draw_shares(share, growth, sigmas, dimensions)
     _draw_estimators(estimators, by_draws)
-    for axis in (decay, ratio, estimators):
+    for axis in (decay, ratio, share, estimators):
         tidy(axis)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -77,9 +78,29 @@ def _draw_ratio(axis: plt.Axes, growth: SampleGrowth, sigmas: list[float], dimen
             axis.plot(sizes, values, style, color=color, linewidth=1.4, label=f"σ = {sigma:g}, D = {dimension}")
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set(xscale="log", xlabel="samples k + 1", ylabel="Δ₂ of the subspace / Δ₂ of the full space")
-    axis.set_title("Do a few directions see it all? 1: yes", fontsize=10)
+    axis.set_title("A few directions against all of them, direct Monte Carlo", fontsize=10)
     _plain_ticks(axis, [row.k + 1 for row in growth.rows if row.criterion == "delta_1"])
-    axis.set_ylim(bottom=0.0)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def shares(growth: SampleGrowth, dimension: int, sigma: float) -> dict[int, float]:
+    """By k, how much of what Δ₂ has beyond the square at the point is in the subspace: both by the closed form."""
+    full = {row.k: row.value for row in _curve(growth, "delta_2", "gaussian_moment", None, sigma)}
+    rows = _curve(growth, "delta_2_subspace", "gaussian_moment", dimension, sigma)
+    point = growth.point_squares
+    return {row.k: (row.value - point[row.k]) / (full[row.k] - point[row.k]) for row in rows}
+
+
+def _draw_shares(axis: plt.Axes, growth: SampleGrowth, sigmas: list[float], dimensions: list[int]) -> None:
+    sigma = sigmas[-1]
+    for color, dimension in zip(COLORS, dimensions, strict=False):
+        found = shares(growth, dimension, sigma)
+        axis.plot(
+            [k + 1 for k in found], list(found.values()), "-o", color=color, markersize=3, label=f"D = {dimension}"
+        )
+    axis.set(xscale="log", xlabel="samples k + 1", ylabel="share of Δ₂ beyond the square at the parameters")
+    axis.set_title(f"What depends on directions at all, closed form, σ = {sigma:g}", fontsize=10)
+    _plain_ticks(axis, [k + 1 for k in growth.point_squares])
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 from char_transformer import CLIP_NORM, Characters, CharTransformer, default_text
 from lightning.pytorch.loggers import TensorBoardLogger
-from plotting_growth import draw
+from plotting_growth import draw, shares
 from torch.utils.data import DataLoader
 
 from lightning_curvature import StabilizationMonitor
@@ -48,8 +48,8 @@ def monitor(args: argparse.Namespace, **options: object) -> StabilizationMonitor
 
 
 def converging(args: argparse.Namespace, model: CharTransformer, loader: DataLoader) -> dict[int, SampleGrowth]:
-    """One k, the middle σ and the largest D with more and more draws."""
-    sigma = sorted(args.sigma)[len(args.sigma) // 2]
+    """One k, a middle σ and the largest D with more and more draws."""
+    sigma = sorted(args.sigma)[(len(args.sigma) - 1) // 2]
     found = {}
     for draws in CONVERGENCE_DRAWS:
         one = monitor(
@@ -67,17 +67,17 @@ def converging(args: argparse.Namespace, model: CharTransformer, loader: DataLoa
 def ratios(growth: SampleGrowth) -> str:
     """Δ₂ of the subspace over Δ₂ of the full space by σ and D, in the mean over k, both by direct Monte Carlo."""
     curves = growth.curves()
-    full = {
-        sigma: rows
-        for (name, estimator, _, sigma), rows in curves.items()
-        if (name, estimator) == ("delta_2", "direct")
-    }
-    lines = [f"{'σ':>8}{'D':>6}{'Δ₂ of the subspace / Δ₂':>28}{'lowest':>9}{'highest':>9}"]
-    for (name, estimator, dimension, sigma), rows in curves.items():
-        if (name, estimator) == ("delta_2_subspace", "direct"):
+    direct = {name: rows for name, rows in curves.items() if name[1] == "direct"}
+    full = {sigma: rows for (criterion, _, _, sigma), rows in direct.items() if criterion == "delta_2"}
+    heads = f"{'Δ₂ of the subspace / Δ₂':>26}{'lowest':>9}{'highest':>9}{'share beyond the point':>25}"
+    lines = [f"{'σ':>8}{'D':>6}{heads}"]
+    for (criterion, _, dimension, sigma), rows in direct.items():
+        if criterion == "delta_2_subspace":
             values = [rows[k].value / full[sigma][k].value for k in rows]
+            beyond = list(shares(growth, dimension, sigma).values())
             lines.append(
-                f"{sigma:>8g}{dimension:>6}{sum(values) / len(values):>28.3f}{min(values):>9.3f}{max(values):>9.3f}"
+                f"{sigma:>8g}{dimension:>6}{sum(values) / len(values):>26.3f}{min(values):>9.3f}{max(values):>9.3f}"
+                f"{sum(beyond) / len(beyond):>25.2%}"
             )
     return "\n".join(lines)
 
@@ -89,7 +89,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=300, help="training steps before the measurement")
     parser.add_argument("--sample-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256], help="k")
     parser.add_argument("--subspace-dim", type=int, nargs="+", default=[1, 4, 16], help="D")
-    parser.add_argument("--sigma", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2])
+    parser.add_argument("--sigma", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2, 1e-1])
     parser.add_argument("--candidates", type=int, default=16, help="samples that stand for the next one")
     parser.add_argument("--draws", type=int, default=24, help="S, of Monte Carlo")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto")

@@ -56,6 +56,7 @@ class SampleGrowth:
         seconds: time by stage ("subspace", "coefficients" and the estimators), over all k.
         products: Hessian–vector products of the eigensolver, over all k.
         residuals: by k, the largest ‖Hu − λu‖ of the eigenvectors u, relative to the largest |λ|.
+        point_squares: by k, the mean of :math:`(L_{k+1}(w) - L_k(w))^2`, which every mean square around w begins with.
         tolerance: of the quadratic model, for :attr:`validated_sigma`.
     """
 
@@ -63,6 +64,7 @@ class SampleGrowth:
     seconds: dict[str, float] = field(default_factory=dict)
     products: int = 0
     residuals: dict[int, float] = field(default_factory=dict)
+    point_squares: dict[int, float] = field(default_factory=dict)
     tolerance: float = 0.1
 
     @property

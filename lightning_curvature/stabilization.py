@@ -57,6 +57,7 @@ class _Measurement:
                     self._result.residuals[k] = subspace.residual
                 with tools.timed("coefficients"):
                     model, squares = increment_model(tools, k, operator, subspace)
+            self._result.point_squares[k] = float(model.a.square().mean())
             if "delta_1" in self._options.quantities:
                 value, error = mean_and_error(model.a.abs().tolist())
                 self._result.rows.append(CriterionRow(k, POINT, "exact", 0, 0.0, value, error, 0.0))
