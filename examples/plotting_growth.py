@@ -84,23 +84,22 @@ def _draw_ratio(axis: plt.Axes, growth: SampleGrowth, sigmas: list[float], dimen
 
 
 def shares(growth: SampleGrowth, dimension: int, sigma: float) -> dict[int, float]:
-    """By k, how much of what Δ₂ has beyond the square at the point is in the subspace: both by the closed form."""
-    full = {row.k: row.value for row in _curve(growth, "delta_2", "gaussian_moment", None, sigma)}
+    """By k, mean square of the deformation f − f(w) in the subspace over that in all directions, by the closed form."""
+    full = {row.k: row.deformation for row in _curve(growth, "delta_2", "gaussian_moment", None, sigma)}
     rows = _curve(growth, "delta_2_subspace", "gaussian_moment", dimension, sigma)
-    point = growth.point_squares
-    return {row.k: (row.value - point[row.k]) / (full[row.k] - point[row.k]) for row in rows}
+    return {row.k: row.deformation / full[row.k] for row in rows}
 
 
 def _draw_shares(axis: plt.Axes, growth: SampleGrowth, sigmas: list[float], dimensions: list[int]) -> None:
-    sigma = sigmas[-1]
+    sigma = sigmas[0]
     for color, dimension in zip(COLORS, dimensions, strict=False):
         found = shares(growth, dimension, sigma)
         axis.plot(
             [k + 1 for k in found], list(found.values()), "-o", color=color, markersize=3, label=f"D = {dimension}"
         )
-    axis.set(xscale="log", xlabel="samples k + 1", ylabel="share of Δ₂ beyond the square at the parameters")
-    axis.set_title(f"What depends on directions at all, closed form, σ = {sigma:g}", fontsize=10)
-    _plain_ticks(axis, [k + 1 for k in growth.point_squares])
+    axis.set(xscale="log", xlabel="samples k + 1", ylabel="share in the subspace")
+    axis.set_title(f"Deformation E(f − f(w))² alone, closed form, σ = {sigma:g}", fontsize=10)
+    _plain_ticks(axis, sorted({row.k + 1 for row in growth.rows}))
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -69,7 +69,7 @@ def ratios(growth: SampleGrowth) -> str:
     curves = growth.curves()
     direct = {name: rows for name, rows in curves.items() if name[1] == "direct"}
     full = {sigma: rows for (criterion, _, _, sigma), rows in direct.items() if criterion == "delta_2"}
-    heads = f"{'Δ₂ of the subspace / Δ₂':>26}{'lowest':>9}{'highest':>9}{'share beyond the point':>25}"
+    heads = f"{'Δ₂ of the subspace / Δ₂':>26}{'lowest':>9}{'highest':>9}{'of the deformation':>21}"
     lines = [f"{'σ':>8}{'D':>6}{heads}"]
     for (criterion, _, dimension, sigma), rows in direct.items():
         if criterion == "delta_2_subspace":
@@ -77,7 +77,7 @@ def ratios(growth: SampleGrowth) -> str:
             beyond = list(shares(growth, dimension, sigma).values())
             lines.append(
                 f"{sigma:>8g}{dimension:>6}{sum(values) / len(values):>26.3f}{min(values):>9.3f}{max(values):>9.3f}"
-                f"{sum(beyond) / len(beyond):>25.2%}"
+                f"{sum(beyond) / len(beyond):>21.2%}"
             )
     return "\n".join(lines)
 

@@ -26,6 +26,8 @@ class CriterionRow:
         value: mean over the new samples.
         stderr_samples: its standard error over them; NaN for one.
         stderr_draws: its standard error over the draws of the probe; 0 for a closed form.
+        deformation: the same mean power of f − f(w), what the increment has beyond its value at the parameters: the
+            part that depends on where one looks.
         model_error: root mean square error of the quadratic model, relative to the increment, where it was compared.
         converged: whether the eigenvectors were found to the tolerance.
     """
@@ -38,6 +40,7 @@ class CriterionRow:
     value: float
     stderr_samples: float
     stderr_draws: float
+    deformation: float = 0.0
     model_error: float = math.nan
     converged: bool = True
 
@@ -56,7 +59,6 @@ class SampleGrowth:
         seconds: time by stage ("subspace", "coefficients" and the estimators), over all k.
         products: Hessian–vector products of the eigensolver, over all k.
         residuals: by k, the largest ‖Hu − λu‖ of the eigenvectors u, relative to the largest |λ|.
-        point_squares: by k, the mean of :math:`(L_{k+1}(w) - L_k(w))^2`, which every mean square around w begins with.
         tolerance: of the quadratic model, for :attr:`validated_sigma`.
     """
 
@@ -64,7 +66,6 @@ class SampleGrowth:
     seconds: dict[str, float] = field(default_factory=dict)
     products: int = 0
     residuals: dict[int, float] = field(default_factory=dict)
-    point_squares: dict[int, float] = field(default_factory=dict)
     tolerance: float = 0.1
 
     @property
@@ -137,37 +138,50 @@ class SampleGrowth:
         Returns:
             A matplotlib figure, or None without matplotlib.
         """
-        figure = new_figure(figsize=(8.4, 5.0), dpi=110)
+        sigmas = sorted({row.sigma for row in self.rows if row.sigma}) or [0.0]
+        figure = new_figure(figsize=(1.6 + 4.6 * len(sigmas), 4.6), dpi=110)
         if figure is None:
             return None
-        axes = figure.add_subplot()
-        slopes = self.slopes()
-        for number, (name, curve) in enumerate(self.curves().items()):
-            criterion, estimator, dimension, sigma = name
+        figure.suptitle(title, fontsize=11)
+        panels = figure.subplots(1, len(sigmas), squeeze=False, sharey=True)[0]
+        for axes, sigma in zip(panels, sigmas, strict=True):
+            self._draw_panel(axes, sigma)
+        panels[0].set_ylabel("criterion")
+        return figure
+
+    def _draw_panel(self, axes: Any, sigma: float) -> None:
+        """All curves of one σ: a line for the first estimator of each, marks for the others."""
+        slopes, lines = self.slopes(), set[tuple[str, int]]()
+        for (criterion, estimator, dimension, own), curve in self.curves().items():
+            if own not in (0.0, sigma):
+                continue
             rows = [row for row in curve.values() if row.value > 0.0]
-            sizes, values = [row.k + 1 for row in rows], [row.value for row in rows]
-            errors = [min(_together(row.stderr_samples, row.stderr_draws), 0.9 * row.value) for row in rows]
-            what = [_LABELS.get(criterion, criterion)]
-            what += [f"D = {dimension:,}"] * bool(dimension) + [f"σ = {sigma:g}"] * bool(sigma)
-            what += [estimator.replace("_", " ")] * (estimator != "exact")
-            label = f"{', '.join(what)}: slope {slopes[name].slope:.2f}"
+            errors = [_together(row.stderr_samples, row.stderr_draws) for row in rows]
+            first = (criterion, dimension) not in lines
+            lines.add((criterion, dimension))
+            label = f"{_LABELS.get(criterion, criterion)}{f', D = {dimension:,}' * bool(dimension)}"
+            slope = slopes[criterion, estimator, dimension, own].slope
             axes.errorbar(
-                sizes,
-                values,
-                errors,
-                label=label,
-                marker=_MARKERS.get(estimator, "o"),
+                [row.k + 1 for row in rows],
+                [row.value for row in rows],
+                [0.0 if math.isnan(e) else min(e, 0.9 * row.value) for e, row in zip(errors, rows, strict=True)],
+                label=f"{label}: slope {slope:.2f}" if first else f"… {estimator.replace('_', ' ')}",
+                color="black" if criterion == POINT else f"C{len(lines) % 10}",
+                marker=_MARKERS[estimator],
                 markersize=4,
+                linestyle="none" if not first else "--" if criterion == POINT else "-",
                 linewidth=1.2,
-                linestyle="--" if criterion == POINT else "-",
-                color=f"C{number % 10}",
                 elinewidth=0.8,
             )
-        axes.set(xscale="log", yscale="log", xlabel="k + 1 samples", ylabel="criterion", title=title)
+        axes.set(xscale="log", yscale="log", xlabel="k + 1 samples")
+        sizes = sorted({row.k + 1 for row in self.rows})
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        if sigma:
+            axes.set_title(f"σ = {sigma:g}", fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        return figure
+        axes.legend(frameon=False, fontsize=7, loc="lower left")
 
 
 _LABELS = {"delta_1": "Δ₁", "delta_2": "Δ₂", "delta_2_subspace": "Δ₂ in the subspace"}

@@ -57,13 +57,12 @@ class _Measurement:
                     self._result.residuals[k] = subspace.residual
                 with tools.timed("coefficients"):
                     model, squares = increment_model(tools, k, operator, subspace)
-            self._result.point_squares[k] = float(model.a.square().mean())
             if "delta_1" in self._options.quantities:
                 value, error = mean_and_error(model.a.abs().tolist())
                 self._result.rows.append(CriterionRow(k, POINT, "exact", 0, 0.0, value, error, 0.0))
             for sigma, losses in around.items():
                 increments = increment(losses[:, list(tools.new(k))], losses[:, :k].mean(1, keepdim=True), k)
-                self._add_draws(k, "delta_2", "direct", tools.space.dimension, sigma, increments)
+                self._add_draws(k, "delta_2", "direct", tools.space.dimension, sigma, increments, model.a)
             if traces:
                 self._add_traces(k, model.a, squares, *traces[k])
             if subspace is not None:
@@ -86,18 +85,25 @@ class _Measurement:
                         true = increments_in(tools, k, subspace.basis[:dimension], probes[:compared])
                     error = relative_model_error(true, part.at(probes[:compared]))
                     if direct:
-                        self._add_draws(k, "delta_2_subspace", "direct", dimension, sigma, true, error, where[1])
+                        self._add_draws(
+                            k, "delta_2_subspace", "direct", dimension, sigma, true, model.a, error, where[1]
+                        )
                 if "quadratic" in options.estimators:
                     with tools.timed("quadratic"):
                         values = part.at(probes[: options.draws])
-                    self._add_draws(k, "delta_2_subspace", "quadratic", dimension, sigma, values, error, where[1])
+                    self._add_draws(
+                        k, "delta_2_subspace", "quadratic", dimension, sigma, values, model.a, error, where[1]
+                    )
                 if "gaussian_moment" in options.estimators:
                     with tools.timed("gaussian_moment"):
                         moments = gaussian_moment(part, sigma)
+                    beyond = float(gaussian_moment(part.without_value(), sigma).mean())
                     value, spread = mean_and_error(moments.tolist())
                     name = options.name("delta_2_subspace")
                     self._result.rows.append(
-                        CriterionRow(k, name, "gaussian_moment", dimension, sigma, value, spread, 0.0, error, where[1])
+                        CriterionRow(
+                            k, name, "gaussian_moment", dimension, sigma, value, spread, 0.0, beyond, error, where[1]
+                        )
                     )
 
     def _add_draws(
@@ -108,16 +114,20 @@ class _Measurement:
         dimension: int,
         sigma: float,
         increments: Tensor,
+        a: Tensor,
         model_error: float = math.nan,
         converged: bool = True,
     ) -> None:
-        """Add the mean of |f|^p over draws and new samples; ``increments`` (S, candidates)."""
+        """Add the mean of |f|^p over draws and new samples; ``increments`` (S, candidates), at the parameters ``a``."""
         powers = increments.abs() ** self._options.order
+        beyond = float(((increments - a).abs() ** self._options.order).mean())
         value, over_samples = mean_and_error(powers.mean(0).tolist())
         _, over_draws = mean_and_error(powers.mean(1).tolist())
         name = self._options.name(quantity)
         self._result.rows.append(
-            CriterionRow(k, name, estimator, dimension, sigma, value, over_samples, over_draws, model_error, converged)
+            CriterionRow(
+                k, name, estimator, dimension, sigma, value, over_samples, over_draws, beyond, model_error, converged
+            )
         )
 
     def _add_traces(self, k: int, a: Tensor, squares: Tensor, forms: Tensor, lengths: Tensor) -> None:
@@ -125,9 +135,12 @@ class _Measurement:
         name, size = self._options.name("delta_2"), self._tools.space.dimension
         for sigma in self._options.sigmas:
             value, over_draws = sampled_gaussian_moment(a, squares, forms, lengths, sigma)
+            beyond = float(sampled_gaussian_moment(torch.zeros_like(a), squares, forms, lengths, sigma)[0])
             columns = zip(a, squares, forms.T, lengths.T, strict=True)
             each = [float(sampled_gaussian_moment(*column, sigma)[0]) for column in columns]
             _, over_samples = mean_and_error(each)
             self._result.rows.append(
-                CriterionRow(k, name, "gaussian_moment", size, sigma, float(value), over_samples, float(over_draws))
+                CriterionRow(
+                    k, name, "gaussian_moment", size, sigma, float(value), over_samples, float(over_draws), beyond
+                )
             )

@@ -91,6 +91,10 @@ class QuadraticIncrement:
         """Return the model in the first of the D directions alone."""
         return QuadraticIncrement(self.a, self.c[..., :dimension], self.b[..., :dimension, :dimension])
 
+    def without_value(self) -> "QuadraticIncrement":
+        """Return the model of what the increment has beyond its value at w, q − a."""
+        return QuadraticIncrement(torch.zeros_like(self.a), self.c, self.b)
+
     def at(self, z: Tensor) -> Tensor:
         """Return q at each of S probes.
 

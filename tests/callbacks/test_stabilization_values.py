@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -95,6 +96,15 @@ def dense_moment(losses: Callable[[Tensor], Tensor], w: Tensor, k: int, basis: T
     return [float(gaussian_moment(model_of(dense_increment(losses, w, k, j).within(basis)), sigma)) for j in new]
 
 
+def dense_deformation(losses: Callable[[Tensor], Tensor], w: Tensor, k: int, basis: Tensor, sigma: float) -> float:
+    """Mean over new samples of E(q − a)²."""
+    values = []
+    for j in range(k, k + CANDIDATES):
+        one = dense_increment(losses, w, k, j).within(basis)
+        values.append(float(gaussian_moment(model_of(replace(one, a=torch.zeros_like(one.a))), sigma)))
+    return sum(values) / len(values)
+
+
 def check_mean(row: CriterionRow, values: list[float], tolerance: float) -> None:
     expected = torch.tensor(values, dtype=torch.float64)
     assert row.value == pytest.approx(float(expected.mean()), rel=tolerance)
@@ -113,6 +123,7 @@ def test_closed_form_of_quadratic_losses() -> None:
     for row in found:
         basis = top_eigenvectors(mean_hessian(q.losses, w, row.k), row.dimension)
         check_mean(row, dense_moment(q.losses, w, row.k, basis, row.sigma), 1e-10)
+        assert row.deformation == pytest.approx(dense_deformation(q.losses, w, row.k, basis, row.sigma), rel=1e-10)
         assert row.stderr_draws == 0.0
         assert row.converged
         # Of the largest D: the others were not compared.
@@ -129,6 +140,9 @@ def test_all_estimators_of_quadratic_losses_agree() -> None:
         # The same probes, the same function.
         assert direct.value == pytest.approx(modelled.value, rel=1e-10)
         assert direct.stderr_draws == pytest.approx(modelled.stderr_draws, rel=1e-8)
+        assert direct.deformation == pytest.approx(modelled.deformation, rel=1e-8)
+        # 400 squares of about two coordinates: 7 % each, and as much again for the heavier quartic part.
+        assert direct.deformation == pytest.approx(closed.deformation, rel=0.4)
         assert 0.0 < direct.stderr_draws < 0.3 * direct.value
         assert abs(direct.value - closed.value) < 4.0 * direct.stderr_draws
     full = torch.eye(6, dtype=torch.float64)
@@ -138,6 +152,8 @@ def test_all_estimators_of_quadratic_losses_agree() -> None:
             assert row.dimension == 6
             assert 0.0 < row.stderr_draws < 0.3 * row.value
             assert abs(row.value - sum(expected) / len(expected)) < 4.0 * row.stderr_draws
+            deformation = dense_deformation(q.losses, module.w.detach(), row.k, full, 0.7)
+            assert row.deformation == pytest.approx(deformation, rel=0.4)
 
 
 def test_closed_form_of_a_network() -> None:
