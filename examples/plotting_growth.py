@@ -44,7 +44,7 @@ def draw(growth: SampleGrowth, by_draws: dict[int, SampleGrowth], path: Path, *,
     for axis in (decay, ratio, share, estimators):
         tidy(axis)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -80,7 +80,8 @@ def _draw_ratio(axis: plt.Axes, growth: SampleGrowth, sigmas: list[float], dimen
     axis.set(xscale="log", xlabel="samples k + 1", ylabel="Δ₂ of the subspace / Δ₂ of the full space")
     axis.set_title("A few directions against all of them, direct Monte Carlo", fontsize=10)
     _plain_ticks(axis, [row.k + 1 for row in growth.rows if row.criterion == "delta_1"])
-    axis.legend(frameon=False, fontsize=8)
+    axis.margins(y=0.22)
+    axis.legend(frameon=False, fontsize=7, ncols=len(sigmas), loc="upper center", columnspacing=1.0)
 
 
 def shares(growth: SampleGrowth, dimension: int, sigma: float) -> dict[int, float]:
