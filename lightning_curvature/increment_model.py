@@ -11,7 +11,6 @@ from lightning_curvature.probing import (
     eigen_subspace,
     given_subspace,
     pairwise_dots,
-    products_at_once,
     products_with,
 )
 from lightning_curvature.stabilization_tools import GrowthTools
@@ -102,7 +101,7 @@ def increment_model(
                 table[row] = _of_sample(tools, number, gradient, basis)
         return table
 
-    table = tools.together(own_part, tools.numbers(*shape))
+    table = tools.together(own_part, tools.numbers(*shape), after=operator)
     curvature = tools.numbers(0, 0) if subspace is None else subspace.curvature.to(table)
     own = table[:-1, 2 + dimension :].reshape(len(new), dimension, dimension)
     model = QuadraticIncrement(
@@ -116,7 +115,7 @@ def increment_model(
 def _of_sample(tools: GrowthTools, number: int, mean_gradient: Tensor, basis: Tensor) -> Tensor:
     loss, gradients = tools.gradients(number, graph=bool(len(basis)))
     own, rows = tools.space.pack(gradients), []
-    for vectors in basis.split(products_at_once(tools.space, tools.processes)) if len(basis) else ():
+    for vectors in basis.split(tools.at_once) if len(basis) else ():
         with building_graphs():
             products = products_with(gradients, tools.parameters, tools.space, vectors)
         rows.append(pairwise_dots(products, basis).reshape(-1))

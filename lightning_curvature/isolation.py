@@ -117,7 +117,8 @@ def attached(
         module: the module.
         parameters: those that may be moved, as if an optimizer held them; all others are put back in each repetition.
     """
-    before, device, strategy = module._trainer, module.device, trainer.strategy
+    device, strategy = module.device, trainer.strategy
+    before = [(m, m._trainer) for m in module.modules() if isinstance(m, pl.LightningModule)]
     held = strategy._lightning_module, strategy.model, trainer.optimizers
     connector = trainer._data_connector
     selector = connector._datahook_selector
@@ -132,7 +133,8 @@ def attached(
         yield
     finally:
         module.to(device)
-        module._trainer = before
+        for submodule, own in before:
+            submodule._trainer = own
         strategy._lightning_module, strategy.model, trainer.optimizers = held
         connector._datahook_selector = selector
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.functional import increment
+from lightning_curvature.operators import HessianOperator
 from lightning_curvature.operators.micro_batches import building_graphs
-from lightning_curvature.probing import products_at_once, products_with
+from lightning_curvature.probing import products_with
 from lightning_curvature.stabilization_tools import GrowthTools
 
 
@@ -71,7 +72,7 @@ def trace_samples(tools: GrowthTools) -> dict[int, tuple[Tensor, Tensor]]:
     found: dict[int, list[Tensor]] = {k: [] for k in sizes}
     left = tools.options.trace_vectors
     while left:
-        count = min(left, products_at_once(space, tools.processes))
+        count = min(left, tools.at_once)
         left -= count
         vectors = torch.stack([space.random(generator, "rademacher") for _ in range(count)])
         running = torch.zeros_like(vectors)
@@ -80,16 +81,13 @@ def trace_samples(tools: GrowthTools) -> dict[int, tuple[Tensor, Tensor]]:
                 for row, vector in zip(running, vectors, strict=True):
                     row += operator(vector)
                     tools.on_product()
-                if operator.reduce is not None and not bool(running.isfinite().all()):
-                    with tools.products(operator):
-                        raise ArithmeticError("products for the traces must be finite, got NaN: look at the loss.")
-            found[k].append(_terms(tools, k, vectors, running / k))
+                found[k].append(_terms(tools, k, vectors, running / k, operator))
     return {
         k: (torch.cat([t[..., 0] for t in parts]), torch.cat([t[..., 1] for t in parts])) for k, parts in found.items()
     }
 
 
-def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor) -> Tensor:
+def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor, operator: HessianOperator) -> Tensor:
     """(vectors, candidates, 2)."""
     new, space = tools.new(k), tools.space
 
@@ -105,4 +103,4 @@ def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor) -> Tensor
                     table[row, column, 1] = space.squared_norm(product)[0]
         return table
 
-    return tools.together(own_part, tools.numbers(len(vectors), len(new), 2))
+    return tools.together(own_part, tools.numbers(len(vectors), len(new), 2), after=operator)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -137,12 +138,22 @@ def report_growth(trainer: pl.Trainer, prefix: str, growth: SampleGrowth) -> Non
         if figure is not None:
             writer.add_image(f"{prefix}/sample_growth", picture_of(figure), step, dataformats="HWC")
     folder = next((logger.log_dir for logger in trainer.loggers if getattr(logger, "log_dir", None)), None)
-    if folder is not None:
-        os.makedirs(folder, exist_ok=True)
-        name = os.path.join(folder, f"{prefix.replace('/', '-')}-stabilization-step={step}")
+    if folder is None:
+        return
+    name = os.path.join(folder, f"{prefix.replace('/', '-')}-stabilization-step={step}")
+    try:
+        files = get_filesystem(folder)
+        files.makedirs(folder, exist_ok=True)
         growth.to_csv(f"{name}.csv")
         if figure is not None:
-            figure.savefig(f"{name}.png")
+            with files.open(f"{name}.png", "wb") as file:
+                figure.savefig(file)
+    except OSError as error:
+        # On one rank alone, where the others go on.
+        warn(
+            f"the logger's folder must be one that can be written to, got {folder!r} ({error}): the table is in the "
+            "monitor's result alone."
+        )
 
 
 def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:

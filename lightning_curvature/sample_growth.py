@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
 from lightning_curvature.functional import DecaySlope, decay_slope, validated_sigma
 from lightning_curvature.pictures import new_figure
 
@@ -104,8 +106,8 @@ class SampleGrowth:
         return values
 
     def to_csv(self, path: Path | str) -> None:
-        """Write the table, one line a row."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        """Write the table, one line a row; the path may be a URL that fsspec knows."""
+        with get_filesystem(path).open(str(path), "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(CriterionRow)])
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
@@ -189,9 +191,10 @@ _MARKERS = {"direct": "o", "quadratic": "s", "gaussian_moment": "^", "exact": ".
 
 
 def _together(*errors: float) -> float:
-    """Standard error of independent parts; one that is not known is left out, NaN where none is."""
+    """Standard error of independent parts; one that is not known is left out, NaN where none is, or none but zeros."""
     known = [error for error in errors if not math.isnan(error)]
-    return math.hypot(*known) if known else math.nan
+    total = math.hypot(*known)
+    return total if total or len(known) == len(errors) else math.nan
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.operators import MicroBatch
@@ -40,6 +42,16 @@ class SampleLosses:
         self._whole: dict[tuple[int, ...], Any] = {}
         self._checked: set[tuple[int, ...]] = set()
         self._at_once = True
+
+    def check_local(self) -> None:
+        """Check that a loss is made on one rank alone: samples are shared out, and each is for one of them to evaluate.
+
+        Raises:
+            MisconfigurationException: if the training step communicates.
+        """
+        with torch.no_grad(), _Alone():
+            for number in list(self.samples.own)[:1]:
+                self.one(number)
 
     def one(self, number: int) -> Tensor:
         """Loss of one of this rank's samples."""
@@ -127,6 +139,18 @@ class SampleLosses:
 
     def _seed(self, number: int) -> int:
         return self.samples.own[number].seed
+
+
+class _Alone(TorchDispatchMode):
+    """Raises before ranks communicate."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            raise MisconfigurationException(
+                f"training_step must not communicate between ranks where single samples are measured, got {func}: give "
+                "objective= a callable that does without, or call evaluate() in one process."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

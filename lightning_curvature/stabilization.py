@@ -21,13 +21,18 @@ from lightning_curvature.stabilization_problem import GrowthOptions, GrowthProbl
 from lightning_curvature.stabilization_tools import GrowthTools
 
 
-def measure_growth(options: GrowthOptions, problem: GrowthProblem) -> SampleGrowth:
+def measure_growth(options: GrowthOptions, problem: GrowthProblem, at_once: int) -> SampleGrowth:
     """Measure all criteria at the parameters as they are. Called on every rank.
+
+    Args:
+        options: what is measured.
+        problem: on what.
+        at_once: vectors that are multiplied at once, the same on every rank.
 
     Raises:
         Exception: what a loss, or a rank, could not give.
     """
-    return _Measurement(GrowthTools(options, problem), problem.directions).run()
+    return _Measurement(GrowthTools(options, problem, at_once), problem.directions).run()
 
 
 class _Measurement:

@@ -22,6 +22,7 @@ class GrowthTools:
     Args:
         options: what is measured.
         problem: on what.
+        at_once: vectors that are multiplied at once, the same on every rank.
 
     Attributes:
         options: what is measured.
@@ -32,14 +33,15 @@ class GrowthTools:
         seed: of random vectors.
         on_product: called after every product.
         processes: how many share the memory.
+        at_once: vectors that are multiplied at once, the same on every rank.
         seconds: time by stage.
     """
 
-    def __init__(self, options: GrowthOptions, problem: GrowthProblem) -> None:
+    def __init__(self, options: GrowthOptions, problem: GrowthProblem, at_once: int) -> None:
         self.options, self.losses, self.samples = options, problem.losses, problem.losses.samples
         self.parameters, self.space = list(problem.parameters), VectorSpace(problem.parameters)
         self.seed, self.on_product = problem.seed, problem.on_product
-        self.processes = problem.trainer.num_devices
+        self.processes, self.at_once = problem.trainer.num_devices, at_once
         self.seconds: dict[str, float] = {}
         self._trainer, self._reduce = problem.trainer, sum_over_ranks(problem.trainer)
 
@@ -89,17 +91,20 @@ class GrowthTools:
         finally:
             torch._foreach_copy_(targets, kept)
 
-    def together(self, own_part: Callable[[], Tensor], nothing: Tensor) -> Tensor:
+    def together(self, own_part: Callable[[], Tensor], nothing: Tensor, after: HessianOperator | None = None) -> Tensor:
         """Sum over the ranks of what each has a part of, one collective; all raise where one fails.
 
         Args:
             own_part: makes this rank's part.
             nothing: zeros of its shape.
+            after: an operator whose products went before, some of which one of the ranks may have failed to make.
         """
         if self._reduce is None:
             return own_part()
         error, part = None, nothing
         try:
+            if after is not None and after.error is not None:
+                raise after.error
             part = own_part()
         except Exception as caught:
             error = caught.with_traceback(None)  # which holds graphs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -96,16 +97,20 @@ class ProbeSetMonitor(Monitor):
                 f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
                 "configure_optimizers."
             )
-        if any(p.is_complex() for p in parameters):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find real parameters, got complex ones: train their real and imaginary "
-                "parts."
-            )
+        self._check_parameters(parameters)
         batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules())
         if batch_norm and self.probe_mode == "train":
             warn(
                 f"BatchNorm in training mode couples samples: {self._batch_norm_note}. probe_mode='eval' takes the "
                 "running statistics instead."
+            )
+
+    def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
+        """Raise where the parameters cannot be moved."""
+        if any(p.is_complex() for p in parameters):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find real parameters, got complex ones: train their real and imaginary "
+                "parts."
             )
 
     def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
@@ -124,7 +129,7 @@ class ProbeSetMonitor(Monitor):
             self._measure_now(trainer, pl_module, batch)
 
     def _measure_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Measure at the parameters as they are; ``batch`` is that of the coming step."""
+        """Measure at the parameters as they are; ``batch`` is that of the coming step, None after the last."""
         assert self._objective is not None
         self._measured_step = trainer.global_step
         objective, begun = self._objective, False
@@ -151,8 +156,8 @@ class ProbeSetMonitor(Monitor):
                 self._has_measured = True
                 objective.bystanders.settle()
         except Exception as error:
-            if isinstance(error, MisconfigurationException) and self._has_measured:
-                # What could be measured before, and cannot any more, is no reason to end a run.
+            if isinstance(error, MisconfigurationException) and (self._has_measured or batch is None):
+                # What could be measured before, and cannot any more, is no reason to end a run; nothing is, after it.
                 error = RuntimeError(str(error))
             self._fail(error)
             if not begun:

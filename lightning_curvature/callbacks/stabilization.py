@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names
+from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names, check_not_quantized
 from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
+from lightning_curvature.failures import agree, noted
 from lightning_curvature.isolation import attached, untouched
+from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.objective import ObjectiveFunction, StepObjective
 from lightning_curvature.ordered_samples import OrderedSamples, read_ordered_samples
 from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probe_loss import ProbeLoss
-from lightning_curvature.probing import LAWS, Law
+from lightning_curvature.probing import LAWS, Law, products_at_once
 from lightning_curvature.progress import Progress
 from lightning_curvature.reporting import report_growth, warn
 from lightning_curvature.sample_growth import SampleGrowth
@@ -105,6 +108,8 @@ class StabilizationMonitor(ProbeSetMonitor):
     Source: P1 (curvature-aligned probing), eqs. 1–4 and 11–15.
     """
 
+    _batch_norm_note = "each sample is normalized by its own statistics"
+
     def __init__(
         self,
         *,
@@ -155,6 +160,7 @@ class StabilizationMonitor(ProbeSetMonitor):
         check_names("law", [law], LAWS)
         sizes = _numbers("sample_sizes", sample_sizes, "(8, 64) measures at both")
         dims = _numbers("subspace_dim", subspace_dim, "16 holds what matters of many networks")
+        steps = _numbers("at_steps", at_steps, "(0, 100) measures before the first step and before step 100", least=0)
         for name, value, least, remedy in (
             ("candidates", candidates, 1, "8 tell how much samples differ"),
             ("draws", draws, 2, "64 make a standard error that can be trusted"),
@@ -170,15 +176,25 @@ class StabilizationMonitor(ProbeSetMonitor):
             raise ValueError(
                 f"sigma must be positive, got {sigma!r}: 1e-3 is a usual width in units of the parameters."
             )
-        if not 0.0 < order < math.inf:
+        if not isinstance(order, (int, float)) or not 0.0 < order < math.inf:
             raise ValueError(f"order must be positive, got {order!r}: 2 is the mean square.")
         if order != 2.0 and "gaussian_moment" in estimators:
             raise ValueError(
                 f"estimators must not hold 'gaussian_moment' where order is not 2, got {order!r}, for which there is "
                 "no closed form: use 'quadratic' or 'direct'."
             )
-        self.at_end, self.at_steps, self.directions = at_end, frozenset(at_steps), directions
-        self._periodic = every_n_train_steps is not None
+        if directions is not None and not callable(directions):
+            raise ValueError(
+                f"directions must be a callable, got a {type(directions).__name__}: give one that returns (D, N) "
+                "vectors for a module."
+            )
+        if law == "gradients" and directions is None and sizes[0] < dims[-1]:
+            raise ValueError(
+                f"sample_sizes must not be below subspace_dim where law is 'gradients', got {sizes[0]} for {dims[-1]} "
+                "directions, each the gradient of a sample: raise sample_sizes or lower subspace_dim."
+            )
+        self.at_end, self.at_steps, self.directions = at_end, frozenset(steps), directions
+        self._periodic, self._is_named = every_n_train_steps is not None, False
         self.options = GrowthOptions(
             quantities=tuple(dict.fromkeys(quantities)),
             sample_sizes=sizes,
@@ -237,30 +253,51 @@ class StabilizationMonitor(ProbeSetMonitor):
         trainer = trainer or pl.Trainer(
             devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
         )
+        check_not_quantized(type(self).__name__, module)
         parameters = [p for p in module.parameters() if p.requires_grad]
-        with attached(trainer, module, parameters):
+        if not parameters:
+            raise MisconfigurationException(
+                "module must have parameters that require gradients, got none: call module.unfreeze(), or "
+                "requires_grad_() on those that shall be moved."
+            )
+        self._check_parameters(parameters)
+        with torch.inference_mode(False), attached(trainer, module, parameters):
             objective = StepObjective(module, trainer.strategy.root_device, None, self.objective_function)
             objective.bystanders.save_all()
             with untouched(module, objective.device, objective.bystanders.saved, trainer.optimizers):
-                samples = self._samples(trainer, loader, [])
-                objective.bystanders.begin()
-                loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
-                self.result = self._measured(self._problem(trainer, module, loss, samples, parameters, lambda: None))
+                samples, errors = self._samples(trainer, loader, []), list[Exception]()
+                with noted(errors):
+                    objective.bystanders.begin()
+                    loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
+                    problem, at_once = self._problem(trainer, module, loss, samples, parameters, lambda: None)
+                at_once = agree(trainer, errors, "preparing the measurement", at_once)
+                self.result = self._measured(problem, int(at_once))
         return self.result
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters and modules against what is measured."""
+        if not (self.at_end or self.at_steps or self._periodic):
+            raise MisconfigurationException(
+                "at_end, at_steps or every_n_train_steps must say when to measure, got none of them: set at_end=True, "
+                "or call evaluate() without a fit."
+            )
         super().on_fit_start(trainer, pl_module)
-        parameters = self._parameters(trainer)
+        self.result, self._is_named = None, False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the samples, so that what the data cannot give is said before training and not after it."""
+        try:
+            self._probe_set, self._has_read = self._read(trainer, None, []), True
+        except Exception as error:
+            self._fail(error)
+
+    def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
+        super()._check_parameters(parameters)
         if is_sharded(parameters):
             raise MisconfigurationException(
                 f"{type(self).__name__} must find whole parameters, got sharded ones, through whose gathering second "
                 "derivatives do not reach: train with strategy='ddp', or call evaluate() on a checkpoint."
             )
-        self.result = None
-        self._check_dimension(parameters)
-
-    def _check_dimension(self, parameters: Sequence[Tensor]) -> None:
         size, largest = sum(p.numel() for p in parameters), self.options.subspace_dims[0]
         if "delta_2_subspace" in self.options.quantities and largest >= size:
             raise MisconfigurationException(
@@ -268,8 +305,13 @@ class StabilizationMonitor(ProbeSetMonitor):
             )
 
     def _due(self, trainer: pl.Trainer) -> bool:
+        step, asked = trainer.global_step, self._asked_step
         periodic = super()._due(trainer)
-        return self._objective is not None and (trainer.global_step in self.at_steps or (periodic and self._periodic))
+        if step != asked:
+            # Where a batch makes several steps, the first that begins at or after the named one.
+            least = asked if asked >= 0 else step - 1
+            self._is_named = any(least < named <= step for named in self.at_steps)
+        return self._objective is not None and (self._is_named or (periodic and self._periodic))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the parameters that came out."""
@@ -291,16 +333,32 @@ class StabilizationMonitor(ProbeSetMonitor):
         samples: OrderedSamples,
         parameters: Sequence[Tensor],
         on_product: Callable[[], None],
-    ) -> GrowthProblem:
-        self._check_dimension(parameters)
-        return GrowthProblem(
+    ) -> tuple[GrowthProblem, float]:
+        """What is measured on what, and how many vectors are multiplied at once on this rank."""
+        losses = SampleLosses(loss, samples, self.micro_batch_size or _MICRO_BATCH)
+        if trainer.world_size > 1:
+            losses.check_local()
+        problem = GrowthProblem(
             trainer=trainer,
-            losses=SampleLosses(loss, samples, self.micro_batch_size or _MICRO_BATCH),
+            losses=losses,
             parameters=parameters,
-            directions=None if self.directions is None else self.directions(module),
+            directions=None if self.directions is None else self._spanned(self.directions(module), parameters),
             seed=self.seed,
             on_product=on_product,
         )
+        return problem, float(products_at_once(VectorSpace(parameters), trainer.num_devices))
+
+    def _spanned(self, vectors: object, parameters: Sequence[Tensor]) -> Tensor:
+        """Check what the user's callable gave."""
+        shape = (self.options.subspace_dims[0], sum(p.numel() for p in parameters))
+        if not isinstance(vectors, Tensor) or vectors.shape != shape or not bool(vectors.isfinite().all()):
+            got = f"shape {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else f"a {type(vectors).__name__}"
+            got = "others" if got == f"shape {shape}" else got
+            raise MisconfigurationException(
+                f"directions must return finite numbers, (subspace_dim, parameters) = {shape}, got {got}: return one "
+                "row for each direction, all parameters in it."
+            )
+        return vectors.detach()
 
     def prepare(
         self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: OrderedSamples
@@ -308,16 +366,14 @@ class StabilizationMonitor(ProbeSetMonitor):
         """Return what is measured, and what shows that it is."""
         progress = Progress(trainer, "sample growth")
         module = trainer.lightning_module
-        return (
-            self._problem(trainer, module, loss, probe_set, self._parameters(trainer), progress.tick),
-            progress,
-        ), 0.0
+        problem, at_once = self._problem(trainer, module, loss, probe_set, self._parameters(trainer), progress.tick)
+        return (problem, progress), at_once
 
     def measure(self, trainer: pl.Trainer, prepared: tuple[GrowthProblem, Progress], least: float) -> None:
         """Measure at the parameters as they are and write what it gave."""
         problem, progress = prepared
         try:
-            self.result = self._measured(problem)
+            self.result = self._measured(problem, int(least))
         except Exception:
             self.report_nothing(trainer)
             raise
@@ -336,15 +392,15 @@ class StabilizationMonitor(ProbeSetMonitor):
             "direct" in options.estimators or options.validation_draws > 0
         )
 
-    def _measured(self, problem: GrowthProblem) -> SampleGrowth:
-        result = measure_growth(self.options, problem)
+    def _measured(self, problem: GrowthProblem, at_once: int) -> SampleGrowth:
+        result = measure_growth(self.options, problem, at_once)
         valid = result.validated_sigma
         beyond = [s for s in self.options.sigmas if not s <= valid]
-        if self._checks_model and beyond and set(self.options.estimators) - {"direct"}:
-            errors = [row.model_error for row in result.rows if row.sigma in beyond and not math.isnan(row.model_error)]
+        errors = [row.model_error for row in result.rows if row.sigma in beyond and not math.isnan(row.model_error)]
+        if errors and set(self.options.estimators) - {"direct"}:
             warn(
                 f"sigma must be small enough for a quadratic model of the loss, got {beyond[0]:g}, where it is off by "
-                f"up to {max(errors, default=math.nan):.0%}: trust 'direct' alone there, or a smaller sigma."
+                f"up to {max(errors):.0%}: trust 'direct' alone there, or a smaller sigma."
             )
         if not all(row.converged for row in result.rows):
             warn(
@@ -359,9 +415,9 @@ class StabilizationMonitor(ProbeSetMonitor):
         self._write(trainer, dict.fromkeys([*names, *(f"{name}_stderr" for name in names)], math.nan))
 
 
-def _numbers(argument: str, value: object, remedy: str) -> tuple[int, ...]:
-    """One whole number or several, as they ascend."""
+def _numbers(argument: str, value: object, remedy: str, least: int = 1) -> tuple[int, ...]:
+    """One whole number or several, as they ascend; none only where 0 may be among them."""
     numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    for number in numbers or (value,):
-        check_count(argument, number, 1, remedy)
+    for number in numbers or (value,) * least:
+        check_count(argument, number, least, remedy)
     return tuple(sorted(set(numbers)))

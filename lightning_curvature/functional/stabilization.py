@@ -271,15 +271,17 @@ def relative_model_error(true: Tensor, model: Tensor) -> float:
         model: q at the same ones.
 
     Returns:
-        r; NaN where f is zero throughout.
+        r; NaN where f is zero throughout, infinite where f or q is not finite.
 
     Example:
         >>> relative_model_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
         0.1
     """
     true, model = true.double(), model.double()
-    square = float(true.square().sum())
-    return math.sqrt(float((true - model).square().sum()) / square) if square else math.nan
+    square, off = float(true.square().sum()), float((true - model).square().sum())
+    if not math.isfinite(square + off):
+        return math.inf
+    return math.sqrt(off / square) if square else math.nan
 
 
 def validated_sigma(sigmas: Sequence[float], errors: Sequence[float], tolerance: float = 0.1) -> float:
