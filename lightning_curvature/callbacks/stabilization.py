@@ -265,7 +265,7 @@ class StabilizationMonitor(ProbeSetMonitor):
             objective = StepObjective(module, trainer.strategy.root_device, None, self.objective_function)
             objective.bystanders.save_all()
             with untouched(module, objective.device, objective.bystanders.saved, trainer.optimizers):
-                samples, errors = self._samples(trainer, loader, []), list[Exception]()
+                samples, errors, at_once = self._samples(trainer, loader, []), list[Exception](), 0.0
                 with noted(errors):
                     objective.bystanders.begin()
                     loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
@@ -289,7 +289,9 @@ class StabilizationMonitor(ProbeSetMonitor):
         try:
             self._probe_set, self._has_read = self._read(trainer, None, []), True
         except Exception as error:
-            self._fail(error)
+            if self.on_error == "raise" or isinstance(error, MisconfigurationException):
+                raise
+            # It is tried again when there is something to measure.
 
     def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
         super()._check_parameters(parameters)
