@@ -32,7 +32,7 @@ def subspace_at(
     if directions is not None:
         return given_subspace(operator, directions.to(tools.space.device), tools.on_product)
     if options.law in ("top", "bottom"):
-        return eigen_subspace(
+        found = eigen_subspace(
             operator,
             dimension,
             options.law,
@@ -43,6 +43,9 @@ def subspace_at(
             generator=generator,
             on_product=tools.on_product,
         )
+        # The signs of eigenvectors are those of rounding, and draws tell them apart.
+        found.basis.mul_(pairwise_dots(found.basis, tools.space.random(tools.generator(4))[None]).sign())
+        return found
     if options.law == "random":
         vectors = torch.stack([tools.space.random(generator) for _ in range(dimension)])
     else:
