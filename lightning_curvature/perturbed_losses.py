@@ -12,8 +12,11 @@ from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probing import products_with
 from lightning_curvature.stabilization_tools import GrowthTools
 
+# Losses of equal samples differ by a few roundings, by how they were batched.
+_ROUNDING = 8.0
 
-def increments_in(tools: GrowthTools, k: int, basis: Tensor, probes: Tensor) -> Tensor:
+
+def increments_in(tools: GrowthTools, k: int, basis: Tensor, probes: Tensor) -> tuple[Tensor, float]:
     """Return the true increments at w + Uz.
 
     Args:
@@ -23,7 +26,7 @@ def increments_in(tools: GrowthTools, k: int, basis: Tensor, probes: Tensor) -> 
         probes: z, (S, D).
 
     Returns:
-        (S, candidates) float64.
+        (S, candidates) float64, and how large an increment rounding alone may make.
     """
     new = tools.new(k)
     own = tools.samples.among(new)
@@ -38,7 +41,8 @@ def increments_in(tools: GrowthTools, k: int, basis: Tensor, probes: Tensor) -> 
         return table
 
     table = tools.together(own_part, tools.numbers(len(probes), 1 + len(new)))
-    return increment(table[:, 1:], table[:, :1], k)
+    rounding = _ROUNDING * torch.finfo(tools.space.dtype).eps * float(table.abs().max()) / (k + 1)
+    return increment(table[:, 1:], table[:, :1], k), rounding
 
 
 def losses_around(tools: GrowthTools, sigma: float) -> Tensor:

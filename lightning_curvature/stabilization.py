@@ -87,8 +87,8 @@ class _Measurement:
                 error, probes = math.nan, sigma * z[:, :dimension]
                 if compared and (direct or dimension == len(subspace.basis)):
                     with tools.timed("direct" if direct else "validation"):
-                        true = increments_in(tools, k, subspace.basis[:dimension], probes[:compared])
-                    error = relative_model_error(true, part.at(probes[:compared]))
+                        true, rounding = increments_in(tools, k, subspace.basis[:dimension], probes[:compared])
+                    error = relative_model_error(true, part.at(probes[:compared]), rounding)
                     if direct:
                         self._add_draws(
                             k, "delta_2_subspace", "direct", dimension, sigma, true, model.a, error, where[1]

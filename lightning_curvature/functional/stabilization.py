@@ -258,7 +258,7 @@ def rate_bound(loss: float, gradient: float, hessian: float, *, k: int, dimensio
     return terms / (k + 1) ** 2
 
 
-def relative_model_error(true: Tensor, model: Tensor) -> float:
+def relative_model_error(true: Tensor, model: Tensor, rounding: float = 0.0) -> float:
     r"""Return how far the quadratic model is from the increment, as root mean square over probes (and samples).
 
     .. math:: r = \sqrt{\frac{\sum (f - q)^2}{\sum f^2}}, \qquad
@@ -269,6 +269,7 @@ def relative_model_error(true: Tensor, model: Tensor) -> float:
     Args:
         true: f at the probes.
         model: q at the same ones.
+        rounding: f that is no larger counts as zero.
 
     Returns:
         r; NaN where f is zero throughout, infinite where f or q is not finite.
@@ -281,7 +282,7 @@ def relative_model_error(true: Tensor, model: Tensor) -> float:
     square, off = float(true.square().sum()), float((true - model).square().sum())
     if not math.isfinite(square + off):
         return math.inf
-    return math.sqrt(off / square) if square else math.nan
+    return math.sqrt(off / square) if bool((true.abs() > rounding).any()) else math.nan
 
 
 def validated_sigma(sigmas: Sequence[float], errors: Sequence[float], tolerance: float = 0.1) -> float:

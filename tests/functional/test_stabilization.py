@@ -193,6 +193,8 @@ def test_model_error_bounds_the_error_of_the_criterion() -> None:
     assert abs(roots[1] - roots[0]) <= error * roots[0]
     assert relative_model_error(true, true) == 0.0
     assert math.isnan(relative_model_error(torch.zeros(3), model[:3]))
+    assert math.isnan(relative_model_error(1e-9 * true, model, rounding=1e-8))
+    assert relative_model_error(true, model, rounding=1e-8) == error
 
 
 def test_validated_sigma() -> None:
