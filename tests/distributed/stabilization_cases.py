@@ -141,7 +141,7 @@ class StabilizationCase:
 
     def __call__(self, rank: int = 0, world_size: int = 1) -> Outcome:
         outcome, capture, module = Outcome(), Capture(), self.module()
-        monitors = [Observed(outcome, **({"every_n_train_steps": 1} | self.options()))] if self.watched else []
+        monitors = [Observed(outcome, **self.options())] if self.watched else []
         trainer = self.make_trainer(world_size, *monitors, logger=capture)
         GrowthTools.timed = _noted  # type: ignore[method-assign]
         try:

@@ -26,17 +26,18 @@ def momentum(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.3, momentum=0.9)
 
 
-whole = StabilizationCase(partial(classifier, momentum))
+once = StabilizationCase(partial(classifier, momentum))
+whole = replace(once, monitor={"every_n_train_steps": 1})
 # Two batches of four make the step that one process makes of one of eight.
-accumulated = replace(whole, step=4, trainer={"accumulate_grad_batches": 2})
-uneven = replace(whole, data=partial(dataset, 21))
+accumulated = replace(once, step=4, trainer={"accumulate_grad_batches": 2})
+uneven = replace(once, data=partial(dataset, 21))
 # Two samples, one on each rank: of one k, and of the one that follows.
-least = replace(whole, monitor={"sample_sizes": (1,), "candidates": 1})
-streamed = replace(whole, data=Stream)
-unused = replace(whole, module=partial(Unused, momentum), strategy="ddp_find_unused_parameters_true")
-bottom = replace(whole, monitor={"law": "bottom", "every_n_train_steps": None})
-random = replace(whole, monitor={"law": "random", "every_n_train_steps": None})
-gradients = replace(whole, monitor={"law": "gradients", "sample_sizes": (2, 5), "every_n_train_steps": None})
+least = replace(once, monitor={"sample_sizes": (1,), "candidates": 1})
+streamed = replace(once, data=Stream)
+unused = replace(once, module=partial(Unused, momentum), strategy="ddp_find_unused_parameters_true")
+bottom = replace(once, monitor={"law": "bottom"})
+random = replace(once, monitor={"law": "random"})
+gradients = replace(once, monitor={"law": "gradients", "sample_sizes": (2, 5)})
 
 
 def first_weights(module: Any) -> Tensor:
@@ -44,7 +45,7 @@ def first_weights(module: Any) -> Tensor:
     return torch.eye(2, sum(p.numel() for p in module.parameters()))
 
 
-given = replace(whole, monitor={"directions": first_weights, "every_n_train_steps": None})
+given = replace(once, monitor={"directions": first_weights})
 
 # As few products as may be.
 quick = {"sample_sizes": (2, 3), "subspace_dim": 1, "sigma": 1e-3, "candidates": 2, "draws": 2, "tolerance": 0.1}
@@ -88,7 +89,9 @@ class Failing(Classifier):
 
 
 def failing(stage: str, rank: int = 1, **options: Any) -> StabilizationCase:
-    return StabilizationCase(partial(Failing, stage, rank), steps=3, monitor=quick | options)
+    return StabilizationCase(
+        partial(Failing, stage, rank), steps=3, monitor=quick | {"every_n_train_steps": 1} | options
+    )
 
 
 def on_one_rank(module: Any) -> Tensor:
@@ -147,16 +150,16 @@ def local(module: Any, batch: Batch) -> Tensor:
     return module.loss(module(batch[0]), batch[1])
 
 
-communicating = StabilizationCase(Gathering)
+communicating = StabilizationCase(Gathering, monitor={"every_n_train_steps": 1})
 
 
 def communication(rank: int, world_size: int) -> tuple[str, Outcome, Outcome]:
     """Before a step, after all of them, and where an objective is given that does without."""
-    late = replace(communicating, monitor={"every_n_train_steps": None})
+    late = replace(communicating, monitor={})
     return (
         _end(communicating, rank, world_size),
         late(rank, world_size),
-        replace(communicating, monitor={"objective": local})(rank, world_size),
+        replace(communicating, monitor={"objective": local, "every_n_train_steps": 1})(rank, world_size),
     )
 
 

@@ -129,6 +129,6 @@ def test_steps_that_communicate_are_refused(results: dict[str, list[Any]]) -> No
     for end, late, local in results["communication"]:
         assert end == f"MisconfigurationException: {SENTENCE}"
         assert late.said == [f"Observed logs NaN: RuntimeError: {SENTENCE}"]
-        assert all(math.isnan(value) for value in late.rows[jobs.communicating.steps].values())
+        assert all(math.isnan(value) for value in late.rows[2].values())
         assert_complete(local)
     assert_same_growth([local], jobs.whole(0, 1), ROUNDING)
