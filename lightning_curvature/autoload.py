@@ -15,14 +15,15 @@ NAMES = {
     "directional": "DirectionalCurvatureMonitor",
     "spectrum": "HessianSpectrumMonitor",
     "batch_sharpness": "BatchSharpnessMonitor",
+    "stabilization": "StabilizationMonitor",
 }
 
 
 def monitors() -> "list[Monitor]":
     """Return the monitors that ``LIGHTNING_CURVATURE`` names, none where it is not set or empty.
 
-    Names are separated by commas, "directional", "spectrum" or "batch_sharpness", each with its defaults, or with
-    ``@n`` behind it for ``every_n_train_steps=n``.
+    Names are separated by commas, "directional", "spectrum", "batch_sharpness" or "stabilization", each with its
+    defaults (the last measures when fit ends), or with ``@n`` behind it for ``every_n_train_steps=n``.
 
     Raises:
         ValueError: for an unknown name or a number that is none.

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_curvature.differentiation import differentiable
 from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.operators import MicroBatch
 from lightning_curvature.ordered_samples import OrderedSamples
@@ -49,7 +50,7 @@ class SampleLosses:
         Raises:
             MisconfigurationException: if the training step communicates.
         """
-        with torch.no_grad(), _Alone():
+        with torch.no_grad(), differentiable(), _Alone():
             for number in list(self.samples.own)[:1]:
                 self.one(number)
 

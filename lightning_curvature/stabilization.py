@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_curvature.differentiation import differentiable
 from lightning_curvature.functional import (
     QuadraticIncrement,
     gaussian_moment,
@@ -32,7 +33,9 @@ def measure_growth(options: GrowthOptions, problem: GrowthProblem, at_once: int)
     Raises:
         Exception: what a loss, or a rank, could not give.
     """
-    return _Measurement(GrowthTools(options, problem, at_once), problem.directions).run()
+    # Also what is not differentiated: compiled code would be compiled anew, for single samples, and the run's with it.
+    with differentiable():
+        return _Measurement(GrowthTools(options, problem, at_once), problem.directions).run()
 
 
 class _Measurement:

@@ -1,4 +1,4 @@
-"""The three monitors: one half of every matrix."""
+"""The monitors: one half of every matrix."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
+from lightning_curvature import (
+    BatchSharpnessMonitor,
+    DirectionalCurvatureMonitor,
+    HessianSpectrumMonitor,
+    StabilizationMonitor,
+)
 from lightning_curvature.callbacks.monitor import Monitor
 from lightning_curvature.sharpness_problem import QUANTITIES
+from tests.runs import classification
 from tests.witness import ALL, LAMBDAS
 
 # The others are made of the same products, or of many more.
@@ -89,6 +96,20 @@ MONITORS = {
         {"quantities": QUANTITIES} | FEW,
         SHARPNESS,
         "batch_sharpness",
+    ),
+    "stabilization": Kind(
+        StabilizationMonitor,
+        # At the end, too, is its own default.
+        {"sample_sizes": (2, 3), "subspace_dim": 1, "candidates": 2, "trace_vectors": 3, "at_end": False},
+        # Single samples, where loaders of tests hand out whole batches.
+        {
+            "probe_dataloader": DataLoader(TensorDataset(*classification(1)[0]), batch_size=8),
+            "estimators": ("gaussian_moment", "direct"),
+            "draws": 4,
+            "tolerance": 1e-6,
+        },
+        ("delta_1", "delta_2", "delta_2_subspace"),
+        "delta_1",
     ),
 }
 

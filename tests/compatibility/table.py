@@ -31,6 +31,7 @@ MONITORS = {
     "directional": "DirectionalCurvatureMonitor",
     "spectrum": "HessianSpectrumMonitor",
     "sharpness": "BatchSharpnessMonitor",
+    "stabilization": "StabilizationMonitor",
 }
 MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run"}
 HEAD = """\
@@ -41,7 +42,7 @@ Written by the tests themselves (`make compatibility`): {versions}.
 A row is a test, or several. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
 an oracle, of one process or of the plain set-up, as the row says. *refused*: one clear sentence at the start.
 *not run*: needs a GPU, or a package that was missing. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor
-parallelism are refused by all monitors.
+parallelism are refused by all monitors, sharded parameters (FSDP2) by `StabilizationMonitor`.
 """
 
 # (section, row) → monitor → marks of the tests behind it.
@@ -94,7 +95,7 @@ def lines() -> Generator[str, None, None]:
         rows = {row: cells for (section, row), cells in _found.items() if section == title}
         if not rows:
             continue
-        yield from (f"## {title}", "", f"| | {' | '.join(MONITORS.values())} |", "|---|---|---|---|")
+        yield from (f"## {title}", "", f"| | {' | '.join(MONITORS.values())} |", "|---" * (1 + len(MONITORS)) + "|")
         for row, cells in rows.items():
             marks = (" ".join(sorted(set(cells[name]))) if name in cells else "" for name in MONITORS)
             yield f"| {row} | {' | '.join(marks)} |"

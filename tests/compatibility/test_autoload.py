@@ -9,11 +9,18 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_curvature
-from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor, autoload
+from lightning_curvature import (
+    BatchSharpnessMonitor,
+    DirectionalCurvatureMonitor,
+    HessianSpectrumMonitor,
+    StabilizationMonitor,
+    autoload,
+)
 from lightning_curvature.callbacks.monitor import Monitor
-from tests.runs import Capture, classification, loader, make_trainer, mlp
+from tests.runs import Capture, classification, make_trainer, mlp
 from tests.runs import Classifier as Learner
 
 
@@ -36,15 +43,21 @@ def test_lightning_knows_the_factory() -> None:
     ]
 
 
+MEASURED = ("lambda_kl", "lambda_max", "batch_sharpness", "delta_2_subspace")
+
+
 def test_a_trainer_has_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(autoload.VARIABLE, "directional@2,spectrum, batch_sharpness@3")
+    monkeypatch.setenv(autoload.VARIABLE, "directional@2,spectrum, batch_sharpness@3,stabilization")
     capture = Capture()
     trainer = make_trainer(logger=capture)
-    kinds = [(type(one), one.every_n_train_steps) for one in of_trainer(trainer)]
+    *kinds, last = [(type(one), one.every_n_train_steps) for one in of_trainer(trainer)]
     assert kinds == [(DirectionalCurvatureMonitor, 2), (HessianSpectrumMonitor, 200), (BatchSharpnessMonitor, 3)]
-    trainer.fit(Learner(mlp(4, 3, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), loader(classification(4)))
-    keys = {key for row in capture.rows.values() for key in row}
-    assert {"curvature/lambda_kl", "curvature/lambda_max", "curvature/batch_sharpness"} <= keys
+    assert last[0] is StabilizationMonitor
+    # Of its 64 samples and eight more.
+    data = DataLoader(TensorDataset(*classification(1, 72)[0]), batch_size=18)
+    trainer.fit(Learner(mlp(4, 3, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), data)
+    steps = {key: [step for step, row in capture.rows.items() if f"curvature/{key}" in row] for key in MEASURED}
+    assert steps == {"lambda_kl": [0, 2], "lambda_max": [0], "batch_sharpness": [0, 3], "delta_2_subspace": [4]}
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_two_of_a_kind(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "validation within a window"])
-def test_all_three_together(name: str) -> None:
+def test_all_together(name: str) -> None:
     """Each gives what it gives alone, in whatever order they stand."""
     feature = FEATURES[name]
     for order in (list(MONITORS), list(MONITORS)[::-1]):

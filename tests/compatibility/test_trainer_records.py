@@ -68,7 +68,9 @@ def test_checkpoints(kind: Kind, tmp_path: Path) -> None:
     assert len(files) == 7
     states = [content["callbacks"].pop(monitor.state_key, None) for content in files_too.values()]
     assert frozen(files) == frozen(files_too)
-    assert all(state == {} or state is None for state in states) == (kind is MONITORS["sharpness"])
+    assert all(state == {} or state is None for state in states) == (
+        kind in (MONITORS["sharpness"], MONITORS["stabilization"])
+    )
 
 
 @each_monitor
