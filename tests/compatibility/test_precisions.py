@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +117,8 @@ class Truth:
     def __init__(self, network: nn.Module, step: Step, run: float, probe: float) -> None:
         at = copy.deepcopy(network).cpu().double()
         at.load_state_dict({name: p.cpu() for name, p in step.before.items()})
-        dense, batches = Matrices(at, F.cross_entropy), [samples()]
+        self.dense = Matrices(at, F.cross_entropy)
+        dense, batches = self.dense, [samples()]
         self.gradient = dense.gradient(batches)
         self.hessian, self.gauss_newton = dense.hessian(batches), dense.gauss_newton(batches)
         moved = [step.before[name].double() - step.after[name].double() for name in step.before]
@@ -125,6 +127,8 @@ class Truth:
 
     def of(self, key: str, row: Mapping[str, float]) -> tuple[float, float]:
         """Value and relative tolerance."""
+        if key.startswith("delta"):
+            return self._growth(key)
         if key.endswith("lambda_max"):
             matrix = self.gauss_newton if key == "gauss_newton_lambda_max" else self.hessian
             return self._largest(matrix, row[f"curvature/{key}_error"])
@@ -156,6 +160,27 @@ class Truth:
         value, gap = float(values[-1]), float(values[-1] - values[-2])
         return value, self.probe * _size(matrix) / value + residual**2 * value / gap
 
+    def _growth(self, key: str) -> tuple[float, float]:
+        """Δ of three samples and each of two more, at σ = 1e-3: losses are off by their rounding.
+
+        What σ adds to the square, at most σ²(|a| N ‖A‖ + ‖c‖²), is left to the tolerance: most of it is sampled.
+        """
+        x, y = samples()
+        drawn = [[(x[i : i + 1], y[i : i + 1])] for i in random.Random(0).sample(range(12), 5)]
+        before = [one for (one,) in drawn[:3]]
+        losses = [float(F.cross_entropy(self.dense.outputs(self.dense.theta, x), y)) for ((x, y),) in drawn]
+        mean, off = sum(losses[:3]) / 3, 2.0 * self.probe * max(losses) / 4
+        steps = [abs(loss - mean) / 4 for loss in losses[3:]]
+        value = sum(steps) / 2
+        if key == "delta_1":
+            return value, off / value
+        value, more = sum(step**2 for step in steps) / 2, 0.0
+        for step, new in zip(steps, drawn[3:], strict=True):
+            c = (self.dense.gradient(new) - self.dense.gradient(before)) / 4
+            matrix = (self.dense.hessian(new) - self.dense.hessian(before)) / 4
+            more += 0.5e-6 * float(step * len(c) * _size(matrix) + c @ c)
+        return value, (2.0 * off * max(steps) + off**2 + more) / value
+
     def _of_differences(self, key: str, reported: float) -> float:
         """What a difference at the best ε leaves, by the type it is taken in; in half precision the row tells."""
         if key not in ("lambda_fd", "lambda_kl"):
@@ -174,6 +199,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "directional": {"estimators": ("hvp", "gauss_newton", "kl", "finite_difference")},
     "spectrum": {"tolerance": 1e-4, "max_products": 40},
     "sharpness": {},
+    "stabilization": {},
 }
 KEYS = {name: kind.keys for name, kind in MONITORS.items()} | {
     "directional": ("lambda_dir", "lambda_gn", "lambda_kl", "lambda_fd")
