@@ -65,8 +65,8 @@ class StabilizationMonitor(ProbeSetMonitor):
     ``<prefix>_by_samples/…``, and a picture; into the logger's folder the whole table, ``…-stabilization-step=….csv``,
     and the picture as PNG. ``result`` holds them as a :class:`~lightning_curvature.sample_growth.SampleGrowth`.
 
-    On several ranks each evaluates its own samples by itself: a training step that communicates (``self.all_gather``) is
-    refused. The samples are read when training starts.
+    On several ranks each evaluates its own samples by itself: a training step that communicates (``self.all_gather``)
+    is refused. The samples are read when training starts.
 
     Cost, for each k: an eigensolver's products with the first k samples (three or four for each of the D directions,
     and fewer from the second k on, which begins where the one before ended), D products with each candidate; "direct" S
