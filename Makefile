@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS ?= directional spectrum batch_sharpness
+BENCHMARKS ?= directional spectrum batch_sharpness stabilization
 
 .PHONY: demo test lint benchmark compatibility clean
 

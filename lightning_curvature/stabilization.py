@@ -1,7 +1,9 @@
 """One measurement of sample growth: the estimators of each criterion at each k, put into a table."""
 
 import contextlib
+import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +19,12 @@ from lightning_curvature.functional import (
 from lightning_curvature.increment_model import increment_model, subspace_at
 from lightning_curvature.perturbed_losses import increments_in, losses_around, trace_samples
 from lightning_curvature.probing import Subspace
-from lightning_curvature.sample_growth import POINT, CriterionRow, SampleGrowth, mean_and_error
+from lightning_curvature.sample_growth import CriterionRow, SampleGrowth, mean_and_error
 from lightning_curvature.stabilization_problem import GrowthOptions, GrowthProblem, Quantity
 from lightning_curvature.stabilization_tools import GrowthTools
+
+# Quantity, k, D and σ of a row.
+Place = tuple[Quantity, int, int, float]
 
 
 def measure_growth(options: GrowthOptions, problem: GrowthProblem, at_once: int) -> SampleGrowth:
@@ -66,11 +71,10 @@ class _Measurement:
                 with tools.timed("coefficients"):
                     model, squares = increment_model(tools, k, operator, subspace)
             if "delta_1" in self._options.quantities:
-                value, error = mean_and_error(model.a.abs().tolist())
-                self._result.rows.append(CriterionRow(k, POINT, "exact", 0, 0.0, value, error, 0.0))
+                self._add(("delta_1", k, 0, 0.0), "exact", model.a.abs(), 0.0, torch.zeros_like(model.a))
             for sigma, losses in around.items():
                 increments = increment(losses[:, list(tools.new(k))], losses[:, :k].mean(1, keepdim=True), k)
-                self._add_draws(k, "delta_2", "direct", tools.space.dimension, sigma, increments, model.a)
+                self._add_draws(("delta_2", k, tools.space.dimension, sigma), "direct", increments, model.a)
             if traces:
                 self._add_traces(k, model.a, squares, *traces[k])
             if subspace is not None:
@@ -78,77 +82,65 @@ class _Measurement:
         return self._result
 
     def _add_subspace(self, k: int, model: QuadraticIncrement, subspace: Subspace) -> None:
+        """Add all estimators of the subspace; the same probes serve them, every D and every σ."""
         options, tools = self._options, self._tools
         direct = "direct" in options.estimators
         compared = options.draws if direct else options.validation_draws
         generator = torch.Generator("cpu").manual_seed(tools.seed + 1)
         shape = (max(options.draws, compared), len(subspace.basis))
         z = torch.randn(shape, generator=generator, dtype=torch.float64).to(tools.space.device)
-        for dimension in options.subspace_dims:
-            part, where = model.first(dimension), (dimension, subspace.converged)
-            for sigma in options.sigmas:
-                error, probes = math.nan, sigma * z[:, :dimension]
-                if compared and (direct or dimension == len(subspace.basis)):
-                    with tools.timed("direct" if direct else "validation"):
-                        true, rounding = increments_in(tools, k, subspace.basis[:dimension], probes[:compared])
-                    error = relative_model_error(true, part.at(probes[:compared]), rounding)
-                    if direct:
-                        self._add_draws(
-                            k, "delta_2_subspace", "direct", dimension, sigma, true, model.a, error, where[1]
-                        )
-                if "quadratic" in options.estimators:
-                    with tools.timed("quadratic"):
-                        values = part.at(probes[: options.draws])
-                    self._add_draws(
-                        k, "delta_2_subspace", "quadratic", dimension, sigma, values, model.a, error, where[1]
-                    )
-                if "gaussian_moment" in options.estimators:
-                    with tools.timed("gaussian_moment"):
-                        moments = gaussian_moment(part, sigma)
-                    beyond = float(gaussian_moment(part.without_value(), sigma).mean())
-                    value, spread = mean_and_error(moments.tolist())
-                    name = options.name("delta_2_subspace")
-                    self._result.rows.append(
-                        CriterionRow(
-                            k, name, "gaussian_moment", dimension, sigma, value, spread, 0.0, beyond, error, where[1]
-                        )
-                    )
-
-    def _add_draws(
-        self,
-        k: int,
-        quantity: Quantity,
-        estimator: str,
-        dimension: int,
-        sigma: float,
-        increments: Tensor,
-        a: Tensor,
-        model_error: float = math.nan,
-        converged: bool = True,
-    ) -> None:
-        """Add the mean of |f|^p over draws and new samples; ``increments`` (S, candidates), at the parameters ``a``."""
-        powers = increments.abs() ** self._options.order
-        beyond = float(((increments - a).abs() ** self._options.order).mean())
-        value, over_samples = mean_and_error(powers.mean(0).tolist())
-        _, over_draws = mean_and_error(powers.mean(1).tolist())
-        name = self._options.name(quantity)
-        self._result.rows.append(
-            CriterionRow(
-                k, name, estimator, dimension, sigma, value, over_samples, over_draws, beyond, model_error, converged
-            )
-        )
+        for dimension, sigma in itertools.product(options.subspace_dims, options.sigmas):
+            place: Place = ("delta_2_subspace", k, dimension, sigma)
+            part, probes, error = model.first(dimension), sigma * z[:, :dimension], math.nan
+            if compared and (direct or dimension == len(subspace.basis)):
+                with tools.timed("direct" if direct else "validation"):
+                    true, rounding = increments_in(tools, k, subspace.basis[:dimension], probes[:compared])
+                error = relative_model_error(true, part.at(probes[:compared]), rounding)
+            known = {"model_error": error, "converged": subspace.converged}
+            if direct:
+                self._add_draws(place, "direct", true, model.a, **known)
+            if "quadratic" in options.estimators:
+                with tools.timed("quadratic"):
+                    modelled = part.at(probes[: options.draws])
+                self._add_draws(place, "quadratic", modelled, model.a, **known)
+            if "gaussian_moment" in options.estimators:
+                with tools.timed("gaussian_moment"):
+                    moments = gaussian_moment(part, sigma)
+                beyond = gaussian_moment(part.without_value(), sigma)
+                self._add(place, "gaussian_moment", moments, 0.0, beyond, **known)
 
     def _add_traces(self, k: int, a: Tensor, squares: Tensor, forms: Tensor, lengths: Tensor) -> None:
         """Add the closed form in the full space, of sampled traces."""
-        name, size = self._options.name("delta_2"), self._tools.space.dimension
         for sigma in self._options.sigmas:
-            value, over_draws = sampled_gaussian_moment(a, squares, forms, lengths, sigma)
-            beyond = float(sampled_gaussian_moment(torch.zeros_like(a), squares, forms, lengths, sigma)[0])
-            columns = zip(a, squares, forms.T, lengths.T, strict=True)
-            each = [float(sampled_gaussian_moment(*column, sigma)[0]) for column in columns]
-            _, over_samples = mean_and_error(each)
-            self._result.rows.append(
-                CriterionRow(
-                    k, name, "gaussian_moment", size, sigma, float(value), over_samples, float(over_draws), beyond
-                )
-            )
+            _, over_draws = sampled_gaussian_moment(a, squares, forms, lengths, sigma)
+            columns = list(zip(a, squares, forms.T, lengths.T, strict=True))
+            values = torch.stack([sampled_gaussian_moment(*column, sigma)[0] for column in columns])
+            beyond, _ = sampled_gaussian_moment(torch.zeros_like(a), squares, forms, lengths, sigma)
+            place: Place = ("delta_2", k, self._tools.space.dimension, sigma)
+            self._add(place, "gaussian_moment", values, float(over_draws), beyond)
+
+    def _add_draws(self, place: Place, estimator: str, increments: Tensor, a: Tensor, **known: Any) -> None:
+        """Add the mean of |f|^p over draws and new samples; ``increments`` (S, candidates), at the parameters ``a``."""
+        powers, beyond = (part.abs() ** self._options.order for part in (increments, increments - a))
+        _, over_draws = mean_and_error(powers.mean(1).tolist())
+        self._add(place, estimator, powers.mean(0), over_draws, beyond, **known)
+
+    def _add(
+        self, place: Place, estimator: str, values: Tensor, over_draws: float, beyond: Tensor, **known: Any
+    ) -> None:
+        """Add a row, of the values for each new sample, (candidates,)."""
+        quantity, k, dimension, sigma = place
+        value, over_samples = mean_and_error(values.tolist())
+        row = CriterionRow(
+            k=k,
+            criterion=self._options.name(quantity),
+            estimator=estimator,
+            dimension=dimension,
+            sigma=sigma,
+            value=value,
+            stderr_samples=over_samples,
+            stderr_draws=over_draws,
+            deformation=float(beyond.mean()),
+            **known,
+        )
+        self._result.rows.append(row)

@@ -11,9 +11,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names, check_not_quantized
+from lightning_curvature.callbacks.checks import check_not_quantized
 from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
+from lightning_curvature.callbacks.stabilization_options import check_directions, check_numbers, growth_options
 from lightning_curvature.failures import agree, noted
 from lightning_curvature.isolation import attached, untouched
 from lightning_curvature.linalg import VectorSpace
@@ -21,17 +22,15 @@ from lightning_curvature.objective import ObjectiveFunction, StepObjective
 from lightning_curvature.ordered_samples import OrderedSamples, read_ordered_samples
 from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probe_loss import ProbeLoss
-from lightning_curvature.probing import LAWS, Law, products_at_once
+from lightning_curvature.probing import Law, products_at_once
 from lightning_curvature.progress import Progress
 from lightning_curvature.reporting import report_growth, warn
 from lightning_curvature.sample_growth import SampleGrowth
 from lightning_curvature.sample_losses import SampleLosses
 from lightning_curvature.stabilization import measure_growth
 from lightning_curvature.stabilization_problem import (
-    ESTIMATORS,
     QUANTITIES,
     Estimator,
-    GrowthOptions,
     GrowthProblem,
     Quantity,
 )
@@ -158,62 +157,32 @@ class StabilizationMonitor(ProbeSetMonitor):
             prefix=prefix,
             on_error=on_error,
         )
-        check_names("quantities", quantities, QUANTITIES)
-        check_names("estimators", estimators, ESTIMATORS)
-        check_names("law", [law], LAWS)
-        sizes = _numbers("sample_sizes", sample_sizes, "(8, 64) measures at both")
-        dims = _numbers("subspace_dim", subspace_dim, "16 holds what matters of many networks")
-        steps = _numbers("at_steps", at_steps, "(0, 100) measures before the first step and before step 100", least=0)
-        for name, value, least, remedy in (
-            ("candidates", candidates, 1, "8 tell how much samples differ"),
-            ("draws", draws, 2, "64 make a standard error that can be trusted"),
-            ("trace_vectors", trace_vectors, 3, "16 give the traces to a few per cent"),
-            ("validation_draws", validation_draws, 0, "0 leaves the model unchecked"),
-        ):
-            check_count(name, value, least, remedy)
-        check_count("max_products", max_products, dims[-1] + 1, "None allows 20 for each direction", optional=True)
-        check_fraction("tolerance", tolerance, "1e-3 gives eigenvectors to three digits")
-        check_fraction("model_tolerance", model_tolerance, "0.1 takes a model that is right to 10 %")
-        sigmas = tuple(sigma) if isinstance(sigma, Sequence) else (sigma,)
-        if not sigmas or not all(isinstance(s, (int, float)) and 0.0 < s < math.inf for s in sigmas):
-            raise ValueError(
-                f"sigma must be positive, got {sigma!r}: 1e-3 is a usual width in units of the parameters."
-            )
-        if not isinstance(order, (int, float)) or not 0.0 < order < math.inf:
-            raise ValueError(f"order must be positive, got {order!r}: 2 is the mean square.")
-        if order != 2.0 and "gaussian_moment" in estimators:
-            raise ValueError(
-                f"estimators must not hold 'gaussian_moment' where order is not 2, got {order!r}, for which there is "
-                "no closed form: use 'quadratic' or 'direct'."
-            )
+        self.options = growth_options(
+            quantities=quantities,
+            sample_sizes=sample_sizes,
+            candidates=candidates,
+            subspace_dim=subspace_dim,
+            sigma=sigma,
+            estimators=estimators,
+            draws=draws,
+            trace_vectors=trace_vectors,
+            validation_draws=validation_draws,
+            order=order,
+            law=law if directions is None else "top",
+            tolerance=tolerance,
+            max_products=max_products,
+            model_tolerance=model_tolerance,
+        )
         if directions is not None and not callable(directions):
             raise ValueError(
                 f"directions must be a callable, got a {type(directions).__name__}: give one that returns (D, N) "
                 "vectors for a module."
             )
-        if law == "gradients" and directions is None and sizes[0] < dims[-1]:
-            raise ValueError(
-                f"sample_sizes must not be below subspace_dim where law is 'gradients', got {sizes[0]} for {dims[-1]} "
-                "directions, each the gradient of a sample: raise sample_sizes or lower subspace_dim."
-            )
+        steps = check_numbers(
+            "at_steps", at_steps, "(0, 100) measures before the first step and before step 100", least=0
+        )
         self.at_end, self.at_steps, self.directions = at_end, frozenset(steps), directions
         self._periodic, self._is_named = every_n_train_steps is not None, False
-        self.options = GrowthOptions(
-            quantities=tuple(dict.fromkeys(quantities)),
-            sample_sizes=sizes,
-            candidates=candidates,
-            subspace_dims=dims[::-1],
-            sigmas=tuple(dict.fromkeys(map(float, sigmas))),
-            estimators=tuple(dict.fromkeys(estimators)),
-            draws=draws,
-            trace_vectors=trace_vectors,
-            validation_draws=validation_draws,
-            order=float(order),
-            law=law,
-            tolerance=tolerance,
-            max_products=max_products or 20 * dims[-1] + 20,
-            model_tolerance=model_tolerance,
-        )
         self.result: SampleGrowth | None = None
 
     def evaluate(
@@ -343,27 +312,16 @@ class StabilizationMonitor(ProbeSetMonitor):
         losses = SampleLosses(loss, samples, self.micro_batch_size or _MICRO_BATCH)
         if trainer.world_size > 1:
             losses.check_local()
+        shape = (self.options.subspace_dims[0], sum(p.numel() for p in parameters))
         problem = GrowthProblem(
             trainer=trainer,
             losses=losses,
             parameters=parameters,
-            directions=None if self.directions is None else self._spanned(self.directions(module), parameters),
+            directions=None if self.directions is None else check_directions(self.directions(module), shape),
             seed=self.seed,
             on_product=on_product,
         )
         return problem, float(products_at_once(VectorSpace(parameters), trainer.num_devices))
-
-    def _spanned(self, vectors: object, parameters: Sequence[Tensor]) -> Tensor:
-        """Check what the user's callable gave."""
-        shape = (self.options.subspace_dims[0], sum(p.numel() for p in parameters))
-        if not isinstance(vectors, Tensor) or vectors.shape != shape or not bool(vectors.isfinite().all()):
-            got = f"shape {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else f"a {type(vectors).__name__}"
-            got = "others" if got == f"shape {shape}" else got
-            raise MisconfigurationException(
-                f"directions must return finite numbers, (subspace_dim, parameters) = {shape}, got {got}: return one "
-                "row for each direction, all parameters in it."
-            )
-        return vectors.detach()
 
     def prepare(
         self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: OrderedSamples
@@ -418,11 +376,3 @@ class StabilizationMonitor(ProbeSetMonitor):
         """Write NaN for all values."""
         names = [self.options.name(quantity) for quantity in self.options.quantities]
         self._write(trainer, dict.fromkeys([*names, *(f"{name}_stderr" for name in names)], math.nan))
-
-
-def _numbers(argument: str, value: object, remedy: str, least: int = 1) -> tuple[int, ...]:
-    """One whole number or several, as they ascend; none only where 0 may be among them."""
-    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    for number in numbers or (value,) * least:
-        check_count(argument, number, least, remedy)
-    return tuple(sorted(set(numbers)))

@@ -107,7 +107,7 @@ def test_values_are_those_of_the_table() -> None:
         assert found[f"{key}_stderr"] == math.hypot(row.stderr_samples, row.stderr_draws)
 
 
-def test_at_several_steps() -> None:
+def test_at_several_steps(tmp_path: Path) -> None:
     """In the rows of the steps that come after, and at the end in one of its own."""
     capture, follow = Capture(), monitor(every_n_train_steps=3, at_steps=(1, 99), quantities=("delta_1",))
     grown = []
@@ -116,7 +116,7 @@ def test_at_several_steps() -> None:
         def on_train_batch_start(self, *args: Any) -> None:
             grown.append(follow.result)
 
-    fit(follow, Results(), logger=capture, max_epochs=2, enable_checkpointing=True)
+    fit(follow, Results(tmp_path), logger=capture, max_epochs=2, enable_checkpointing=True)
     found = rows(capture)
     assert list(found) == [0, 1, 3, 4]
     assert len({row["delta_1"] for row in found.values()}) == 4
