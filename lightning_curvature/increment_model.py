@@ -76,6 +76,23 @@ def _influential_gradients(tools: GrowthTools, k: int, dimension: int) -> Tensor
     return tools.together(own_gradients, space.zeros(dimension))
 
 
+def increments_at(tools: GrowthTools, k: int) -> Tensor:
+    """Return a of each new sample alone, (candidates,) float64: no derivatives."""
+    new = tools.new(k)
+
+    def own_part() -> Tensor:
+        table = tools.numbers(len(new) + 1)
+        table[-1] = tools.mean_loss(k)
+        own = tools.samples.among(new)
+        if own:
+            with torch.no_grad():
+                table[[number - k for number in own]] = tools.losses.each(own).double()
+        return table
+
+    table = tools.together(own_part, tools.numbers(len(new) + 1))
+    return increment(table[:-1], table[-1], k)
+
+
 def increment_model(
     tools: GrowthTools, k: int, operator: HessianOperator, subspace: Subspace | None
 ) -> tuple[QuadraticIncrement, Tensor]:

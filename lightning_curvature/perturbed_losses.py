@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.functional import increment
-from lightning_curvature.operators import HessianOperator
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probing import products_with
 from lightning_curvature.stabilization_tools import GrowthTools
@@ -81,17 +80,28 @@ def trace_samples(tools: GrowthTools) -> dict[int, tuple[Tensor, Tensor]]:
         vectors = torch.stack([space.random(generator, "rademacher") for _ in range(count)])
         running = torch.zeros_like(vectors)
         for before, k in zip((0, *sizes), sizes, strict=False):
-            with contextlib.closing(tools.operator(range(before, k), 1)) as operator:
-                for row, vector in zip(running, vectors, strict=True):
-                    row += operator(vector)
-                    tools.on_product()
-                found[k].append(_terms(tools, k, vectors, running / k, operator))
+            running += _summed_products(tools, range(before, k), vectors)
+            found[k].append(_terms(tools, k, vectors, running / k))
     return {
         k: (torch.cat([t[..., 0] for t in parts]), torch.cat([t[..., 1] for t in parts])) for k, parts in found.items()
     }
 
 
-def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor, operator: HessianOperator) -> Tensor:
+def _summed_products(tools: GrowthTools, numbers: range, vectors: Tensor) -> Tensor:
+    """Products of vectors with the sum of the Hessians of samples, (vectors, n); one collective for all of them."""
+
+    def own_part() -> Tensor:
+        with contextlib.closing(tools.operator(numbers, 1)) as operator:
+            rows = []
+            for vector in vectors:
+                rows.append(operator.local_product(vector))
+                tools.on_product()
+        return torch.stack(rows)
+
+    return tools.together(own_part, torch.zeros_like(vectors))
+
+
+def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor) -> Tensor:
     """(vectors, candidates, 2)."""
     new, space = tools.new(k), tools.space
 
@@ -107,4 +117,4 @@ def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor, operator:
                     table[row, column, 1] = space.squared_norm(product)[0]
         return table
 
-    return tools.together(own_part, tools.numbers(len(vectors), len(new), 2), after=operator)
+    return tools.together(own_part, tools.numbers(len(vectors), len(new), 2))

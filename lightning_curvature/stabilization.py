@@ -16,7 +16,7 @@ from lightning_curvature.functional import (
     relative_model_error,
     sampled_gaussian_moment,
 )
-from lightning_curvature.increment_model import increment_model, subspace_at
+from lightning_curvature.increment_model import increment_model, increments_at, subspace_at
 from lightning_curvature.perturbed_losses import increments_in, losses_around, trace_samples
 from lightning_curvature.probing import Subspace
 from lightning_curvature.sample_growth import CriterionRow, SampleGrowth, mean_and_error
@@ -62,24 +62,47 @@ class _Measurement:
             with tools.timed("traces, full space"):
                 traces = trace_samples(tools)
         for k in self._options.sample_sizes:
-            with contextlib.closing(tools.operator(range(k), k)) as operator, tools.products(operator):
-                if "delta_2_subspace" in self._options.quantities:
-                    with tools.timed("subspace"):
-                        subspace = subspace_at(tools, k, operator, self._directions, subspace)
-                    self._result.products += subspace.products
-                    self._result.residuals[k] = subspace.residual
-                with tools.timed("coefficients"):
-                    model, squares = increment_model(tools, k, operator, subspace)
+            if traces or "delta_2_subspace" in self._options.quantities:
+                model, squares, subspace = self._model_at(k, subspace)
+                a = model.a
+                if subspace is not None:
+                    self._add_subspace(k, model, subspace)
+                if traces:
+                    self._add_traces(k, a, squares, *traces[k])
+            else:
+                a = increments_at(tools, k)
             if "delta_1" in self._options.quantities:
-                self._add(("delta_1", k, 0, 0.0), "exact", model.a.abs(), 0.0, torch.zeros_like(model.a))
+                self._add(("delta_1", k, 0, 0.0), "exact", a.abs(), 0.0, torch.zeros_like(a))
             for sigma, losses in around.items():
                 increments = increment(losses[:, list(tools.new(k))], losses[:, :k].mean(1, keepdim=True), k)
-                self._add_draws(("delta_2", k, tools.space.dimension, sigma), "direct", increments, model.a)
-            if traces:
-                self._add_traces(k, model.a, squares, *traces[k])
-            if subspace is not None:
-                self._add_subspace(k, model, subspace)
+                self._add_draws(("delta_2", k, tools.space.dimension, sigma), "direct", increments, a)
+        self._result.rows.sort(key=self._rank)
         return self._result
+
+    def _rank(self, row: CriterionRow) -> tuple[int, ...]:
+        """Place of a row in the table: in the orders in which things were asked for."""
+        options = self._options
+        names = [options.name(quantity) for quantity in options.quantities]
+        sigma = options.sigmas.index(row.sigma) if row.sigma else 0
+        return (
+            row.k,
+            names.index(row.criterion),
+            -row.dimension,
+            sigma,
+            ("exact", *options.estimators).index(row.estimator),
+        )
+
+    def _model_at(self, k: int, before: Subspace | None) -> tuple[QuadraticIncrement, Tensor, Subspace | None]:
+        """The quadratic model, ‖c‖² in the full space, and the subspace, where it is asked for."""
+        tools, subspace = self._tools, None
+        with contextlib.closing(tools.operator(range(k), k)) as operator, tools.products(operator):
+            if "delta_2_subspace" in self._options.quantities:
+                with tools.timed("subspace"):
+                    subspace = subspace_at(tools, k, operator, self._directions, before)
+                self._result.products += subspace.products
+                self._result.residuals[k] = subspace.residual
+            with tools.timed("coefficients"):
+                return *increment_model(tools, k, operator, subspace), subspace
 
     def _add_subspace(self, k: int, model: QuadraticIncrement, subspace: Subspace) -> None:
         """Add all estimators of the subspace; the same probes serve them, every D and every σ."""

@@ -68,8 +68,13 @@ def test_traces_go_through_each_sample_once_a_vector(monkeypatch: pytest.MonkeyP
 
 def test_the_value_alone_takes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     with_samples, with_means = rows_multiplied(monkeypatch, increment_model), products(monkeypatch)
+    backward: list[int] = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kw: backward.append(1) or real(*args, **kw))
     measured(quantities=("delta_1",))
-    assert with_samples == with_means == []
+    assert with_samples == with_means == backward == []
+    measured(quantities=("delta_1", "delta_2"), estimators=("direct",), draws=3)
+    assert with_samples == with_means == backward == []
 
 
 def test_forwards_of_direct_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> None:

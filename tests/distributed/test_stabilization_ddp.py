@@ -79,20 +79,20 @@ def test_training_is_the_same_to_the_bit(results: Results, watched: str, unwatch
 
 
 def test_collectives(results: Results) -> None:
-    """One a product, three for a and c and B at each k, one for all draws at a D and σ, whatever their sizes."""
+    """One a product of the search, few others at each k, one for all draws at a D and σ, whatever their sizes."""
     for name in ("counted", "counted_tensors", "counted_draws"):
         for outcome in results[name]:
             (growth,) = outcome.growth
             assert growth is not None
-            # That all are ready; at two σ the full space; at each of two k three products for traces and their sum,
+            # That all are ready; at two σ the full space; at each of two k the products for traces and their terms,
             # the gradient and the coefficients, and the draws at two D and two σ.
-            assert outcome.collectives == [1 + 2 + 2 * (3 + 1) + 2 * 2 + 2 * 2 * 2 + growth.products], name
+            assert outcome.collectives == [1 + 2 + 2 * 2 + 2 * 2 + 2 * 2 * 2 + growth.products], name
     for outcome in results["counted_validation"]:
         (growth,) = outcome.growth
         assert growth is not None
-        assert outcome.collectives == [1 + 2 * (3 + 1) + 2 * 2 + 2 * 2 + growth.products]
+        assert outcome.collectives == [1 + 2 * 2 + 2 * 2 + 2 * 2 + growth.products]
     for outcome in results["counted_point"]:
-        assert outcome.collectives == [1 + 2 * 2]
+        assert outcome.collectives == [1 + 2]
 
 
 @pytest.mark.parametrize("name", jobs.FAILING)
