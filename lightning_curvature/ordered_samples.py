@@ -47,8 +47,9 @@ def read_ordered_samples(
     """Read single samples of a run in an order of their own; the run does not notice.
 
     The samples are those of :func:`~.probe_data.read_probe_set`. Of a map-style dataset they are drawn without
-    replacement, in an order that follows from ``seed`` alone and is the same on any number of ranks; of an iterable one
-    they come as its loader gives them, those of several ranks in turn. Each is collated by itself, as a batch of one.
+    replacement, in an order that follows from ``seed`` and the size of the dataset alone, however many are taken and on
+    any number of ranks; of an iterable one they come as its loader gives them, those of several ranks in turn. Each is
+    collated by itself, as a batch of one.
 
     Args:
         trainer: the Trainer, from ``on_train_start`` on.
@@ -68,7 +69,7 @@ def read_ordered_samples(
         >>> trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         >>> found = read_ordered_samples(trainer, loader, samples=5)
         >>> [int(sample.batch) for sample in found.own.values()]
-        [49, 97, 53, 5, 33]
+        [49, 98, 55, 8, 37]
     """
 
     def read(reading: Reading, shaped: Shape) -> tuple[Sequence[ProbeBatch], None]:
@@ -83,7 +84,7 @@ def read_ordered_samples(
             rank, ranks = trainer.global_rank, trainer.world_size
             found = [replace(one, group=one.group * ranks + rank) for one in reading.in_order()]
         else:
-            chosen = random.Random(seed).sample(range(len(indices)), min(samples, len(indices)))
+            chosen = _shuffled(len(indices), min(samples, len(indices)), seed)
             rows = reading.shares([indices[position] for position in chosen])
             collate = reading.loader.collate_fn
             found = [replace(one, batch=copied(collate([reading.sample(one.batch[0])]))) for one in rows]
@@ -98,3 +99,13 @@ def read_ordered_samples(
             f"where the data has {share.total}: lower sample_sizes or candidates."
         )
     return OrderedSamples({one.group: one for one in share.batches}, share.total, trainer.world_size)
+
+
+def _shuffled(total: int, count: int, seed: int) -> list[int]:
+    """The first numbers of a shuffle of 0, 1, …, n − 1 (Fisher and Yates), without the memory for all of it."""
+    draw, moved, found = random.Random(seed), dict[int, int](), list[int]()
+    for place in range(count):
+        other = draw.randrange(place, total)
+        found.append(moved.get(other, other))
+        moved[other] = moved.get(place, place)
+    return found

@@ -2,15 +2,19 @@
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.functional import increment
+from lightning_curvature.linalg.space import Distribution
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probing import products_with
 from lightning_curvature.stabilization_tools import GrowthTools
 
+# What random vectors are for.
+_PROBES, _TRACES = 2, 3
 # Losses of equal samples differ by a few roundings, by how they were batched.
 _ROUNDING = 8.0
 
@@ -40,18 +44,22 @@ def increments_in(tools: GrowthTools, k: int, basis: Tensor, probes: Tensor) -> 
         return table
 
     table = tools.together(own_part, tools.numbers(len(probes), 1 + len(new)))
-    rounding = _ROUNDING * torch.finfo(tools.space.dtype).eps * float(table.abs().max()) / (k + 1)
-    return increment(table[:, 1:], table[:, :1], k), rounding
+    return increment(table[:, 1:], table[:, :1], k), rounding_of(tools, table, k)
 
 
-def losses_around(tools: GrowthTools, sigma: float) -> Tensor:
+def rounding_of(tools: GrowthTools, losses: Tensor, k: int) -> float:
+    """How large an increment the rounding of losses alone may make."""
+    return _ROUNDING * torch.finfo(tools.space.dtype).eps * float(losses.abs().max()) / (k + 1)
+
+
+def losses_around(tools: GrowthTools, count: int, sigma: float) -> Tensor:
     """Return the losses of all samples at w + ε, ε ~ N(0, σ²I_N): one pass serves every k.
 
     Returns:
-        (S, samples) float64.
+        (count, samples) float64; the directions of ε are the same at every σ.
     """
-    count, total = tools.options.draws, tools.samples.total
-    own, generator = tools.samples.among(range(total)), tools.generator(2)
+    total = tools.samples.total
+    own, generator = tools.samples.among(range(total)), tools.generator(_PROBES)
     moves: Iterable[Tensor] = (tools.space.random(generator).mul_(sigma) for _ in range(count))
 
     def own_part() -> Tensor:
@@ -63,32 +71,53 @@ def losses_around(tools: GrowthTools, sigma: float) -> Tensor:
     return tools.together(own_part, tools.numbers(count, total))
 
 
-def trace_samples(tools: GrowthTools) -> dict[int, tuple[Tensor, Tensor]]:
-    r"""Return vᵀAv and ‖Av‖² for random signs v and :math:`A = (\nabla^2\ell - \nabla^2 L_k)/(k+1)`, at each k.
+@dataclass(frozen=True)
+class DirectionalTerms:
+    r"""What the quadratic model of the full space is along random directions v.
 
-    Products with the sum over the first k samples are those with the sum before and the samples since.
-
-    Returns:
-        By k, (vectors, candidates) float64 each.
+    Attributes:
+        slopes: cᵀv with c = ∇L_{k+1} − ∇L_k, (vectors, candidates) float64.
+        forms: vᵀAv with A = ∇²L_{k+1} − ∇²L_k.
+        lengths: ‖Av‖².
     """
-    space, sizes, generator = tools.space, tools.options.sample_sizes, tools.generator(3)
+
+    slopes: Tensor
+    forms: Tensor
+    lengths: Tensor
+
+    def at(self, a: Tensor, sigma: float) -> Tensor:
+        """The model at w + σv, (vectors, candidates)."""
+        return a + sigma * self.slopes + 0.5 * sigma**2 * self.forms
+
+
+def trace_terms(tools: GrowthTools) -> dict[int, DirectionalTerms]:
+    """Return terms along vectors of random signs, by k: for traces."""
+    return _terms_along(tools, tools.options.trace_vectors, _TRACES, "rademacher")
+
+
+def probe_terms(tools: GrowthTools, count: int) -> dict[int, DirectionalTerms]:
+    """Return terms along the directions of the first probes of :func:`losses_around`, by k."""
+    return _terms_along(tools, count, _PROBES, "normal")
+
+
+def _terms_along(tools: GrowthTools, left: int, use: int, distribution: Distribution) -> dict[int, DirectionalTerms]:
+    """Sums over the first k samples are those before and the samples since: each takes part once in a vector."""
+    space, sizes, generator = tools.space, tools.options.sample_sizes, tools.generator(use)
     found: dict[int, list[Tensor]] = {k: [] for k in sizes}
-    left = tools.options.trace_vectors
     while left:
         count = min(left, tools.at_once)
         left -= count
-        vectors = torch.stack([space.random(generator, "rademacher") for _ in range(count)])
-        running = torch.zeros_like(vectors)
+        vectors = torch.stack([space.random(generator, distribution) for _ in range(count)])
+        # In the last row the gradient.
+        running = space.zeros(count + 1)
         for before, k in zip((0, *sizes), sizes, strict=False):
-            running += _summed_products(tools, range(before, k), vectors)
+            running += _summed(tools, range(before, k), vectors)
             found[k].append(_terms(tools, k, vectors, running / k))
-    return {
-        k: (torch.cat([t[..., 0] for t in parts]), torch.cat([t[..., 1] for t in parts])) for k, parts in found.items()
-    }
+    return {k: DirectionalTerms(*torch.cat(parts).unbind(-1)) for k, parts in found.items()}
 
 
-def _summed_products(tools: GrowthTools, numbers: range, vectors: Tensor) -> Tensor:
-    """Products of vectors with the sum of the Hessians of samples, (vectors, n); one collective for all of them."""
+def _summed(tools: GrowthTools, numbers: range, vectors: Tensor) -> Tensor:
+    """Products of vectors with the sum of the Hessians of samples, and that of their gradients; one collective."""
 
     def own_part() -> Tensor:
         with contextlib.closing(tools.operator(numbers, 1)) as operator:
@@ -96,25 +125,27 @@ def _summed_products(tools: GrowthTools, numbers: range, vectors: Tensor) -> Ten
             for vector in vectors:
                 rows.append(operator.local_product(vector))
                 tools.on_product()
-        return torch.stack(rows)
+            return torch.stack([*rows, operator.local_gradient()])
 
-    return tools.together(own_part, torch.zeros_like(vectors))
+    return tools.together(own_part, tools.space.zeros(len(vectors) + 1))
 
 
 def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor) -> Tensor:
-    """(vectors, candidates, 2)."""
+    """(vectors, candidates, 3)."""
     new, space = tools.new(k), tools.space
 
     def own_part() -> Tensor:
-        table = tools.numbers(len(vectors), len(new), 2)
+        table = tools.numbers(len(vectors), len(new), 3)
         for column, number in enumerate(new):
             if number in tools.samples.own:
                 _, gradients = tools.gradients(number, graph=True)
                 with building_graphs():
                     products = products_with(gradients, tools.parameters, space, vectors)
-                for row, product in enumerate(increment(products, means, k)):
-                    table[row, column, 0] = space.dot(vectors[row], product)
-                    table[row, column, 1] = space.squared_norm(product)[0]
+                change = increment(space.pack(gradients), means[-1], k)
+                table[:, column, 0] = space.dots([vectors], change)
+                for row, product in enumerate(increment(products, means[:-1], k)):
+                    table[row, column, 1] = space.dot(vectors[row], product)
+                    table[row, column, 2] = space.squared_norm(product)[0]
         return table
 
-    return tools.together(own_part, tools.numbers(len(vectors), len(new), 2))
+    return tools.together(own_part, tools.numbers(len(vectors), len(new), 3))

@@ -73,11 +73,24 @@ class SampleGrowth:
     @property
     def validated_sigma(self) -> float:
         """The largest σ up to which the quadratic model holds in the subspace at every k; NaN where none does."""
+        return self._validated(in_subspace=True)
+
+    @property
+    def validated_sigma_full_space(self) -> float:
+        """The same in the full space, where probes of one σ are longer by √(N/D)."""
+        return self._validated(in_subspace=False)
+
+    def _validated(self, in_subspace: bool) -> float:
+        worst = self.model_errors(in_subspace)
+        return validated_sigma(list(worst), list(worst.values()), self.tolerance)
+
+    def model_errors(self, in_subspace: bool) -> dict[float, float]:
+        """The largest relative error of the quadratic model by σ, in the subspace or the full space."""
         worst: dict[float, float] = {}
         for row in self.rows:
-            if not math.isnan(row.model_error):
+            if row.criterion.endswith("_subspace") == in_subspace and not math.isnan(row.model_error):
                 worst[row.sigma] = max(worst.get(row.sigma, 0.0), row.model_error)
-        return validated_sigma(list(worst), list(worst.values()), self.tolerance)
+        return worst
 
     def curves(self) -> dict[tuple[str, str, int, float], dict[int, CriterionRow]]:
         """Rows by criterion, estimator, D and σ, and by k."""
@@ -101,7 +114,7 @@ class SampleGrowth:
             if row.criterion not in values:
                 values |= {
                     row.criterion: row.value,
-                    f"{row.criterion}_stderr": _together(row.stderr_samples, row.stderr_draws),
+                    f"{row.criterion}_stderr": math.hypot(row.stderr_samples, row.stderr_draws),
                 }
         return values
 
@@ -113,20 +126,28 @@ class SampleGrowth:
             writer.writerows(asdict(row) for row in self.rows)
 
     def __str__(self) -> str:
-        """The table as text, one line for each curve with its slope, and the seconds by stage."""
+        """The table as text: a line for each curve with its slope against k + 1, and the seconds by stage.
+
+        ± is the standard error of the slope, from the scatter about the line. Standard errors of the values,
+        deformations and model errors are in ``rows``.
+        """
         sizes = sorted({row.k for row in self.rows})
-        lines = [f"{'criterion':<18}{'estimator':<17}{'D':>9}{'σ':>9}" + "".join(f"{f'k={k}':>11}" for k in sizes)]
+        width = 2 + max([16, *(len(row.criterion) for row in self.rows)])
+        lines = [f"{'criterion':<{width}}{'estimator':<17}{'D':>9}{'σ':>9}" + "".join(f"{f'k={k}':>11}" for k in sizes)]
         lines[0] += f"{'slope':>9}{'±':>7}"
         slopes = self.slopes()
         for name, curve in self.curves().items():
             criterion, estimator, dimension, sigma = name
-            line = f"{criterion:<18}{estimator:<17}{dimension or '–':>9}{format(sigma, 'g') if sigma else '–':>9}"
+            line = f"{criterion:<{width}}{estimator:<17}{dimension or '–':>9}{format(sigma, 'g') if sigma else '–':>9}"
             line += "".join(f"{curve[k].value:>11.3e}" if k in curve else f"{'–':>11}" for k in sizes)
             lines.append(line + f"{slopes[name].slope:>9.2f}{slopes[name].standard_error:>7.2f}")
         if unconverged := sorted({row.k for row in self.rows if not row.converged}):
             lines.append(f"eigenvectors not found to the tolerance at k = {', '.join(map(str, unconverged))}")
-        if any(not math.isnan(row.model_error) for row in self.rows):
-            lines.append(f"quadratic model within {self.tolerance:.0%} up to σ = {self.validated_sigma:g}")
+        for where, in_subspace in (("subspace", True), ("full space", False)):
+            if self.model_errors(in_subspace):
+                valid = self._validated(in_subspace)
+                upto = "at no σ" if math.isnan(valid) else f"up to σ = {valid:g}"
+                lines.append(f"quadratic model in the {where} within {self.tolerance:.0%} {upto}")
         lines.append(
             "seconds: "
             + ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in self.seconds.items())

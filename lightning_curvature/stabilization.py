@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from lightning_curvature.functional import (
     sampled_gaussian_moment,
 )
 from lightning_curvature.increment_model import increment_model, increments_at, subspace_at
-from lightning_curvature.perturbed_losses import increments_in, losses_around, trace_samples
+from lightning_curvature.perturbed_losses import (
+    DirectionalTerms,
+    increments_in,
+    losses_around,
+    probe_terms,
+    rounding_of,
+    trace_terms,
+)
 from lightning_curvature.probing import Subspace
 from lightning_curvature.sample_growth import CriterionRow, SampleGrowth, mean_and_error
 from lightning_curvature.stabilization_problem import GrowthOptions, GrowthProblem, Quantity
@@ -43,6 +51,23 @@ def measure_growth(options: GrowthOptions, problem: GrowthProblem, at_once: int)
         return _Measurement(GrowthTools(options, problem, at_once), problem.directions).run()
 
 
+@dataclass
+class _FullSpace:
+    """What is known of the full space for all k.
+
+    Attributes:
+        losses: of all samples around the parameters, by σ, (draws, samples).
+        probes: the model along the directions of these draws, by k.
+        traces: the model along random signs, by k.
+        compared: on how many draws the model is compared.
+    """
+
+    losses: dict[float, Tensor] = field(default_factory=dict)
+    probes: dict[int, DirectionalTerms] = field(default_factory=dict)
+    traces: dict[int, DirectionalTerms] = field(default_factory=dict)
+    compared: int = 0
+
+
 class _Measurement:
     """Adds rows to a table, k by k."""
 
@@ -51,31 +76,23 @@ class _Measurement:
         self._result = SampleGrowth(tolerance=tools.options.model_tolerance, seconds=tools.seconds)
 
     def run(self) -> SampleGrowth:
-        tools, estimators = self._tools, self._options.estimators
-        around: dict[float, Tensor] = {}
-        traces: dict[int, tuple[Tensor, Tensor]] = {}
-        subspace: Subspace | None = None
-        if "delta_2" in self._options.quantities and "direct" in estimators:
-            with tools.timed("direct, full space"):
-                around = {sigma: losses_around(tools, sigma) for sigma in self._options.sigmas}
-        if "delta_2" in self._options.quantities and "gaussian_moment" in estimators:
-            with tools.timed("traces, full space"):
-                traces = trace_samples(tools)
+        tools = self._tools
+        full, subspace = _FullSpace(), None
+        if "delta_2" in self._options.quantities:
+            full = self._full_space()
         for k in self._options.sample_sizes:
-            if traces or "delta_2_subspace" in self._options.quantities:
+            squares = None
+            if full.traces or "delta_2_subspace" in self._options.quantities:
                 model, squares, subspace = self._model_at(k, subspace)
                 a = model.a
                 if subspace is not None:
                     self._add_subspace(k, model, subspace)
-                if traces:
-                    self._add_traces(k, a, squares, *traces[k])
             else:
                 a = increments_at(tools, k)
             if "delta_1" in self._options.quantities:
                 self._add(("delta_1", k, 0, 0.0), "exact", a.abs(), 0.0, torch.zeros_like(a))
-            for sigma, losses in around.items():
-                increments = increment(losses[:, list(tools.new(k))], losses[:, :k].mean(1, keepdim=True), k)
-                self._add_draws(("delta_2", k, tools.space.dimension, sigma), "direct", increments, a)
+            if "delta_2" in self._options.quantities:
+                self._add_full_space(k, a, squares, full)
         self._result.rows.sort(key=self._rank)
         return self._result
 
@@ -132,15 +149,53 @@ class _Measurement:
                 beyond = gaussian_moment(part.without_value(), sigma)
                 self._add(place, "gaussian_moment", moments, 0.0, beyond, **known)
 
-    def _add_traces(self, k: int, a: Tensor, squares: Tensor, forms: Tensor, lengths: Tensor) -> None:
+    def _full_space(self) -> _FullSpace:
+        """What all k have in common: losses around the parameters, and terms of the model along random directions."""
+        options, tools = self._options, self._tools
+        modelled = options.draws if "quadratic" in options.estimators else 0
+        compared = options.validation_draws if set(options.estimators) - {"direct"} else 0
+        moved = max(compared, options.draws if "direct" in options.estimators else 0)
+        full = _FullSpace(compared=compared)
+        if moved:
+            with tools.timed("direct, full space"):
+                full.losses.update({sigma: losses_around(tools, moved, sigma) for sigma in options.sigmas})
+        if modelled or compared:
+            with tools.timed("quadratic, full space"):
+                full.probes.update(probe_terms(tools, max(modelled, compared)))
+        if "gaussian_moment" in options.estimators:
+            with tools.timed("traces, full space"):
+                full.traces.update(trace_terms(tools))
+        return full
+
+    def _add_full_space(self, k: int, a: Tensor, squares: Tensor | None, full: _FullSpace) -> None:
+        options, tools = self._options, self._tools
+        for sigma in options.sigmas:
+            place: Place = ("delta_2", k, tools.space.dimension, sigma)
+            error, true, modelled = math.nan, None, None
+            if sigma in full.losses:
+                losses = full.losses[sigma]
+                true = increment(losses[:, list(tools.new(k))], losses[:, :k].mean(1, keepdim=True), k)
+            if full.probes:
+                modelled = full.probes[k].at(a, sigma)
+            if true is not None and modelled is not None and full.compared:
+                first = slice(full.compared)
+                error = relative_model_error(true[first], modelled[first], rounding_of(tools, losses, k))
+            if true is not None and "direct" in options.estimators:
+                self._add_draws(place, "direct", true[: options.draws], a, model_error=error)
+            if modelled is not None and "quadratic" in options.estimators:
+                self._add_draws(place, "quadratic", modelled[: options.draws], a, model_error=error)
+            if full.traces:
+                assert squares is not None
+                self._add_traces(place, a, squares, full.traces[k], error)
+
+    def _add_traces(self, place: Place, a: Tensor, squares: Tensor, terms: DirectionalTerms, error: float) -> None:
         """Add the closed form in the full space, of sampled traces."""
-        for sigma in self._options.sigmas:
-            _, over_draws = sampled_gaussian_moment(a, squares, forms, lengths, sigma)
-            columns = list(zip(a, squares, forms.T, lengths.T, strict=True))
-            values = torch.stack([sampled_gaussian_moment(*column, sigma)[0] for column in columns])
-            beyond, _ = sampled_gaussian_moment(torch.zeros_like(a), squares, forms, lengths, sigma)
-            place: Place = ("delta_2", k, self._tools.space.dimension, sigma)
-            self._add(place, "gaussian_moment", values, float(over_draws), beyond)
+        forms, lengths, sigma = terms.forms, terms.lengths, place[-1]
+        _, over_draws = sampled_gaussian_moment(a, squares, forms, lengths, sigma)
+        columns = list(zip(a, squares, forms.T, lengths.T, strict=True))
+        values = torch.stack([sampled_gaussian_moment(*column, sigma)[0] for column in columns])
+        beyond, _ = sampled_gaussian_moment(torch.zeros_like(a), squares, forms, lengths, sigma)
+        self._add(place, "gaussian_moment", values, float(over_draws), beyond, model_error=error)
 
     def _add_draws(self, place: Place, estimator: str, increments: Tensor, a: Tensor, **known: Any) -> None:
         """Add the mean of |f|^p over draws and new samples; ``increments`` (S, candidates), at the parameters ``a``."""

@@ -30,7 +30,9 @@ def test_the_table_has_all_criteria_with_their_slopes(demo: SimpleNamespace) -> 
     rows = {tuple(words[:4]): words for line in demo.printed.splitlines() if len(words := line.split()) == 11}
     assert ("delta_1", "exact", "–", "–") in rows
     for sigma in ("0.0001", "0.001", "0.01", "0.1"):
-        assert {("delta_2", way, "63024", sigma) in rows for way in ("direct", "gaussian_moment")} == {True}
+        assert {("delta_2", way, "63024", sigma) in rows for way in ("direct", "quadratic", "gaussian_moment")} == {
+            True
+        }
         for dimension in ("1", "3"):
             for way in ("direct", "quadratic", "gaussian_moment"):
                 slope, error = map(float, rows["delta_2_subspace", way, dimension, sigma][-2:])
@@ -55,8 +57,8 @@ def test_pictures_and_logs(demo: SimpleNamespace) -> None:
     assert (demo.out / "sample_growth.png").stat().st_size > 20_000
     (folder,) = demo.out.glob("version_*")
     (table,) = folder.glob("*stabilization-step=*.csv")
-    assert len(table.read_text().splitlines()) == 1 + 5 * (1 + 2 * 4 + 2 * 4 * 3)
+    assert len(table.read_text().splitlines()) == 1 + 5 * (1 + 3 * 4 + 2 * 4 * 3)
     events = EventAccumulator(str(folder)).Reload().Tags()
     assert {"curvature/delta_1", "curvature/delta_2", "curvature/delta_2_subspace"} <= set(events["scalars"])
-    assert sum("by_samples" in tag for tag in events["scalars"]) == 1 + 2 * 4 + 2 * 4 * 3
+    assert sum("by_samples" in tag for tag in events["scalars"]) == 1 + 3 * 4 + 2 * 4 * 3
     assert events["images"] == ["curvature/sample_growth"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.runs import Classifier, classification, loader, make_trainer, mlp
 
@@ -57,6 +58,23 @@ def test_the_sharpness_example() -> None:
     assert "curvature/step_sharpness" in trainer.callback_metrics
 
 
+def test_the_sample_growth_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end of fit, and by hand as the comment says."""
+    code = blocks()[3]
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    module = Classifier(mlp(4, 6, 3, dtype=torch.float32), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    x, y = classification(1, size=96, dtype=torch.float32)[0]
+    samples = DataLoader(TensorDataset(x, y), batch_size=32)
+    trainer = make_trainer(scope["monitor"], precision="32-true")
+    trainer.fit(module, samples)
+    values = [float(trainer.callback_metrics[f"curvature/{key}"]) for key in ("delta_1", "delta_2", "delta_2_subspace")]
+    assert all(value > 0.0 for value in values)
+    (by_hand,) = re.findall(r"or by hand: (.*)$", code, flags=re.MULTILINE)
+    exec(by_hand, scope | {"module": module, "train_dataloader": samples})
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 3 + 3  # heads, curves, two validities and seconds
+
+
 def test_the_page_on_sharpness(capsys: pytest.CaptureFixture[str]) -> None:
     """The code of the page, on a quadratic whose curvature is 1.5 in every direction."""
     model = torch.nn.Linear(3, 1, bias=False).double()
@@ -94,11 +112,11 @@ def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
         "loss_function": lambda z, y: 0.5 * (z - y).square().sum(),
         "train_dataloader": data,
     }
-    exec(blocks()[3], scope)
+    exec(blocks()[4], scope)
     # Exact for a quadratic, printed with three digits.
     assert capsys.readouterr().out == "λ = 1.5, edge 20\n"
     # A multiple of the identity: any vector is an eigenvector, and one product finds it out.
-    exec(blocks()[4], scope)
+    exec(blocks()[5], scope)
     assert capsys.readouterr().out.startswith("λ_max = 1.5, 1 products, residual ")
 
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_curvature.callbacks.checks import check_not_quantized
 from lightning_curvature.callbacks.monitor import OnError
@@ -52,7 +53,7 @@ class StabilizationMonitor(ProbeSetMonitor):
       with the largest eigenvalues (or other directions: ``law``).
 
     Estimators: "gaussian_moment" evaluates a quadratic model of the increment in closed form, "quadratic" by Monte
-    Carlo (in the subspace alone), "direct" perturbs the parameters and evaluates the losses. The model is compared with
+    Carlo, "direct" perturbs the parameters and evaluates the losses. The model is compared with
     the true increment on some probes, and where it is not within ``model_tolerance`` at a σ, a warning says so.
 
     A sample is what the training step gives a loss for when it is alone in its batch: an example, or a sequence. Each
@@ -60,17 +61,16 @@ class StabilizationMonitor(ProbeSetMonitor):
     its standard error.
 
     Written are, for the largest k, the largest D and the first σ and estimator, ``<prefix>/<quantity>`` and
-    ``<quantity>_stderr``, and ``validated_sigma``; to TensorBoard all values against k in place of the step,
+    ``<quantity>_stderr``, over samples and draws together; ``validated_sigma``, of the subspace, and
+    ``validated_sigma_full_space``; to TensorBoard all values against k in place of the step,
     ``<prefix>_by_samples/…``, and a picture; into the logger's folder the whole table, ``…-stabilization-step=….csv``,
     and the picture as PNG. ``result`` holds them as a :class:`~lightning_curvature.sample_growth.SampleGrowth`.
 
-    On several ranks each evaluates its own samples by itself: a training step that communicates (``self.all_gather``)
-    is refused. The samples are read when training starts.
-
-    Cost, for each k: an eigensolver's products with the first k samples (three or four for each of the D directions,
-    and fewer from the second k on, which begins where the one before ended), D products with each candidate; "direct" S
-    forwards of k + candidates samples for each D and σ, in the full space of all samples for all k together. The basis
-    stays in memory: three times D + 16 vectors of N numbers during the search.
+    Cost, for each k: an eigensolver's products with the first k samples (3 to 15 for each of the D directions, most
+    where k or D is small), D products with each candidate; "direct" S forwards of k + candidates samples for each D and
+    σ. In the full space, for all k together: ``trace_vectors`` and ``validation_draws`` products with all samples, S
+    for "quadratic", S forwards of all samples for each σ for "direct". The basis stays in memory: three times D + 16
+    vectors of N numbers during the search.
 
     Args:
         sample_sizes: k, each a sample size.
@@ -81,7 +81,8 @@ class StabilizationMonitor(ProbeSetMonitor):
         candidates: how many samples stand for the next one.
         draws: S, Monte-Carlo draws.
         trace_vectors: random vectors for the traces that "gaussian_moment" needs in the full space.
-        validation_draws: probes on which the model is compared, where "direct" is not asked for; 0 for none.
+        validation_draws: probes on which the model is compared, in the subspace where "direct" is not asked for; 0 for
+            none.
         model_tolerance: relative error (root mean square) up to which the model counts as valid.
         order: p of :math:`E|L_{k+1} - L_k|^p`; the closed form knows 2 alone.
         law: "top" and "bottom" eigenvectors, "random" directions, "gradients" of the D samples with the longest ones.
@@ -93,7 +94,7 @@ class StabilizationMonitor(ProbeSetMonitor):
         probe_dataloader: where to take the samples from; default: the Trainer's train dataloader.
         micro_batch_size: samples evaluated at once.
         tolerance: relative residual of eigenvectors.
-        max_products: products after which a search for eigenvectors ends; default: 20 for each.
+        max_products: products after which a search for eigenvectors ends; default: 20 for each, and 20 more.
         objective: callable (module, batch of one sample) → loss, in place of training_step.
         optimizer_index: whose parameters are moved, where there are several optimizers.
         probe_mode: "eval" switches the module for the measurement, "train" leaves it in its modes.
@@ -110,7 +111,7 @@ class StabilizationMonitor(ProbeSetMonitor):
     Source: P1 (curvature-aligned probing), eqs. 1–4 and 11–15.
     """
 
-    _batch_norm_note = "each sample is normalized by its own statistics"
+    _batch_norm_note = "a sample alone has no statistics of a batch, and most layers refuse it"
 
     def __init__(
         self,
@@ -218,6 +219,15 @@ class StabilizationMonitor(ProbeSetMonitor):
             ('delta_1', 'exact', 0, 0.0)
         """
         loader = self.probe_dataloader if dataloader is None else dataloader
+        if not isinstance(module, pl.LightningModule):
+            raise MisconfigurationException(
+                f"module must be a LightningModule, whose training_step gives the loss, got a {type(module).__name__}: "
+                "wrap the network in one, or load the checkpoint by load_from_checkpoint."
+            )
+        if isinstance(loader, Dataset):
+            raise MisconfigurationException(
+                f"dataloader must be a DataLoader, got a {type(loader).__name__}: wrap it, DataLoader(dataset)."
+            )
         if loader is None:
             raise MisconfigurationException(
                 "dataloader must be given where there is no Trainer's, got None: give a DataLoader of single samples."
@@ -342,28 +352,34 @@ class StabilizationMonitor(ProbeSetMonitor):
             raise
         finally:
             progress.close()
-        values = self.result.headline()
-        if not math.isnan(self.result.validated_sigma) or self._checks_model:
-            values["validated_sigma"] = self.result.validated_sigma
-        self._write(trainer, values)
+        valid = {key: getattr(self.result, key) for key in self._validity_keys()}
+        self._write(trainer, self.result.headline() | valid)
         report_growth(trainer, self.prefix, self.result)
 
-    @property
-    def _checks_model(self) -> bool:
-        options = self.options
-        return "delta_2_subspace" in options.quantities and (
-            "direct" in options.estimators or options.validation_draws > 0
-        )
+    def _validity_keys(self) -> list[str]:
+        """Keys of where the model holds: of the subspace, and of the full space."""
+        options, keys = self.options, list[str]()
+        if "delta_2_subspace" in options.quantities and ("direct" in options.estimators or options.validation_draws):
+            keys.append("validated_sigma")
+        if "delta_2" in options.quantities and set(options.estimators) - {"direct"} and options.validation_draws:
+            keys.append("validated_sigma_full_space")
+        return keys
 
     def _measured(self, problem: GrowthProblem, at_once: int) -> SampleGrowth:
         result = measure_growth(self.options, problem, at_once)
-        valid = result.validated_sigma
-        beyond = [s for s in self.options.sigmas if not s <= valid]
-        errors = [row.model_error for row in result.rows if row.sigma in beyond and not math.isnan(row.model_error)]
-        if errors and set(self.options.estimators) - {"direct"}:
+        for where, in_subspace in (("subspace", True), ("full space", False)):
+            errors = result.model_errors(in_subspace)
+            valid = result.validated_sigma if in_subspace else result.validated_sigma_full_space
+            beyond = [sigma for sigma in self.options.sigmas if sigma in errors and not sigma <= valid]
+            if beyond and set(self.options.estimators) - {"direct"}:
+                warn(
+                    f"sigma must be small enough for a quadratic model of the loss in the {where}, got {beyond[0]:g}, "
+                    f"where it is off by up to {errors[beyond[0]]:.0%}: trust 'direct' alone there, or a smaller sigma."
+                )
+        if not any(row.value for row in result.rows):
             warn(
-                f"sigma must be small enough for a quadratic model of the loss, got {beyond[0]:g}, where it is off by "
-                f"up to {max(errors):.0%}: trust 'direct' alone there, or a smaller sigma."
+                "one more sample changes nothing: all have the same loss. A loss that couples the samples of a batch "
+                "(contrastive, batch statistics) has none of single ones: give objective=."
             )
         if not all(row.converged for row in result.rows):
             warn(
@@ -375,4 +391,5 @@ class StabilizationMonitor(ProbeSetMonitor):
     def report_nothing(self, trainer: pl.Trainer) -> None:
         """Write NaN for all values."""
         names = [self.options.name(quantity) for quantity in self.options.quantities]
-        self._write(trainer, dict.fromkeys([*names, *(f"{name}_stderr" for name in names)], math.nan))
+        keys = [*names, *(f"{name}_stderr" for name in names), *self._validity_keys()]
+        self._write(trainer, dict.fromkeys(keys, math.nan))

@@ -1,7 +1,8 @@
 """Checks of what is asked of sample growth: one sentence each, with argument, rule, value and remedy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -48,9 +49,12 @@ def growth_options(
     check_count("max_products", max_products, dims[-1] + 1, "None allows 20 for each direction", optional=True)
     check_fraction("tolerance", tolerance, "1e-3 gives eigenvectors to three digits")
     check_fraction("model_tolerance", model_tolerance, "0.1 takes a model that is right to 10 %")
-    sigmas = tuple(sigma) if isinstance(sigma, Sequence) else (sigma,)
-    if not sigmas or not all(isinstance(s, (int, float)) and 0.0 < s < math.inf for s in sigmas):
-        raise ValueError(f"sigma must be positive, got {sigma!r}: 1e-3 is a usual width in units of the parameters.")
+    sigmas = tuple(sigma) if isinstance(sigma, Iterable) and not isinstance(sigma, str) else (sigma,)
+    if not sigmas or not all(isinstance(s, Real) and not isinstance(s, bool) and 0.0 < s < math.inf for s in sigmas):
+        raise ValueError(
+            f"sigma must be positive, got {sigma!r}: 1e-3 is a usual width in units of the parameters, a number and no "
+            "text."
+        )
     if not isinstance(order, (int, float)) or not 0.0 < order < math.inf:
         raise ValueError(f"order must be positive, got {order!r}: 2 is the mean square.")
     if order != 2.0 and "gaussian_moment" in estimators:
@@ -87,9 +91,11 @@ def check_numbers(argument: str, value: object, remedy: str, least: int = 1) -> 
     Raises:
         ValueError: if one is not a whole number of at least ``least``.
     """
-    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    # Also those of numpy.
+    numbers = tuple(int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n for n in numbers)
     for number in numbers or (value,) * least:
-        check_count(argument, number, least, remedy)
+        check_count(argument, str(number) if isinstance(number, bool) else number, least, remedy)
     return tuple(sorted(set(numbers)))
 
 

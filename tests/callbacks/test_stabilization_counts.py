@@ -60,10 +60,18 @@ def test_each_new_sample_takes_as_many_products_as_there_are_directions(
 
 def test_traces_go_through_each_sample_once_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     with_samples, with_means = rows_multiplied(monkeypatch, perturbed_losses), products(monkeypatch)
-    measured(quantities=("delta_2",), trace_vectors=4, sigma=(0.1, 0.2))
+    measured(quantities=("delta_2",), trace_vectors=4, sigma=(0.1, 0.2), validation_draws=0)
     assert sum(with_samples) == 4 * CANDIDATES * len(SIZES)
     # Samples 0 and 1 in one micro-batch, 2 to 5 in two: not 0 to 5 once more.
     assert sorted(with_means) == [0] * 8 + [1] * 4
+
+
+def test_the_model_of_the_full_space_takes_a_product_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all samples, once for all k and σ; those that it is compared on are among the draws."""
+    with_samples, with_means = rows_multiplied(monkeypatch, perturbed_losses), products(monkeypatch)
+    measured(quantities=("delta_2",), estimators=("quadratic",), draws=5, sigma=(0.1, 0.2), validation_draws=3)
+    assert sum(with_samples) == 5 * CANDIDATES * len(SIZES)
+    assert sorted(with_means) == [0] * 10 + [1] * 5
 
 
 def test_the_value_alone_takes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +105,7 @@ def test_forwards_of_direct_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> None
     extra = forwards(estimators=("quadratic", "direct"), **options) - before
     assert expected <= extra <= expected + 4
     full = {"quantities": ("delta_2",), "sigma": (0.1, 0.2, 0.3)}
-    extra = forwards(estimators=("direct",), **full) - forwards(estimators=("quadratic",), **full)
+    extra = forwards(estimators=("direct",), **full) - forwards(quantities=("delta_1",))
     # All ten samples in four micro-batches serve both k.
     assert draws * 3 * 4 <= extra <= draws * 3 * 4 + 4
 

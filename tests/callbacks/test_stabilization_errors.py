@@ -292,15 +292,19 @@ def test_eigenvectors_that_were_not_found() -> None:
 
 def test_sigma_beyond_the_model() -> None:
     capture, follow = Capture(), monitor(sigma=(1e-3, 30.0), estimators=("gaussian_moment",))
-    (said,) = warned(lambda: make_trainer(follow, logger=capture).fit(Plain(), samples()))
+    said = warned(lambda: make_trainer(follow, logger=capture).fit(Plain(), samples()))
     assert follow.result is not None
-    worst = max(row.model_error for row in follow.result.rows if row.sigma == 30.0 and row.model_error > 0.0)
-    assert worst > 0.1
-    assert said == (
-        "sigma must be small enough for a quadratic model of the loss, got 30, where it is off by up to "
-        f"{worst:.0%}: trust 'direct' alone there, or a smaller sigma."
-    )
-    assert rows(capture)[2]["validated_sigma"] == follow.result.validated_sigma == 1e-3
+    expected = []
+    for where, suffix in (("subspace", "_subspace"), ("full space", "")):
+        errors = [r.model_error for r in follow.result.rows if r.criterion == f"delta_2{suffix}" and r.sigma == 30.0]
+        assert max(errors) > 0.1
+        expected.append(
+            f"sigma must be small enough for a quadratic model of the loss in the {where}, got 30, where it is off by "
+            f"up to {max(errors):.0%}: trust 'direct' alone there, or a smaller sigma."
+        )
+    assert said == expected
+    for key in ("validated_sigma", "validated_sigma_full_space"):
+        assert rows(capture)[2][key] == getattr(follow.result, key) == 1e-3
     # Who does not ask for the model is not told of it.
     alone = monitor(sigma=(1e-3, 30.0), estimators=("direct",))
     assert warned(lambda: alone.evaluate(Plain(), samples(), make_trainer())) == []

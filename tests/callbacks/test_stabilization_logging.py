@@ -51,8 +51,13 @@ def fit(*callbacks: Any, logger: Any = None, **options: Any) -> Any:
     return trainer
 
 
+FULL_SPACE = "validated_sigma_full_space"
+
+
 def keys(*quantities: str, validated: bool = True) -> set[str]:
     found = {f"{name}{suffix}" for name in quantities for suffix in ("", "_stderr")}
+    if validated and "delta_2" in quantities:
+        found.add(FULL_SPACE)
     return found | ({"validated_sigma"} if validated else set())
 
 
@@ -64,10 +69,10 @@ ORDERED = ("delta_1", "delta_4", "delta_4_subspace")
     [
         ({}, keys(*QUANTITIES)),
         ({"quantities": ("delta_1",)}, keys("delta_1", validated=False)),
-        ({"quantities": ("delta_2",)}, keys("delta_2", validated=False)),
+        ({"quantities": ("delta_2",)}, keys("delta_2") - {"validated_sigma"}),
         ({"quantities": ("delta_2_subspace",)}, keys("delta_2_subspace")),
         ({"validation_draws": 0}, keys(*QUANTITIES, validated=False)),
-        ({"validation_draws": 0, "estimators": ("direct",), "draws": 2}, keys(*QUANTITIES)),
+        ({"validation_draws": 0, "estimators": ("direct",), "draws": 2}, keys(*QUANTITIES) - {FULL_SPACE}),
         ({"order": 4, "estimators": ("direct",), "draws": 2}, keys(*ORDERED)),
         # Beside the increment of the point.
         ({"order": 1, "estimators": ("direct",), "draws": 2}, keys("delta_1", "delta_1_mean", "delta_1_mean_subspace")),
@@ -367,9 +372,10 @@ def test_a_text_of_the_table_names_every_curve() -> None:
     assert follow.result is not None
     text = str(follow.result)
     lines = text.splitlines()
-    assert len(lines) == 1 + len(follow.result.curves()) + 3
+    assert len(lines) == 1 + len(follow.result.curves()) + 4
     assert "k=2" in lines[0]
     assert "k=5" in lines[0]
     assert "eigenvectors not found to the tolerance at k = 2, 5" in lines
-    assert "quadratic model within 10% up to σ = 0.001" in lines
+    for where in ("subspace", "full space"):
+        assert f"quadratic model in the {where} within 10% up to σ = 0.001" in lines
     assert lines[-1].startswith("seconds: ")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from tests.oracles.sample_growth import (
     dense_increment,
     gaussian_mean,
     mean_hessian,
+    order_of,
     random_quadratics,
     top_eigenvectors,
 )
@@ -50,7 +50,7 @@ class OfQuadratics(pl.LightningModule):
 
 def in_order(count: int, seed: int = 0, of: int = SAMPLES) -> list[int]:
     """The order of samples that follows from a seed."""
-    return random.Random(seed).sample(range(of), count)
+    return order_of(of, seed)[:count]
 
 
 def evaluated(module: pl.LightningModule, data: TensorDataset, **options: Any) -> SampleGrowth:
@@ -128,6 +128,7 @@ def test_closed_form_of_quadratic_losses() -> None:
         assert row.converged
         # Of the largest D: the others were not compared.
         assert (row.model_error < 1e-10) == (row.dimension == 3)
+    assert growth.validated_sigma == growth.validated_sigma_full_space == 2.0
     for row in rows(growth, "delta_1", "exact"):
         check_mean(row, [abs(float(dense_increment(q.losses, w, row.k, j).a)) for j in range(row.k, row.k + 4)], 1e-12)
 
@@ -146,6 +147,10 @@ def test_all_estimators_of_quadratic_losses_agree() -> None:
         assert 0.0 < direct.stderr_draws < 0.3 * direct.value
         assert abs(direct.value - closed.value) < 4.0 * direct.stderr_draws
     full = torch.eye(6, dtype=torch.float64)
+    for modelled, direct in zip(*(rows(growth, "delta_2", name) for name in every[1:]), strict=True):
+        assert direct.value == pytest.approx(modelled.value, rel=1e-9)
+        assert direct.deformation == pytest.approx(modelled.deformation, rel=1e-8)
+        assert direct.model_error < 1e-9
     for name in ("gaussian_moment", "direct"):
         for row in rows(growth, "delta_2", name):
             expected = dense_moment(q.losses, module.w.detach(), row.k, full, 0.7)
@@ -207,13 +212,32 @@ def test_direct_is_the_integral_of_the_true_loss(order: float) -> None:
         assert abs(row.value - closed) > 4.0 * row.stderr_draws
 
 
+def test_the_model_is_compared_in_the_full_space_too() -> None:
+    """Where probes are longer by √(N/D), and the model ends sooner."""
+    module, data, _, _ = classifier_case()
+    sigmas = (1e-3, 0.1, 1.0)
+    with pytest.warns(UserWarning, match=r"a quadratic model of the loss in the full space, got 1, where it is off by"):
+        growth = evaluated(
+            module, data, subspace_dim=2, sigma=sigmas, estimators=("gaussian_moment", "direct"), draws=32
+        )
+    inside, outside = growth.model_errors(True), growth.model_errors(False)
+    assert all(outside[sigma] > inside[sigma] for sigma in sigmas)
+    assert outside[1e-3] < 1e-3
+    assert growth.validated_sigma_full_space < 1.0
+    # It bounds what the closed form is off by, but for the scatter of the draws.
+    for closed, direct in zip(*(rows(growth, "delta_2", name) for name in ("gaussian_moment", "direct")), strict=True):
+        if direct.sigma < 1.0:
+            off = abs(closed.value**0.5 - direct.value**0.5) / direct.value**0.5
+            assert off < 2.0 * direct.model_error + 2.0 * direct.stderr_draws / direct.value + 0.05
+    unchecked = evaluated(module, data, quantities=("delta_2",), sigma=1.0, validation_draws=0)
+    assert math.isnan(unchecked.validated_sigma_full_space)
+
+
 def test_model_error_grows_with_sigma_and_warns() -> None:
     module, data, _, _ = classifier_case()
-    with pytest.warns(
-        UserWarning, match=r"sigma must be small enough for a quadratic model of the loss, got 30, where"
-    ):
+    with pytest.warns(UserWarning, match=r"a quadratic model of the loss in the subspace, got 30, where it is off"):
         growth = evaluated(module, data, subspace_dim=3, sigma=(1e-3, 0.1, 30.0), model_tolerance=0.05)
-    errors = {row.sigma: row.model_error for row in rows(growth, "delta_2_subspace", "gaussian_moment")}
+    errors = growth.model_errors(in_subspace=True)
     assert errors[1e-3] < 1e-4 < errors[0.1] < 0.05 < errors[30.0]
     assert growth.validated_sigma == 0.1
     unchecked = evaluated(module, data, subspace_dim=3, sigma=30.0, validation_draws=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from tests.callbacks.test_precision import SINGLE
 from tests.compatibility.monitors import MONITORS
 from tests.oracles.along_step import DIFFERENCE
 from tests.oracles.matrices import Matrices
+from tests.oracles.sample_growth import order_of
 from tests.runs import Classifier, Step, StepRecorder, classification, mlp
 from tests.witness import Record, assert_same, watch
 
@@ -166,7 +166,7 @@ class Truth:
         What σ adds to the square, at most σ²(|a| N ‖A‖ + ‖c‖²), is left to the tolerance: most of it is sampled.
         """
         x, y = samples()
-        drawn = [[(x[i : i + 1], y[i : i + 1])] for i in random.Random(0).sample(range(12), 5)]
+        drawn = [[(x[i : i + 1], y[i : i + 1])] for i in order_of(12)[:5]]
         before = [one for (one,) in drawn[:3]]
         losses = [float(F.cross_entropy(self.dense.outputs(self.dense.theta, x), y)) for ((x, y),) in drawn]
         mean, off = sum(losses[:3]) / 3, 2.0 * self.probe * max(losses) / 4

@@ -84,13 +84,13 @@ def test_collectives(results: Results) -> None:
         for outcome in results[name]:
             (growth,) = outcome.growth
             assert growth is not None
-            # That all are ready; at two σ the full space; at each of two k the products for traces and their terms,
-            # the gradient and the coefficients, and the draws at two D and two σ.
-            assert outcome.collectives == [1 + 2 + 2 * 2 + 2 * 2 + 2 * 2 * 2 + growth.products], name
+            # That all are ready; at two σ the full space; at each of two k products and terms for the model there and
+            # for traces, the gradient and the coefficients, and the draws at two D and two σ.
+            assert outcome.collectives == [1 + 2 + 2 * 2 + 2 * 2 + 2 * 2 + 2 * 2 * 2 + growth.products], name
     for outcome in results["counted_validation"]:
         (growth,) = outcome.growth
         assert growth is not None
-        assert outcome.collectives == [1 + 2 * 2 + 2 * 2 + 2 * 2 + growth.products]
+        assert outcome.collectives == [1 + 2 + 2 * 2 + 2 * 2 + 2 * 2 + 2 * 2 + growth.products]
     for outcome in results["counted_point"]:
         assert outcome.collectives == [1 + 2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,6 +49,15 @@ def random_quadratics(samples: int, size: int, seed: int = 0, scatter: float = 1
     mean = basis @ torch.diag(torch.linspace(6.0, -2.0, size, dtype=torch.float64)) @ basis.T
     noise = scatter * normal(samples, size, size) / size**0.5
     return Quadratics(normal(samples), normal(samples, size), mean + 0.5 * (noise + noise.mT))
+
+
+def order_of(samples: int, seed: int = 0) -> list[int]:
+    """The order of samples that follows from a seed: each place changes with a later one, drawn in turn."""
+    draw, order = random.Random(seed), list(range(samples))
+    for place in range(samples):
+        other = draw.randrange(place, samples)
+        order[place], order[other] = order[other], order[place]
+    return order
 
 
 @dataclass(frozen=True)
