@@ -123,7 +123,7 @@ def _draw_estimators(axis: plt.Axes, by_draws: dict[int, SampleGrowth]) -> None:
     axis.set(xscale="log", xlabel="draws S", ylabel="value / closed form")
     axis.set_title(f"Estimators, k = {exact.k}, D = {exact.dimension}, σ = {exact.sigma:g}", fontsize=10)
     _plain_ticks(axis, draws)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _plain_ticks(axis: plt.Axes, places: list[int]) -> None:

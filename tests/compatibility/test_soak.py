@@ -23,6 +23,7 @@ from lightning_curvature import (
     CurvatureWarning,
     DirectionalCurvatureMonitor,
     HessianSpectrumMonitor,
+    StabilizationMonitor,
 )
 from lightning_curvature.isolation import ReplayTrainer
 from tests.runs import Capture, make_trainer
@@ -30,7 +31,17 @@ from tests.runs import Capture, make_trainer
 STEPS, EVERY = 20_000, 200
 # Of the repeated training steps one in so many fails, so that most measurements succeed and many do not.
 FAILS = 50
-KEYS = ("lambda_kl", "lambda_fd", "lambda_dir", "lambda_max", "hessian_trace", "batch_sharpness", "ias", "lambda_gen")
+KEYS = (
+    "lambda_kl",
+    "lambda_fd",
+    "lambda_dir",
+    "lambda_max",
+    "hessian_trace",
+    "batch_sharpness",
+    "ias",
+    "lambda_gen",
+    "delta_1",
+)
 
 
 class Learner(pl.LightningModule):
@@ -93,6 +104,15 @@ def test_twenty_thousand_steps() -> None:
         ),
         BatchSharpnessMonitor(
             quantities=("batch_sharpness", "ias", "lambda_gen"), every_n_train_steps=EVERY, num_batches=16
+        ),
+        StabilizationMonitor(
+            sample_sizes=(4,),
+            candidates=2,
+            subspace_dim=1,
+            quantities=("delta_1", "delta_2_subspace"),
+            validation_draws=2,
+            at_end=False,
+            every_n_train_steps=EVERY,
         ),
     ]
     counts = Counts()
