@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
 import time
 import warnings
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from workloads import Batch, Workload, _example
 
 from lightning_curvature import StabilizationMonitor
+from lightning_curvature.ordered_samples import first_of_shuffle
 from lightning_curvature.sample_growth import SampleGrowth
 
 # P1, table 3: seconds on its GPU for D = 45, k = 8, S = 64 and 107 million parameters.
@@ -123,7 +123,7 @@ def main() -> None:
     workload, data = _workload(arguments)
     module = fit(workload, device, arguments.train_steps, []).lightning_module.to(device).eval()
     size = sum(p.numel() for p in module.parameters())
-    order = _order(arguments.k + 1, len(data))
+    order = first_of_shuffle(len(data), arguments.k + 1, seed=0)
     x, y = (t[order].to(device) for t in data.tensors)
     first, both = (x[:-1], y[:-1]), (x, y)
 
@@ -137,11 +137,6 @@ def main() -> None:
     page.add(
         f"- residual: {residual(module, first, plain[0].basis):.2g} plain, {own[0].residuals[arguments.k]:.2g} ours."
     )
-
-
-def _order(count: int, samples: int) -> list[int]:
-    """The order that the monitor takes."""
-    return random.Random(0).sample(range(samples), count)
 
 
 def report(

@@ -84,7 +84,7 @@ def read_ordered_samples(
             rank, ranks = trainer.global_rank, trainer.world_size
             found = [replace(one, group=one.group * ranks + rank) for one in reading.in_order()]
         else:
-            chosen = _shuffled(len(indices), min(samples, len(indices)), seed)
+            chosen = first_of_shuffle(len(indices), min(samples, len(indices)), seed)
             rows = reading.shares([indices[position] for position in chosen])
             collate = reading.loader.collate_fn
             found = [replace(one, batch=copied(collate([reading.sample(one.batch[0])]))) for one in rows]
@@ -101,7 +101,7 @@ def read_ordered_samples(
     return OrderedSamples({one.group: one for one in share.batches}, share.total, trainer.world_size)
 
 
-def _shuffled(total: int, count: int, seed: int) -> list[int]:
+def first_of_shuffle(total: int, count: int, seed: int) -> list[int]:
     """The first numbers of a shuffle of 0, 1, …, n − 1 (Fisher and Yates), without the memory for all of it."""
     draw, moved, found = random.Random(seed), dict[int, int](), list[int]()
     for place in range(count):
