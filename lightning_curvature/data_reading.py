@@ -79,7 +79,7 @@ class Reading:
         """Read this rank's share."""
         self.randomness.seed(self.seed)
         indices = self.indices()
-        return self.in_order() if indices is None else self._by_index(self.chosen(indices))
+        return self.in_order() if indices is None else self.by_index(self.chosen(indices))
 
     @property
     def _sampler(self) -> Any:
@@ -142,7 +142,8 @@ class Reading:
             indices = indices[: len(indices) // size * size]  # the model may not be made for the rest
         return indices
 
-    def _by_index(self, indices: Sequence[int]) -> Iterator[ProbeBatch]:
+    def by_index(self, indices: Sequence[int]) -> Iterator[ProbeBatch]:
+        """Read this rank's share of the samples with these indices, in their order."""
         for share in self.shares(indices):
             rows = [self.sample(index) for index in share.batch]
             # A copy, as the samples may be the dataset's own tensors.

@@ -44,7 +44,7 @@ def subspace_at(
             on_product=tools.on_product,
         )
         # The signs of eigenvectors are those of rounding, and draws tell them apart.
-        found.basis.mul_(pairwise_dots(found.basis, tools.space.random(tools.generator(4))[None]).sign())
+        found.basis.mul_(tools.space.dots([found.basis], tools.space.random(tools.generator(4))).sign()[:, None])
         return found
     if options.law == "random":
         vectors = torch.stack([tools.space.random(generator) for _ in range(dimension)])
@@ -126,7 +126,7 @@ def increment_model(
     own = table[:-1, 2 + dimension :].reshape(len(new), dimension, dimension)
     model = QuadraticIncrement(
         increment(table[:-1, 0], table[-1, 0], k),
-        increment(table[:-1, 2 : 2 + dimension], pairwise_dots(gradient[None], basis)[0], k),
+        increment(table[:-1, 2 : 2 + dimension], tools.space.dots([basis], gradient), k),
         increment(0.5 * (own + own.mT), curvature, k),
     )
     return model, table[:-1, 1] / (k + 1) ** 2
@@ -141,4 +141,4 @@ def _of_sample(tools: GrowthTools, number: int, mean_gradient: Tensor, basis: Te
         rows.append(pairwise_dots(products, basis).reshape(-1))
         tools.on_product()
     square = tools.space.squared_norm(own - mean_gradient)
-    return torch.cat([loss.detach().double().reshape(1), square, pairwise_dots(own[None], basis)[0], *rows])
+    return torch.cat([loss.detach().double().reshape(1), square, tools.space.dots([basis], own), *rows])

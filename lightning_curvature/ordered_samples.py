@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.data_reading import Reading
-from lightning_curvature.objective import copied
 from lightning_curvature.probe_data import ProbeBatch, Shape, read_together
 
 
@@ -85,9 +84,7 @@ def read_ordered_samples(
             found = [replace(one, group=one.group * ranks + rank) for one in reading.in_order()]
         else:
             chosen = first_of_shuffle(len(indices), min(samples, len(indices)), seed)
-            rows = reading.shares([indices[position] for position in chosen])
-            collate = reading.loader.collate_fn
-            found = [replace(one, batch=copied(collate([reading.sample(one.batch[0])]))) for one in rows]
+            found = list(reading.by_index([indices[position] for position in chosen]))
         # Of iterable datasets the last rank may have one more than it needs.
         return [replace(one, batch=shaped(one.batch)) for one in found if one.group < samples], None
 

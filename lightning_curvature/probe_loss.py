@@ -16,7 +16,7 @@ from lightning_curvature.module_state import ModuleState, RandomState
 from lightning_curvature.objective import RecordedBatch, StepObjective
 from lightning_curvature.operators import MicroBatch
 from lightning_curvature.probe_data import ProbeBatch, ProbeSet, to_device
-from lightning_curvature.stacked_loss import Stacked, stacked_evaluation, stacked_losses
+from lightning_curvature.stacked_loss import Stacked, stack, stacked_losses
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
@@ -107,14 +107,9 @@ class ProbeLoss:
     def _evaluate_many(
         self, probes: Sequence[ProbeBatch], index: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> Evaluation:
-        batches = self.moved(probes)
-        randomness = self._seeded(probes[0].seed)
-
-        def record(batch: Any) -> RecordedBatch:
-            return self._objective.prepare(batch, index, randomness, self._state)
-
-        with self._precision(), same_attention(self._objective.module):
-            return stacked_evaluation(self._objective, record, batches, parameters, copies)
+        stacked = stack(self.moved(probes))
+        losses, outputs = self._stacked(stacked, index, probes[0].seed, parameters, copies)
+        return Evaluation(losses.sum(), outputs)
 
     def moved(self, probes: Sequence[ProbeBatch]) -> list[Any]:
         """Return batches as ``training_step`` receives them."""
@@ -132,14 +127,25 @@ class ProbeLoss:
             Exception: see :func:`~.stacked_loss.stacked_losses`.
         """
         self._state.restore(gently=True)
+        # Fused attention has no rule for ``vmap`` on a CPU, which would go through it sample by sample.
+        with differentiable():
+            return self._stacked(stacked, 0, seed)[0]
+
+    def _stacked(
+        self,
+        stacked: Stacked,
+        index: int,
+        seed: int,
+        parameters: Sequence[Tensor] = (),
+        copies: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor | None]:
         randomness = self._seeded(seed)
 
         def record(batch: Any) -> RecordedBatch:
-            return self._objective.prepare(batch, 0, randomness, self._state)
+            return self._objective.prepare(batch, index, randomness, self._state)
 
-        # Fused attention has no rule for ``vmap`` on a CPU, which would go through it sample by sample.
-        with self._precision(), same_attention(self._objective.module), differentiable():
-            return stacked_losses(self._objective, record, stacked)[0]
+        with self._precision(), same_attention(self._objective.module):
+            return stacked_losses(self._objective, record, stacked, parameters, copies)
 
     def loss_of(self, batch: Any, seed: int) -> Tensor:
         """Loss of one batch that was moved, at the parameters as they are."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace, eigenpairs
 from lightning_curvature.operators import CurvatureOperator
-from lightning_curvature.operators.graphs import differentiable_pairs
-from lightning_curvature.operators.memory import available_memory
+from lightning_curvature.operators.graphs import pull_back
+from lightning_curvature.operators.memory import vectors_that_fit
 
 Law = Literal["top", "bottom", "random", "gradients"]
 LAWS: tuple[Law, ...] = ("top", "bottom", "random", "gradients")
@@ -119,7 +119,7 @@ def orthonormal(space: VectorSpace, vectors: Tensor) -> Tensor:
     for index, row in enumerate(rows):
         before = space.norm(row)
         for _ in range(2):
-            row -= (pairwise_dots(row[None], rows[:index])[0].to(rows.dtype) @ rows[:index]) if index else 0.0
+            row -= (space.dots([rows[:index]], row).to(rows.dtype) @ rows[:index]) if index else 0.0
             length = space.norm(row)
             if not length > rounding * before:
                 raise ValueError(
@@ -141,8 +141,7 @@ def pairwise_dots(a: Tensor, b: Tensor) -> Tensor:
 
 def products_at_once(space: VectorSpace, processes: int) -> int:
     """How many vectors are multiplied at once."""
-    row = space.size * torch.finfo(space.dtype).bits // 8
-    return max(1, int(_SHARE * available_memory(space.device, processes) / max(row, 1)))
+    return max(1, int(vectors_that_fit(space, _SHARE, processes)))
 
 
 def products_with(
@@ -161,18 +160,8 @@ def products_with(
     """
 
     def pulled(rows: Tensor, batched: bool) -> Tensor:
-        outputs, cotangents = differentiable_pairs(gradients, space.views(rows))
-        if not outputs:
-            return torch.zeros_like(rows)
-        found = torch.autograd.grad(
-            outputs, parameters, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-        lead = rows.shape[:-1]
-        flat = [
-            rows.new_zeros(*lead, p.numel()) if part is None else part.reshape(*lead, -1).to(rows.dtype)
-            for p, part in zip(parameters, found, strict=True)
-        ]
-        return torch.cat(flat, dim=-1)
+        found = pull_back(gradients, parameters, space.views(rows), retain=True, batched=batched)
+        return space.pack(found, *rows.shape[:-1])
 
     if len(vectors) > 1:
         with contextlib.suppress(RuntimeError):  # an operation that cannot be batched

@@ -73,14 +73,15 @@ class SampleGrowth:
     @property
     def validated_sigma(self) -> float:
         """The largest σ up to which the quadratic model holds in the subspace at every k; NaN where none does."""
-        return self._validated(in_subspace=True)
+        return self.validated(in_subspace=True)
 
     @property
     def validated_sigma_full_space(self) -> float:
         """The same in the full space, where probes of one σ are longer by √(N/D)."""
-        return self._validated(in_subspace=False)
+        return self.validated(in_subspace=False)
 
-    def _validated(self, in_subspace: bool) -> float:
+    def validated(self, in_subspace: bool) -> float:
+        """The largest σ up to which the quadratic model holds, in the subspace or the full space."""
         worst = self.model_errors(in_subspace)
         return validated_sigma(list(worst), list(worst.values()), self.tolerance)
 
@@ -145,7 +146,7 @@ class SampleGrowth:
             lines.append(f"eigenvectors not found to the tolerance at k = {', '.join(map(str, unconverged))}")
         for where, in_subspace in (("subspace", True), ("full space", False)):
             if self.model_errors(in_subspace):
-                valid = self._validated(in_subspace)
+                valid = self.validated(in_subspace)
                 upto = "at no σ" if math.isnan(valid) else f"up to σ = {valid:g}"
                 lines.append(f"quadratic model in the {where} within {self.tolerance:.0%} {upto}")
         lines.append(

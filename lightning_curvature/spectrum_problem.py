@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace
@@ -19,7 +18,7 @@ from lightning_curvature.operators import (
     SecondMomentOperator,
     Sharding,
 )
-from lightning_curvature.operators.memory import available_memory
+from lightning_curvature.operators.memory import vectors_that_fit
 from lightning_curvature.optimizers import StabilityRule, preconditioner
 from lightning_curvature.parallel import local, sum_over_ranks
 
@@ -99,5 +98,4 @@ def preconditioned(problem: Problem, hessian: CurvatureOperator) -> Precondition
 def basis_length(parameters: Sequence[Tensor], trainer: pl.Trainer) -> float:
     """Vectors of a basis that fit into the memory of this rank."""
     space = VectorSpace([local(p) for p in parameters])
-    row = space.size * torch.finfo(space.dtype).bits // 8
-    return min(_LONGEST_BASIS, _BASIS_SHARE * available_memory(space.device, trainer.num_devices) / max(row, 1))
+    return min(_LONGEST_BASIS, vectors_that_fit(space, _BASIS_SHARE, trainer.num_devices))

@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_curvature.differentiation import differentiable
-from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.isolation import parameters_replaced
 from lightning_curvature.objective import RecordedBatch, StepObjective
 
@@ -24,33 +23,6 @@ def copies_of(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
     product multiplies a vector of each.
     """
     return [p.detach().expand(count, *p.shape).requires_grad_() for p in parameters]
-
-
-def stacked_evaluation(
-    objective: StepObjective,
-    record: Callable[[Any], RecordedBatch],
-    batches: Sequence[Any],
-    parameters: Sequence[Tensor],
-    copies: Sequence[Tensor],
-) -> Evaluation:
-    """Evaluate the training step on every batch at its own copy of the parameters.
-
-    Args:
-        objective: the training step.
-        record: makes the record of a step from its batch.
-        batches: alike in structure and shapes; numbers and strings in them must be the same.
-        parameters: those that have copies; all others are as they are.
-        copies: of each, (batches, shape).
-
-    Returns:
-        The sum of the losses, and the outputs of all, (batches, B, …).
-
-    Raises:
-        ValueError: where the batches differ in more than the values of their tensors.
-        Exception: see :func:`stacked_losses`.
-    """
-    losses, outputs = stacked_losses(objective, record, stack(batches), parameters, copies)
-    return Evaluation(losses.sum(), outputs)
 
 
 def stacked_losses(

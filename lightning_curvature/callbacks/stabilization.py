@@ -368,8 +368,7 @@ class StabilizationMonitor(ProbeSetMonitor):
     def _measured(self, problem: GrowthProblem, at_once: int) -> SampleGrowth:
         result = measure_growth(self.options, problem, at_once)
         for where, in_subspace in (("subspace", True), ("full space", False)):
-            errors = result.model_errors(in_subspace)
-            valid = result.validated_sigma if in_subspace else result.validated_sigma_full_space
+            errors, valid = result.model_errors(in_subspace), result.validated(in_subspace)
             beyond = [sigma for sigma in self.options.sigmas if sigma in errors and not sigma <= valid]
             if beyond and set(self.options.estimators) - {"direct"}:
                 warn(

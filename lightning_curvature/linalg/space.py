@@ -88,15 +88,15 @@ class VectorSpace:
         parts = vector.split(self._sizes, dim=-1)
         return [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def pack(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return a list of tensors as one vector, in new memory; None stands for zeros."""
+    def pack(self, tensors: Sequence[Tensor | None], *rows: int) -> Tensor:
+        """Return a list of tensors, (rows, shape), as one vector, (rows, n), in new memory; None stands for zeros."""
         parts = [
-            torch.zeros(size, dtype=self.dtype, device=self.device)
+            torch.zeros(*rows, size, dtype=self.dtype, device=self.device)
             if tensor is None
-            else tensor.detach().reshape(-1).to(self.device, self.dtype)
+            else tensor.detach().reshape(*rows, size).to(self.device, self.dtype)
             for tensor, size in zip(tensors, self._sizes, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts, dim=-1)
 
     def add_(self, vector: Tensor, tensors: Sequence[Tensor | None], factor: float) -> Tensor:
         """Add a multiple of a list of tensors to a vector in place."""

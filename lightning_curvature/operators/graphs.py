@@ -82,10 +82,16 @@ def differentiable_pairs(
 
 
 def pull_back(
-    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], vectors: Sequence[Tensor], retain: bool
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    retain: bool,
+    batched: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Vector–Jacobian product; None for inputs that the outputs do not depend on."""
+    """Vector–Jacobian product, or several by ``vmap``; None for inputs that the outputs do not depend on."""
     with_graph, cotangents = differentiable_pairs(outputs, vectors)
     if not with_graph:
         return (None,) * len(inputs)
-    return torch.autograd.grad(with_graph, inputs, cotangents, retain_graph=retain, allow_unused=True)
+    return torch.autograd.grad(
+        with_graph, inputs, cotangents, retain_graph=retain, allow_unused=True, is_grads_batched=batched
+    )

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_curvature.linalg import VectorSpace
+
 # What is taken to be free where the system does not say.
 _UNKNOWN = 2**30
 _NO_LIMIT = 2**63
@@ -26,6 +28,12 @@ def available_memory(device: torch.device, processes: int = 1) -> int:
     if device.type != "cpu":
         return _UNKNOWN
     return min(_machine_memory(), container_memory(Path("/"))) // processes
+
+
+def vectors_that_fit(space: VectorSpace, share: float, processes: int) -> float:
+    """How many vectors of a space a share of the memory that is free holds."""
+    row = space.size * torch.finfo(space.dtype).bits // 8
+    return share * available_memory(space.device, processes) / max(row, 1)
 
 
 def _machine_memory() -> int:
