@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.functional.line_fit import fit_line
+
 Scalar = Tensor | float
 
 
@@ -350,16 +352,7 @@ def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySl
         for k, value in zip(sample_sizes, values, strict=True)
         if value > 0.0 and math.isfinite(value)
     ]
-    x, y = torch.tensor(points, dtype=torch.float64).reshape(-1, 2).unbind(-1)
-    centred = x - x.mean() if len(x) else x
-    spread = float(centred.square().sum())
-    if len(points) < 2 or not spread:
-        return DecaySlope(math.nan, math.nan, math.nan)
-    slope = float(centred @ (y - y.mean())) / spread
-    intercept = float(y.mean() - slope * x.mean())
-    freedom = len(points) - 2
-    scatter = float((y - intercept - slope * x).square().sum())
-    return DecaySlope(slope, math.sqrt(scatter / freedom / spread) if freedom else math.nan, intercept)
+    return DecaySlope(*fit_line(*torch.tensor(points, dtype=torch.float64).reshape(-1, 2).unbind(-1)))
 
 
 def check_sigma(sigma: Scalar) -> None:

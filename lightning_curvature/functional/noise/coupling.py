@@ -1,0 +1,157 @@
+r"""How strongly the noise couples the eigendirections of the Hessian, beside what chance would give.
+
+M is the number of spikes of C. P2 reads it off the spectrum; here it is the participation ratio (tr C)²/tr C², which is
+M for M equal spikes, and by which P2's derivation (eqs. 32–40) goes through for any spectrum.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def coupling_matrix(covariance: Tensor) -> Tensor:
+    r"""Return :math:`R_{ij} = C_{ij} / \sqrt{|C_{ii} C_{jj}|}`.
+
+    Args:
+        covariance: C in the eigenbasis of H, (𝒩, 𝒩).
+
+    Returns:
+        R, (𝒩, 𝒩) float64; NaN in rows and columns whose diagonal entry is 0.
+
+    Source: P2, eq. 6.
+
+    Example:
+        >>> coupling_matrix(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]], dtype=torch.float64)
+    """
+    c = covariance.double()
+    scale = c.diagonal().abs().sqrt()
+    scale = torch.where(scale > 0.0, scale, torch.nan)
+    return c / scale / scale[:, None]
+
+
+def mean_coupling(coupling: Tensor) -> float:
+    r"""Return :math:`\mu = \operatorname{mean}_{i \ne j} |R_{ij}|`, over entries that are defined.
+
+    Args:
+        coupling: R, (𝒩, 𝒩).
+
+    Returns:
+        NaN where none is.
+
+    Source: P2, eq. 7.
+
+    Example:
+        >>> mean_coupling(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+        0.5
+    """
+    off = ~torch.eye(len(coupling), dtype=torch.bool, device=coupling.device)
+    values = coupling[off].double().abs()
+    return float(values[~values.isnan()].mean()) if bool((~values.isnan()).any()) else math.nan
+
+
+def effective_spikes(covariance: Tensor) -> float:
+    r"""Return the participation ratio of the spectrum, :math:`M = (\operatorname{tr} C)^2 / \operatorname{tr} C^2`.
+
+    Args:
+        covariance: C, (D, D), in any basis.
+
+    Returns:
+        Between 1 and D for a positive semidefinite C; NaN for C = 0.
+
+    Example:
+        >>> effective_spikes(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0])))
+        3.0
+    """
+    c = covariance.double()
+    energy = float(c.square().sum())
+    return float(c.trace()) ** 2 / energy if energy else math.nan
+
+
+def random_coupling(spikes: float) -> float:
+    r"""Return what theory expects of μ where C has nothing to do with H: :math:`\sqrt{2/\pi} / \sqrt M`.
+
+    Holds for 1 ≪ M ≪ D, where the diagonal of a rotated C hardly scatters; elsewhere :func:`haar_coupling` tells.
+
+    Source: P2, eq. 40.
+
+    Example:
+        >>> round(random_coupling(20.0), 4)
+        0.1784
+    """
+    return math.sqrt(2.0 / math.pi / spikes)
+
+
+class CouplingTest(NamedTuple):
+    """How unlikely the observed coupling is by chance.
+
+    Attributes:
+        baseline: μ₀, what is expected by chance.
+        standard_error: SE.
+        z: (μ − μ₀) / SE.
+        p: one-sided, P(Z ≤ z); 0 where it is too small for a float.
+        log10_p: its decimal logarithm, also where p is 0.
+    """
+
+    baseline: float
+    standard_error: float
+    z: float
+    p: float
+    log10_p: float
+
+
+def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTest:
+    r"""Test whether μ is below what chance gives.
+
+    .. math:: Z = \frac{\mu - \mu_0}{SE}, \qquad \mu_0 = \sqrt{\frac{2}{\pi M}}, \qquad
+        SE = \frac1{\mathcal N} \sqrt{\frac{1 - 2/\pi}{M}}
+
+    SE takes the 𝒩² entries of R for independent. They are not, where M is small: the scatter of :func:`haar_coupling`
+    is then far larger, and Z a number to compare runs by rather than a probability.
+
+    Args:
+        coupling: μ.
+        spikes: M.
+        directions: 𝒩, the size of R.
+
+    Source: P2, eqs. 42–46.
+
+    Example:
+        >>> round(coupling_test(0.066, 20.0, 2560).z)  # P2's own arithmetic, eq. 50, has −3378
+        -2135
+    """
+    baseline = random_coupling(spikes)
+    error = math.sqrt((1.0 - 2.0 / math.pi) / spikes) / directions
+    z = (coupling - baseline) / error
+    log_p = float(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)))
+    return CouplingTest(baseline, error, z, math.exp(log_p), log_p / math.log(10.0))
+
+
+def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return C with its eigenvectors rotated at random, in the first 𝒩 of the new directions.
+
+    Args:
+        covariance: C, (D, D).
+        directions: 𝒩.
+        generator: of the rotation, on C's device.
+
+    Returns:
+        (𝒩, 𝒩) float64, with the law of the leading block of QΛQᵀ for Haar-distributed Q.
+
+    Source: P2, section 2.2 and eq. 29.
+    """
+    c = covariance.double()
+    normal = torch.randn(len(c), directions, dtype=c.dtype, device=c.device, generator=generator)
+    q, r = torch.linalg.qr(normal)
+    # The factor whose diagonal is positive is unique, and by that Haar-distributed.
+    q = q * r.diagonal().sign()
+    return q.mT @ c @ q
+
+
+def haar_coupling(covariance: Tensor, directions: int, draws: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return μ of C rotated at random, (draws,) float64: see :func:`haar_rotated`."""
+    found = [mean_coupling(coupling_matrix(haar_rotated(covariance, directions, generator))) for _ in range(draws)]
+    return torch.tensor(found, dtype=torch.float64)

@@ -1,0 +1,223 @@
+r"""Activity–weight duality: the noise between two mini-batches as changes of the weight, sample by sample.
+
+Each sample p of one mini-batch is paired with the nearest sample p' of its class in another one. What differs at the
+input of the layer, Δa = a' − a, does to z = W a what the smallest change ΔW* of the weight would do. To first order,
+
+.. math:: g_{p'} - g_p \approx \underbrace{h_p\, \Delta w_p}_{\text{I}}
+    + \underbrace{(\nabla \Delta w_p)^\top \nabla \ell_p}_{\text{II}}
+    = (S W \Delta a)\, a^\top + \delta\, \Delta a^\top,
+
+since h = S ⊗ a aᵀ and ∇ℓ = δ aᵀ: the norm of a cancels in both.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.functional.noise.kronecker import kronecker_sums, unpacked
+
+# Approximations of C in the order in which P2 makes them, and its parts.
+CHAIN = ("raw", "hh", "hh_sd", "hh_sd_wd", "hh_sd_wd_li")
+PARTS = ("hg", "gg")
+
+
+def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_labels: Tensor) -> Tensor:
+    r"""Return for each sample the nearest one of its class in another mini-batch.
+
+    .. math:: p' = \arg\min_{k:\, y_k = y_p} \lVert x_k - x_p\rVert_2
+
+    Args:
+        inputs: x_p, (n, …).
+        labels: y_p, (n,).
+        other_inputs: x_k, (n', …).
+        other_labels: y_k, (n',).
+
+    Returns:
+        Indices into the other mini-batch, (n,); −1 where it has no sample of the class.
+
+    Source: P2, section 3.1.
+
+    Example:
+        >>> matched_pairs(torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1]), torch.tensor([[0.1], [0.2]]), torch.ones(2))
+        tensor([-1,  1])
+    """
+    distances = torch.cdist(
+        inputs.flatten(1).double(), other_inputs.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    distances = distances.masked_fill(labels[:, None] != other_labels[None, :], torch.inf)
+    nearest, index = distances.min(1)
+    return torch.where(nearest.isfinite(), index, -1)
+
+
+def minimal_weight_change(weight: Tensor, activations: Tensor, shifts: Tensor) -> Tensor:
+    r"""Return the smallest ΔW with (W + ΔW) a = W (a + Δa).
+
+    .. math:: \Delta W^* = \frac{(W \Delta a)\, a^\top}{\lVert a\rVert^2}
+
+    Args:
+        weight: W, (out, in).
+        activations: a, (n, in).
+        shifts: Δa, (n, in).
+
+    Returns:
+        (n, out, in) float64; NaN where a = 0, which no change of W can move.
+
+    Source: P2, eqs. 8 and 9.
+
+    Example:
+        >>> minimal_weight_change(torch.eye(2), torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        tensor([[[0.0000, 0.0000],
+                 [0.5000, 0.0000]]], dtype=torch.float64)
+    """
+    a, moved = activations.double(), shifts.double() @ weight.double().mT
+    return moved[:, :, None] * a[:, None, :] / a.square().sum(-1)[:, None, None]
+
+
+class DualityTerms(NamedTuple):
+    """The two terms of P2's eq. 12 of each sample, each a matrix of rank one in the shape of W.
+
+    Attributes:
+        hessian: S W Δa, (n, out): term I is hessian · aᵀ.
+        activations: a, (n, in).
+        gradients: δ, (n, out): term II is gradients · Δaᵀ.
+        shifts: Δa, (n, in).
+        moved: W Δa, (n, out).
+        curvatures: S, (n, out, out).
+    """
+
+    hessian: Tensor
+    activations: Tensor
+    gradients: Tensor
+    shifts: Tensor
+    moved: Tensor
+    curvatures: Tensor
+
+    def term_one(self) -> Tensor:
+        """Hessian–weight terms h_p Δw_p, (n, out, in)."""
+        return self.hessian[:, :, None] * self.activations[:, None, :]
+
+    def term_two(self) -> Tensor:
+        """Gradient–activity terms, (n, out, in)."""
+        return self.gradients[:, :, None] * self.shifts[:, None, :]
+
+
+def duality_terms(
+    weight: Tensor, activations: Tensor, gradients: Tensor, curvatures: Tensor, shifts: Tensor
+) -> DualityTerms:
+    """Return the terms of the change of each sample's gradient.
+
+    Args:
+        weight: W, (out, in).
+        activations: a, (n, in).
+        gradients: δ = ∂ℓ/∂z, (n, out).
+        curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
+        shifts: Δa, (n, in).
+
+    Source: P2, eqs. 11, 12 and 57.
+    """
+    shifts, s = shifts.double(), curvatures.double()
+    moved = shifts @ weight.double().mT
+    s = 0.5 * (s + s.mT)
+    hessian = (s @ moved[:, :, None]).squeeze(-1)
+    return DualityTerms(hessian, activations.double(), gradients.double(), shifts, moved, s)
+
+
+class DualitySums:
+    """Sums over pairs of mini-batches from which the approximations of C follow; they merge by addition.
+
+    A pair of mini-batches of B samples gives g_μν = (1/B) Σ_p (I_p + II_p), and counts as B/2 g_μν g_μνᵀ, so that C is
+    that of single samples whatever B is.
+
+    Args:
+        out: rows of W.
+        into: its columns.
+        device: where the sums are kept.
+    """
+
+    # Gradients of that many mini-batches are multiplied at once: one by one, each would go through all of D × D.
+    _AT_ONCE = 64
+
+    def __init__(self, out: int, into: int, device: torch.device | str = "cpu") -> None:
+        self.out, self.into = out, into
+        size, packed = out * into, out * (out + 1) // 2 * into * (into + 1) // 2
+        self._sizes = (3 * size * size, 2 * packed, 3)
+        self._state = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def state(self) -> Tensor:
+        """All sums in one vector, float64: those of several sets of pairs add up."""
+        self._multiply()
+        return self._state
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._waiting.clear()
+        self._state = state
+
+    def _multiply(self) -> None:
+        if not self._waiting:
+            return
+        one, two = (torch.stack(side) for side in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        for total, left, right in zip(self._parts()[0], (one, one, two), (one, two, two), strict=True):
+            total.addmm_(left.mT, right)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.out * self.into
+        batches, samples, counts = self._state.split(self._sizes)
+        return batches.view(3, size, size), samples.view(2, self.out * (self.out + 1) // 2, -1), counts
+
+    def add(self, terms: DualityTerms) -> None:
+        """Add the samples of one mini-batch with what they have become in another."""
+        _, samples, counts = self._parts()
+        count = len(terms.moved)
+        if not count:
+            return
+        # B/2 g gᵀ with g the mean over B.
+        scale = (0.5 / count) ** 0.5
+        one = (terms.hessian.mT @ terms.activations).flatten() * scale
+        two = (terms.gradients.mT @ terms.shifts).flatten() * scale
+        self._waiting.append((one, two))
+        if len(self._waiting) == self._AT_ONCE:
+            self._multiply()
+        sigma, directions = torch.linalg.eigh(terms.curvatures)
+        along = (directions.mT @ terms.moved[:, :, None]).squeeze(-1)
+        rotated = directions * (sigma * along)[:, None, :]
+        own = torch.stack([terms.hessian[:, :, None] * terms.hessian[:, None, :], rotated @ rotated.mT], dim=1)
+        samples += kronecker_sums(0.5 / count * own, terms.activations)
+        length = terms.activations.square().sum(-1)
+        seen = length > 0.0
+        squares = (terms.moved.square().sum(-1)[seen] / length[seen]).sum()
+        counts += torch.stack([squares, seen.sum().double(), torch.ones_like(squares)])
+
+    @property
+    def batches(self) -> int:
+        """Number of ordered pairs of mini-batches."""
+        return int(self._parts()[2][2])
+
+    @property
+    def weight_variance(self) -> float:
+        r"""σ_w² = E‖ΔW*‖²/out: the mean square of Δw along the directions s ⊗ a/‖a‖, in which all of it lies."""
+        squares, count, _ = self._parts()[2].tolist()
+        return squares / count / self.out if count else float("nan")
+
+    def matrices(self, second_moment: Tensor | None = None) -> dict[str, Tensor]:
+        r"""Return the approximations of the covariance of single samples, (D, D) float64 each.
+
+        "raw" = "hh" + "hg" + "gg" with both cross terms in "hg"; "hh_sd" leaves out products of different samples,
+        "hh_sd_wd" those of different eigendirections of h_p as well, and "hh_sd_wd_li", given E_p[h_p²], takes σ_w² for
+        the variance of Δw along all of them.
+
+        Source: P2, eqs. 58, 59, 61, 64, 67 and 70.
+        """
+        self._multiply()
+        batches, samples, counts = self._parts()
+        hh, cross, gg = batches / counts[2]
+        sd, wd = unpacked(samples / counts[2], self.out, self.into)
+        hg = cross + cross.mT
+        found = {"raw": hh + hg + gg, "hh": hh, "hg": hg, "gg": gg, "hh_sd": sd, "hh_sd_wd": wd}
+        if second_moment is not None:
+            found["hh_sd_wd_li"] = 0.5 * self.weight_variance * second_moment
+        return found

@@ -1,0 +1,92 @@
+r"""Sums over samples of Kronecker products B_p ⊗ a_p a_pᵀ, in which all of a linear layer's second-order statistics lie.
+
+A weight W (out, in) that enters the loss of a sample once, as z = W a, has, with δ = ∂ℓ/∂z and S = ∂²ℓ/∂z∂zᵀ,
+
+.. math:: g = \delta \otimes a, \qquad g g^\top = \delta\delta^\top \otimes a a^\top, \qquad
+    h = S \otimes a a^\top, \qquad h^2 = \lVert a\rVert^2 S^2 \otimes a a^\top .
+
+Both factors are symmetric: their upper triangles are all there is to sum, a quarter of the work, by one matrix product
+for all samples. Entries of W are in row-major order: W[o, i] is number o · in + i of D = out · in.
+"""
+
+import torch
+from torch import Tensor
+
+# Numbers of the intermediate a aᵀ that are made at a time: 64 MB in float64.
+_PIECE = 2**23
+
+
+def kronecker_sums(blocks: Tensor, activations: Tensor) -> Tensor:
+    r"""Return :math:`\sum_p B_p \otimes a_p a_p^\top` in packed form, which merges by addition.
+
+    Args:
+        blocks: B, (n, q, out, out): q symmetric matrices of each sample.
+        activations: a, (n, in).
+
+    Returns:
+        (q, out (out + 1) / 2, in (in + 1) / 2) float64; see :func:`unpacked`.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+
+    Example:
+        >>> sums = kronecker_sums(torch.ones(1, 1, 1, 1), torch.tensor([[1.0, 2.0]]))
+        >>> unpacked(sums, 1, 2)
+        tensor([[[1., 2.],
+                 [2., 4.]]], dtype=torch.float64)
+    """
+    if blocks.ndim != 4 or activations.ndim != 2 or len(blocks) != len(activations):
+        raise ValueError(
+            f"blocks and activations must be (n, q, out, out) and (n, in), got {tuple(blocks.shape)} and "
+            f"{tuple(activations.shape)}: give one of each a sample."
+        )
+    count, kinds, out, _ = blocks.shape
+    rows = torch.triu_indices(out, out, device=blocks.device)
+    columns = torch.triu_indices(activations.shape[1], activations.shape[1], device=activations.device)
+    width = columns.shape[1]
+    total = torch.zeros(kinds * rows.shape[1], width, dtype=torch.float64, device=blocks.device)
+    piece = max(1, _PIECE // max(width, total.shape[0]))
+    for first in range(0, count, piece):
+        own = blocks[first : first + piece].double()
+        a = activations[first : first + piece].double()
+        packed = own[:, :, rows[0], rows[1]].flatten(1)
+        total.addmm_(packed.mT, a[:, columns[0]] * a[:, columns[1]])
+    return total.view(kinds, -1, width)
+
+
+def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
+    """Return what :func:`kronecker_sums` gave as full matrices, (q, D, D).
+
+    Args:
+        sums: packed sums, (q, out (out + 1) / 2, in (in + 1) / 2).
+        out: rows of the weight.
+        into: its columns.
+    """
+    size = out * into
+    matrices = [
+        one[_places(out, one.device)][:, :, _places(into, one.device)].permute(0, 2, 1, 3).reshape(size, size)
+        for one in sums
+    ]
+    return torch.stack(matrices)
+
+
+def _places(size: int, device: torch.device) -> Tensor:
+    """Where each entry of a symmetric matrix lies in its packed upper triangle, (size, size)."""
+    rows, columns = torch.triu_indices(size, size, device=device)
+    places = torch.zeros(size, size, dtype=torch.long, device=device)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)
+    return places
+
+
+def linear_blocks(activations: Tensor, gradients: Tensor, curvatures: Tensor) -> Tensor:
+    r"""Return the blocks of g gᵀ, h and h²: (n, 3, out, out) float64.
+
+    Args:
+        activations: a, (n, in).
+        gradients: δ = ∂ℓ/∂z, (n, out).
+        curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
+    """
+    delta, s = gradients.double(), curvatures.double()
+    s = 0.5 * (s + s.mT)
+    length = activations.double().square().sum(-1)[:, None, None]
+    return torch.stack([delta[:, :, None] * delta[:, None, :], s, length * (s @ s)], dim=1)
