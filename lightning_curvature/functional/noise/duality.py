@@ -39,7 +39,8 @@ def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_la
     Source: P2, section 3.1.
 
     Example:
-        >>> matched_pairs(torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1]), torch.tensor([[0.1], [0.2]]), torch.ones(2))
+        >>> inputs, others = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.1], [0.2]])
+        >>> matched_pairs(inputs, torch.tensor([0, 1]), others, torch.tensor([1, 1]))
         tensor([-1,  1])
     """
     distances = torch.cdist(

@@ -1,4 +1,4 @@
-r"""Sums over samples of Kronecker products B_p ⊗ a_p a_pᵀ, in which all of a linear layer's second-order statistics lie.
+r"""Sums over samples of Kronecker products B_p ⊗ a_p a_pᵀ, in which all second-order statistics of a linear layer lie.
 
 A weight W (out, in) that enters the loss of a sample once, as z = W a, has, with δ = ∂ℓ/∂z and S = ∂²ℓ/∂z∂zᵀ,
 
