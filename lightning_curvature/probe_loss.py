@@ -120,8 +120,16 @@ class ProbeLoss:
             batches.append(to_device(self._trainer, self._objective.module, probe))
         return batches
 
-    def losses_of_many(self, stacked: Stacked, seed: int) -> Tensor:
-        """Losses of batches that were moved and stacked, (batches,), all at the parameters as they are.
+    def losses_of_many(
+        self, stacked: Stacked, seed: int, parameters: Sequence[Tensor] = (), copies: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Losses of batches that were moved and stacked, (batches,).
+
+        Args:
+            stacked: the batches.
+            seed: of their random numbers.
+            parameters: those that have a copy for each batch; all others are as they are.
+            copies: of each, (batches, shape).
 
         Raises:
             Exception: see :func:`~.stacked_loss.stacked_losses`.
@@ -129,7 +137,7 @@ class ProbeLoss:
         self._state.restore(gently=True)
         # Fused attention has no rule for ``vmap`` on a CPU, which would go through it sample by sample.
         with differentiable():
-            return self._stacked(stacked, 0, seed)[0]
+            return self._stacked(stacked, 0, seed, parameters, copies)[0]
 
     def _stacked(
         self,

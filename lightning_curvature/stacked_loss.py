@@ -90,6 +90,30 @@ def stack(batches: Sequence[Any]) -> Stacked:
     return tuple(tensors), rebuild
 
 
+def single_samples(batch: Any, size: int) -> Stacked:
+    """Take a batch apart into batches of one sample, stacked: its tensors with that many rows, and all else as it is.
+
+    Args:
+        batch: any collection.
+        size: samples in it.
+
+    Raises:
+        ValueError: if no tensor has as many rows.
+    """
+    leaves, structure = tree_flatten(batch)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size]
+    if not places:
+        raise ValueError(f"a batch must hold a tensor with a row for each of its {size} samples, got none")
+
+    def rebuild(of_sample: Sequence[Tensor]) -> Any:
+        own = list(leaves)
+        for place, tensor in zip(places, of_sample, strict=True):
+            own[place] = tensor
+        return tree_unflatten(own, structure)
+
+    return tuple(leaves[place].unsqueeze(1) for place in places), rebuild
+
+
 def forward_operations(evaluate: Callable[[], object]) -> int:
     """Count the floating-point operations of the matrix products and convolutions of one evaluation."""
     # As it will be differentiated: the counter does not see into compiled code.

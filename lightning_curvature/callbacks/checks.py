@@ -1,6 +1,7 @@
 """Checks of arguments and modules of monitors: one sentence with argument or object, rule, value and remedy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -32,6 +33,20 @@ def check_fraction(argument: str, value: object, remedy: str) -> None:
     """Raise unless ``value`` lies between 0 and 1."""
     if not isinstance(value, float) or not 0.0 < value < 1.0:
         raise ValueError(f"{argument} must lie between 0 and 1, got {value!r}: {remedy}.")
+
+
+def check_numbers(argument: str, value: object, remedy: str, least: int = 1) -> tuple[int, ...]:
+    """Return one whole number or several, as they ascend; none only where 0 may be among them.
+
+    Raises:
+        ValueError: if one is not a whole number of at least ``least``.
+    """
+    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    # Also those of numpy.
+    numbers = tuple(int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n for n in numbers)
+    for number in numbers or (value,) * least:
+        check_count(argument, str(number) if isinstance(number, bool) else number, least, remedy)
+    return tuple(sorted(set(numbers)))
 
 
 def check_not_quantized(monitor: str, module: nn.Module) -> None:

@@ -165,13 +165,17 @@ class ProbeSetMonitor(Monitor):
 
     def _read(self, trainer: pl.Trainer, batch: Any, errors: list[Exception]) -> Any:
         """Read the data of all measurements of a fit; a rank with errors takes part, and tells the others."""
+        return self._read_from(trainer, self.probe_dataloader, batch, errors)
+
+    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> Any:
+        """Read from a loader, or where it is None from the Trainer's."""
         size, group = self.micro_batch_size, 1
         if self._by_step and not errors:
             with noted(errors):
                 size, group = self._step_groups(trainer, batch)
         return read_probe_set(
             trainer,
-            self.probe_dataloader,
+            loader,
             samples=self.probe_samples,
             batch_size=size,
             group_size=group,

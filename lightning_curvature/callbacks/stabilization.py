@@ -7,21 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from lightning_curvature.callbacks.checks import check_not_quantized
 from lightning_curvature.callbacks.monitor import OnError
-from lightning_curvature.callbacks.probe_set_monitor import ProbeSetMonitor
-from lightning_curvature.callbacks.stabilization_options import check_directions, check_numbers, growth_options
-from lightning_curvature.failures import agree, noted
-from lightning_curvature.isolation import attached, untouched
+from lightning_curvature.callbacks.occasional_monitor import OccasionalMonitor
+from lightning_curvature.callbacks.stabilization_options import check_directions, growth_options
 from lightning_curvature.linalg import VectorSpace
-from lightning_curvature.objective import ObjectiveFunction, StepObjective
+from lightning_curvature.objective import ObjectiveFunction
 from lightning_curvature.ordered_samples import OrderedSamples, read_ordered_samples
-from lightning_curvature.parallel import is_sharded
 from lightning_curvature.probe_loss import ProbeLoss
 from lightning_curvature.probing import Law, products_at_once
 from lightning_curvature.progress import Progress
@@ -42,7 +36,7 @@ Directions = Callable[[pl.LightningModule], Tensor]
 _MICRO_BATCH = 16
 
 
-class StabilizationMonitor(ProbeSetMonitor):
+class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
     r"""Measure how much one more sample changes the loss around the parameters, for several numbers of samples.
 
     L_k is the mean loss of the first k of a fixed order of training samples, w the parameters as they are. Quantities:
@@ -145,7 +139,9 @@ class StabilizationMonitor(ProbeSetMonitor):
         on_error: OnError = "warn",
     ) -> None:
         super().__init__(
-            every_n_train_steps=1 if every_n_train_steps is None else every_n_train_steps,
+            at_end=at_end,
+            at_steps=at_steps,
+            every_n_train_steps=every_n_train_steps,
             probe_samples=None,
             probe_dataloader=probe_dataloader,
             micro_batch_size=micro_batch_size,
@@ -179,182 +175,57 @@ class StabilizationMonitor(ProbeSetMonitor):
                 f"directions must be a callable, got a {type(directions).__name__}: give one that returns (D, N) "
                 "vectors for a module."
             )
-        steps = check_numbers(
-            "at_steps", at_steps, "(0, 100) measures before the first step and before step 100", least=0
-        )
-        self.at_end, self.at_steps, self.directions = at_end, frozenset(steps), directions
-        self._periodic, self._is_named = every_n_train_steps is not None, False
-        self.result: SampleGrowth | None = None
+        self.directions = directions
 
-    def evaluate(
-        self, module: pl.LightningModule, dataloader: Any = None, trainer: pl.Trainer | None = None
-    ) -> SampleGrowth:
-        """Measure a module as it is, a checkpoint for example, without a fit; nothing is logged.
-
-        The module comes back as it was, on the device where it was.
-
-        Args:
-            module: the module; all its parameters that require gradients are moved.
-            dataloader: a DataLoader with the samples; default: ``probe_dataloader``.
-            trainer: gives device and precision; default: a Trainer on the device that Lightning finds.
-
-        Returns:
-            The values, also in ``result``.
-
-        Raises:
-            MisconfigurationException: for what the module or the data cannot give.
-
-        Example:
-            >>> class Line(pl.LightningModule):
-            ...     def __init__(self):
-            ...         super().__init__()
-            ...         self.w = torch.nn.Parameter(torch.ones(3))
-            ...     def training_step(self, batch, batch_idx):
-            ...         return (batch @ self.w).square().mean()
-            >>> import torch
-            >>> data = torch.utils.data.DataLoader(torch.eye(3).repeat(4, 1), batch_size=4)
-            >>> monitor = StabilizationMonitor(sample_sizes=(2, 4), subspace_dim=1, candidates=2, sigma=0.1)
-            >>> growth = monitor.evaluate(Line(), data, pl.Trainer(accelerator="cpu", devices=1, logger=False))
-            >>> sorted(growth.curves())[0]
-            ('delta_1', 'exact', 0, 0.0)
-        """
-        loader = self.probe_dataloader if dataloader is None else dataloader
-        if not isinstance(module, pl.LightningModule):
-            raise MisconfigurationException(
-                f"module must be a LightningModule, whose training_step gives the loss, got a {type(module).__name__}: "
-                "wrap the network in one, or load the checkpoint by load_from_checkpoint."
-            )
-        if isinstance(loader, Dataset):
-            raise MisconfigurationException(
-                f"dataloader must be a DataLoader, got a {type(loader).__name__}: wrap it, DataLoader(dataset)."
-            )
-        if loader is None:
-            raise MisconfigurationException(
-                "dataloader must be given where there is no Trainer's, got None: give a DataLoader of single samples."
-            )
-        trainer = trainer or pl.Trainer(
-            devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-        )
-        check_not_quantized(type(self).__name__, module)
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        if not parameters:
-            raise MisconfigurationException(
-                "module must have parameters that require gradients, got none: call module.unfreeze(), or "
-                "requires_grad_() on those that shall be moved."
-            )
-        self._check_parameters(parameters)
-        with torch.inference_mode(False), attached(trainer, module, parameters):
-            objective = StepObjective(module, trainer.strategy.root_device, None, self.objective_function)
-            objective.bystanders.save_all()
-            with untouched(module, objective.device, objective.bystanders.saved, trainer.optimizers):
-                samples, errors, at_once = self._samples(trainer, loader, []), list[Exception](), 0.0
-                with noted(errors):
-                    objective.bystanders.begin()
-                    loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
-                    problem, at_once = self._problem(trainer, module, loss, samples, parameters, lambda: None)
-                at_once = agree(trainer, errors, "preparing the measurement", at_once)
-                self.result = self._measured(problem, int(at_once))
-        return self.result
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check parameters and modules against what is measured."""
-        if not (self.at_end or self.at_steps or self._periodic):
-            raise MisconfigurationException(
-                "at_end, at_steps or every_n_train_steps must say when to measure, got none of them: set at_end=True, "
-                "or call evaluate() without a fit."
-            )
-        super().on_fit_start(trainer, pl_module)
-        self.result, self._is_named = None, False
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the samples, so that what the data cannot give is said before training and not after it."""
-        try:
-            self._probe_set, self._has_read = self._read(trainer, None, []), True
-        except Exception as error:
-            if self.on_error == "raise" or isinstance(error, MisconfigurationException):
-                raise
-            # It is tried again when there is something to measure.
-
-    def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
-        super()._check_parameters(parameters)
-        if is_sharded(parameters):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find whole parameters, got sharded ones, through whose gathering second "
-                "derivatives do not reach: train with strategy='ddp', or call evaluate() on a checkpoint."
-            )
-        size, largest = sum(p.numel() for p in parameters), self.options.subspace_dims[0]
+    def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raise where there are too few parameters."""
+        size, largest = sum(p.numel() for p in self._parameters(trainer)), self.options.subspace_dims[0]
         if "delta_2_subspace" in self.options.quantities and largest >= size:
             raise MisconfigurationException(
                 f"subspace_dim must be below the number of parameters, got {largest} of {size}: ask for fewer."
             )
 
-    def _due(self, trainer: pl.Trainer) -> bool:
-        step, asked = trainer.global_step, self._asked_step
-        periodic = super()._due(trainer)
-        if step != asked:
-            # Where a batch makes several steps, the first that begins at or after the named one.
-            least = asked if asked >= 0 else step - 1
-            self._is_named = any(least < named <= step for named in self.at_steps)
-        return self._objective is not None and (self._is_named or (periodic and self._periodic))
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the parameters that came out."""
-        if self.at_end and self._objective is not None and trainer.global_step != self._measured_step:
-            self._measure_now(trainer, pl_module, None)
-
-    def _read(self, trainer: pl.Trainer, batch: Any, errors: list[Exception]) -> OrderedSamples:
-        return self._samples(trainer, self.probe_dataloader, errors)
-
-    def _samples(self, trainer: pl.Trainer, loader: Any, errors: list[Exception]) -> OrderedSamples:
+    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> OrderedSamples:
         count = self.options.sample_sizes[-1] + self.options.candidates
         return read_ordered_samples(trainer, loader, samples=count, seed=self.seed, errors=errors)
-
-    def _problem(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        loss: ProbeLoss,
-        samples: OrderedSamples,
-        parameters: Sequence[Tensor],
-        on_product: Callable[[], None],
-    ) -> tuple[GrowthProblem, float]:
-        """What is measured on what, and how many vectors are multiplied at once on this rank."""
-        losses = SampleLosses(loss, samples, self.micro_batch_size or _MICRO_BATCH)
-        if trainer.world_size > 1:
-            losses.check_local()
-        shape = (self.options.subspace_dims[0], sum(p.numel() for p in parameters))
-        problem = GrowthProblem(
-            trainer=trainer,
-            losses=losses,
-            parameters=parameters,
-            directions=None if self.directions is None else check_directions(self.directions(module), shape),
-            seed=self.seed,
-            on_product=on_product,
-        )
-        return problem, float(products_at_once(VectorSpace(parameters), trainer.num_devices))
 
     def prepare(
         self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: OrderedSamples
     ) -> tuple[tuple[GrowthProblem, Progress], float]:
-        """Return what is measured, and what shows that it is."""
+        """Return what is measured with what shows that it is, and how many vectors are multiplied at once."""
         progress = Progress(trainer, "sample growth")
-        module = trainer.lightning_module
-        problem, at_once = self._problem(trainer, module, loss, probe_set, self._parameters(trainer), progress.tick)
-        return (problem, progress), at_once
+        parameters = self._parameters(trainer)
+        losses = SampleLosses(loss, probe_set, self.micro_batch_size or _MICRO_BATCH)
+        if trainer.world_size > 1:
+            losses.check_local()
+        directions, shape = None, (self.options.subspace_dims[0], sum(p.numel() for p in parameters))
+        if self.directions is not None:
+            directions = check_directions(self.directions(trainer.lightning_module), shape)
+        problem = GrowthProblem(
+            trainer=trainer,
+            losses=losses,
+            parameters=parameters,
+            directions=directions,
+            seed=self.seed,
+            on_product=progress.tick,
+        )
+        return (problem, progress), float(products_at_once(VectorSpace(parameters), trainer.num_devices))
 
-    def measure(self, trainer: pl.Trainer, prepared: tuple[GrowthProblem, Progress], least: float) -> None:
-        """Measure at the parameters as they are and write what it gave."""
+    def measured(self, trainer: pl.Trainer, prepared: tuple[GrowthProblem, Progress], least: float) -> SampleGrowth:
+        """Measure at the parameters as they are."""
         problem, progress = prepared
         try:
-            self.result = self._measured(problem, int(least))
-        except Exception:
-            self.report_nothing(trainer)
-            raise
+            result = measure_growth(self.options, problem, int(least))
         finally:
             progress.close()
-        valid = {key: getattr(self.result, key) for key in self._validity_keys()}
-        self._write(trainer, self.result.headline() | valid)
-        report_growth(trainer, self.prefix, self.result)
+        self._warn_of(result)
+        return result
+
+    def report_result(self, trainer: pl.Trainer, result: SampleGrowth) -> None:
+        """Write headlines, curves, table and picture."""
+        valid = {key: getattr(result, key) for key in self._validity_keys()}
+        self._write(trainer, result.headline() | valid)
+        report_growth(trainer, self.prefix, result)
 
     def _validity_keys(self) -> list[str]:
         """Keys of where the model holds: of the subspace, and of the full space."""
@@ -365,8 +236,8 @@ class StabilizationMonitor(ProbeSetMonitor):
             keys.append("validated_sigma_full_space")
         return keys
 
-    def _measured(self, problem: GrowthProblem, at_once: int) -> SampleGrowth:
-        result = measure_growth(self.options, problem, at_once)
+    def _warn_of(self, result: SampleGrowth) -> None:
+        """Say what in a measurement cannot be trusted."""
         for where, in_subspace in (("subspace", True), ("full space", False)):
             errors, valid = result.model_errors(in_subspace), result.validated(in_subspace)
             beyond = [sigma for sigma in self.options.sigmas if sigma in errors and not sigma <= valid]
@@ -385,7 +256,6 @@ class StabilizationMonitor(ProbeSetMonitor):
                 f"eigenvectors had not converged after max_products={self.options.max_products} products: rows of the "
                 "table say where. Raise max_products or tolerance, or lower subspace_dim."
             )
-        return result
 
     def report_nothing(self, trainer: pl.Trainer) -> None:
         """Write NaN for all values."""

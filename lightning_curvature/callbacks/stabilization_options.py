@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names
+from lightning_curvature.callbacks.checks import check_count, check_fraction, check_names, check_numbers
 from lightning_curvature.probing import LAWS, Law
 from lightning_curvature.stabilization_problem import ESTIMATORS, QUANTITIES, Estimator, GrowthOptions, Quantity
 
@@ -83,20 +83,6 @@ def growth_options(
         max_products=max_products or 20 * dims[-1] + 20,
         model_tolerance=model_tolerance,
     )
-
-
-def check_numbers(argument: str, value: object, remedy: str, least: int = 1) -> tuple[int, ...]:
-    """Return one whole number or several, as they ascend; none only where 0 may be among them.
-
-    Raises:
-        ValueError: if one is not a whole number of at least ``least``.
-    """
-    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    # Also those of numpy.
-    numbers = tuple(int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n for n in numbers)
-    for number in numbers or (value,) * least:
-        check_count(argument, str(number) if isinstance(number, bool) else number, least, remedy)
-    return tuple(sorted(set(numbers)))
 
 
 def check_directions(vectors: object, shape: tuple[int, int]) -> Tensor:
