@@ -8,6 +8,7 @@ if TYPE_CHECKING:
         BatchSharpnessMonitor,
         DirectionalCurvatureMonitor,
         HessianSpectrumMonitor,
+        NoiseCovarianceMonitor,
         StabilizationMonitor,
     )
     from lightning_curvature.reporting import CurvatureWarning
@@ -18,6 +19,7 @@ __all__ = [
     "CurvatureWarning",
     "DirectionalCurvatureMonitor",
     "HessianSpectrumMonitor",
+    "NoiseCovarianceMonitor",
     "ParameterUpdate",
     "StabilizationMonitor",
 ]
@@ -27,6 +29,7 @@ _HOMES = {
     "CurvatureWarning": "reporting",
     "DirectionalCurvatureMonitor": "callbacks",
     "HessianSpectrumMonitor": "callbacks",
+    "NoiseCovarianceMonitor": "callbacks",
     "ParameterUpdate": "update",
     "StabilizationMonitor": "callbacks",
 }

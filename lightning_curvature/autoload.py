@@ -16,14 +16,18 @@ NAMES = {
     "spectrum": "HessianSpectrumMonitor",
     "batch_sharpness": "BatchSharpnessMonitor",
     "stabilization": "StabilizationMonitor",
+    "noise": "NoiseCovarianceMonitor",
 }
+# Those that must be told which parameter.
+_OF_PARAMETER = ("noise",)
 
 
 def monitors() -> "list[Monitor]":
     """Return the monitors that ``LIGHTNING_CURVATURE`` names, none where it is not set or empty.
 
-    Names are separated by commas, "directional", "spectrum", "batch_sharpness" or "stabilization", each with its
-    defaults (the last measures when fit ends), or with ``@n`` behind it for ``every_n_train_steps=n``.
+    Names are separated by commas, "directional", "spectrum", "batch_sharpness", "stabilization" or
+    "noise=<parameter>", each with its defaults (the last two measure when fit ends), or with ``@n`` behind it for
+    ``every_n_train_steps=n``.
 
     Raises:
         ValueError: for an unknown name or a number that is none.
@@ -40,12 +44,15 @@ def monitors() -> "list[Monitor]":
 
 
 def _monitor(entry: str) -> Any:
-    name, at, number = entry.partition("@")
-    if name not in NAMES or (at and not number.isdecimal()):
+    whole, at, number = entry.partition("@")
+    name, _, parameter = whole.partition("=")
+    if name not in NAMES or (at and not number.isdecimal()) or bool(parameter) != (name in _OF_PARAMETER):
         raise ValueError(
             f"{VARIABLE} must hold names from {tuple(NAMES)}, each with @n behind it or not, got {entry!r}: "
-            "'directional@10,spectrum' measures every 10 steps and at the default ones; unset it for none."
+            "'directional@10,spectrum' measures every 10 steps and at the default ones, 'noise=fc2.weight' the "
+            "noise on one parameter; unset it for none."
         )
     from lightning_curvature import callbacks
 
-    return getattr(callbacks, NAMES[name])(**({"every_n_train_steps": int(number)} if at else {}))
+    options: dict[str, Any] = {"every_n_train_steps": int(number)} if at else {}
+    return getattr(callbacks, NAMES[name])(**options, **({"parameter": parameter} if parameter else {}))

@@ -70,6 +70,10 @@ class BlockSamples:
             return self._loss.losses_of_many(stacked, self._seed)
         return torch.stack([self._one(sample) for sample in self._singles()])
 
+    def mean(self, at_once: bool) -> Tensor:
+        """Mean of the losses of the samples, with a graph where gradients are enabled; by the shortest way there is."""
+        return self.whole() if self.is_mean(at_once) else self.losses(at_once).mean()
+
     def is_mean(self, at_once: bool) -> bool:
         """Whether the loss of the micro-batch is the mean of those of its samples."""
         with torch.no_grad():

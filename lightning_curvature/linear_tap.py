@@ -114,7 +114,7 @@ def linear_statistics(
 
 
 def _pulled(slope: Tensor, zero: Tensor, rows: Tensor) -> tuple[Tensor | None, ...]:
-    """Products of several rows with second derivatives: at once, or one by one where an operation has no batched rule."""
+    """Products of several rows with second derivatives: at once, or one by one where that has no batched rule."""
     with contextlib.suppress(RuntimeError):
         return pull_back([slope], [zero], [rows], retain=True, batched=True)
     found = [pull_back([slope], [zero], [row], retain=True)[0] for row in rows]

@@ -90,6 +90,17 @@ def sum_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
     return sum_in_group
 
 
+def sum_of_tensors(trainer: pl.Trainer, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the ranks of several tensors, alike on all of them: one collective; the tensors on one process."""
+    reduce = sum_over_ranks(trainer)
+    if reduce is None:
+        return dict(values)
+    names = sorted(values)
+    packed = reduce(torch.cat([values[name].flatten() for name in names]))
+    parts = packed.split([values[name].numel() for name in names])
+    return {name: part.view_as(values[name]) for name, part in zip(names, parts, strict=True)}
+
+
 def vector_space(trainer: pl.Trainer, parameters: Sequence[Tensor]) -> VectorSpace:
     """The space of the parameters, of which ranks may hold parts."""
     if not is_sharded(parameters):

@@ -18,22 +18,25 @@ class Progress:
     Args:
         trainer: its progress bar is written to; Lightning's own are known, others show nothing.
         name: what is under way.
+        unit: what is counted.
         clock: seconds.
     """
 
-    def __init__(self, trainer: pl.Trainer, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name, self._clock, self._start, self._count = name, clock, clock(), 0
+    def __init__(
+        self, trainer: pl.Trainer, name: str, unit: str = "products", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._name, self._unit, self._clock, self._start, self._count = name, unit, clock, clock(), 0
         self._last = self._start
         self._show = _shower(trainer.progress_bar_callback) if trainer.is_global_zero else None
 
     def tick(self) -> None:
-        """Count one product."""
+        """Count one product, or whatever is counted."""
         self._count += 1
         now = self._clock()
         # Once a second is enough to see that it moves.
         if self._show is not None and now - self._start >= _PATIENCE_SECONDS and now - self._last >= 1.0:
             self._last = now
-            self._show(f"{self._name}: {self._count} products, {now - self._start:.0f} s")
+            self._show(f"{self._name}: {self._count} {self._unit}, {now - self._start:.0f} s")
 
     def close(self) -> None:
         """Take the note off."""
@@ -44,7 +47,7 @@ class Progress:
         """Say how long it took, where it took its time: also to who has no progress bar."""
         seconds = self._clock() - self._start
         if seconds >= _PATIENCE_SECONDS:
-            inform(f"{self._name}: the first measurement took {self._count} products, {seconds:.0f} s.")
+            inform(f"{self._name}: the first measurement took {self._count} {self._unit}, {seconds:.0f} s.")
 
 
 def _shower(bar: object) -> Callable[[str | None], None] | None:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_curvature.linalg import SpectralDensity
+from lightning_curvature.noise_curvature import NoiseCurvature
 from lightning_curvature.pictures import new_figure, picture_of
 from lightning_curvature.sample_growth import SampleGrowth
 
@@ -154,6 +155,21 @@ def report_growth(trainer: pl.Trainer, prefix: str, growth: SampleGrowth) -> Non
             f"the logger's folder must be one that can be written to, got {folder!r} ({error}): the table is in the "
             "monitor's result alone."
         )
+
+
+def report_noise(trainer: pl.Trainer, prefix: str, noise: NoiseCurvature) -> None:
+    """Write pictures of the noise against the curvature to every TensorBoard logger."""
+    writers = [logger.experiment for logger in _tensorboards(trainer)]
+    if not writers or not trainer.is_global_zero:
+        return
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    title = f"{prefix}: {noise.parameter} at step {step}"
+    for key, figure in (("noise_scatter", noise.draw(title)), ("noise_matrices", noise.draw_matrices(title))):
+        if figure is None:
+            warn("the noise covariance comes without pictures: install matplotlib to have them.")
+            return
+        for writer in writers:
+            writer.add_image(f"{prefix}/{key}", picture_of(figure), step, dataformats="HWC")
 
 
 def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:

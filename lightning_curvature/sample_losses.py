@@ -50,7 +50,7 @@ class SampleLosses:
         Raises:
             MisconfigurationException: if the training step communicates.
         """
-        with torch.no_grad(), differentiable(), _Alone():
+        with torch.no_grad(), differentiable(), Alone():
             for number in list(self.samples.own)[:1]:
                 self.one(number)
 
@@ -142,7 +142,7 @@ class SampleLosses:
         return self.samples.own[number].seed
 
 
-class _Alone(TorchDispatchMode):
+class Alone(TorchDispatchMode):
     """Raises before ranks communicate."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

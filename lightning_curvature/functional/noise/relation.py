@@ -110,7 +110,7 @@ def relative_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     return float((product - product.mT).norm()) / scale if scale else math.nan
 
 
-def random_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
+def random_commutativity_error(covariance: Tensor, hessian: Tensor, relative: bool = False) -> float:
     r"""Return the root mean square of :func:`commutativity_error` over all rotations of C's eigenvectors.
 
     With :math:`\lVert CH-HC\rVert_F^2 = 2 \operatorname{tr} C^2H^2 - 2 \operatorname{tr} CHCH`, both means over the
@@ -120,6 +120,8 @@ def random_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     Args:
         covariance: C, (D, D).
         hessian: H, (D, D).
+        relative: on the scale of :func:`relative_commutativity_error`: root mean square of the numerator over that of
+            the denominator.
 
     Returns:
         NaN where one of them is zero; 0 for D = 1.
@@ -141,7 +143,8 @@ def random_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     alike = c2 * h1**2 + c2 * h2 + c1**2 * h2
     unlike = 2.0 * c2 * h2 + c2 * (h1**2 + h2) + c1**2 * (h1**2 + h2)
     alternating = ((size + 1) * alike - unlike) / (size * (size - 1) * (size + 2))
-    return math.sqrt(max(2.0 * c2 * h2 / size - 2.0 * alternating, 0.0) / (c2 * h2))
+    straight = c2 * h2 / size
+    return math.sqrt(max(2.0 * straight - 2.0 * alternating, 0.0) / (straight if relative else c2 * h2))
 
 
 def eigen_alignment(covariance: Tensor) -> float:

@@ -1,0 +1,328 @@
+"""The monitor of SGD's gradient noise against the curvature of the loss."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_curvature.block_samples import BlockSamples
+from lightning_curvature.callbacks.checks import check_count, check_names
+from lightning_curvature.callbacks.monitor import OnError
+from lightning_curvature.callbacks.occasional_monitor import OccasionalMonitor
+from lightning_curvature.data_reading import sample_count
+from lightning_curvature.linear_tap import SeveralUsesError, linear_statistics
+from lightning_curvature.noise import measure_noise
+from lightning_curvature.noise_curvature import NoiseCurvature
+from lightning_curvature.noise_problem import KEYS, QUANTITIES, NoiseOptions, NoiseProblem, Pairing, Quantity
+from lightning_curvature.objective import ObjectiveFunction
+from lightning_curvature.operators.memory import available_memory
+from lightning_curvature.probe_data import ProbeSet, step_size
+from lightning_curvature.probe_loss import ProbeLoss
+from lightning_curvature.progress import Progress
+from lightning_curvature.reporting import check_tensorboard, inform, report_noise, warn
+from lightning_curvature.sample_losses import Alone
+
+# Matrices of D × D numbers in double precision that there are at one time, with what an eigensolver takes.
+_MATRICES = 10
+# Share of the free memory that they may take.
+_SHARE = 0.8
+_NEAREST = 3
+
+
+class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
+    r"""Measure how the noise of SGD's gradient relates to the curvature of the loss, on one block of parameters.
+
+    .. math:: C = \frac1b \left( E_i[g_i g_i^\top] - g g^\top \right), \qquad H = E_i[h_i]
+
+    over single training samples, by one parameter of D entries; the two are compared in the eigenvectors v_i of the 𝒩
+    largest eigenvalues of H. Quantities and their keys, each written as ``<prefix>/<key>``:
+
+    * "noise_gamma": ``noise_gamma``, γ of :math:`C_{ii} \propto H_{ii}^\gamma`, fitted to positive entries above the
+      rounding of H, with ``noise_gamma_stderr``. Theory has 1 ≤ γ ≤ 2 near a minimum.
+    * "noise_gamma_awd": ``noise_gamma_awd`` (and ``_stderr``), the same for what activity–weight duality puts in the
+      place of C, :math:`E_p[h_p^2]` up to a factor.
+    * "noise_commutativity": ``noise_commutativity`` = ‖CH − HC‖_F / (‖C‖_F ‖H‖_F); ``noise_commutativity_relative`` =
+      ‖CH − HC‖_F / ‖CH‖_F, beside ``noise_commutativity_random``, what this would be for a C with random eigenvectors
+      (up to √2, exact). The first is small for matrices that have little to do with each other as well.
+    * "noise_alignment": ``noise_alignment``, the share of the energy of C that is on its diagonal.
+    * "noise_spearman": ``noise_spearman``, rank correlation of C_ii and H_ii.
+    * "noise_coupling": ``noise_coupling`` = mean of |C_ij| / √|C_ii C_jj|, i ≠ j; ``noise_coupling_random``, the same
+      with random eigenvectors; ``noise_coupling_z``, its distance from theory for such ones in standard errors.
+    * "noise_awd_chain": ``noise_gamma_awd_raw``, ``_hh``, ``_hh_sd``, ``_hh_sd_wd`` and ``_hh_sd_wd_li``: γ of P2's
+      approximations of C one after the other, from pairs of mini-batches (linear layers with class labels only).
+
+    TensorBoard gets pictures: ``noise_scatter``, C_ii against H_ii with the fit, and ``noise_matrices``, C in the
+    eigenbasis and the coupling beside that of random eigenvectors. ``result`` holds everything as a
+    :class:`~lightning_curvature.noise_curvature.NoiseCurvature`.
+
+    Two routes lead to C and H; the first measurement says which one it takes. *Kronecker*: the weight of a linear layer
+    that is used once for each sample, of which no per-sample Hessian is formed; costs, for each micro-batch, one
+    forward, and a backward of what comes after the layer for each of its outputs. *General*: any other parameter;
+    costs a gradient of each sample, D products with each micro-batch, and 𝒩 products with each sample for
+    ``noise_gamma_awd``. Both need D × D matrices in memory, ten of them (0.5 GB for D = 2500), and one eigenvalue
+    problem of that size.
+
+    Args:
+        parameter: name of the block, as ``named_parameters()`` has it.
+        quantities: which of the above.
+        top: 𝒩; None for 40 % of D, as P2 takes.
+        batch_size: b; default: samples of an optimizer step.
+        haar_draws: random rotations for ``noise_coupling_random``.
+        pairing: callable batch → (inputs, labels) for "noise_awd_chain"; default: the batch is such a pair.
+        at_end: measure when fit ends.
+        at_steps: measure before these optimizer steps.
+        every_n_train_steps: measure before steps 0, n, 2n, …; None for not.
+        probe_samples: the most samples; None for all training data.
+        probe_dataloader: where to take them from; default: the Trainer's train dataloader.
+        micro_batch_size: samples differentiated at once; default: the loader's batch size, with "noise_awd_chain" twice
+            that: its halves are the mini-batches that are paired.
+        objective: callable (module, batch) → mean loss, in place of training_step.
+        optimizer_index: which optimizer to follow where there are several.
+        probe_mode: "eval" switches the module for the measurement, "train" leaves it in its modes.
+        probe_precision: "32-true" runs without autocast; None in the precision of the run.
+        seed: of the choice of samples and of random rotations.
+        prefix: prefix of the keys.
+        on_error: "warn" logs NaN and warns when a measurement fails; "raise" raises.
+
+    Raises:
+        ValueError: for an argument outside its rule.
+        MisconfigurationException: at the start of fit, for what the module, the data or the strategy cannot give.
+
+    Source: P2, eqs. 2, 6, 7, 15, 18 and 46.
+    """
+
+    _batch_norm_note = "a sample alone has no statistics of a batch, and most layers refuse it"
+
+    def __init__(
+        self,
+        *,
+        parameter: str,
+        quantities: Sequence[Quantity] = QUANTITIES[:-1],
+        top: int | None = None,
+        batch_size: int | None = None,
+        haar_draws: int = 4,
+        pairing: Pairing | None = None,
+        at_end: bool = True,
+        at_steps: Sequence[int] = (),
+        every_n_train_steps: int | None = None,
+        probe_samples: int | None = 4096,
+        probe_dataloader: Any = None,
+        micro_batch_size: int | None = None,
+        objective: ObjectiveFunction | None = None,
+        optimizer_index: int = 0,
+        probe_mode: Literal["train", "eval"] = "eval",
+        probe_precision: Literal["32-true"] | None = "32-true",
+        seed: int = 0,
+        prefix: str = "curvature",
+        on_error: OnError = "warn",
+    ) -> None:
+        super().__init__(
+            at_end=at_end,
+            at_steps=at_steps,
+            every_n_train_steps=every_n_train_steps,
+            probe_samples=probe_samples,
+            probe_dataloader=probe_dataloader,
+            micro_batch_size=micro_batch_size,
+            probe_mode=probe_mode,
+            probe_precision=probe_precision,
+            seed=seed,
+            objective=objective,
+            outputs=None,
+            optimizer_index=optimizer_index,
+            prefix=prefix,
+            on_error=on_error,
+        )
+        if not isinstance(parameter, str) or not parameter:
+            raise ValueError(
+                f"parameter must be a name out of named_parameters(), got {parameter!r}: give one such as 'fc2.weight'."
+            )
+        check_names("quantities", quantities, QUANTITIES)
+        check_count("top", top, 3, "None takes 40 % of the directions", optional=True)
+        check_count("batch_size", batch_size, 1, "None takes the samples of an optimizer step", optional=True)
+        check_count("haar_draws", haar_draws, 1, "4 tell the mean to about a per cent")
+        if pairing is not None and not callable(pairing):
+            raise ValueError(
+                f"pairing must be a callable, got a {type(pairing).__name__}: give one that returns inputs and "
+                "labels of a batch."
+            )
+        self.parameter, self.batch_size = parameter, batch_size
+        self.options = NoiseOptions(tuple(dict.fromkeys(quantities)), top, haar_draws, pairing)
+        self._told: set[str] = set()
+        self._why_general = ""
+
+    def charts(self) -> dict[str, list[str]]:
+        """TensorBoard charts: exponents together, and what chance would give beside what is measured."""
+        keys = [key for q in self.options.quantities for key in KEYS[q] if not key.endswith("_stderr")]
+        charts = {
+            "noise exponent γ": [key for key in keys if key.startswith("noise_gamma")],
+            "noise commutativity and chance": [k for k in keys if k.startswith("noise_commutativity_")],
+            "noise coupling and chance": [k for k in keys if k.startswith("noise_coupling") and not k.endswith("_z")],
+        }
+        return {
+            f"{self.prefix}: {title}": [f"{self.prefix}/{key}" for key in names]
+            for title, names in charts.items()
+            if names
+        }
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the block is there, and that its matrices fit into memory."""
+        super().on_fit_start(trainer, pl_module)
+        self._told.clear()
+        check_tensorboard(trainer, "noise_scatter")
+
+    def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raise where the module has no such parameter, or one that is too large."""
+        named = dict(module.named_parameters(remove_duplicate=False))
+        if self.parameter not in named:
+            near = difflib.get_close_matches(self.parameter, named, n=_NEAREST, cutoff=0.3) or list(named)[:_NEAREST]
+            raise MisconfigurationException(
+                f"parameter must be a name out of named_parameters(), got {self.parameter!r}: the nearest are {near}."
+            )
+        block = named[self.parameter]
+        if not block.requires_grad:
+            raise MisconfigurationException(
+                f"parameter must require gradients, got the frozen {self.parameter!r}: unfreeze it or choose another."
+            )
+        size = block.numel()
+        if self.options.top is not None and self.options.top > size:
+            raise MisconfigurationException(
+                f"top must be at most the number of entries, got {self.options.top} of {size}: lower it, or leave "
+                "it out."
+            )
+        if size < 3:
+            raise MisconfigurationException(
+                f"parameter must have at least 3 entries for a power law, got {self.parameter!r} with {size}: choose a "
+                "weight."
+            )
+        limit = _SHARE * available_memory(block.device, trainer.num_devices)
+        if 8 * _MATRICES * size**2 > limit:
+            most = math.isqrt(int(limit) // (8 * _MATRICES))
+            fitting = sorted(((p.numel(), n) for n, p in named.items() if 3 <= p.numel() <= most), reverse=True)
+            others = ", ".join(f"{name!r} ({count:,})" for count, name in fitting[:_NEAREST])
+            raise MisconfigurationException(
+                f"parameter must be a block of at most {most:,} entries, whose square matrices fit into the "
+                f"{limit / 2**30:.1f} GiB that there are for them, got {self.parameter!r} with {size:,} "
+                f"({8 * _MATRICES * size**2 / 2**30:.1f} GiB): choose "
+                f"{f'one of {others}' if others else 'a smaller one'}."
+            )
+
+    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> tuple[ProbeSet, int]:
+        """Read the samples, and return them with b."""
+        own = getattr(loader if loader is not None else trainer.train_dataloader, "batch_size", None)
+        size = self.micro_batch_size
+        if size is None and "noise_awd_chain" in self.options.quantities and isinstance(own, int):
+            size = 2 * own
+        given = self.micro_batch_size
+        try:
+            self.micro_batch_size = size
+            probe_set = super()._read_from(trainer, loader, batch, errors)
+        finally:
+            self.micro_batch_size = given
+        step = step_size(trainer) or own
+        return probe_set, self.batch_size or (
+            step if isinstance(step, int) else sample_count(probe_set.batches[0].batch)
+        )
+
+    def prepare(
+        self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: tuple[ProbeSet, int]
+    ) -> tuple[tuple[NoiseProblem, Progress], float]:
+        """Return what is measured with what shows that it is, and whether this rank can take the Kronecker route."""
+        samples, batch_size = probe_set
+        module = trainer.lightning_module
+        progress = Progress(trainer, "noise covariance", "batches")
+        block = dict(module.named_parameters(remove_duplicate=False))[self.parameter]
+        first = BlockSamples(loss, samples.batches[0])
+        layer, at_once, ranks = _linear(module, self.parameter), False, trainer.world_size
+        if ranks > 1:
+            with torch.no_grad(), Alone():
+                first.whole()
+        at_once = first.can_be_stacked(block)
+        reason = "it is no weight of a torch.nn.Linear"
+        if layer is not None:
+            reason = _why_not(layer, first, at_once, trainer.num_devices)
+        problem = NoiseProblem(
+            trainer=trainer,
+            loss=loss,
+            probe_set=samples,
+            name=self.parameter,
+            parameter=block,
+            layer=layer,
+            at_once=at_once,
+            batch_size=batch_size,
+            seed=self.seed + trainer.global_step,
+            on_batch=progress.tick,
+        )
+        self._why_general = reason
+        return (problem, progress), 2.0 if not reason else 1.0
+
+    def measured(self, trainer: pl.Trainer, prepared: tuple[NoiseProblem, Progress], least: float) -> NoiseCurvature:
+        """Measure at the parameters as they are."""
+        problem, progress = prepared
+        if least < 2.0:
+            problem = NoiseProblem(**(vars(problem) | {"layer": None}))
+        self._tell(problem)
+        try:
+            result = measure_noise(self.options, problem)
+        finally:
+            progress.close()
+        for key, reason in result.reasons.items():
+            self._warn_once(key, f"{key} is NaN: {reason}")
+        if result.unpaired:
+            self._warn_once(
+                "unpaired",
+                f"samples must have a partner of their class in the other half of their batch, got "
+                f"{result.unpaired:.1%} without, which 'noise_awd_chain' leaves out: raise micro_batch_size.",
+            )
+        return result
+
+    def _tell(self, problem: NoiseProblem) -> None:
+        if "route" in self._told:
+            return
+        self._told.add("route")
+        name = f"noise covariance of {self.parameter!r}"
+        if problem.layer is not None:
+            inform(f"{name}: Kronecker route, no Hessian of a single sample is formed.")
+        else:
+            turn = "at once" if problem.at_once else "one by one, which is slow: torch.vmap cannot follow the step"
+            why = self._why_general or "it cannot take the Kronecker route on another rank"
+            inform(f"{name}: general route, samples {turn}; {why}.")
+
+    def _warn_once(self, about: str, message: str) -> None:
+        """Warn the first time in a fit: a message with a number in it would be a new one each time."""
+        if about not in self._told:
+            self._told.add(about)
+            warn(message)
+
+    def report_result(self, trainer: pl.Trainer, result: NoiseCurvature) -> None:
+        """Write numbers and pictures."""
+        self._write(trainer, result.values(self.options.quantities))
+        report_noise(trainer, self.prefix, result)
+
+    def report_nothing(self, trainer: pl.Trainer) -> None:
+        """Write NaN for all values."""
+        self._write(trainer, {key: math.nan for q in self.options.quantities for key in KEYS[q]})
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear | None:
+    """The linear layer whose weight has that name."""
+    path, _, own = name.rpartition(".")
+    layer = module.get_submodule(path)
+    return layer if own == "weight" and isinstance(layer, nn.Linear) and path else None
+
+
+def _why_not(layer: nn.Linear, batch: BlockSamples, at_once: bool, processes: int) -> str:
+    """Why the Kronecker route cannot be taken; empty where it can."""
+    if not batch.is_mean(at_once):
+        return "the loss of a batch is not the mean of those of its samples"
+    try:
+        linear_statistics(layer, batch.whole, batch.size, processes, check=True)
+    except SeveralUsesError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,177 @@
+"""One measurement of the noise against the curvature: sums over samples, the eigenbasis, numbers."""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.failures import agree, noted
+from lightning_curvature.functional.noise import (
+    commutativity_error,
+    coupling_matrix,
+    coupling_test,
+    covariance_of_sums,
+    curvature_basis,
+    default_top,
+    effective_spikes,
+    eigen_alignment,
+    haar_coupling,
+    haar_rotated,
+    in_basis,
+    mean_coupling,
+    power_law,
+    random_commutativity_error,
+    relative_commutativity_error,
+    spearman_correlation,
+)
+from lightning_curvature.noise_curvature import ChainLink, NoiseCurvature
+from lightning_curvature.noise_problem import NoiseOptions, NoiseProblem
+from lightning_curvature.noise_sums import (
+    NoiseMoments,
+    Sums,
+    general_route,
+    inputs_and_labels,
+    kronecker_route,
+    moments_of,
+    squared_products,
+)
+from lightning_curvature.parallel import sum_of_tensors
+
+Found = TypeVar("Found")
+
+# Directions of the matrices that are kept for pictures, as many as P2 shows.
+_SHOWN = 100
+
+
+def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvature:
+    """Measure on all ranks; each comes here, and two collectives bring their sums together (general route: four).
+
+    Raises:
+        ValueError: if gradients or Hessians are not finite.
+        Exception: whatever a training step raises on this rank.
+        RuntimeError: on the other ranks, when one has failed.
+    """
+    pairing = None
+    if "noise_awd_chain" in options.quantities and problem.layer is not None:
+        pairing = options.pairing or inputs_and_labels
+
+    def own_sums() -> Sums:
+        return general_route(problem) if problem.layer is None else kronecker_route(problem, pairing)
+
+    moments = moments_of(_together(problem, own_sums), problem)
+    if not bool(moments.products.isfinite().all() and moments.hessian.isfinite().all()):
+        raise ValueError(
+            f"gradients and Hessians by {problem.name!r} must be finite, got others: the loss overflows, or has a kink "
+            "where a derivative is not defined (a square root at 0)."
+        )
+    covariance = covariance_of_sums(moments.products, moments.gradient, 1, problem.batch_size)
+    basis = curvature_basis(moments.hessian, options.top or default_top(len(covariance)))
+    second = None
+    if "noise_gamma_awd" in options.quantities:
+        if moments.second is not None:
+            second = torch.einsum("id,de,ie->i", basis.vectors, moments.second, basis.vectors)
+        else:
+            sums = _together(problem, lambda: {"squares": squared_products(problem, basis.vectors)})
+            second = sums["squares"] / moments.samples
+    return _relation(options, problem, moments, covariance, (basis.values, basis.vectors), second)
+
+
+def _together(problem: NoiseProblem, own_sums: Callable[[], Sums]) -> Sums:
+    """Sum over all ranks what each of them makes; one that fails tells the others before."""
+    errors: list[Exception] = []
+    found: list[Sums] = []
+    with noted(errors):
+        found.append(own_sums())
+    agree(problem.trainer, errors, "summing over samples")
+    return sum_of_tensors(problem.trainer, found[0])
+
+
+def _relation(
+    options: NoiseOptions,
+    problem: NoiseProblem,
+    moments: NoiseMoments,
+    covariance: Tensor,
+    basis: tuple[Tensor, Tensor],
+    second: Tensor | None,
+) -> NoiseCurvature:
+    """Everything that follows from C and H."""
+    values, vectors = basis
+    projected = in_basis(covariance, vectors)
+    # H is a mean of numbers in the precision of the run: eigenvalues below their rounding are nothing.
+    floor = torch.finfo(problem.parameter.dtype).eps * float(values[0].abs())
+    shown = min(_SHOWN, len(values))
+    result = NoiseCurvature(
+        parameter=problem.name,
+        route="general" if problem.layer is None else "kronecker",
+        samples=moments.samples,
+        batch_size=problem.batch_size,
+        dimension=len(covariance),
+        curvatures=values.cpu(),
+        variances=projected.diagonal().cpu(),
+        second_moments=None if second is None else second.cpu(),
+        vectors=vectors.cpu(),
+        shown=projected[:shown, :shown].cpu(),
+        unpaired=moments.unpaired,
+    )
+    asked = options.quantities
+    if "noise_gamma" in asked:
+        result.gamma = result.attempt("noise_gamma", lambda: power_law(values, projected.diagonal(), floor))
+    if second is not None:
+        result.gamma_awd = result.attempt("noise_gamma_awd", lambda: power_law(values, second, floor))
+    if "noise_commutativity" in asked:
+        result.commutativity = commutativity_error(covariance, moments.hessian)
+        result.relative_commutativity = relative_commutativity_error(covariance, moments.hessian)
+        result.random_commutativity = random_commutativity_error(covariance, moments.hessian, relative=True)
+    if "noise_alignment" in asked:
+        result.alignment = eigen_alignment(projected)
+    if "noise_spearman" in asked:
+        result.spearman = spearman_correlation(values, projected.diagonal())
+    if "noise_coupling" in asked:
+        _couple(result, options, problem, covariance, projected)
+    if "noise_awd_chain" in asked:
+        _add_chain(result, moments, covariance, vectors, floor)
+    return result
+
+
+def _couple(
+    result: NoiseCurvature, options: NoiseOptions, problem: NoiseProblem, covariance: Tensor, projected: Tensor
+) -> None:
+    """Coupling of the directions, beside that of rotated noise."""
+    result.coupling = mean_coupling(coupling_matrix(projected))
+    result.spikes = effective_spikes(covariance)
+    if len(projected) < 2 or math.isnan(result.coupling) or math.isnan(result.spikes):
+        result.reasons["noise_coupling"] = "there must be two directions with noise in them"
+        return
+    result.test = coupling_test(result.coupling, result.spikes, len(projected))
+    generator = torch.Generator(covariance.device).manual_seed(problem.seed)
+    result.haar = haar_coupling(covariance, len(projected), options.haar_draws, generator)
+    result.shown_random = haar_rotated(covariance, len(result.shown), generator).cpu()
+
+
+def _add_chain(
+    result: NoiseCurvature, moments: NoiseMoments, covariance: Tensor, vectors: Tensor, floor: float
+) -> None:
+    """P2's approximations of C, one after the other."""
+    duality = moments.duality
+    if duality is None:
+        result.reasons["noise_awd_chain"] = (
+            "it exists for the weight of a linear layer that is used once for each sample"
+        )
+        return
+    if not duality.batches:
+        result.reasons["noise_awd_chain"] = (
+            "no sample has a partner of its class in the other half of its batch: give larger micro-batches, or fewer "
+            "classes"
+        )
+        return
+    result.weight_variance = duality.weight_variance
+    values = result.curvatures.to(vectors.device)
+    norm = float(covariance.norm())
+    for name, matrix in duality.matrices(moments.second).items():
+        scaled = matrix / result.batch_size
+        diagonal = torch.einsum("id,de,ie->i", vectors, scaled, vectors)
+        law = result.attempt(f"noise_gamma_awd_{name}", lambda d=diagonal: power_law(values, d, floor))  # type: ignore[misc]
+        distance = float((scaled - covariance).norm()) / norm if norm else math.nan
+        result.chain[name] = ChainLink(law, float(scaled.norm()), distance, diagonal.cpu())
