@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 import lightning_curvature
 from lightning_curvature import functional, metrics
+from lightning_curvature.functional import noise
 
 MODULES = [m.name for m in pkgutil.walk_packages(lightning_curvature.__path__, "lightning_curvature.")]
 
@@ -21,6 +22,7 @@ def _is_documented(thing: Any) -> bool:
 
 
 PUBLIC = [getattr(functional, name) for name in functional.__all__]
+PUBLIC += [getattr(noise, name) for name in noise.__all__]
 PUBLIC += [getattr(metrics, name) for name in metrics.__all__]
 
 

@@ -24,7 +24,8 @@ def fit_line(x: Tensor, y: Tensor) -> LineFit:
     """Fit a line to points, (n,) float64 each."""
     centred = x - x.mean() if len(x) else x
     spread = float(centred.square().sum())
-    if len(x) < 2 or not spread:
+    # The mean of equal numbers may round: their spread need not be 0.
+    if len(x) < 2 or not spread or bool((x == x[0]).all()):
         return LineFit(math.nan, math.nan, math.nan)
     slope = float(centred @ (y - y.mean())) / spread
     intercept = float(y.mean() - slope * x.mean())

@@ -76,12 +76,20 @@ def random_coupling(spikes: float) -> float:
 
     Holds for 1 ≪ M ≪ D, where the diagonal of a rotated C hardly scatters; elsewhere :func:`haar_coupling` tells.
 
+    Args:
+        spikes: M.
+
+    Raises:
+        ValueError: if M is not positive.
+
     Source: P2, eq. 40.
 
     Example:
         >>> round(random_coupling(20.0), 4)
         0.1784
     """
+    if spikes <= 0.0:
+        raise ValueError(f"spikes must be positive, got {spikes}: effective_spikes(C) counts them.")
     return math.sqrt(2.0 / math.pi / spikes)
 
 
@@ -117,12 +125,17 @@ def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTe
         spikes: M.
         directions: 𝒩, the size of R.
 
+    Raises:
+        ValueError: if M is not positive, or 𝒩 below 2.
+
     Source: P2, eqs. 42–46.
 
     Example:
         >>> round(coupling_test(0.066, 20.0, 2560).z)  # P2's own arithmetic, eq. 50, has −3378
         -2135
     """
+    if directions < 2:
+        raise ValueError(f"directions must be at least 2, got {directions}: one direction has none to couple to.")
     baseline = random_coupling(spikes)
     error = math.sqrt((1.0 - 2.0 / math.pi) / spikes) / directions
     z = (coupling - baseline) / error
@@ -141,9 +154,20 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
     Returns:
         (𝒩, 𝒩) float64, with the law of the leading block of QΛQᵀ for Haar-distributed Q.
 
+    Raises:
+        ValueError: if 𝒩 is not between 1 and D.
+
     Source: P2, section 2.2 and eq. 29.
+
+    Example:
+        >>> haar_rotated(torch.eye(5), 3).round(decimals=9).abs()  # C = 1 has no directions
+        tensor([[1., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 1.]], dtype=torch.float64)
     """
     c = covariance.double()
+    if not 1 <= directions <= len(c):
+        raise ValueError(f"directions must be between 1 and D = {len(c)}, got {directions}: take as many as R has.")
     normal = torch.randn(len(c), directions, dtype=c.dtype, device=c.device, generator=generator)
     q, r = torch.linalg.qr(normal)
     # The factor whose diagonal is positive is unique, and by that Haar-distributed.
@@ -152,6 +176,20 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
 
 
 def haar_coupling(covariance: Tensor, directions: int, draws: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return μ of C rotated at random, (draws,) float64: see :func:`haar_rotated`."""
+    """Return μ of C rotated at random: see :func:`haar_rotated`.
+
+    Args:
+        covariance: C, (D, D).
+        directions: 𝒩.
+        draws: number of rotations.
+        generator: of the rotations, on C's device.
+
+    Returns:
+        (draws,) float64.
+
+    Example:
+        >>> haar_coupling(torch.diag(torch.tensor([1.0, 0.0, 0.0])), 3, draws=2)  # rank one: |R_ij| = 1
+        tensor([1., 1.], dtype=torch.float64)
+    """
     found = [mean_coupling(coupling_matrix(haar_rotated(covariance, directions, generator))) for _ in range(draws)]
     return torch.tensor(found, dtype=torch.float64)

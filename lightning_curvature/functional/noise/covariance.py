@@ -32,6 +32,8 @@ def noise_covariance(gradients: Tensor, batch_size: int = 1) -> Tensor:
     if gradients.ndim != 2 or not len(gradients):
         raise ValueError(f"gradients must be (n, D) with n ≥ 1, got {tuple(gradients.shape)}: give one row a sample.")
     gradients = gradients.double()
+    # About the mean: a difference of second moments loses the digits of what is small beside it.
+    gradients = gradients - gradients.mean(0)
     return covariance_of_sums(gradients.mT @ gradients, gradients.sum(0), len(gradients), batch_size)
 
 
@@ -46,6 +48,10 @@ def covariance_of_sums(products: Tensor, gradient: Tensor, samples: int, batch_s
 
     Raises:
         ValueError: if n or b is below 1.
+
+    Example:
+        >>> covariance_of_sums(torch.tensor([[10.0]]), torch.tensor([4.0]), samples=2)  # of 1 and 3
+        tensor([[1.]])
     """
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
@@ -67,7 +73,12 @@ class CurvatureBasis(NamedTuple):
 
 
 def default_top(size: int) -> int:
-    """𝒩 where nothing is said: 40 % of the directions, as P2 takes 1000 of 2500 for ten classes (table 2)."""
+    """𝒩 where nothing is said: 40 % of the directions, as P2 takes 1000 of 2500 for ten classes (table 2).
+
+    Example:
+        >>> default_top(2500), default_top(4)  # three at least, as a power law needs
+        (1000, 3)
+    """
     return max(math.ceil(0.4 * size), min(3, size))
 
 
@@ -96,5 +107,15 @@ def curvature_basis(hessian: Tensor, top: int | None = None) -> CurvatureBasis:
 
 
 def in_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Return VMVᵀ, (𝒩, 𝒩) float64, for vectors as rows, (𝒩, D)."""
+    """Return VMVᵀ, (𝒩, 𝒩) float64.
+
+    Args:
+        matrix: M, (D, D).
+        vectors: V, (𝒩, D): vectors as rows.
+
+    Example:
+        >>> in_basis(torch.tensor([[1.0, 2.0], [2.0, 5.0]]), torch.tensor([[0.0, 1.0]]))
+        tensor([[5.]], dtype=torch.float64)
+    """
+    vectors = vectors.double()
     return vectors @ matrix.double() @ vectors.mT

@@ -34,7 +34,8 @@ def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_la
         other_labels: y_k, (n',).
 
     Returns:
-        Indices into the other mini-batch, (n,); −1 where it has no sample of the class.
+        Indices into the other mini-batch, (n,); −1 where it has no sample of the class. Of several at the same
+        distance the first. Two samples may get the same one.
 
     Source: P2, section 3.1.
 
@@ -43,9 +44,10 @@ def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_la
         >>> matched_pairs(inputs, torch.tensor([0, 1]), others, torch.tensor([1, 1]))
         tensor([-1,  1])
     """
-    distances = torch.cdist(
-        inputs.flatten(1).double(), other_inputs.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+    if not len(other_labels):
+        return torch.full_like(labels, -1, dtype=torch.long)
+    one, other = (x.double().reshape(len(x), -1) for x in (inputs, other_inputs))
+    distances = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances.masked_fill(labels[:, None] != other_labels[None, :], torch.inf)
     nearest, index = distances.min(1)
     return torch.where(nearest.isfinite(), index, -1)
@@ -116,6 +118,12 @@ def duality_terms(
         shifts: Δa, (n, in).
 
     Source: P2, eqs. 11, 12 and 57.
+
+    Example:
+        >>> one, two = torch.ones(1, 1), torch.full((1, 1), 2.0)
+        >>> terms = duality_terms(3.0 * one, activations=two, gradients=one, curvatures=one[None], shifts=one)
+        >>> terms.term_one(), terms.term_two()  # S W Δa a = 3 · 2, δ Δa
+        (tensor([[[6.]]], dtype=torch.float64), tensor([[[1.]]], dtype=torch.float64))
     """
     shifts, s = shifts.double(), curvatures.double()
     moved = shifts @ weight.double().mT
@@ -148,7 +156,10 @@ class DualitySums:
 
     @property
     def state(self) -> Tensor:
-        """All sums in one vector, float64: those of several sets of pairs add up."""
+        """All sums in one vector, float64: those of several sets of pairs add up.
+
+        What is set is taken over, not copied.
+        """
         self._multiply()
         return self._state
 
@@ -209,7 +220,7 @@ class DualitySums:
 
         "raw" = "hh" + "hg" + "gg" with both cross terms in "hg"; "hh_sd" leaves out products of different samples,
         "hh_sd_wd" those of different eigendirections of h_p as well, and "hh_sd_wd_li", given E_p[h_p²], takes σ_w² for
-        the variance of Δw along all of them.
+        the variance of Δw along all of them. NaN where nothing was added.
 
         Source: P2, eqs. 58, 59, 61, 64, 67 and 70.
         """

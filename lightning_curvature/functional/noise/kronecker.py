@@ -35,7 +35,8 @@ def kronecker_sums(blocks: Tensor, activations: Tensor) -> Tensor:
         tensor([[[1., 2.],
                  [2., 4.]]], dtype=torch.float64)
     """
-    if blocks.ndim != 4 or activations.ndim != 2 or len(blocks) != len(activations):
+    shapes = blocks.ndim == 4 and blocks.shape[2] == blocks.shape[3] and activations.ndim == 2
+    if not shapes or len(blocks) != len(activations):
         raise ValueError(
             f"blocks and activations must be (n, q, out, out) and (n, in), got {tuple(blocks.shape)} and "
             f"{tuple(activations.shape)}: give one of each a sample."
@@ -61,6 +62,11 @@ def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
         sums: packed sums, (q, out (out + 1) / 2, in (in + 1) / 2).
         out: rows of the weight.
         into: its columns.
+
+    Example:
+        >>> unpacked(torch.tensor([[[1.0, 2.0, 4.0]]]), 1, 2)  # (1, 1), (1, 2), (2, 2)
+        tensor([[[1., 2.],
+                 [2., 4.]]])
     """
     size = out * into
     matrices = [
@@ -85,6 +91,10 @@ def linear_blocks(activations: Tensor, gradients: Tensor, curvatures: Tensor) ->
         activations: a, (n, in).
         gradients: δ = ∂ℓ/∂z, (n, out).
         curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
+
+    Example:
+        >>> linear_blocks(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), torch.tensor([[[2.0]]])).flatten()
+        tensor([ 9.,  2., 20.], dtype=torch.float64)
     """
     delta, s = gradients.double(), curvatures.double()
     s = 0.5 * (s + s.mT)

@@ -41,7 +41,7 @@ def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> Powe
         floor: leave out H_ii that are not above it: those that are nothing but rounding.
 
     Raises:
-        ValueError: if fewer than three pairs are left, or their H_ii are all the same.
+        ValueError: if both are not of one length, fewer than three pairs are left, or their H_ii are all the same.
 
     Source: P2, eq. 18; theory has 1 ≤ γ ≤ 2 near a minimum (eq. 20).
 
@@ -49,6 +49,7 @@ def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> Powe
         >>> round(power_law(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 6.0, 12.0])).exponent, 9)
         1.0
     """
+    _require_alike("curvatures", curvatures, "variances", variances)
     x, y = curvatures.double(), variances.double()
     used = (x > max(floor, 0.0)) & (y > 0.0) & x.isfinite() & y.isfinite()
     count = int(used.sum())
@@ -69,9 +70,9 @@ def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
 
     .. math:: \frac{\lVert CH - HC\rVert_F}{\lVert C\rVert_F \lVert H\rVert_F}
 
-    0 for matrices with common eigenvectors, at most √2. Matrices that have nothing to do with each other come out at
-    about √(2/D), see :func:`random_commutativity_error`. P2's "≈ 1.4 for random matrices" belongs to another scale,
-    :func:`relative_commutativity_error`.
+    0 for matrices with common eigenvectors, at most √2. Matrices of a few large eigenvalues that have nothing to do
+    with each other come out at about √(2/D), others below; :func:`random_commutativity_error` has the number. P2's
+    "≈ 1.4 for random matrices" belongs to another scale, :func:`relative_commutativity_error`.
 
     Args:
         covariance: C, (D, D).
@@ -80,6 +81,9 @@ def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     Returns:
         NaN where one of them is zero.
 
+    Raises:
+        ValueError: if they are not of one shape.
+
     Source: P2, section 2.2 and figure 4(b).
 
     Example:
@@ -87,6 +91,7 @@ def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
         >>> round(commutativity_error(c, h), 6)  # [[0, 1], [−1, 0]]
         1.0
     """
+    _require_alike("covariance", covariance, "hessian", hessian)
     c, h = covariance.double(), hessian.double()
     scale = float(c.norm()) * float(h.norm())
     product = c @ h
@@ -94,7 +99,9 @@ def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
 
 
 def relative_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
-    r"""Return :math:`\lVert CH - HC\rVert_F / \lVert CH\rVert_F`, which is near √2 for unrelated matrices.
+    r"""Return :math:`\lVert CH - HC\rVert_F / \lVert CH\rVert_F`.
+
+    Near √2 for unrelated matrices of a few large eigenvalues, at most 2.
 
     Args:
         covariance: C, (D, D).
@@ -103,8 +110,17 @@ def relative_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     Returns:
         NaN where CH = 0.
 
+    Raises:
+        ValueError: if they are not of one shape.
+
     Source: P2, figure 4(b).
+
+    Example:
+        >>> c, h = torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> round(relative_commutativity_error(c, h), 6)  # CH = [[0, 1], [0, 0]]
+        1.414214
     """
+    _require_alike("covariance", covariance, "hessian", hessian)
     product = covariance.double() @ hessian.double()
     scale = float(product.norm())
     return float((product - product.mT).norm()) / scale if scale else math.nan
@@ -126,11 +142,15 @@ def random_commutativity_error(covariance: Tensor, hessian: Tensor, relative: bo
     Returns:
         NaN where one of them is zero; 0 for D = 1.
 
+    Raises:
+        ValueError: if they are not of one shape.
+
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, -1.0]))
         >>> round(random_commutativity_error(matrix, matrix), 6)
         1.0
     """
+    _require_alike("covariance", covariance, "hessian", hessian)
     c, h = covariance.double(), hessian.double()
     size = len(c)
     c1, h1 = float(c.trace()), float(h.trace())
@@ -176,7 +196,10 @@ def spearman_correlation(a: Tensor, b: Tensor) -> float:
         b: (𝒩,).
 
     Returns:
-        NaN where one of them is constant.
+        NaN where one of them is constant or holds a NaN, which has no rank.
+
+    Raises:
+        ValueError: if both are not of one length.
 
     Source: P2, figure 4(d).
 
@@ -184,10 +207,21 @@ def spearman_correlation(a: Tensor, b: Tensor) -> float:
         >>> spearman_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 8.0, 27.0]))
         1.0
     """
+    _require_alike("a", a, "b", b)
+    if bool(a.isnan().any()) or bool(b.isnan().any()):
+        return math.nan
     x, y = _ranks(a), _ranks(b)
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.square().sum()) * float(y.square().sum())
     return float(x @ y) / math.sqrt(scale) if scale else math.nan
+
+
+def _require_alike(name: str, one: Tensor, other_name: str, other: Tensor) -> None:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"{name} and {other_name} must have one shape, got {tuple(one.shape)} and {tuple(other.shape)}: give both "
+            "of the same directions."
+        )
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tens
 
     .. math:: \kappa_m = \sigma_m \lVert a\rVert^2, \qquad u_m = s_m \otimes a / \lVert a\rVert
 
-    All other eigenvalues are zero: an out × out problem in place of one of out · in.
+    All other eigenvalues are zero: an out × out problem in place of one of out · in. They are left out also where they
+    would come first, for a negative definite S.
 
     Args:
         activations: a, (n, in).
@@ -63,6 +64,10 @@ def dense_sample_spectra(hessians: Tensor, vectors: Tensor) -> SampleSpectra:
         vectors: v_i, (𝒩, D).
 
     Source: P2, eq. 23.
+
+    Example:
+        >>> dense_sample_spectra(torch.tensor([[[2.0, 0.0], [0.0, 5.0]]]), torch.tensor([[0.0, 1.0]])).values
+        tensor([[5., 2.]], dtype=torch.float64)
     """
     values, own = torch.linalg.eigh(hessians.double())
     return SampleSpectra(values.flip(-1), (own.flip(-1).mT @ vectors.double().mT).square())
@@ -78,6 +83,10 @@ def spectral_moments(spectra: SampleSpectra) -> tuple[Tensor, Tensor]:
         spectra: of the samples; changed values as of :func:`suppressed` give those of the changed landscape.
 
     Source: P2, eqs. 15–17 and 27.
+
+    Example:
+        >>> spectral_moments(dense_sample_spectra(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.eye(2)))
+        (tensor([3., 1.], dtype=torch.float64), tensor([9., 1.], dtype=torch.float64))
     """
     values, overlaps = spectra
     count = len(values)
@@ -99,6 +108,10 @@ def spectral_covariance(second_moment: Tensor, weight_variance: float, batch_siz
         batch_size: b.
 
     Source: P2, eq. 15.
+
+    Example:
+        >>> spectral_covariance(torch.tensor([9.0, 1.0]), weight_variance=0.5, batch_size=5)
+        tensor([0.4500, 0.0500])
     """
     return 0.5 * weight_variance / batch_size * second_moment
 
@@ -117,6 +130,10 @@ def spectral_bounds(
         batch_size: b.
 
     Source: P2, eq. 19.
+
+    Example:
+        >>> spectral_bounds(torch.tensor([2.0]), largest=3.0, weight_variance=0.5)
+        (tensor([1.]), tensor([1.5000]))
     """
     factor = 0.5 * weight_variance / batch_size
     return factor * curvatures.square(), factor * largest * curvatures
@@ -144,13 +161,13 @@ def suppressed(
 
     Args:
         values: κ, (n, m), descending.
-        threshold: θ; negative, all samples are stiff.
+        threshold: θ, below 1; negative, all samples are stiff.
         tail: factor of κ_m, m > 1.
         background: factor of κ_1 of samples that are not stiff.
         homogenize: put the mean in place of κ_1; False leaves it (rows 2 and 3 of P2's figure 13).
 
     Raises:
-        ValueError: if no sample is stiff.
+        ValueError: if no sample is stiff, or θ is not below 1.
 
     Source: P2, eqs. 24–26.
 
@@ -158,6 +175,8 @@ def suppressed(
         >>> suppressed(torch.tensor([[4.0, 1.0], [2.0, 1.0], [0.1, 0.0]])).values[:, 0]
         tensor([3.0000e+00, 3.0000e+00, 1.0000e-04], dtype=torch.float64)
     """
+    if not threshold < 1.0:
+        raise ValueError(f"threshold must be below 1, got {threshold}: P2 has 0.1, and 0.05 or 0.001 for its figures.")
     values = values.double()
     first = values[:, 0]
     stiff = first > threshold * first.max() if threshold >= 0.0 else torch.ones_like(first, dtype=torch.bool)
@@ -175,7 +194,18 @@ def suppressed(
 def cumulative_contribution(spectra: SampleSpectra) -> Tensor:
     r"""Return which share of 2b C_ii/σ_w² the first k eigenvalues of all samples give, (m, 𝒩), for k = 1 … m.
 
+    Args:
+        spectra: of the samples.
+
+    Returns:
+        NaN in directions where all of them give nothing.
+
     Source: P2, figure 13, column 2.
+
+    Example:
+        >>> cumulative_contribution(dense_sample_spectra(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.eye(2)))
+        tensor([[1., 0.],
+                [1., 1.]], dtype=torch.float64)
     """
     terms = torch.einsum("nm,nmi->mi", spectra.values.square(), spectra.overlaps).cumsum(0)
     return terms / torch.where(terms[-1] > 0.0, terms[-1], torch.nan)
