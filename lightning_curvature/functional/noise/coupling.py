@@ -117,8 +117,9 @@ def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTe
     .. math:: Z = \frac{\mu - \mu_0}{SE}, \qquad \mu_0 = \sqrt{\frac{2}{\pi M}}, \qquad
         SE = \frac1{\mathcal N} \sqrt{\frac{1 - 2/\pi}{M}}
 
-    SE takes the 𝒩² entries of R for independent. They are not, where M is small: the scatter of :func:`haar_coupling`
-    is then far larger, and Z a number to compare runs by rather than a probability.
+    A number to compare runs by rather than a probability. SE falls with 𝒩, while μ₀ is off by a share of about 1/(4M)
+    − M/(2D) whatever 𝒩 is, and SE takes the entries of R for independent, which they are where the spikes are equal:
+    for C rotated at random, D = 𝒩 = 400, Z came out between −87 and 68. :func:`haar_coupling` has mean and scatter.
 
     Args:
         coupling: μ.
