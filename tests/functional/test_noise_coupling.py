@@ -106,6 +106,15 @@ def test_rotation_has_the_moments_of_the_haar_measure(directions: int) -> None:
     assert haar_rotated(c, directions).shape == (directions, directions)
 
 
+def test_rotation_prefers_no_sign() -> None:
+    """Signs as a QR decomposition leaves them would put the last mean at nine of its standard errors."""
+    c, generator = torch.ones(3, 3, dtype=torch.float64), torch.Generator().manual_seed(0)
+    c[0, 0] = -1.0
+    draws = torch.stack([haar_rotated(c, 3, generator) for _ in range(20000)])
+    off = draws[:, [0, 0, 1], [1, 2, 2]]
+    assert bool((off.mean(0).abs() < 4.0 * off.std(0) / math.sqrt(20000)).all())
+
+
 def test_chance_is_what_theory_expects_of_many_spikes_in_more_directions() -> None:
     """P2, eq. 40, for 1 ≪ M ≪ D; its leading corrections are 1/(4M), the diagonal's scatter, and −M/(2D)."""
     size, count, directions, draws = 900, 30, 60, 200
