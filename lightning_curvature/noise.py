@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from lightning_curvature.functional.noise import (
     coupling_test,
     covariance_of_sums,
     curvature_basis,
-    default_top,
     effective_spikes,
     eigen_alignment,
     haar_coupling,
@@ -27,7 +25,7 @@ from lightning_curvature.functional.noise import (
     spearman_correlation,
 )
 from lightning_curvature.noise_curvature import ChainLink, NoiseCurvature
-from lightning_curvature.noise_problem import NoiseOptions, NoiseProblem
+from lightning_curvature.noise_problem import Block, NoiseOptions, NoiseProblem
 from lightning_curvature.noise_sums import (
     NoiseMoments,
     Sums,
@@ -38,8 +36,6 @@ from lightning_curvature.noise_sums import (
     squared_products,
 )
 from lightning_curvature.parallel import sum_of_tensors
-
-Found = TypeVar("Found")
 
 # Directions of the matrices that are kept for pictures, as many as P2 shows.
 _SHOWN = 100
@@ -61,21 +57,12 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
         return general_route(problem) if problem.layer is None else kronecker_route(problem, pairing)
 
     moments = moments_of(_together(problem, own_sums), problem)
-    if not bool(moments.products.isfinite().all() and moments.hessian.isfinite().all()):
-        raise ValueError(
-            f"gradients and Hessians by {problem.name!r} must be finite, got others: the loss overflows, or has a kink "
-            "where a derivative is not defined (a square root at 0)."
-        )
-    covariance = covariance_of_sums(moments.products, moments.gradient, 1, problem.batch_size)
-    basis = curvature_basis(moments.hessian, options.top or default_top(len(covariance)))
-    second = None
-    if "noise_gamma_awd" in options.quantities:
-        if moments.second is not None:
-            second = torch.einsum("id,de,ie->i", basis.vectors, moments.second, basis.vectors)
-        else:
-            sums = _together(problem, lambda: {"squares": squared_products(problem, basis.vectors)})
-            second = sums["squares"] / moments.samples
-    return _relation(options, problem, moments, covariance, (basis.values, basis.vectors), second)
+
+    def squares(vectors: Tensor) -> Tensor:
+        sums = _together(problem, lambda: {"squares": squared_products(problem, vectors)})
+        return sums["squares"] / moments.samples
+
+    return relation(options, problem, moments, squares)
 
 
 def _together(problem: NoiseProblem, own_sums: Callable[[], Sums]) -> Sums:
@@ -88,25 +75,42 @@ def _together(problem: NoiseProblem, own_sums: Callable[[], Sums]) -> Sums:
     return sum_of_tensors(problem.trainer, found[0])
 
 
-def _relation(
-    options: NoiseOptions,
-    problem: NoiseProblem,
-    moments: NoiseMoments,
-    covariance: Tensor,
-    basis: tuple[Tensor, Tensor],
-    second: Tensor | None,
+def relation(
+    options: NoiseOptions, block: Block, moments: NoiseMoments, squares: Callable[[Tensor], Tensor] | None = None
 ) -> NoiseCurvature:
-    """Everything that follows from C and H."""
-    values, vectors = basis
+    """Return everything that follows from C and H.
+
+    Args:
+        options: what is asked for.
+        block: the parameters.
+        moments: means over all samples.
+        squares: gives the diagonal of E[h²] in a basis (𝒩, D), where its matrix is not among the moments.
+
+    Raises:
+        ValueError: if gradients or Hessians are not finite.
+    """
+    if not bool(moments.products.isfinite().all() and moments.hessian.isfinite().all()):
+        raise ValueError(
+            f"gradients and Hessians by {block.name!r} must be finite, got others: the loss overflows, or has a kink "
+            "where a derivative is not defined (a square root at 0)."
+        )
+    covariance = covariance_of_sums(moments.products, moments.gradient, 1, block.batch_size)
+    values, vectors = curvature_basis(moments.hessian, options.top)
+    second = None
+    if "noise_gamma_awd" in options.quantities:
+        if moments.second is not None:
+            second = (vectors @ moments.second * vectors).sum(1)
+        elif squares is not None:
+            second = squares(vectors)
     projected = in_basis(covariance, vectors)
     # H is a mean of numbers in the precision of the run: eigenvalues below their rounding are nothing.
-    floor = torch.finfo(problem.parameter.dtype).eps * float(values[0].abs())
+    floor = torch.finfo(block.parameter.dtype).eps * float(values[0].abs())
     shown = min(_SHOWN, len(values))
     result = NoiseCurvature(
-        parameter=problem.name,
-        route="general" if problem.layer is None else "kronecker",
+        parameter=block.name,
+        route="general" if block.layer is None else "kronecker",
         samples=moments.samples,
-        batch_size=problem.batch_size,
+        batch_size=block.batch_size,
         dimension=len(covariance),
         curvatures=values.cpu(),
         variances=projected.diagonal().cpu(),
@@ -129,15 +133,13 @@ def _relation(
     if "noise_spearman" in asked:
         result.spearman = spearman_correlation(values, projected.diagonal())
     if "noise_coupling" in asked:
-        _couple(result, options, problem, covariance, projected)
+        _couple(result, options, block.seed, covariance, projected)
     if "noise_awd_chain" in asked:
         _add_chain(result, moments, covariance, vectors, floor)
     return result
 
 
-def _couple(
-    result: NoiseCurvature, options: NoiseOptions, problem: NoiseProblem, covariance: Tensor, projected: Tensor
-) -> None:
+def _couple(result: NoiseCurvature, options: NoiseOptions, seed: int, covariance: Tensor, projected: Tensor) -> None:
     """Coupling of the directions, beside that of rotated noise."""
     result.coupling = mean_coupling(coupling_matrix(projected))
     result.spikes = effective_spikes(covariance)
@@ -145,7 +147,7 @@ def _couple(
         result.reasons["noise_coupling"] = "there must be two directions with noise in them"
         return
     result.test = coupling_test(result.coupling, result.spikes, len(projected))
-    generator = torch.Generator(covariance.device).manual_seed(problem.seed)
+    generator = torch.Generator(covariance.device).manual_seed(seed)
     result.haar = haar_coupling(covariance, len(projected), options.haar_draws, generator)
     result.shown_random = haar_rotated(covariance, len(result.shown), generator).cpu()
 
@@ -171,7 +173,7 @@ def _add_chain(
     norm = float(covariance.norm())
     for name, matrix in duality.matrices(moments.second).items():
         scaled = matrix / result.batch_size
-        diagonal = torch.einsum("id,de,ie->i", vectors, scaled, vectors)
+        diagonal = (vectors @ scaled * vectors).sum(1)
         law = result.attempt(f"noise_gamma_awd_{name}", lambda d=diagonal: power_law(values, d, floor))  # type: ignore[misc]
         distance = float((scaled - covariance).norm()) / norm if norm else math.nan
         result.chain[name] = ChainLink(law, float(scaled.norm()), distance, diagonal.cpu())

@@ -56,29 +56,38 @@ class NoiseOptions:
 
 
 @dataclass(frozen=True)
-class NoiseProblem:
-    """On what it is measured.
+class Block:
+    """A block of parameters whose noise is measured.
+
+    Attributes:
+        name: name of the parameter.
+        parameter: the block, of D entries.
+        layer: the linear layer whose weight it is, where all second-order statistics have Kronecker structure.
+        batch_size: b, samples of an optimizer step.
+        seed: of random rotations.
+    """
+
+    name: str
+    parameter: Tensor
+    layer: nn.Linear | None
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class NoiseProblem(Block):
+    """A block, and on what it is measured.
 
     Attributes:
         trainer: the Trainer.
         loss: repeats the training step.
         probe_set: the samples.
-        name: name of the parameter.
-        parameter: the block, of D entries.
-        layer: the linear layer whose weight it is, where all second-order statistics have Kronecker structure.
         at_once: general route: whether samples are evaluated together.
-        batch_size: b, samples of an optimizer step.
-        seed: of random rotations.
         on_batch: called after every micro-batch.
     """
 
     trainer: pl.Trainer
     loss: ProbeLoss
     probe_set: ProbeSet
-    name: str
-    parameter: Tensor
-    layer: nn.Linear | None
     at_once: bool
-    batch_size: int
-    seed: int
     on_batch: Callable[[], None]

@@ -18,7 +18,7 @@ from lightning_curvature.functional.noise import (
 )
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linear_tap import LinearStatistics, linear_statistics
-from lightning_curvature.noise_problem import NoiseProblem, Pairing
+from lightning_curvature.noise_problem import Block, NoiseProblem, Pairing
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probing import products_at_once, products_with
 
@@ -47,9 +47,9 @@ class NoiseMoments(NamedTuple):
     unpaired: float
 
 
-def sum_device(problem: NoiseProblem) -> torch.device:
+def sum_device(block: Block) -> torch.device:
     """Where sums are made: on the device of the block, if that computes in double precision."""
-    device = problem.parameter.device
+    device = block.parameter.device
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -150,18 +150,18 @@ def _squares(graphs: SampleGraphs, vectors: Tensor, at_once: int) -> Tensor:
     return torch.cat(found).to(vectors.device, torch.float64)
 
 
-def moments_of(sums: Sums, problem: NoiseProblem) -> NoiseMoments:
+def moments_of(sums: Sums, block: Block) -> NoiseMoments:
     """Make means of the sums of all ranks."""
     samples, unpaired = sums["counts"].tolist()
     common = {"samples": round(samples), "gradient": sums["gradient"] / samples, "unpaired": unpaired / samples}
     if "hessian" in sums:
         means = {name: sums[name] / samples for name in ("products", "hessian")}
         return NoiseMoments(second=None, duality=None, **means, **common)  # type: ignore[arg-type]
-    out, into = problem.parameter.shape
+    out, into = block.parameter.shape
     products, hessian, second = unpacked(sums["kronecker"] / samples, out, into)
     duality = None
     if "duality" in sums:
-        duality = DualitySums(out, into, sum_device(problem))
+        duality = DualitySums(out, into, sum_device(block))
         duality.state = sums["duality"]
     return NoiseMoments(products=products, hessian=hessian, second=second, duality=duality, **common)  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ from lightning_curvature.metrics.directional import (
     KLCurvature,
 )
 from lightning_curvature.metrics.interaction import GradientNoiseInteraction, InteractionAwareSharpness
+from lightning_curvature.metrics.noise import NoiseCovariance, NoiseCurvatureRelation
 from lightning_curvature.metrics.sharpness import (
     BatchLambdaMax,
     BatchSharpness,
@@ -32,6 +33,8 @@ __all__ = [
     "InteractionAwareSharpness",
     "KLCurvature",
     "ModifiedBatchSharpness",
+    "NoiseCovariance",
+    "NoiseCurvatureRelation",
     "RatioOfMeans",
     "StabilizationCriterion",
     "StepSharpness",

@@ -1,0 +1,188 @@
+"""Metrics of SGD's gradient noise: sums over samples, which merge, and what follows from them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
+from lightning_curvature.linear_tap import linear_statistics
+from lightning_curvature.metrics.model import ModelMetric
+from lightning_curvature.noise import relation
+from lightning_curvature.noise_curvature import NoiseCurvature
+from lightning_curvature.noise_problem import Block, NoiseOptions, Quantity
+from lightning_curvature.noise_sums import moments_of
+from lightning_curvature.operators.micro_batches import sample_count
+
+
+class NoiseCovariance(Metric):
+    r"""The covariance of the gradient of a mini-batch, from gradients of single samples.
+
+    .. math:: C = \frac1b \left( \frac1n \sum_i g_i g_i^\top - \bar g \bar g^\top \right)
+
+    ``update`` takes ``gradients`` (n, D), one row a sample; ``compute`` gives C, (D, D) float64. States are sums over
+    samples: those of several ranks merge to that of all samples.
+
+    Args:
+        size: D.
+        batch_size: b.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: if ``size`` or ``batch_size`` is below 1, or gradients have another length.
+
+    Source: P2, eq. 2.
+
+    Example:
+        >>> metric = NoiseCovariance(2)
+        >>> metric.update(torch.tensor([[1.0, 0.0]]))
+        >>> metric.update(torch.tensor([[-1.0, 0.0]]))
+        >>> metric.compute()
+        tensor([[1., 0.],
+                [0., 0.]], dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    products: Tensor
+    gradient: Tensor
+    samples: Tensor
+
+    def __init__(self, size: int, batch_size: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name, value in (("size", size), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}: 1 is a single one.")
+        self.size, self.batch_size = size, batch_size
+        self.add_state("products", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("gradient", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, gradients: Tensor) -> None:
+        """Add samples."""
+        if gradients.ndim != 2 or gradients.shape[1] != self.size:
+            raise ValueError(
+                f"gradients must be (n, {self.size}), got {tuple(gradients.shape)}: give one flat row a sample."
+            )
+        rows = gradients.detach().to(self.products)
+        self.products = self.products + rows.mT @ rows
+        self.gradient = self.gradient + rows.sum(0)
+        self.samples = self.samples + len(rows)
+
+    def compute(self) -> Tensor:
+        """Return C; NaN without samples."""
+        if not int(self.samples):
+            return torch.full_like(self.products, torch.nan)
+        return covariance_of_sums(self.products, self.gradient, int(self.samples), self.batch_size)
+
+
+class NoiseCurvatureRelation(ModelMetric):
+    r"""How the noise covariance C of a linear layer's weight relates to the Hessian H of the loss.
+
+    ``update`` takes ``inputs`` and ``targets`` of a batch and differentiates the model at its parameters as they are;
+    ``compute`` gives a dict of floats, with the keys of :class:`~lightning_curvature.NoiseCovarianceMonitor` that
+    belong to ``quantities``. ``relation`` then holds all of it, as a
+    :class:`~lightning_curvature.noise_curvature.NoiseCurvature`. The weight must enter once for each sample, as
+    z = W a; no Hessian of a single sample is formed. States are sums over samples, which merge over ranks.
+
+    Args:
+        model: maps inputs to outputs; in eval mode, without dropout.
+        loss_function: mean loss of (outputs, targets).
+        parameter: name of the weight of a ``torch.nn.Linear``.
+        batch_size: b of C.
+        quantities: names of values.
+        top: 𝒩, leading directions of H; None for 40 % of them.
+        haar_draws: random rotations for the baseline of the coupling.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: if there is no such weight, it is used otherwise, or nothing was added.
+
+    Source: P2, eqs. 2, 6, 7, 15, 18 and 46.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> metric = NoiseCurvatureRelation(model, nn.functional.cross_entropy, parameter="0.weight")
+        >>> inputs, targets = torch.randn(64, 4), torch.arange(64) % 2
+        >>> metric.update(inputs, targets)
+        >>> sorted(metric.compute())[:3]
+        ['noise_alignment', 'noise_commutativity', 'noise_commutativity_random']
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    kronecker: Tensor
+    gradient: Tensor
+    samples: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[Tensor, Any], Tensor],
+        *,
+        parameter: str,
+        batch_size: int = 1,
+        quantities: Sequence[Quantity] = (
+            "noise_gamma",
+            "noise_gamma_awd",
+            "noise_commutativity",
+            "noise_alignment",
+            "noise_spearman",
+            "noise_coupling",
+        ),
+        top: int | None = None,
+        haar_draws: int = 4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, loss_function, **kwargs)
+        path, _, name = parameter.rpartition(".")
+        layer = dict(model.named_modules()).get(path)
+        if name != "weight" or not isinstance(layer, nn.Linear):
+            linear = [f"{n}.weight".lstrip(".") for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+            raise ValueError(
+                f"parameter must be the weight of a torch.nn.Linear, got {parameter!r}: choose one of {linear[:10]}."
+            )
+        out, into = layer.weight.shape
+        self.parameter, self.batch_size = parameter, batch_size
+        self.options = NoiseOptions(tuple(quantities), top, haar_draws, None)
+        self.relation: NoiseCurvature | None = None
+        packed = (3, out * (out + 1) // 2, into * (into + 1) // 2)
+        self.add_state("kronecker", torch.zeros(packed, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("gradient", torch.zeros(out * into, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+
+    @property
+    def _layer(self) -> nn.Linear:
+        layer = self._model[0].get_submodule(self.parameter.rpartition(".")[0])
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def update(self, inputs: Any, targets: Any) -> None:
+        """Add the samples of a batch."""
+        model, count = self._model[0], sample_count(targets)
+        found = linear_statistics(
+            self._layer, lambda: self._loss_function(model(inputs), targets), count, check=not int(self.samples)
+        )
+        device = self.gradient.device
+        a, delta, s = (t.to(device, torch.float64) for t in (found.activations, found.gradients, found.curvatures))
+        self.kronecker = self.kronecker + kronecker_sums(linear_blocks(a, delta, s), a)
+        self.gradient = self.gradient + (delta.mT @ a).flatten()
+        self.samples = self.samples + count
+
+    def compute(self) -> dict[str, float]:
+        """Return values by key."""
+        if not int(self.samples):
+            raise ValueError("samples must be added before there is anything to compute, got none: call update first.")
+        layer = self._layer
+        block = Block(self.parameter, layer.weight, layer, self.batch_size, seed=0)
+        sums = {
+            "kronecker": self.kronecker,
+            "gradient": self.gradient,
+            "counts": self.gradient.new_tensor([float(self.samples), 0.0]),
+        }
+        self.relation = relation(self.options, block, moments_of(sums, block))
+        return self.relation.values(self.options.quantities)
