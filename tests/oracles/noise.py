@@ -77,6 +77,29 @@ def activations_of(network: nn.Module, name: str, inputs: Tensor) -> Tensor:
     return found[0]
 
 
+def layer_derivatives(network: nn.Module, loss: Loss, name: str, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """a, δ = ∂ℓ/∂z and S = ∂²ℓ/∂z∂zᵀ of the layer whose weight has that name: (n, in), (n, out), (n, out, out).
+
+    By shifts of what the layer returns, one sample at a time.
+    """
+    network = copy.deepcopy(network).double()
+    layer = network.get_submodule(name.rpartition(".")[0])
+    activations = activations_of(network, name, inputs)
+    gradients, curvatures = [], []
+    for i in range(len(targets)):
+
+        def loss_at(shift: Tensor, i: int = i) -> Tensor:
+            handle = layer.register_forward_hook(lambda module, args, output: output + shift)
+            value = loss(network(double(inputs[i : i + 1])), double(targets[i : i + 1]))
+            handle.remove()
+            return value
+
+        zero = torch.zeros(network.get_parameter(name).shape[0], dtype=torch.float64)
+        gradients.append(torch.autograd.functional.jacobian(loss_at, zero))
+        curvatures.append(torch.autograd.functional.hessian(loss_at, zero))
+    return activations, torch.stack(gradients), torch.stack(curvatures)
+
+
 def nearest_of_class(inputs: Tensor, labels: Sequence[int], own: Sequence[int], other: Sequence[int]) -> Pairs:
     """Pairs of samples of two mini-batches; samples whose class the other one lacks are left out."""
     pairs = []
