@@ -46,7 +46,7 @@ def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_la
     """
     if not len(other_labels):
         return torch.full_like(labels, -1, dtype=torch.long)
-    one, other = (x.double().reshape(len(x), -1) for x in (inputs, other_inputs))
+    one, other = (x.double()[..., None].flatten(1) for x in (inputs, other_inputs))
     distances = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances.masked_fill(labels[:, None] != other_labels[None, :], torch.inf)
     nearest, index = distances.min(1)
