@@ -1,5 +1,6 @@
 """The data of the examples: as one full batch, so that an epoch is one optimizer step, or in shuffled mini-batches."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ DIGITS_MAX_PIXEL = 16.0
 DIGITS_MEAN = 0.3053
 DIGITS_STD = 0.3760
 
+# Mean and standard deviation of all pixels of MNIST's training images, in [0, 1].
+MNIST_MEAN = 0.1307
+MNIST_STD = 0.3081
+
 CLASSES = 10
 LABEL_NOISE_SEED = 0
 
@@ -32,12 +37,12 @@ class FullBatchData(pl.LightningDataModule):
     costs little more than the step.
 
     Args:
-        dataset: "digits" (embedded in scikit-learn) or "cifar10".
+        dataset: "digits" (embedded in scikit-learn), "mnist" or "cifar10".
         samples: how many samples, from the start of the training set.
         micro_batch: samples that go through the network at once; None for all. Must divide ``samples``, because
             accumulated gradients are averaged over micro-batches, which is the full-batch gradient only for
             micro-batches of one size.
-        data_dir: where torchvision downloads CIFAR-10 to.
+        data_dir: where torchvision downloads MNIST or CIFAR-10 to.
         npz: file with ``x_train`` (N, 32, 32, 3) uint8 and ``y_train`` (N,), to be read instead of a download.
         one_hot: targets as float vectors (N, classes) for a squared error, instead of class indices (N,).
         label_noise: share of the labels drawn anew at random.
@@ -85,7 +90,11 @@ class FullBatchData(pl.LightningDataModule):
         return self.batches[0][0].shape[1:]
 
     def prepare_data(self) -> None:
-        """Download CIFAR-10 if it is wanted and not given as a file."""
+        """Download MNIST or CIFAR-10 if they are wanted and not there."""
+        if self.dataset == "mnist" and not self._mnist_test_files():
+            from torchvision.datasets import MNIST
+
+            MNIST(self.data_dir, train=True, download=True)
         if self.dataset == "cifar10" and self.npz is None:
             from torchvision.datasets import CIFAR10
 
@@ -95,7 +104,7 @@ class FullBatchData(pl.LightningDataModule):
         """Build the batch, once."""
         if self.batches:
             return
-        x, y = self._digits() if self.dataset == "digits" else self._cifar10()
+        x, y = {"digits": self._digits, "mnist": self._mnist, "cifar10": self._cifar10}[self.dataset]()
         x, y = x[: self.samples], y[: self.samples]
         if len(x) < self.samples:
             raise ValueError(f"samples must be at most the {len(x)} in the data, got {self.samples}.")
@@ -119,6 +128,30 @@ class FullBatchData(pl.LightningDataModule):
         digits = load_digits()
         pixels = torch.tensor(digits.data, dtype=torch.float32) / DIGITS_MAX_PIXEL
         return (pixels - DIGITS_MEAN) / DIGITS_STD, torch.tensor(digits.target)
+
+    def _mnist_test_files(self) -> list[Path]:
+        """Images and labels of MNIST's test set, if its archives are there and the training set is not."""
+        raw = self.data_dir / "MNIST" / "raw"
+        files = [raw / f"t10k-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+        alone = not (raw / "train-images-idx3-ubyte").exists()
+        return files if alone and all(file.exists() for file in files) else []
+
+    def _mnist(self) -> tuple[Tensor, Tensor]:
+        """Images as (N, 1, 28, 28), standardized: the training set, or the test set where that alone is there."""
+        from torchvision.datasets import MNIST
+        from torchvision.datasets.mnist import read_image_file, read_label_file
+        from torchvision.datasets.utils import extract_archive
+
+        files = self._mnist_test_files()
+        if files:
+            with tempfile.TemporaryDirectory() as folder:
+                images, labels = (extract_archive(str(file), folder) for file in files)
+                pixels, y = read_image_file(images), read_label_file(labels)
+        else:
+            train = MNIST(self.data_dir, train=True)
+            pixels, y = train.data, train.targets
+        x = pixels[: self.samples, None].float() / 255
+        return (x - MNIST_MEAN) / MNIST_STD, y[: self.samples]
 
     def _cifar10(self) -> tuple[Tensor, Tensor]:
         """Channel-normalized images as (N, 3, 32, 32), no augmentation."""

@@ -119,7 +119,7 @@ def test_a_layer_that_is_the_model_itself() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"weight of a torch.nn.Linear, got '1.weight': choose one of \['0.weight'"):
         NoiseCurvatureRelation(network(), nn.functional.cross_entropy, parameter="1.weight")
-    with pytest.raises(ValueError, match="samples must be added before .* got none: call update first"):
+    with pytest.raises(ValueError, match=r"samples must be added before .* got none: call update first"):
         made().compute()
     with pytest.raises(ValueError, match=r"gradients must be \(n, 3\), got \(2, 4\): give one flat row a sample"):
         NoiseCovariance(3).update(torch.zeros(2, 4))

@@ -1,0 +1,283 @@
+"""How does the noise of SGD's gradient relate to the curvature of the loss, and does the loss function matter?
+
+The networks and the setting of Zhang, Yang and Tu (2026): an MLP or a CNN of ReLU layers without bias, plain SGD with
+η = 0.1, trained by cross-entropy and by squared error after a softmax. On one weight matrix the covariance C of the
+gradient noise is compared with the Hessian H in H's eigenvectors: C_ii ∝ H_ii^γ, with γ near 1 for squared error and
+above 1 for cross-entropy in their experiments.
+
+    python examples/noise_and_curvature.py                                   # digits, on a CPU
+    python examples/noise_and_curvature.py --dataset mnist --classes 3 6 10  # torchvision downloads it
+    python examples/noise_and_curvature.py --dataset cifar10 --npz cifar10.npz --model cnn
+"""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from data import FullBatchData
+from lightning.pytorch.loggers import TensorBoardLogger
+from models import convolution
+from plotting_noise import draw, draw_suppression
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature.functional.noise import power_law, spectral_moments, suppressed
+from lightning_curvature.linear_tap import linear_statistics
+from lightning_curvature.noise_curvature import NoiseCurvature
+
+LEARNING_RATE = 0.1
+LOSSES = {"ce": "cross-entropy", "mse": "squared error after softmax"}
+# Steps at which the first run of each loss is looked at on its way, as shares of the whole.
+ON_THE_WAY = (0.0, 0.03, 0.1, 0.2, 0.4, 0.7)
+SUPPRESSION_SAMPLES = 200
+QUANTITIES = (
+    "noise_gamma",
+    "noise_gamma_awd",
+    "noise_commutativity",
+    "noise_alignment",
+    "noise_spearman",
+    "noise_coupling",
+    "noise_awd_chain",
+)
+
+
+def mlp(inputs: int, width: int, classes: int) -> nn.Sequential:
+    """Three layers of ReLU units without bias; the weight between the hidden ones is looked at."""
+    sizes = [inputs, width, width]
+    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b, bias=False), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes, bias=False))
+
+
+def cnn(channels: int, classes: int) -> nn.Sequential:
+    """[32, M, 64, M, 128, 128, M], average pooling, 128 → 20 → classes, without bias; 128 → 20 is looked at."""
+    features = [
+        convolution(channels, 32, pool=True),
+        convolution(32, 64, pool=True),
+        convolution(64, 128),
+        convolution(128, 128, pool=True),
+    ]
+    for block in features:
+        convolutional = block[0]
+        assert isinstance(convolutional, nn.Conv2d)
+        convolutional.bias = None
+    head = [nn.Linear(128, 20, bias=False), nn.ReLU(), nn.Linear(20, classes, bias=False)]
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+
+
+class Classifier(pl.LightningModule):
+    """A network with one of the two losses, trained by plain SGD.
+
+    Args:
+        network: inputs → logits.
+        loss: "ce" or "mse".
+    """
+
+    def __init__(self, network: nn.Sequential, loss: str) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch."""
+        if self.loss == "ce":
+            return F.cross_entropy(logits, labels)
+        return F.mse_loss(logits.softmax(-1), F.one_hot(labels, logits.shape[-1]).to(logits.dtype))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a mini-batch."""
+        inputs, labels = batch
+        return self.objective(self.network(inputs), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=LEARNING_RATE)
+
+    @property
+    def weight(self) -> tuple[str, nn.Linear]:
+        """Name and layer of the weight that is looked at: the last but one of the linear layers."""
+        layers = [(f"network.{name}.weight", m) for name, m in self.network.named_modules() if isinstance(m, nn.Linear)]
+        return layers[-2]
+
+
+def subset(args: argparse.Namespace, classes: int) -> TensorDataset:
+    """The first classes, as many samples of each as there are, up to a limit."""
+    data = FullBatchData(dataset=args.dataset, samples=args.samples, data_dir=args.data_dir, npz=args.npz)
+    data.prepare_data()
+    data.setup()
+    inputs, labels = data.batches[0]
+    chosen = torch.cat([(labels == label).nonzero().flatten()[: args.per_class] for label in range(classes)])
+    return TensorDataset(inputs[chosen], labels[chosen])
+
+
+def train(
+    args: argparse.Namespace, data: TensorDataset, classes: int, loss: str, seed: int
+) -> tuple[Classifier, list[tuple[int, NoiseCurvature]]]:
+    """Train one network; return it with what was measured at its steps, the last of them at the end."""
+    pl.seed_everything(seed, verbose=False)
+    shape = data.tensors[0].shape[1:]
+    network = cnn(shape[0], classes) if args.model == "cnn" else mlp(shape.numel(), args.width, classes)
+    model = Classifier(network, loss)
+    steps = args.epochs[loss] * -(-len(data) // args.batch_size)
+    monitor = NoiseCovarianceMonitor(
+        parameter=model.weight[0],
+        quantities=QUANTITIES,
+        at_steps=tuple(round(share * steps) for share in ON_THE_WAY) if seed == args.seed else (),
+        probe_samples=None,
+        top=args.top,
+        seed=seed,
+    )
+    history = History(monitor)
+    trainer = pl.Trainer(
+        accelerator=args.accelerator,
+        devices=1,
+        max_steps=steps,
+        logger=TensorBoardLogger(args.out.parent, name=args.out.name, version=f"{loss}_{classes}_classes_seed_{seed}"),
+        callbacks=[monitor, history],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
+    trainer.fit(model, DataLoader(data, batch_size=args.batch_size, shuffle=True))
+    return model.cpu().eval(), history.found
+
+
+class History(pl.Callback):
+    """Keeps what a monitor, which stands before it in the list, has measured.
+
+    Args:
+        monitor: the monitor.
+    """
+
+    def __init__(self, monitor: NoiseCovarianceMonitor) -> None:
+        self.monitor = monitor
+        self.found: list[tuple[int, NoiseCurvature]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        """Look before a step."""
+        self._look(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look after the last."""
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        result = self.monitor.result
+        if result is not None and (not self.found or self.found[-1][1] is not result):
+            self.found.append((trainer.global_step, result))
+
+
+def accuracy(model: Classifier, data: TensorDataset) -> float:
+    """Share of the training samples that are classified rightly."""
+    inputs, labels = data.tensors
+    with torch.no_grad():
+        found = torch.cat([model.network(part).argmax(-1) for part in inputs.split(1000)])
+    return float((found == labels).float().mean())
+
+
+def suppression(model: Classifier, data: TensorDataset, relation: NoiseCurvature) -> dict[str, tuple[Tensor, Tensor]]:
+    """H_ii and C_ii (up to a factor) from eigenpairs of single samples: as they are, and with changed eigenvalues."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(data), generator=generator)[:SUPPRESSION_SAMPLES]
+    inputs, labels = (tensor[chosen] for tensor in data.tensors)
+    found = linear_statistics(
+        model.weight[1], lambda: model.objective(model.network(inputs), labels), len(inputs), check=True
+    )
+    spectra = relation.sample_spectra(found.activations, found.curvatures)
+    changed = {
+        "all eigenvalues": spectra.values,
+        "the largest alone": suppressed(spectra.values, threshold=-1.0, homogenize=False).values,
+        "… of stiff samples": suppressed(spectra.values, threshold=0.001, homogenize=False).values,
+        "… all alike": suppressed(spectra.values, threshold=0.001).values,
+    }
+    return {name: spectral_moments(spectra._replace(values=values)) for name, values in changed.items()}
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def row(name: str, classes: int, loss: str, runs: list[NoiseCurvature], accuracies: list[float]) -> str:
+    """One row of the table."""
+    gammas = [[r.gamma.exponent for r in runs if r.gamma], [r.gamma_awd.exponent for r in runs if r.gamma_awd]]
+    gammas.append([link.gamma.exponent for r in runs if (link := r.chain.get("raw")) and link.gamma])
+    columns = "".join(f"{spread(values) if values else '–':>15}" for values in gammas)
+    return f"{name:<18}{classes:>3}  {loss:<5}{columns}{mean(accuracies):>11.1%}"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=["digits", "mnist", "cifar10"], default="digits")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="for torchvision's files")
+    parser.add_argument("--npz", type=Path, help="CIFAR-10 as arrays x_train and y_train, in place of a download")
+    parser.add_argument("--model", choices=["mlp", "cnn"], default="mlp")
+    parser.add_argument("--width", type=int, default=50, help="units of a hidden layer of the MLP")
+    parser.add_argument("--classes", type=int, nargs="+", default=[10], help="the first so many, one after the other")
+    parser.add_argument("--loss", choices=list(LOSSES), nargs="+", default=list(LOSSES))
+    parser.add_argument("--samples", type=int, help="samples to choose from (default: all there are)")
+    parser.add_argument("--per-class", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--epochs", type=int, help="of training (default: 100, on digits 400 for squared error)")
+    parser.add_argument("--top", type=int, help="directions of the fit (default: 40 %% of the weight's entries)")
+    parser.add_argument("--seeds", type=int, default=2, help="runs for each row")
+    parser.add_argument("--seed", type=int, default=0, help="the first of them")
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/noise_and_curvature"))
+    parser.add_argument("--fast", action="store_true", help="half a minute: narrow layers, few epochs, one seed")
+    args = parser.parse_args(arguments)
+    if args.fast:
+        args.width, args.seeds, args.epochs = 16, 1, args.epochs or 5
+    whole = {"digits": 1797, "mnist": 60_000, "cifar10": 50_000}[args.dataset]
+    if args.npz is not None and args.samples is None:
+        parser.error("--samples must say how many --npz holds, got none: give their number")
+    args.samples = args.samples or whole
+    slow = 400 if args.dataset == "digits" else 100
+    args.epochs = {"ce": args.epochs or 100, "mse": args.epochs or slow}
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, measure, print the table, draw the pictures."""
+    args = parse_arguments(arguments)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    start = time.perf_counter()
+    lines: list[str] = []
+    for classes in args.classes:
+        data = subset(args, classes)
+        name = f"{args.dataset} {args.model.upper()}"
+        histories, experiments = {}, {}
+        for loss in args.loss:
+            runs, accuracies = [], []
+            for seed in range(args.seed, args.seed + args.seeds):
+                model, history = train(args, data, classes, loss, seed)
+                runs.append(history[-1][1])
+                accuracies.append(accuracy(model, data))
+                if seed == args.seed:
+                    histories[loss], experiments[loss] = history, suppression(model, data, history[-1][1])
+                    print(f"\n{LOSSES[loss]}, {classes} classes, {len(data):,} samples\n{history[-1][1]}", flush=True)
+            lines.append(row(name, classes, loss, runs, accuracies))
+        subject = f"{name}, {classes} classes, {len(data):,} samples, first of {args.seeds} runs"
+        suffix = f"_{classes}" if len(args.classes) > 1 else ""
+        draw(histories, args.out / f"noise_and_curvature{suffix}.png", subject=subject)
+        draw_suppression(experiments, args.out / f"suppression{suffix}.png", subject=subject)
+        for loss, experiment in experiments.items():
+            exponents = [f"{how} {power_law(h, c).exponent:.2f}" for how, (h, c) in experiment.items()]
+            lines.append(f"    {loss}, γ of {SUPPRESSION_SAMPLES} samples' spectra: {', '.join(exponents)}")
+    head = f"{'':<18}{'C':>3}  {'loss':<5}{'γ_emp':>15}{'γ_AWD':>15}{'γ_AWD, raw':>15}{'accuracy':>11}"
+    print("\n" + "\n".join([head, *lines]))
+    print(f"\n{time.perf_counter() - start:.0f} s\npictures: {args.out}/*.png\ntensorboard --logdir {args.out}")
+
+
+if __name__ == "__main__":
+    main()
