@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS ?= directional spectrum batch_sharpness stabilization
+BENCHMARKS ?= directional spectrum batch_sharpness stabilization noise
 
 .PHONY: demo test lint benchmark compatibility clean
 

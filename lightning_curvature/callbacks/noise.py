@@ -34,6 +34,8 @@ _MATRICES = 10
 # Share of the free memory that they may take.
 _SHARE = 0.8
 _NEAREST = 3
+# Share of the samples without a partner that is worth a word: a few are left over in the last batch of most data.
+_UNPAIRED = 0.05
 
 
 class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
@@ -274,7 +276,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
             progress.close()
         for key, reason in result.reasons.items():
             self._warn_once(key, f"{key} is NaN: {reason}")
-        if result.unpaired:
+        if result.unpaired > _UNPAIRED:
             self._warn_once(
                 "unpaired",
                 f"samples must have a partner of their class in the other half of their batch, got "
