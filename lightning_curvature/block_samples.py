@@ -1,6 +1,5 @@
 """Gradients and Hessian products of single samples, by one block of the parameters."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvature.operators.graphs import pull_back
+from lightning_curvature.operators.graphs import pull_back_rows
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probe_data import ProbeBatch
 from lightning_curvature.probe_loss import ProbeLoss
@@ -34,15 +33,9 @@ class SampleGraphs:
         """Products of the Hessian of each sample with q vectors, (q, D): (q, m, D)."""
         count, size = self.gradients.shape
         rows = vectors.to(self.gradients.dtype)[:, None, :].expand(-1, count, -1)
-        found = None
-        with contextlib.suppress(RuntimeError):  # an operation without a batched rule
-            (found,) = pull_back([self.gradients], [self.copies], [rows], retain=True, batched=True)
-            if found is None:
-                return rows.new_zeros(len(vectors), count, size)
-        if found is None:
-            single = [pull_back([self.gradients], [self.copies], [row], retain=True)[0] for row in rows]
-            found = torch.stack([one for one in single if one is not None])
-        return found.reshape(len(vectors), count, size)
+        with building_graphs():
+            found = pull_back_rows(self.gradients, self.copies, rows)
+        return rows.new_zeros(len(vectors), count, size) if found is None else found.reshape(len(vectors), count, size)
 
 
 class BlockSamples:
@@ -74,10 +67,11 @@ class BlockSamples:
         """Mean of the losses of the samples, with a graph where gradients are enabled; by the shortest way there is."""
         return self.whole() if self.is_mean(at_once) else self.losses(at_once).mean()
 
-    def is_mean(self, at_once: bool) -> bool:
-        """Whether the loss of the micro-batch is the mean of those of its samples."""
+    def is_mean(self, at_once: bool, whole: Tensor | None = None) -> bool:
+        """Whether the loss of the micro-batch, evaluated where it is not given, is the mean of those of its samples."""
         with torch.no_grad():
-            whole, mean = self.whole(), self.losses(at_once).mean()
+            whole = self.whole() if whole is None else whole.detach()
+            mean = self.losses(at_once).mean()
         return bool((whole - mean).abs() <= _AGREEMENT * mean.abs()) or bool(whole.isnan() and mean.isnan())
 
     def can_be_stacked(self, parameter: Tensor) -> bool:
@@ -100,11 +94,14 @@ class BlockSamples:
                 losses = self._loss.losses_of_many(
                     single_samples(self.batch, self.size), self._seed, [parameter], copies
                 )
-                yield _graphs(losses.sum(), copies[0], self.size)
+                graphs = _graphs(losses.sum(), copies[0], self.size)
+            # Outside of the context: a consumer that fails would leave it open for as long as its error is held.
+            yield graphs
             return
         for sample in self._singles():
             with building_graphs():
-                yield _graphs(self._one(sample), parameter, 1)
+                graphs = _graphs(self._one(sample), parameter, 1)
+            yield graphs
 
     def _singles(self) -> Iterator[Any]:
         tensors, rebuild = single_samples(self.batch, self.size)

@@ -3,12 +3,13 @@
 import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_curvature.isolation import patched
-from lightning_curvature.operators.graphs import pull_back
+from lightning_curvature.operators.graphs import pull_back, pull_back_rows
 from lightning_curvature.operators.memory import SavedBytes, available_memory
 from lightning_curvature.operators.micro_batches import building_graphs
 
@@ -53,10 +54,12 @@ def _tapped(layer: nn.Linear, saved: SavedBytes) -> Generator[list[tuple[Tensor,
     calls: list[tuple[Tensor, Tensor, int]] = []
     forward = layer.forward
 
-    def tapped(a: Tensor) -> Tensor:
-        z = forward(a)
+    def tapped(*args: Any, **kwargs: Any) -> Tensor:
+        z, given = forward(*args, **kwargs), [*args, *kwargs.values()]
+        if len(given) != 1 or not isinstance(z, Tensor):  # of a class of the user's
+            raise SeveralUsesError("the layer is no map of one tensor to another")
         zero = torch.zeros_like(z).requires_grad_()
-        calls.append((a.detach(), zero, saved.count))
+        calls.append((given[0].detach(), zero, saved.count))
         return z + zero
 
     with patched(layer, forward=tapped), saved.counting():
@@ -84,41 +87,36 @@ def linear_statistics(
         ValueError: if the loss does not depend on it.
     """
     saved = SavedBytes(list(layer.parameters()))
-    with building_graphs(), _tapped(layer, saved) as calls:
-        loss = evaluate()
-    if len(calls) != 1:
-        raise SeveralUsesError(f"the layer is called {len(calls)} times for a batch")
-    a, zero, before = calls[0]
-    if a.ndim != 2 or len(a) != samples:
-        raise SeveralUsesError(f"the layer gets inputs of shape {tuple(a.shape)} for {samples} samples")
-    if not loss.requires_grad:
-        raise ValueError("the loss must depend on the parameter, got a constant: leave no_grad and detach out of it.")
-    (slope,) = torch.autograd.grad(loss, zero, create_graph=True, allow_unused=True)
-    if slope is None:
-        raise ValueError("the loss must depend on the parameter, got one that does not: choose another parameter.")
-    out = zero.shape[1]
-    free = available_memory(zero.device, processes)
-    at_once = int(min(max(1, _SHARE * free // max(saved.count - before, 1)), out))
-    # S is the block of each sample: a cotangent of its own for each output, the same for all samples.
-    curvatures = torch.zeros(samples, out, out, dtype=zero.dtype, device=zero.device)
-    units = torch.eye(out, dtype=slope.dtype, device=slope.device)
-    for first in range(0, out, at_once):
-        rows = units[first : first + at_once, None, :].expand(-1, samples, -1)
-        (found,) = _pulled(slope, zero, rows)
-        if found is not None:
-            curvatures[:, first : first + at_once] = samples * found.transpose(0, 1)
-    statistics = LinearStatistics(a, samples * slope.detach(), curvatures)
-    if check:
-        _check(layer, loss, statistics)
+    with building_graphs():
+        with _tapped(layer, saved) as calls:
+            loss = evaluate()
+        if len(calls) != 1:
+            raise SeveralUsesError(f"the layer is called {len(calls)} times for a batch")
+        a, zero, before = calls[0]
+        if a.ndim != 2 or len(a) != samples:
+            raise SeveralUsesError(f"the layer gets inputs of shape {tuple(a.shape)} for {samples} samples")
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss must depend on the parameter, got a constant: leave no_grad and detach out of it."
+            )
+        (slope,) = torch.autograd.grad(loss, zero, create_graph=True, allow_unused=True)
+        if slope is None:
+            raise ValueError("the loss must depend on the parameter, got one that does not: choose another parameter.")
+        out = zero.shape[1]
+        free = available_memory(zero.device, processes)
+        at_once = int(min(max(1, _SHARE * free // max(saved.count - before, 1)), out))
+        # S is the block of each sample: a cotangent of its own for each output, the same for all samples.
+        curvatures = torch.zeros(samples, out, out, dtype=zero.dtype, device=zero.device)
+        units = torch.eye(out, dtype=slope.dtype, device=slope.device)
+        for first in range(0, out, at_once):
+            rows = units[first : first + at_once, None, :].expand(-1, samples, -1)
+            found = pull_back_rows(slope, zero, rows)
+            if found is not None:
+                curvatures[:, first : first + at_once] = samples * found.transpose(0, 1)
+        statistics = LinearStatistics(a, samples * slope.detach(), curvatures)
+        if check:
+            _check(layer, loss, statistics)
     return statistics
-
-
-def _pulled(slope: Tensor, zero: Tensor, rows: Tensor) -> tuple[Tensor | None, ...]:
-    """Products of several rows with second derivatives: at once, or one by one where that has no batched rule."""
-    with contextlib.suppress(RuntimeError):
-        return pull_back([slope], [zero], [rows], retain=True, batched=True)
-    found = [pull_back([slope], [zero], [row], retain=True)[0] for row in rows]
-    return (None if found[0] is None else torch.stack([one for one in found if one is not None]),)
 
 
 def _check(layer: nn.Linear, loss: Tensor, statistics: LinearStatistics) -> None:
@@ -129,6 +127,8 @@ def _check(layer: nn.Linear, loss: Tensor, statistics: LinearStatistics) -> None
     direction = torch.randn(weight.shape, generator=generator).to(weight)
     (product,) = pull_back([gradient], [weight], [direction], retain=False)
     product = torch.zeros_like(weight) if product is None else product
+    if not bool(gradient.isfinite().all() and product.isfinite().all()):
+        return  # on no route
     # Roundings are far below the square root of their unit, what is missing is far above it.
     tolerance = torch.finfo(statistics.gradients.dtype).eps ** 0.5
     for name, direct, own in (

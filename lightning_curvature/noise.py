@@ -24,6 +24,7 @@ from lightning_curvature.functional.noise import (
     relative_commutativity_error,
     spearman_correlation,
 )
+from lightning_curvature.linear_tap import SeveralUsesError
 from lightning_curvature.noise_curvature import ChainLink, NoiseCurvature
 from lightning_curvature.noise_problem import Block, NoiseOptions, NoiseProblem
 from lightning_curvature.noise_sums import (
@@ -39,12 +40,20 @@ from lightning_curvature.parallel import sum_of_tensors
 
 # Directions of the matrices that are kept for pictures, as many as P2 shows.
 _SHOWN = 100
+_COMPARED = (
+    "noise_commutativity",
+    "noise_commutativity_relative",
+    "noise_alignment",
+    "noise_spearman",
+    "noise_coupling",
+)
 
 
 def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvature:
     """Measure on all ranks; each comes here, and two collectives bring their sums together (general route: four).
 
     Raises:
+        SeveralUsesError: on all ranks, if the samples of one of them cannot take the Kronecker route.
         ValueError: if gradients or Hessians are not finite.
         Exception: whatever a training step raises on this rank.
         RuntimeError: on the other ranks, when one has failed.
@@ -69,10 +78,26 @@ def _together(problem: NoiseProblem, own_sums: Callable[[], Sums]) -> Sums:
     """Sum over all ranks what each of them makes; one that fails tells the others before."""
     errors: list[Exception] = []
     found: list[Sums] = []
+    unfit: list[Exception] = []
     with noted(errors):
-        found.append(own_sums())
-    agree(problem.trainer, errors, "summing over samples")
+        try:
+            found.append(own_sums())
+        except SeveralUsesError as error:
+            unfit.append(error.with_traceback(None))  # which holds graphs
+    if agree(problem.trainer, errors, "summing over samples", 0.0 if unfit else 1.0) < 1.0:
+        raise unfit.pop() if unfit else SeveralUsesError("on another rank it cannot take the Kronecker route")
     return sum_of_tensors(problem.trainer, found[0])
+
+
+def _rounding(block: Block, moments: NoiseMoments, directions: int) -> float:
+    """What rounding may leave of C in one of so many directions, where there is no noise.
+
+    C is a difference of two means, summed in double precision, of gradients in the precision of the run, whose own
+    roundings go in all directions.
+    """
+    own, double = (torch.finfo(dtype).eps for dtype in (block.parameter.dtype, torch.float64))
+    scale = float(moments.products.trace()) / block.batch_size
+    return (16.0 * double + 4.0 * own**2 / directions) * scale
 
 
 def relation(
@@ -95,6 +120,8 @@ def relation(
             "where a derivative is not defined (a square root at 0)."
         )
     covariance = covariance_of_sums(moments.products, moments.gradient, 1, block.batch_size)
+    if not float(covariance.trace()) > _rounding(block, moments, 1):
+        covariance.zero_()
     values, vectors = curvature_basis(moments.hessian, options.top)
     second = None
     if "noise_gamma_awd" in options.quantities:
@@ -121,7 +148,9 @@ def relation(
     )
     asked = options.quantities
     if "noise_gamma" in asked:
-        result.gamma = result.attempt("noise_gamma", lambda: power_law(values, projected.diagonal(), floor))
+        noise = projected.diagonal()
+        noise = torch.where(noise > _rounding(block, moments, len(covariance)), noise, 0.0)
+        result.gamma = result.attempt("noise_gamma", lambda: power_law(values, noise, floor))
     if second is not None:
         result.gamma_awd = result.attempt("noise_gamma_awd", lambda: power_law(values, second, floor))
     if "noise_commutativity" in asked:
@@ -134,9 +163,23 @@ def relation(
         result.spearman = spearman_correlation(values, projected.diagonal())
     if "noise_coupling" in asked:
         _couple(result, options, block.seed, covariance, projected)
+    _explain(result, options, no_noise=not covariance.any(), no_curvature=not moments.hessian.any())
     if "noise_awd_chain" in asked:
         _add_chain(result, moments, covariance, vectors, floor)
     return result
+
+
+def _explain(result: NoiseCurvature, options: NoiseOptions, no_noise: bool, no_curvature: bool) -> None:
+    """Reasons for what is NaN of the comparison of C with H."""
+    if no_noise:
+        reason = "the gradients of all samples are alike: there is no noise, but for rounding"
+    elif no_curvature:
+        reason = "the Hessian is zero: the loss is linear in the parameter, or piecewise so"
+    else:
+        reason = "noise and curvature are in different directions"
+    for key, value in result.values(options.quantities).items():
+        if key in _COMPARED and math.isnan(value) and (no_noise or key not in result.reasons):
+            result.reasons[key] = f"{reason}."
 
 
 def _couple(result: NoiseCurvature, options: NoiseOptions, seed: int, covariance: Tensor, projected: Tensor) -> None:
@@ -144,7 +187,7 @@ def _couple(result: NoiseCurvature, options: NoiseOptions, seed: int, covariance
     result.coupling = mean_coupling(coupling_matrix(projected))
     result.spikes = effective_spikes(covariance)
     if len(projected) < 2 or math.isnan(result.coupling) or math.isnan(result.spikes):
-        result.reasons["noise_coupling"] = "there must be two directions with noise in them"
+        result.reasons["noise_coupling"] = "there must be two directions with noise in them."
         return
     result.test = coupling_test(result.coupling, result.spikes, len(projected))
     generator = torch.Generator(covariance.device).manual_seed(seed)
@@ -159,13 +202,13 @@ def _add_chain(
     duality = moments.duality
     if duality is None:
         result.reasons["noise_awd_chain"] = (
-            "it exists for the weight of a linear layer that is used once for each sample"
+            "it exists for the weight of a linear layer that is used once for each sample."
         )
         return
     if not duality.batches:
         result.reasons["noise_awd_chain"] = (
             "no sample has a partner of its class in the other half of its batch: give larger micro-batches, or fewer "
-            "classes"
+            "classes."
         )
         return
     result.weight_variance = duality.weight_variance

@@ -1,5 +1,6 @@
 """Sums over samples of what the noise covariance and the Hessian of a block are made of; they add up over ranks."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,12 +18,13 @@ from lightning_curvature.functional.noise import (
     unpacked,
 )
 from lightning_curvature.linalg import VectorSpace
-from lightning_curvature.linear_tap import LinearStatistics, linear_statistics
+from lightning_curvature.linear_tap import LinearStatistics, SeveralUsesError, linear_statistics
 from lightning_curvature.noise_problem import Block, NoiseProblem, Pairing
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probing import products_at_once, products_with
 
 Sums = dict[str, Tensor]
+NOT_A_MEAN = "the loss of a batch is not the mean of those of its samples"
 
 
 class NoiseMoments(NamedTuple):
@@ -68,7 +70,7 @@ def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
         pairing: gives inputs and labels where pairs of mini-batches are made as well; else None.
 
     Raises:
-        SeveralUsesError: if the layer is used otherwise than once a sample in some batch.
+        SeveralUsesError: if the layer is used otherwise than once a sample in some batch, or its loss is no mean.
     """
     layer = problem.layer
     assert layer is not None
@@ -76,9 +78,13 @@ def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
     gradient = torch.zeros(out, into, dtype=torch.float64, device=device)
     second = kronecker_sums(torch.zeros(0, 3, out, out, device=device), torch.zeros(0, into, device=device))
     duality = DualitySums(out, into, device) if pairing is not None else None
-    samples, unpaired = 0, 0
+    samples, unpaired, processes = 0, 0, problem.trainer.num_devices
     for batch in batches(problem):
-        found = linear_statistics(layer, batch.whole, batch.size, problem.trainer.num_devices)
+        losses: list[Tensor] = []
+        found = linear_statistics(layer, functools.partial(_noted, batch, losses), batch.size, processes)
+        # Of each: class weights, for example, show in those batches alone that hold several classes.
+        if not batch.is_mean(problem.at_once, losses.pop()):
+            raise SeveralUsesError(NOT_A_MEAN)
         found = LinearStatistics(*(t.to(device, torch.float64) for t in vars(found).values()))
         gradient += found.gradients.mT @ found.activations
         blocks = linear_blocks(found.activations, found.gradients, found.curvatures)
@@ -88,6 +94,11 @@ def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
             unpaired += _add_pairs(duality, layer.weight.detach().to(device), found, pairing(batch.batch))
     sums = {"gradient": gradient.flatten(), "kronecker": second, "counts": gradient.new_tensor([samples, unpaired])}
     return sums | ({"duality": duality.state} if duality is not None else {})
+
+
+def _noted(batch: BlockSamples, losses: list[Tensor]) -> Tensor:
+    losses.append(batch.whole())
+    return losses[-1]
 
 
 def general_route(problem: NoiseProblem) -> Sums:
@@ -125,7 +136,8 @@ def _block_hessian(batch: BlockSamples, problem: NoiseProblem, space: VectorSpac
     for first in range(0, size, at_once):
         units = torch.zeros(min(at_once, size - first), size, dtype=space.dtype, device=space.device)
         units[:, first:].fill_diagonal_(1.0)
-        found.append(products_with([gradient], [parameter], space, units))
+        with building_graphs():
+            found.append(products_with([gradient], [parameter], space, units))
     hessian = torch.cat(found)
     return 0.5 * (hessian + hessian.mT)
 

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_curvature.data_reading import ProbeBatch, Reading
 from lightning_curvature.data_state import DataRandomness, fresh_copy
@@ -203,6 +203,8 @@ def step_size(trainer: pl.Trainer) -> int | None:
     except MisconfigurationException:  # none yet, or several
         return None
     size = getattr(loader, "batch_size", None)
+    if size is None and type(getattr(loader, "batch_sampler", None)) is BatchSampler:
+        size = loader.batch_sampler.batch_size
     return size * trainer.accumulate_grad_batches * trainer.world_size if isinstance(size, int) else None
 
 

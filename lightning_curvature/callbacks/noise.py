@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,11 +17,11 @@ from lightning_curvature.block_samples import BlockSamples
 from lightning_curvature.callbacks.checks import check_count, check_names
 from lightning_curvature.callbacks.monitor import OnError
 from lightning_curvature.callbacks.occasional_monitor import OccasionalMonitor
-from lightning_curvature.data_reading import sample_count
 from lightning_curvature.linear_tap import SeveralUsesError, linear_statistics
 from lightning_curvature.noise import measure_noise
 from lightning_curvature.noise_curvature import NoiseCurvature
 from lightning_curvature.noise_problem import KEYS, QUANTITIES, NoiseOptions, NoiseProblem, Pairing, Quantity
+from lightning_curvature.noise_sums import NOT_A_MEAN
 from lightning_curvature.objective import ObjectiveFunction
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.probe_data import ProbeSet, step_size
@@ -216,7 +217,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
             )
 
     def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> tuple[ProbeSet, int]:
-        """Read the samples, and return them with b."""
+        """Read the samples, and return them with the size of a batch of their loader."""
         own = getattr(loader if loader is not None else trainer.train_dataloader, "batch_size", None)
         size = self.micro_batch_size
         if size is None and "noise_awd_chain" in self.options.quantities and isinstance(own, int):
@@ -227,16 +228,15 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
             probe_set = super()._read_from(trainer, loader, batch, errors)
         finally:
             self.micro_batch_size = given
-        step = step_size(trainer) or own
-        return probe_set, self.batch_size or (
-            step if isinstance(step, int) else sample_count(probe_set.batches[0].batch)
-        )
+        return probe_set, own if isinstance(own, int) else probe_set.batches[0].size
 
     def prepare(
         self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: tuple[ProbeSet, int]
     ) -> tuple[tuple[NoiseProblem, Progress], float]:
         """Return what is measured with what shows that it is, and whether this rank can take the Kronecker route."""
-        samples, batch_size = probe_set
+        samples, own = probe_set
+        # As it is now: the number of accumulated batches may follow a schedule.
+        step = step_size(trainer) or own * trainer.accumulate_grad_batches * trainer.world_size
         module = trainer.lightning_module
         progress = Progress(trainer, "noise covariance", "batches")
         block = dict(module.named_parameters(remove_duplicate=False))[self.parameter]
@@ -257,7 +257,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
             parameter=block,
             layer=layer,
             at_once=at_once,
-            batch_size=batch_size,
+            batch_size=self.batch_size or step,
             seed=self.seed + trainer.global_step,
             on_batch=progress.tick,
         )
@@ -268,14 +268,22 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         """Measure at the parameters as they are."""
         problem, progress = prepared
         if least < 2.0:
-            problem = NoiseProblem(**(vars(problem) | {"layer": None}))
+            problem = replace(problem, layer=None)
         self._tell(problem)
         try:
-            result = measure_noise(self.options, problem)
+            try:
+                result = measure_noise(self.options, problem)
+            except SeveralUsesError as error:  # which a later batch has shown
+                self._why_general, problem = str(error), replace(problem, layer=None)
+                self._tell(problem)
+                result = measure_noise(self.options, problem)
         finally:
             progress.close()
-        for key, reason in result.reasons.items():
-            self._warn_once(key, f"{key} is NaN: {reason}")
+        for reason in dict.fromkeys(result.reasons.values()):
+            keys = [key for key, own in result.reasons.items() if own == reason and key not in self._told]
+            self._told.update(keys)
+            if keys:
+                warn(f"{', '.join(keys)} {'is' if len(keys) == 1 else 'are'} NaN: {reason}")
         if result.unpaired > _UNPAIRED:
             self._warn_once(
                 "unpaired",
@@ -285,9 +293,10 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         return result
 
     def _tell(self, problem: NoiseProblem) -> None:
-        if "route" in self._told:
+        about = "general" if problem.layer is None else "kronecker"
+        if about in self._told:
             return
-        self._told.add("route")
+        self._told.add(about)
         name = f"noise covariance of {self.parameter!r}"
         if problem.layer is not None:
             inform(f"{name}: Kronecker route, no Hessian of a single sample is formed.")
@@ -322,7 +331,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear | None:
 def _why_not(layer: nn.Linear, batch: BlockSamples, at_once: bool, processes: int) -> str:
     """Why the Kronecker route cannot be taken; empty where it can."""
     if not batch.is_mean(at_once):
-        return "the loss of a batch is not the mean of those of its samples"
+        return NOT_A_MEAN
     try:
         linear_statistics(layer, batch.whole, batch.size, processes, check=True)
     except SeveralUsesError as error:

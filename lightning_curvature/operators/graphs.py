@@ -1,5 +1,6 @@
 """Graphs of micro-batches, kept from product to product while they fit into memory."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Generic, Literal, TypeVar
 
@@ -95,3 +96,14 @@ def pull_back(
     return torch.autograd.grad(
         with_graph, inputs, cotangents, retain_graph=retain, allow_unused=True, is_grads_batched=batched
     )
+
+
+def pull_back_rows(output: Tensor, leaf: Tensor, rows: Tensor) -> Tensor | None:
+    """Vector–Jacobian products of several rows: at once, or one by one where an operation has no batched rule.
+
+    The graph is kept. None where the output does not depend on the leaf.
+    """
+    with contextlib.suppress(RuntimeError):
+        return pull_back([output], [leaf], [rows], retain=True, batched=True)[0]
+    found = [pull_back([output], [leaf], [row], retain=True)[0] for row in rows]
+    return None if found[0] is None else torch.stack([one for one in found if one is not None])
