@@ -235,7 +235,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="half a minute: narrow layers, few epochs, one seed")
     args = parser.parse_args(arguments)
     if args.fast:
-        args.width, args.seeds, args.epochs = 16, 1, args.epochs or 5
+        args.width, args.seeds, args.epochs = min(args.width, 16), 1, args.epochs or 5
     whole = {"digits": 1797, "mnist": 60_000, "cifar10": 50_000}[args.dataset]
     if args.npz is not None and args.samples is None:
         parser.error("--samples must say how many --npz holds, got none: give their number")

@@ -90,7 +90,7 @@ def _draw_matrices(figure: Any, panels: Any, result: NoiseCurvature, name: str) 
     figure.colorbar(image, ax=panels[0], shrink=0.8)
     for axes, matrix, title in (
         (panels[1], result.shown, "coupling $|R_{ij}|$"),
-        (panels[2], result.shown_random, "… of the same noise, rotated at random"),
+        (panels[2], result.shown_random, "$|R_{ij}|$ of rotated noise"),
     ):
         if matrix is None:
             axes.axis("off")

@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_curvature.block_samples import BlockSamples, SampleGraphs
 from lightning_curvature.functional.noise import (
     DualitySums,
+    KroneckerSum,
     duality_terms,
-    kronecker_sums,
     linear_blocks,
     matched_pairs,
     unpacked,
@@ -76,7 +76,7 @@ def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
     assert layer is not None
     device, (out, into) = sum_device(problem), layer.weight.shape
     gradient = torch.zeros(out, into, dtype=torch.float64, device=device)
-    second = kronecker_sums(torch.zeros(0, 3, out, out, device=device), torch.zeros(0, into, device=device))
+    moments = KroneckerSum(3, out, into, device)
     duality = DualitySums(out, into, device) if pairing is not None else None
     samples, unpaired, processes = 0, 0, problem.trainer.num_devices
     for batch in batches(problem):
@@ -87,12 +87,12 @@ def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
             raise SeveralUsesError(NOT_A_MEAN)
         found = LinearStatistics(*(t.to(device, torch.float64) for t in vars(found).values()))
         gradient += found.gradients.mT @ found.activations
-        blocks = linear_blocks(found.activations, found.gradients, found.curvatures)
-        second += kronecker_sums(blocks, found.activations)
+        moments.add(linear_blocks(found.activations, found.gradients, found.curvatures), found.activations)
         samples += batch.size
         if duality is not None and pairing is not None:
             unpaired += _add_pairs(duality, layer.weight.detach().to(device), found, pairing(batch.batch))
-    sums = {"gradient": gradient.flatten(), "kronecker": second, "counts": gradient.new_tensor([samples, unpaired])}
+    counts = gradient.new_tensor([samples, unpaired])
+    sums = {"gradient": gradient.flatten(), "kronecker": moments.packed(), "counts": counts}
     return sums | ({"duality": duality.state} if duality is not None else {})
 
 

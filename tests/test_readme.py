@@ -75,6 +75,42 @@ def test_the_sample_growth_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 1 + 3 + 3  # heads, curves, two validities and seconds
 
 
+def test_the_noise_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end of fit, and by hand as the comment says."""
+    code = blocks()[4].replace("classifier.0.weight", "network.0.weight")
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    module = Classifier(mlp(4, 6, 3, dtype=torch.float32), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    x, y = classification(1, size=96, dtype=torch.float32)[0]
+    samples = DataLoader(TensorDataset(x, y), batch_size=32)
+    trainer = make_trainer(scope["monitor"], precision="32-true")
+    trainer.fit(module, samples)
+    for key in (
+        "gamma",
+        "gamma_stderr",
+        "gamma_awd",
+        "commutativity",
+        "alignment",
+        "spearman",
+        "coupling",
+        "coupling_z",
+    ):
+        assert trainer.callback_metrics[f"curvature/noise_{key}"].isfinite(), key
+    (by_hand,) = re.findall(r"or by hand: (.*)$", code, flags=re.MULTILINE)
+    exec(by_hand, scope | {"module": module, "train_dataloader": samples})
+    assert "kronecker route" in capsys.readouterr().out
+
+
+def test_the_page_on_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of the page: γ as a number, and the summary."""
+    model, batches = mlp(4, 6, 3, dtype=torch.float64), classification(4)
+    scope = {"model": model, "loss_function": torch.nn.functional.cross_entropy, "batches": batches}
+    exec(blocks(README.parent / "docs" / "noise.md")[0], scope)
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert second.startswith("0.weight: D = 24, 10 directions")
+    assert float(third.split()[1]) == pytest.approx(float(first), abs=1e-3)
+
+
 def test_the_page_on_sharpness(capsys: pytest.CaptureFixture[str]) -> None:
     """The code of the page, on a quadratic whose curvature is 1.5 in every direction."""
     model = torch.nn.Linear(3, 1, bias=False).double()
@@ -112,11 +148,11 @@ def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
         "loss_function": lambda z, y: 0.5 * (z - y).square().sum(),
         "train_dataloader": data,
     }
-    exec(blocks()[4], scope)
+    exec(blocks()[5], scope)
     # Exact for a quadratic, printed with three digits.
     assert capsys.readouterr().out == "λ = 1.5, edge 20\n"
     # A multiple of the identity: any vector is an eigenvector, and one product finds it out.
-    exec(blocks()[5], scope)
+    exec(blocks()[6], scope)
     assert capsys.readouterr().out.startswith("λ_max = 1.5, 1 products, residual ")
 
 

@@ -218,17 +218,14 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
 
     def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> tuple[ProbeSet, int]:
         """Read the samples, and return them with the size of a batch of their loader."""
-        own = getattr(loader if loader is not None else trainer.train_dataloader, "batch_size", None)
-        size = self.micro_batch_size
-        if size is None and "noise_awd_chain" in self.options.quantities and isinstance(own, int):
-            size = 2 * own
-        given = self.micro_batch_size
-        try:
-            self.micro_batch_size = size
-            probe_set = super()._read_from(trainer, loader, batch, errors)
-        finally:
-            self.micro_batch_size = given
-        return probe_set, own if isinstance(own, int) else probe_set.batches[0].size
+        probe_set, own = super()._read_from(trainer, loader, batch, errors), _batch_size(trainer, loader)
+        return probe_set, own or probe_set.batches[0].size
+
+    def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
+        own = _batch_size(trainer, loader)
+        # Halves of a micro-batch are the mini-batches that are paired.
+        pairs = "noise_awd_chain" in self.options.quantities
+        return self.micro_batch_size or (2 * own if pairs and own is not None else None)
 
     def prepare(
         self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: tuple[ProbeSet, int]
@@ -319,6 +316,12 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
     def report_nothing(self, trainer: pl.Trainer) -> None:
         """Write NaN for all values."""
         self._write(trainer, {key: math.nan for q in self.options.quantities for key in KEYS[q]})
+
+
+def _batch_size(trainer: pl.Trainer, loader: Any) -> int | None:
+    """Batch size of a loader, or where it is None of the Trainer's; None where it has none."""
+    size = getattr(loader if loader is not None else trainer.train_dataloader, "batch_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear | None:

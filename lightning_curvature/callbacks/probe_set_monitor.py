@@ -169,7 +169,7 @@ class ProbeSetMonitor(Monitor):
 
     def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> Any:
         """Read from a loader, or where it is None from the Trainer's."""
-        size, group = self.micro_batch_size, 1
+        size, group = self._cut(trainer, loader), 1
         if self._by_step and not errors:
             with noted(errors):
                 size, group = self._step_groups(trainer, batch)
@@ -182,6 +182,10 @@ class ProbeSetMonitor(Monitor):
             seed=self.seed,
             errors=errors,
         )
+
+    def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
+        """Size of a micro-batch; None for that of the loader."""
+        return self.micro_batch_size
 
     def _step_groups(self, trainer: pl.Trainer, batch: Any) -> tuple[int | None, int]:
         """Size of a micro-batch, and how many hold the data of one optimizer step, of all its batches and ranks."""

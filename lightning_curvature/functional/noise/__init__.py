@@ -26,7 +26,7 @@ from lightning_curvature.functional.noise.duality import (
     matched_pairs,
     minimal_weight_change,
 )
-from lightning_curvature.functional.noise.kronecker import kronecker_sums, linear_blocks, unpacked
+from lightning_curvature.functional.noise.kronecker import KroneckerSum, kronecker_sums, linear_blocks, unpacked
 from lightning_curvature.functional.noise.relation import (
     PowerLaw,
     commutativity_error,
@@ -54,6 +54,7 @@ __all__ = [
     "CurvatureBasis",
     "DualitySums",
     "DualityTerms",
+    "KroneckerSum",
     "PowerLaw",
     "SampleSpectra",
     "Suppressed",

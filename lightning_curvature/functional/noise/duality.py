@@ -198,7 +198,7 @@ class DualitySums:
         along = (directions.mT @ terms.moved[:, :, None]).squeeze(-1)
         rotated = directions * (sigma * along)[:, None, :]
         own = torch.stack([terms.hessian[:, :, None] * terms.hessian[:, None, :], rotated @ rotated.mT], dim=1)
-        samples += kronecker_sums(0.5 / count * own, terms.activations)
+        kronecker_sums(0.5 / count * own, terms.activations, samples)
         length = terms.activations.square().sum(-1)
         seen = length > 0.0
         squares = (terms.moved.square().sum(-1)[seen] / length[seen]).sum()

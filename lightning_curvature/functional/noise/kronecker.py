@@ -16,12 +16,13 @@ from torch import Tensor
 _PIECE = 2**23
 
 
-def kronecker_sums(blocks: Tensor, activations: Tensor) -> Tensor:
+def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = None) -> Tensor:
     r"""Return :math:`\sum_p B_p \otimes a_p a_p^\top` in packed form, which merges by addition.
 
     Args:
         blocks: B, (n, q, out, out): q symmetric matrices of each sample.
         activations: a, (n, in).
+        total: packed sums, to which these are added in place.
 
     Returns:
         (q, out (out + 1) / 2, in (in + 1) / 2) float64; see :func:`unpacked`.
@@ -45,14 +46,50 @@ def kronecker_sums(blocks: Tensor, activations: Tensor) -> Tensor:
     rows = torch.triu_indices(out, out, device=blocks.device)
     columns = torch.triu_indices(activations.shape[1], activations.shape[1], device=activations.device)
     width = columns.shape[1]
-    total = torch.zeros(kinds * rows.shape[1], width, dtype=torch.float64, device=blocks.device)
-    piece = max(1, _PIECE // max(width, total.shape[0]))
+    if total is None:
+        total = torch.zeros(kinds, rows.shape[1], width, dtype=torch.float64, device=blocks.device)
+    flat = total.view(-1, width)
+    piece = max(1, _PIECE // max(width, len(flat)))
     for first in range(0, count, piece):
         own = blocks[first : first + piece].double()
         a = activations[first : first + piece].double()
         packed = own[:, :, rows[0], rows[1]].flatten(1)
-        total.addmm_(packed.mT, a[:, columns[0]] * a[:, columns[1]])
-    return total.view(kinds, -1, width)
+        flat.addmm_(packed.mT, a[:, columns[0]] * a[:, columns[1]])
+    return total
+
+
+class KroneckerSum:
+    """A sum as of :func:`kronecker_sums`, over batches that are multiplied when there are enough: each product goes
+    through all of the sum.
+
+    Args:
+        kinds: q.
+        out: rows of the weight.
+        into: its columns.
+        device: where the sum is.
+    """
+
+    # Numbers that wait: 32 MB.
+    _MOST = 2**22
+
+    def __init__(self, kinds: int, out: int, into: int, device: torch.device | str = "cpu") -> None:
+        shape = (kinds, out * (out + 1) // 2, into * (into + 1) // 2)
+        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, blocks: Tensor, activations: Tensor) -> None:
+        """Add samples: (n, q, out, out) and (n, in)."""
+        self._waiting.append((blocks, activations))
+        if sum(own.numel() for own, _ in self._waiting) >= self._MOST:
+            self.packed()
+
+    def packed(self) -> Tensor:
+        """Return the sum, (q, out (out + 1) / 2, in (in + 1) / 2)."""
+        if self._waiting:
+            blocks, activations = zip(*self._waiting, strict=True)
+            self._waiting = []
+            kronecker_sums(torch.cat(blocks), torch.cat(activations), self._total)
+        return self._total
 
 
 def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
