@@ -59,8 +59,9 @@ def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = N
 
 
 class KroneckerSum:
-    """A sum as of :func:`kronecker_sums`, over batches that are multiplied when there are enough: each product goes
-    through all of the sum.
+    """A sum as of :func:`kronecker_sums`, over small batches.
+
+    They are multiplied when there are enough of them: each product goes through all of the sum.
 
     Args:
         kinds: q.
