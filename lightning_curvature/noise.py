@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_curvature.failures import agree, noted
 from lightning_curvature.functional.noise import (
+    CHAIN,
     commutativity_error,
     coupling_matrix,
     coupling_test,
@@ -217,6 +218,9 @@ def _add_chain(
     for name, matrix in duality.matrices(moments.second).items():
         scaled = matrix / result.batch_size
         diagonal = (vectors @ scaled * vectors).sum(1)
-        law = result.attempt(f"noise_gamma_awd_{name}", lambda d=diagonal: power_law(values, d, floor))  # type: ignore[misc]
+        key = f"noise_gamma_awd_{name}"
+        law = result.attempt(key, lambda d=diagonal: power_law(values, d, floor))  # type: ignore[misc]
+        if name not in CHAIN:
+            result.reasons.pop(key, None)  # no value of its own, and "hg" is indefinite
         distance = float((scaled - covariance).norm()) / norm if norm else math.nan
         result.chain[name] = ChainLink(law, float(scaled.norm()), distance, diagonal.cpu())
