@@ -14,6 +14,8 @@ from lightning_curvature.noise_curvature import NoiseCurvature
 
 COLORS = {"ce": "tab:blue", "mse": "tab:orange"}
 NAMES = {"ce": "cross-entropy", "mse": "squared error"}
+# Directions of the matrices: more are hard to see.
+SHOWN = 50
 Histories = dict[str, list[tuple[int, NoiseCurvature]]]
 
 
@@ -83,19 +85,19 @@ def _draw_training(axes: plt.Axes, history: list[tuple[int, NoiseCurvature]], lo
 
 
 def _draw_matrices(figure: Any, panels: Any, result: NoiseCurvature, name: str) -> None:
-    shown = result.shown.abs().numpy()
+    shown = result.shown[:SHOWN, :SHOWN].abs().numpy()
     top = shown.max() or 1.0
     image = panels[0].imshow(np.maximum(shown, 1e-4 * top), cmap="magma", norm=LogNorm(1e-4 * top, top))
     panels[0].set_title(f"{name}: $|C_{{ij}}|$ in H's eigenvectors")
     figure.colorbar(image, ax=panels[0], shrink=0.8)
     for axes, matrix, title in (
         (panels[1], result.shown, "coupling $|R_{ij}|$"),
-        (panels[2], result.shown_random, "$|R_{ij}|$ of rotated noise"),
+        (panels[2], result.shown_random, "of rotated noise"),
     ):
         if matrix is None:
             axes.axis("off")
             continue
-        coupling = coupling_matrix(matrix).abs().numpy()
+        coupling = coupling_matrix(matrix[:SHOWN, :SHOWN]).abs().numpy()
         off = coupling[~np.eye(len(coupling), dtype=bool)]
         image = axes.imshow(coupling, cmap="Reds", vmin=0.0, vmax=1.0)
         axes.set_title(f"{title}, mean {np.nanmean(off):.3f}")
