@@ -18,12 +18,12 @@ class Progress:
     Args:
         trainer: its progress bar is written to; Lightning's own are known, others show nothing.
         name: what is under way.
-        unit: what is counted.
         clock: seconds.
+        unit: what is counted.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, name: str, unit: str = "products", clock: Callable[[], float] = time.monotonic
+        self, trainer: pl.Trainer, name: str, clock: Callable[[], float] = time.monotonic, unit: str = "products"
     ) -> None:
         self._name, self._unit, self._clock, self._start, self._count = name, unit, clock, clock(), 0
         self._last = self._start

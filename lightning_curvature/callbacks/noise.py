@@ -235,7 +235,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         # As it is now: the number of accumulated batches may follow a schedule.
         step = step_size(trainer) or own * trainer.accumulate_grad_batches * trainer.world_size
         module = trainer.lightning_module
-        progress = Progress(trainer, "noise covariance", "batches")
+        progress = Progress(trainer, "noise covariance", unit="batches")
         block = dict(module.named_parameters(remove_duplicate=False))[self.parameter]
         first = BlockSamples(loss, samples.batches[0])
         layer, at_once, ranks = _linear(module, self.parameter), False, trainer.world_size

@@ -108,12 +108,14 @@ class OccasionalMonitor(ProbeSetMonitor, Generic[Result]):
         return self.result
 
     def measure(self, trainer: pl.Trainer, prepared: Any, least: float) -> None:
-        """Measure at the parameters as they are and write what it gave."""
+        """Measure at the parameters as they are and write what it gave; ``prepared`` ends with a ``Progress``."""
         try:
             self.result = self.measured(trainer, prepared, least)
         except Exception:
             self.report_nothing(trainer)
             raise
+        if not self._has_measured:
+            prepared[-1].tell()
         self.report_result(trainer, self.result)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

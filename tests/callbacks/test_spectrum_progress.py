@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lightning_curvature import BatchSharpnessMonitor, progress
-from lightning_curvature.callbacks import batch_sharpness, spectrum
+from lightning_curvature import BatchSharpnessMonitor, NoiseCovarianceMonitor, StabilizationMonitor, progress
+from lightning_curvature.callbacks import batch_sharpness, noise, spectrum, stabilization
 from lightning_curvature.progress import Progress
 from tests.callbacks.test_spectrum_logging import module
 from tests.callbacks.test_spectrum_setups import loader
@@ -37,9 +37,9 @@ class Notes:
         notes = self
 
         class Watched(Progress):
-            def __init__(self, trainer: Any, name: str) -> None:
+            def __init__(self, trainer: Any, name: str, **options: Any) -> None:
                 notes.before.append(notes.said(trainer))
-                super().__init__(trainer, name, Clock(pace))
+                super().__init__(trainer, name, Clock(pace), **options)
                 self.trainer = trainer
 
             def tick(self) -> None:
@@ -50,7 +50,7 @@ class Notes:
                 super().close()
                 notes.left.append(notes.said(self.trainer))
 
-        for callbacks in (spectrum, batch_sharpness):
+        for callbacks in (spectrum, batch_sharpness, stabilization, noise):
             monkeypatch.setattr(callbacks, "Progress", Watched)
 
     def said(self, trainer: Any) -> str:
@@ -135,6 +135,20 @@ def test_the_first_long_measurement_is_told(pace: float, monkeypatch: pytest.Mon
         ["Hessian spectrum", "mini-batch sharpness"] if pace == 1.0 else []
     )
     assert len(said) == (2 if pace == 1.0 else 0)
+
+
+@pytest.mark.parametrize("pace", [1.0, 0.001])
+def test_what_is_measured_now_and_then_tells_too(pace: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first measurement in a fit, and not the second."""
+    notes, said = Notes(pace, monkeypatch), list[str]()
+    monkeypatch.setattr(progress, "inform", said.append)
+    growth = StabilizationMonitor(sample_sizes=(4,), candidates=2, subspace_dim=2, at_steps=(0,))
+    covariance = NoiseCovarianceMonitor(parameter="network.0.weight", at_steps=(0,), micro_batch_size=2)
+    make_trainer(growth, covariance, max_epochs=2).fit(module(), loader())
+    assert len(notes.left) == 2 * 2
+    told = [re.fullmatch(r"(.*): the first measurement took \d+ (products|batches), \d+ s\.", text) for text in said]
+    found = [(one[1], one[2]) for one in told if one]
+    assert found == ([("sample growth", "products"), ("noise covariance", "batches")] if pace == 1.0 else [])
 
 
 def test_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
