@@ -46,6 +46,7 @@ class FullBatchData(pl.LightningDataModule):
         npz: file with ``x_train`` (N, 32, 32, 3) uint8 and ``y_train`` (N,), to be read instead of a download.
         one_hot: targets as float vectors (N, classes) for a squared error, instead of class indices (N,).
         label_noise: share of the labels drawn anew at random.
+        standardize: pixels of mean 0 and deviation 1; else between 0 and 1.
 
     Raises:
         ValueError: if ``micro_batch`` does not divide the number of samples, ``label_noise`` is no share, or there are
@@ -62,6 +63,7 @@ class FullBatchData(pl.LightningDataModule):
         npz: Path | None = None,
         one_hot: bool = False,
         label_noise: float = 0.0,
+        standardize: bool = True,
     ) -> None:
         super().__init__()
         if not 0.0 <= label_noise <= 1.0:
@@ -77,6 +79,7 @@ class FullBatchData(pl.LightningDataModule):
         self.npz = npz
         self.one_hot = one_hot
         self.label_noise = label_noise
+        self.standardize = standardize
         self.batches: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -120,14 +123,15 @@ class FullBatchData(pl.LightningDataModule):
         """The full batch, as one item per micro-batch; ``batch_size=None`` because each item is a batch already."""
         return DataLoader(self.batches, batch_size=None, shuffle=False)
 
-    @staticmethod
-    def _digits() -> tuple[Tensor, Tensor]:
-        """8×8 digits as (N, 64), standardized."""
+    def _digits(self) -> tuple[Tensor, Tensor]:
+        """8×8 digits as (N, 64)."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         pixels = torch.tensor(digits.data, dtype=torch.float32) / DIGITS_MAX_PIXEL
-        return (pixels - DIGITS_MEAN) / DIGITS_STD, torch.tensor(digits.target)
+        if self.standardize:
+            pixels = (pixels - DIGITS_MEAN) / DIGITS_STD
+        return pixels, torch.tensor(digits.target)
 
     def _mnist_test_files(self) -> list[Path]:
         """Images and labels of MNIST's test set, if its archives are there and the training set is not."""
@@ -137,7 +141,7 @@ class FullBatchData(pl.LightningDataModule):
         return files if alone and all(file.exists() for file in files) else []
 
     def _mnist(self) -> tuple[Tensor, Tensor]:
-        """Images as (N, 1, 28, 28), standardized: the training set, or the test set where that alone is there."""
+        """Images as (N, 1, 28, 28): the training set, or the test set where that alone is there."""
         from torchvision.datasets import MNIST
         from torchvision.datasets.mnist import read_image_file, read_label_file
         from torchvision.datasets.utils import extract_archive
@@ -151,10 +155,10 @@ class FullBatchData(pl.LightningDataModule):
             train = MNIST(self.data_dir, train=True)
             pixels, y = train.data, train.targets
         x = pixels[: self.samples, None].float() / 255
-        return (x - MNIST_MEAN) / MNIST_STD, y[: self.samples]
+        return (x - MNIST_MEAN) / MNIST_STD if self.standardize else x, y[: self.samples]
 
     def _cifar10(self) -> tuple[Tensor, Tensor]:
-        """Channel-normalized images as (N, 3, 32, 32), no augmentation."""
+        """Images as (N, 3, 32, 32), normalized by channel, no augmentation."""
         if self.npz is not None:
             with np.load(self.npz) as arrays:
                 images, labels = arrays["x_train"], arrays["y_train"]
@@ -165,8 +169,9 @@ class FullBatchData(pl.LightningDataModule):
             images, labels = train.data, np.asarray(train.targets)
         # Only what is used becomes float: the whole training set would take 600 MB.
         pixels = images[: self.samples].astype(np.float32) / 255
-        normalized = (pixels - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
-        return torch.from_numpy(normalized).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels, dtype=torch.long)
+        if self.standardize:
+            pixels = (pixels - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels, dtype=torch.long)
 
 
 class MiniBatchData(FullBatchData):

@@ -64,9 +64,9 @@ def test_pictures_and_logs(demo: SimpleNamespace) -> None:
 def test_the_networks_are_those_of_the_source(load: Any) -> None:
     example = load("noise_and_curvature")
     for network, channels, name, shape in (
-        (example.mlp(784, 50, 10), 1, "network.3.weight", (50, 50)),
-        (example.cnn(1, 10), 1, "network.6.weight", (20, 128)),
-        (example.cnn(3, 10), 3, "network.6.weight", (20, 128)),
+        (example.mlp(784, 50), 1, "network.3.weight", (50, 50)),
+        (example.cnn(1), 1, "network.6.weight", (20, 128)),
+        (example.cnn(3), 3, "network.6.weight", (20, 128)),
     ):
         found, layer = example.Classifier(network, "ce").weight
         assert (found, tuple(layer.weight.shape)) == (name, shape)
@@ -93,6 +93,9 @@ def test_the_test_set_of_mnist_alone_is_read(load: Any, tmp_path: Path) -> None:
     x, y = found.batches[0]
     assert y.tolist() == [7, 2]
     torch.testing.assert_close(x[:, 0], (images[:2] / 255 - data.MNIST_MEAN) / data.MNIST_STD)
+    plain = data.FullBatchData(dataset="mnist", samples=3, data_dir=tmp_path, standardize=False)
+    plain.setup()
+    torch.testing.assert_close(plain.batches[0][0][:, 0], images / 255)
 
 
 @pytest.mark.skipif(not (SHARED / "MNIST").exists(), reason="no MNIST")
