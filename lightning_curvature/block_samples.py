@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curvature.differentiation import differentiable
 from lightning_curvature.operators.graphs import pull_back_rows
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probe_data import ProbeBatch
@@ -54,7 +55,8 @@ class BlockSamples:
 
     def whole(self) -> Tensor:
         """Loss of the whole micro-batch."""
-        return self._loss.loss_of(self.batch, self._seed)
+        with differentiable():  # also without gradients: the same code, and nothing is compiled for it
+            return self._loss.loss_of(self.batch, self._seed)
 
     def losses(self, at_once: bool) -> Tensor:
         """Loss of each sample, (m,)."""
@@ -109,7 +111,8 @@ class BlockSamples:
             yield rebuild([t[number] for t in tensors])
 
     def _one(self, sample: Any) -> Tensor:
-        return self._loss.loss_of(sample, self._seed)
+        with differentiable():
+            return self._loss.loss_of(sample, self._seed)
 
 
 def _graphs(loss: Tensor, leaves: Tensor, count: int) -> SampleGraphs:

@@ -113,14 +113,19 @@ def linear_statistics(
             found = pull_back_rows(slope, zero, rows)
             if found is not None:
                 curvatures[:, first : first + at_once] = samples * found.transpose(0, 1)
-        statistics = LinearStatistics(a, samples * slope.detach(), curvatures)
+        # Under autocast the layer sees its input in the type of its output; sums over samples are to keep more digits.
+        own, dtype = zero.dtype, torch.promote_types(zero.dtype, torch.float32)
+        statistics = LinearStatistics(a.to(own).to(dtype), samples * slope.detach().to(dtype), curvatures.to(dtype))
         if check:
-            _check(layer, loss, statistics)
+            _check(layer, loss, statistics, torch.finfo(own).eps ** 0.5)
     return statistics
 
 
-def _check(layer: nn.Linear, loss: Tensor, statistics: LinearStatistics) -> None:
-    """Raise unless the statistics give the gradient and a product of the weight's Hessian as autograd does."""
+def _check(layer: nn.Linear, loss: Tensor, statistics: LinearStatistics, tolerance: float) -> None:
+    """Raise unless the statistics give the gradient and a product of the weight's Hessian as autograd does.
+
+    Roundings are far below the square root of their unit, the tolerance; what is missing is far above it.
+    """
     weight = layer.weight
     (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
     generator = torch.Generator().manual_seed(0)
@@ -129,11 +134,9 @@ def _check(layer: nn.Linear, loss: Tensor, statistics: LinearStatistics) -> None
     product = torch.zeros_like(weight) if product is None else product
     if not bool(gradient.isfinite().all() and product.isfinite().all()):
         return  # on no route
-    # Roundings are far below the square root of their unit, what is missing is far above it.
-    tolerance = torch.finfo(statistics.gradients.dtype).eps ** 0.5
     for name, direct, own in (
         ("gradient", gradient.detach(), statistics.mean_gradient()),
-        ("Hessian", product, statistics.mean_product(direction)),
+        ("Hessian", product, statistics.mean_product(direction.to(statistics.activations))),
     ):
         # Scales of single samples: their mean may be small by cancellation.
         if not float((direct - own).norm()) <= tolerance * max(float(direct.norm()), _scale(name, statistics)):

@@ -73,7 +73,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
     problem of that size.
 
     Args:
-        parameter: name of the block, as ``named_parameters()`` has it.
+        parameter: name of the block, as ``named_parameters()`` has it; ``_orig_mod`` of compiled parts may be left out.
         quantities: which of the above.
         top: 𝒩; None for 40 % of D, as P2 takes.
         batch_size: b; default: samples of an optimizer step.
@@ -146,6 +146,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
             raise ValueError(
                 f"parameter must be a name out of named_parameters(), got {parameter!r}: give one such as 'fc2.weight'."
             )
+        parameter = parameter.replace("_orig_mod.", "")
         check_names("quantities", quantities, QUANTITIES)
         check_count("top", top, 3, "None takes 40 % of the directions", optional=True)
         check_count("batch_size", batch_size, 1, "None takes the samples of an optimizer step", optional=True)
@@ -182,13 +183,13 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise where the module has no such parameter, or one that is too large."""
-        named = dict(module.named_parameters(remove_duplicate=False))
+        named = _named_parameters(module)
         if self.parameter not in named:
             near = difflib.get_close_matches(self.parameter, named, n=_NEAREST, cutoff=0.3) or list(named)[:_NEAREST]
             raise MisconfigurationException(
                 f"parameter must be a name out of named_parameters(), got {self.parameter!r}: the nearest are {near}."
             )
-        block = named[self.parameter]
+        _, block = named[self.parameter]
         if not block.requires_grad:
             raise MisconfigurationException(
                 f"parameter must require gradients, got the frozen {self.parameter!r}: unfreeze it or choose another."
@@ -207,7 +208,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         limit = _SHARE * available_memory(block.device, trainer.num_devices)
         if 8 * _MATRICES * size**2 > limit:
             most = math.isqrt(int(limit) // (8 * _MATRICES))
-            fitting = sorted(((p.numel(), n) for n, p in named.items() if 3 <= p.numel() <= most), reverse=True)
+            fitting = sorted(((p.numel(), n) for n, (_, p) in named.items() if 3 <= p.numel() <= most), reverse=True)
             others = ", ".join(f"{name!r} ({count:,})" for count, name in fitting[:_NEAREST])
             raise MisconfigurationException(
                 f"parameter must be a block of at most {most:,} entries, whose square matrices fit into the "
@@ -236,9 +237,9 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         step = step_size(trainer) or own * trainer.accumulate_grad_batches * trainer.world_size
         module = trainer.lightning_module
         progress = Progress(trainer, "noise covariance", unit="batches")
-        block = dict(module.named_parameters(remove_duplicate=False))[self.parameter]
+        name, block = _named_parameters(module)[self.parameter]
         first = BlockSamples(loss, samples.batches[0])
-        layer, at_once, ranks = _linear(module, self.parameter), False, trainer.world_size
+        layer, at_once, ranks = _linear(module, name), False, trainer.world_size
         if ranks > 1:
             with torch.no_grad(), Alone():
                 first.whole()
@@ -322,6 +323,12 @@ def _batch_size(trainer: pl.Trainer, loader: Any) -> int | None:
     """Batch size of a loader, or where it is None of the Trainer's; None where it has none."""
     size = getattr(loader if loader is not None else trainer.train_dataloader, "batch_size", None)
     return size if isinstance(size, int) else None
+
+
+def _named_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Full names and parameters by the names that they have in a module that is not compiled."""
+    found = module.named_parameters(remove_duplicate=False)
+    return {name.replace("_orig_mod.", ""): (name, parameter) for name, parameter in found}
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear | None:

@@ -131,6 +131,8 @@ class OccasionalMonitor(ProbeSetMonitor, Generic[Result]):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the samples, so that what the data cannot give is said before training and not after it."""
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            return  # resumed within an epoch: a loader that goes on where it was would give the rest of it alone
         try:
             self._probe_set, self._has_read = self._read(trainer, None, []), True
         except Exception as error:

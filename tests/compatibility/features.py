@@ -120,7 +120,10 @@ FEATURES: dict[str, Feature] = {
     "max_time reached": Feature((0, 3, 6), callbacks=lambda: [Batches(8)]),
     # Sharpness waits for the last batch of the window.
     "max_time reached within a window": Feature(
-        (0,), {"accumulate_grad_batches": 2}, lambda: [Batches(7)], begun={"spectrum": (3,), "stabilization": (3,)}
+        (0,),
+        {"accumulate_grad_batches": 2},
+        lambda: [Batches(7)],
+        begun=dict.fromkeys(("spectrum", "stabilization", "noise"), (3,)),
     ),
     # Within the second epoch.
     "max_steps": Feature((0, 3, 6), {"max_steps": 8, "max_epochs": -1}),
@@ -131,7 +134,7 @@ FEATURES: dict[str, Feature] = {
     "stochastic weight averaging of BatchNorm": Feature(
         callbacks=lambda: [callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)],
         make=Normed,
-        begun={"spectrum": (12,), "sharpness": (12,), "stabilization": (12,)},
+        begun=dict.fromkeys(("spectrum", "sharpness", "stabilization", "noise"), (12,)),
     ),
 }
 if hasattr(callbacks, "WeightAveraging"):  # Lightning 2.6

@@ -14,6 +14,7 @@ from lightning_curvature import (
     BatchSharpnessMonitor,
     DirectionalCurvatureMonitor,
     HessianSpectrumMonitor,
+    NoiseCovarianceMonitor,
     StabilizationMonitor,
 )
 from lightning_curvature.callbacks.monitor import Monitor
@@ -24,6 +25,15 @@ from tests.witness import ALL, LAMBDAS
 # The others are made of the same products, or of many more.
 SPECTRUM = ("lambda_max", "gauss_newton_lambda_max", "preconditioned_lambda_max")
 SHARPNESS = ("batch_sharpness", "step_sharpness", "ias", "gni", "lambda_gen")
+NOISE = (
+    "noise_gamma",
+    "noise_gamma_awd",
+    "noise_commutativity",
+    "noise_alignment",
+    "noise_spearman",
+    "noise_coupling",
+    "noise_coupling_random",
+)
 EVERY = 3
 FEW = {"num_batches": 4, "min_batches": 4}
 
@@ -110,6 +120,14 @@ MONITORS = {
         },
         ("delta_1", "delta_2", "delta_2_subspace"),
         "delta_1",
+    ),
+    "noise": Kind(
+        NoiseCovarianceMonitor,
+        # A layer that nearly all modules of tests have. At the end, too, is its own default.
+        {"parameter": "network.0.weight", "at_end": False},
+        {"haar_draws": 2},
+        NOISE,
+        "noise_gamma",
     ),
 }
 

@@ -32,6 +32,7 @@ MONITORS = {
     "spectrum": "HessianSpectrumMonitor",
     "sharpness": "BatchSharpnessMonitor",
     "stabilization": "StabilizationMonitor",
+    "noise": "NoiseCovarianceMonitor",
 }
 MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run"}
 HEAD = """\
@@ -42,7 +43,8 @@ Written by the tests themselves (`make compatibility`): {versions}.
 A row is a test, or several. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
 an oracle, of one process or of the plain set-up, as the row says. *refused*: one clear sentence at the start.
 *not run*: needs a GPU, or a package that was missing. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor
-parallelism are refused by all monitors, sharded parameters (FSDP2) by `StabilizationMonitor`.
+parallelism are refused by all monitors, sharded parameters (FSDP2) by `StabilizationMonitor` and
+`NoiseCovarianceMonitor`.
 """
 
 # (section, row) → monitor → marks of the tests behind it.

@@ -16,6 +16,7 @@ from lightning_curvature import (
     BatchSharpnessMonitor,
     DirectionalCurvatureMonitor,
     HessianSpectrumMonitor,
+    NoiseCovarianceMonitor,
     StabilizationMonitor,
     autoload,
 )
@@ -43,25 +44,40 @@ def test_lightning_knows_the_factory() -> None:
     ]
 
 
-MEASURED = ("lambda_kl", "lambda_max", "batch_sharpness", "delta_2_subspace")
+MEASURED = ("lambda_kl", "lambda_max", "batch_sharpness", "delta_2_subspace", "noise_gamma")
 
 
 def test_a_trainer_has_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(autoload.VARIABLE, "directional@2,spectrum, batch_sharpness@3,stabilization")
+    monkeypatch.setenv(
+        autoload.VARIABLE, "directional@2,spectrum, batch_sharpness@3,stabilization,noise=network.0.weight@3"
+    )
     capture = Capture()
     trainer = make_trainer(logger=capture)
-    *kinds, last = [(type(one), one.every_n_train_steps) for one in of_trainer(trainer)]
+    *kinds, last, noise = [(type(one), one.every_n_train_steps) for one in of_trainer(trainer)]
     assert kinds == [(DirectionalCurvatureMonitor, 2), (HessianSpectrumMonitor, 200), (BatchSharpnessMonitor, 3)]
     assert last[0] is StabilizationMonitor
+    assert noise == (NoiseCovarianceMonitor, 3)
     # Of its 64 samples and eight more.
     data = DataLoader(TensorDataset(*classification(1, 72)[0]), batch_size=18)
     trainer.fit(Learner(mlp(4, 3, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), data)
     steps = {key: [step for step, row in capture.rows.items() if f"curvature/{key}" in row] for key in MEASURED}
-    assert steps == {"lambda_kl": [0, 2], "lambda_max": [0], "batch_sharpness": [0, 3], "delta_2_subspace": [4]}
+    assert steps == dict(zip(MEASURED, ([0, 2], [0], [0, 3], [4], [0, 3, 4]), strict=True))
 
 
 @pytest.mark.parametrize(
-    "value", ["lambda_max", "directional@", "directional@often", "spectrum@-1", "directional spectrum"]
+    "value",
+    [
+        "lambda_max",
+        "directional@",
+        "directional@often",
+        "spectrum@-1",
+        "directional spectrum",
+        "noise",
+        "noise@3",
+        "noise=",
+        "noise=fc.weight@",
+        "spectrum=fc.weight",
+    ],
 )
 def test_bad_values(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(autoload.VARIABLE, value)

@@ -119,7 +119,8 @@ def test_values_and_run(way: str, name: str) -> None:
         for key in (key for key in row if not key.endswith(ROUGH)):
             tolerance = DIFFERENCE if key in ALONG_DIFFERENCES else EXACT
             assert row[key] == pytest.approx(expected[step][key], rel=tolerance, nan_ok=True), key
-    values = [value for key, value in row.items() if "lambda" in key or "sharpness" in key or "delta" in key]
+    words = ("lambda", "sharpness", "delta", "noise")
+    values = [value for key, value in row.items() if any(word in key for word in words)]
     assert sum(math.isfinite(value) for value in values) > len(values) / 2
 
 
@@ -144,7 +145,7 @@ def test_forward_only_probes_compile_once(way: str, outputs: str | None) -> None
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["spectrum", "sharpness", "stabilization"])
+@pytest.mark.parametrize("name", ["spectrum", "sharpness", "stabilization", "noise"])
 def test_exact_products_compile_nothing(name: str, way: str) -> None:
     monitor = MONITORS[name].thorough(every_n_train_steps=2)
     assert fit(WAYS[way], monitor, backend="eager")[1] == fit(WAYS[way], None, backend="eager")[1]

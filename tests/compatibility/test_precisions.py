@@ -25,6 +25,7 @@ from tests.callbacks.test_precision import SINGLE
 from tests.compatibility.monitors import MONITORS
 from tests.oracles.along_step import DIFFERENCE
 from tests.oracles.matrices import Matrices
+from tests.oracles.noise import samples_of
 from tests.oracles.sample_growth import order_of
 from tests.runs import Classifier, Step, StepRecorder, classification, mlp
 from tests.witness import Record, assert_same, watch
@@ -129,6 +130,8 @@ class Truth:
         """Value and relative tolerance."""
         if key.startswith("delta"):
             return self._growth(key)
+        if key == "noise_commutativity":
+            return self._commutativity()
         if key.endswith("lambda_max"):
             matrix = self.gauss_newton if key == "gauss_newton_lambda_max" else self.hessian
             return self._largest(matrix, row[f"curvature/{key}_error"])
@@ -181,6 +184,15 @@ class Truth:
             more += 0.5e-6 * float(step * len(c) * _size(matrix) + c @ c)
         return value, (2.0 * off * max(steps) + off**2 + more) / value
 
+    def _commutativity(self) -> tuple[float, float]:
+        """‖CH − HC‖/(‖C‖‖H‖): each factor, twice above and once below, is off by the rounding of its terms."""
+        one = samples_of(self.dense.network, F.cross_entropy, "0.weight", *samples())
+        c, h = one.covariance(), one.hessian()
+        value = float((c @ h - h @ c).norm() / c.norm() / h.norm())
+        of_c = 2.0 * self.probe * float(one.gradients.square().sum(1).mean() / c.norm())
+        of_h = self.probe * float(one.hessians.flatten(1).norm(dim=1).mean() / h.norm())
+        return value, 3.0 * (of_c + of_h) / value
+
     def _of_differences(self, key: str, reported: float) -> float:
         """What a difference at the best ε leaves, by the type it is taken in; in half precision the row tells."""
         if key not in ("lambda_fd", "lambda_kl"):
@@ -200,9 +212,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "spectrum": {"tolerance": 1e-4, "max_products": 40},
     "sharpness": {},
     "stabilization": {},
+    "noise": {"probe_samples": 12},
 }
 KEYS = {name: kind.keys for name, kind in MONITORS.items()} | {
-    "directional": ("lambda_dir", "lambda_gn", "lambda_kl", "lambda_fd")
+    "directional": ("lambda_dir", "lambda_gn", "lambda_kl", "lambda_fd"),
+    # What does not look through eigenvectors, some of which are anything in half precision.
+    "noise": ("noise_commutativity",),
 }
 
 

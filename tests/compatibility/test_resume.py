@@ -135,7 +135,7 @@ def test_from_the_middle_of_a_window(name: str, tmp_path: Path) -> None:
     assert [len(step.parts) for step in resumed.steps] == [1, 2]
     found, before = rows(resumed.capture), rows(unbroken.capture)
     assert list(found) == [2, 3]
-    if name == "stabilization":
+    if name in ("stabilization", "noise"):
         return  # in eval mode, by the running statistics that the first batch has moved
     if name == "directional":
         check(resumed, steps=2)

@@ -23,6 +23,7 @@ from lightning_curvature import (
     CurvatureWarning,
     DirectionalCurvatureMonitor,
     HessianSpectrumMonitor,
+    NoiseCovarianceMonitor,
     StabilizationMonitor,
 )
 from lightning_curvature.isolation import ReplayTrainer
@@ -41,6 +42,7 @@ KEYS = (
     "ias",
     "lambda_gen",
     "delta_1",
+    "noise_gamma",
 )
 
 
@@ -113,6 +115,9 @@ def test_twenty_thousand_steps() -> None:
             validation_draws=2,
             at_end=False,
             every_n_train_steps=EVERY,
+        ),
+        NoiseCovarianceMonitor(
+            parameter="network.0.weight", probe_samples=64, haar_draws=1, at_end=False, every_n_train_steps=EVERY
         ),
     ]
     counts = Counts()

@@ -68,9 +68,8 @@ def test_checkpoints(kind: Kind, tmp_path: Path) -> None:
     assert len(files) == 7
     states = [content["callbacks"].pop(monitor.state_key, None) for content in files_too.values()]
     assert frozen(files) == frozen(files_too)
-    assert all(state == {} or state is None for state in states) == (
-        kind in (MONITORS["sharpness"], MONITORS["stabilization"])
-    )
+    stateless = [MONITORS[name] for name in ("sharpness", "stabilization", "noise")]
+    assert all(state == {} or state is None for state in states) == (kind in stateless)
 
 
 @each_monitor
