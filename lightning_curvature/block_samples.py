@@ -97,7 +97,7 @@ class BlockSamples:
                     single_samples(self.batch, self.size), self._seed, [parameter], copies
                 )
                 graphs = _graphs(losses.sum(), copies[0], self.size)
-            # Outside of the context: a consumer that fails would leave it open for as long as its error is held.
+            # Outside of the context, in which nothing else is to run.
             yield graphs
             return
         for sample in self._singles():

@@ -131,6 +131,9 @@ def relation(
         elif squares is not None:
             second = squares(vectors)
     projected = in_basis(covariance, vectors)
+    # Where there is no noise, there is none to be coupled, or fitted.
+    silent = projected.diagonal() <= _rounding(block, moments, len(covariance))
+    projected[silent] = projected[:, silent] = 0.0
     # H is a mean of numbers in the precision of the run: eigenvalues below their rounding are nothing.
     floor = torch.finfo(block.parameter.dtype).eps * float(values[0].abs())
     shown = min(_SHOWN, len(values))
@@ -149,9 +152,7 @@ def relation(
     )
     asked = options.quantities
     if "noise_gamma" in asked:
-        noise = projected.diagonal()
-        noise = torch.where(noise > _rounding(block, moments, len(covariance)), noise, 0.0)
-        result.gamma = result.attempt("noise_gamma", lambda: power_law(values, noise, floor))
+        result.gamma = result.attempt("noise_gamma", lambda: power_law(values, projected.diagonal(), floor))
     if second is not None:
         result.gamma_awd = result.attempt("noise_gamma_awd", lambda: power_law(values, second, floor))
     if "noise_commutativity" in asked:

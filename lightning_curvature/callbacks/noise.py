@@ -268,6 +268,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         if least < 2.0:
             problem = replace(problem, layer=None)
         self._tell(problem)
+        self._warn_of_cuts(problem)
         try:
             try:
                 result = measure_noise(self.options, problem)
@@ -289,6 +290,16 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
                 f"{result.unpaired:.1%} without, which 'noise_awd_chain' leaves out: raise micro_batch_size.",
             )
         return result
+
+    def _warn_of_cuts(self, problem: NoiseProblem) -> None:
+        spread, chain = problem.probe_set.spread, "noise_awd_chain" in self.options.quantities
+        if spread is not None and chain and problem.layer is not None:
+            self._warn_once(
+                "cuts",
+                f"micro-batches must be at least as many as ranks for 'noise_awd_chain', got {spread} for "
+                f"{problem.trainer.world_size}, which share them, so that samples are paired within parts: lower "
+                "micro_batch_size.",
+            )
 
     def _tell(self, problem: NoiseProblem) -> None:
         about = "general" if problem.layer is None else "kronecker"
