@@ -5,7 +5,7 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-from lightning_curvature.functional.noise import PowerLaw, coupling_matrix
+from lightning_curvature.functional.noise import PowerLaw, coupling_matrix, mean_coupling
 from lightning_curvature.noise_curvature import NoiseCurvature
 from lightning_curvature.pictures import new_figure
 
@@ -84,10 +84,8 @@ def draw_matrices(result: NoiseCurvature, title: str = "") -> Any:
             # Four decades: below them there is nothing to tell from zero.
             image = axes.imshow(numpy.maximum(values, 1e-4 * top), cmap="magma", norm=LogNorm(1e-4 * top, top))
         else:
-            off = values[~numpy.eye(len(values), dtype=bool)]
-            mean = float(numpy.nanmean(off)) if off.size else float("nan")
             image = axes.imshow(values, cmap="Reds", vmin=0.0, vmax=1.0)
-            name = f"{name}, mean {mean:.3f}"
+            name = f"{name}, mean {mean_coupling(matrix):.3f}"
         axes.set_title(name, fontsize=9)
         axes.set(xlabel="direction", ylabel="direction")
         figure.colorbar(image, ax=axes, shrink=0.8)
