@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.callbacks.noise_runs import BATCH, assert_matrices, dense, evaluated, informed, module_of, network, samples
+from tests.callbacks.noise_runs import (
+    BATCH,
+    assert_matrices,
+    dense,
+    evaluated,
+    informed,
+    module_of,
+    monitor,
+    network,
+    samples,
+    squared,
+)
+from tests.callbacks.test_directional_manual import Manual
 from tests.callbacks.test_no_observer_effect import sgd
+from tests.callbacks.test_noise_values import images
 from tests.oracles.dense import Loss
-from tests.runs import Batch, Classifier, mlp
+from tests.runs import Batch, Classifier, make_trainer, mlp
 
 __all__ = ["informed"]  # a fixture
 
@@ -104,3 +118,99 @@ def test_padded_tokens() -> None:
         assert found.route == "general"
         expected = dense(reference, name, data)
         assert_matrices(found, expected, 4)
+
+
+def with_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(27, 3)]
+    network = nn.Sequential(*layers).double()
+    network(torch.randn(20, 1, 5, 5, dtype=torch.float64))  # statistics of their own
+    return network
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.weight", "5.weight"])
+def test_modules_in_eval_mode(name: str) -> None:
+    """By running statistics and without masks, whatever the mode that training is in."""
+    network = with_batch_norm()
+    module = module_of(network)
+    expected = dense(module_of(copy.deepcopy(network).eval()), name, images())
+    found = evaluated(module, name, images())
+    assert_matrices(found, expected, BATCH)
+    assert found.route == ("kronecker" if name == "5.weight" else "general")
+    assert network.training
+
+
+@pytest.mark.parametrize("name", ["0.weight", "5.weight"])
+def test_modules_in_training_mode(name: str) -> None:
+    """A sample alone is normalized by its own statistics: its loss is that of a batch of one, and a batch no mean."""
+    network = with_batch_norm()
+    network[3].p = 0.0
+    expected = dense(module_of(copy.deepcopy(network)), name, images())
+    found = evaluated(module_of(network), name, images(), probe_mode="train")
+    assert_matrices(found, expected, BATCH)
+    assert found.route == "general"
+    # With masks: of samples, the same in each measurement.
+    network[3].p = 0.3
+    one, other = (evaluated(module_of(network), name, images(), probe_mode="train") for _ in range(2))
+    assert one.variances.equal(other.variances)
+    assert not torch.allclose(one.variances, found.variances, rtol=1e-3)
+
+
+class Game(Classifier):
+    """Two optimizers, each with a loss of its own, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(4, 5, 3), sgd)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [sgd(self.network[0]), sgd(self.network[2])]
+
+    def player_loss(self, player: int, batch: Batch) -> Tensor:
+        outputs = self(batch[0])
+        return F.cross_entropy(outputs, batch[1]) if player == 0 else squared(outputs, batch[1])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        for player, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
+            optimizer.zero_grad()
+            self.manual_backward(self.player_loss(player, batch))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("player", [0, 1])
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.bias"])
+def test_several_optimizers(name: str, player: int) -> None:
+    """The loss is that of the objective, of any parameter of the module."""
+    objective = lambda module, batch: module.player_loss(player, batch)  # noqa: E731
+    module, follow = Game(), monitor(name, objective=objective, optimizer_index=player, top=None)
+    make_trainer(follow).fit(module, DataLoader(samples(), batch_size=BATCH))
+    size = module.network.get_parameter(name).numel()
+    by_hand = evaluated(module, name, objective=objective, top=size)
+    module.loss = F.cross_entropy if player == 0 else squared
+    assert_matrices(by_hand, dense(module, name), BATCH)
+    assert follow.result is not None
+    assert by_hand.curvatures[: len(follow.result.curvatures)].equal(follow.result.curvatures)
+
+
+def test_manual_optimization() -> None:
+    """The loss is what the step hands to ``manual_backward``."""
+    module, follow = Manual(mlp(4, 5, 3), sgd), monitor("0.weight")
+    make_trainer(follow).fit(module, DataLoader(samples(), batch_size=BATCH))
+    found = evaluated(module, "0.weight")
+    assert_matrices(found, dense(module, "0.weight"), BATCH)
+    assert follow.result is not None
+    assert found.curvatures[: len(follow.result.curvatures)].equal(follow.result.curvatures)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias"])
+def test_in_single_precision(name: str) -> None:
+    """Sums are in double precision: what is left is the rounding of each sample's own derivatives."""
+    module = module_of(network())
+    expected = dense(module, name)
+    module.float()
+    data = TensorDataset(samples().tensors[0].float(), samples().tensors[1])
+    loader = DataLoader(data, batch_size=BATCH)
+    size = expected.gradients.shape[1]
+    result = monitor(name, top=size).evaluate(module, loader, make_trainer(precision="32-true"))
+    # A few roundings of 6e-8, of C, whose terms are squares of them, twice as many.
+    assert_matrices(result, expected, BATCH, tolerance=2e-6)
