@@ -68,9 +68,9 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
     Two routes lead to C and H; the first measurement says which one it takes. *Kronecker*: the weight of a linear layer
     that is used once for each sample, of which no per-sample Hessian is formed; costs, for each micro-batch, two
     forwards (one of single samples, to see that their mean is the loss of the batch), and a backward of what comes
-    after the layer for each of its outputs. *General*: any other parameter, or a loss that is no such mean; costs a gradient of each sample, D products with each micro-batch, and 𝒩 products with each sample for
-    ``noise_gamma_awd``. Both need D × D matrices in memory, ten of them (0.5 GB for D = 2500), and one eigenvalue
-    problem of that size.
+    after the layer for each of its outputs. *General*: any other parameter, or a loss that is no such mean; costs a
+    gradient of each sample, D products with each micro-batch, and 𝒩 products with each sample for ``noise_gamma_awd``.
+    Both need D × D matrices in memory, ten of them (0.5 GB for D = 2500), and one eigenvalue problem of that size.
 
     Args:
         parameter: name of the block, as ``named_parameters()`` has it; ``_orig_mod`` of compiled parts may be left out.
