@@ -27,7 +27,7 @@ def monitors() -> "list[Monitor]":
 
     Names are separated by commas, "directional", "spectrum", "batch_sharpness", "stabilization" or
     "noise=<parameter>", each with its defaults (the last two measure when fit ends), or with ``@n`` behind it for
-    ``every_n_train_steps=n``.
+    ``every_n_train_steps=n``. Keys of a second "noise" come under ``curvature/<parameter>/``.
 
     Raises:
         ValueError: for an unknown name or a number that is none.
@@ -40,10 +40,14 @@ def monitors() -> "list[Monitor]":
         >>> monitors()
         []
     """
-    return [_monitor(entry.strip()) for entry in os.environ.get(VARIABLE, "").split(",") if entry.strip()]
+    found: list[Monitor] = []
+    for entry in os.environ.get(VARIABLE, "").split(","):
+        if entry.strip():
+            found.append(_monitor(entry.strip(), {type(one).__name__ for one in found}))
+    return found
 
 
-def _monitor(entry: str) -> Any:
+def _monitor(entry: str, before: "set[str]") -> Any:
     whole, at, number = entry.partition("@")
     name, _, parameter = whole.partition("=")
     if name not in NAMES or (at and not number.isdecimal()) or bool(parameter) != (name in _OF_PARAMETER):
@@ -55,4 +59,8 @@ def _monitor(entry: str) -> Any:
     from lightning_curvature import callbacks
 
     options: dict[str, Any] = {"every_n_train_steps": int(number)} if at else {}
-    return getattr(callbacks, NAMES[name])(**options, **({"parameter": parameter} if parameter else {}))
+    if parameter:
+        options["parameter"] = parameter
+        if NAMES[name] in before:  # whose keys are taken
+            options["prefix"] = f"curvature/{parameter}"
+    return getattr(callbacks, NAMES[name])(**options)

@@ -32,7 +32,6 @@ from lightning_curvature.noise_sums import (
     NoiseMoments,
     Sums,
     general_route,
-    inputs_and_labels,
     kronecker_route,
     moments_of,
     squared_products,
@@ -59,12 +58,9 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
         Exception: whatever a training step raises on this rank.
         RuntimeError: on the other ranks, when one has failed.
     """
-    pairing = None
-    if "noise_awd_chain" in options.quantities and problem.layer is not None:
-        pairing = options.pairing or inputs_and_labels
 
     def own_sums() -> Sums:
-        return general_route(problem) if problem.layer is None else kronecker_route(problem, pairing)
+        return general_route(problem) if problem.layer is None else kronecker_route(problem)
 
     moments = moments_of(_together(problem, own_sums), problem)
 
@@ -72,7 +68,10 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
         sums = _together(problem, lambda: {"squares": squared_products(problem, vectors)})
         return sums["squares"] / moments.samples
 
-    return relation(options, problem, moments, squares)
+    result = relation(options, problem, moments, squares)
+    if problem.unpaired and problem.layer is not None:
+        result.reasons["noise_awd_chain"] = problem.unpaired
+    return result
 
 
 def _together(problem: NoiseProblem, own_sums: Callable[[], Sums]) -> Sums:
@@ -134,8 +133,12 @@ def relation(
     # Where there is no noise, there is none to be coupled, or fitted.
     silent = projected.diagonal() <= _rounding(block, moments, len(covariance))
     projected[silent] = projected[:, silent] = 0.0
-    # H is a mean of numbers in the precision of the run: eigenvalues below their rounding are nothing.
-    floor = torch.finfo(block.parameter.dtype).eps * float(values[0].abs())
+    # H is a mean of numbers in the precision of the run: eigenvalues below their rounding are nothing, and directions
+    # that rounding alone tells apart say nothing of C.
+    unit = torch.finfo(block.parameter.dtype).eps
+    floor = unit * float(values.abs().max())
+    curved = values.abs() > floor
+    within = projected[curved][:, curved]
     shown = min(_SHOWN, len(values))
     result = NoiseCurvature(
         parameter=block.name,
@@ -143,6 +146,7 @@ def relation(
         samples=moments.samples,
         batch_size=block.batch_size,
         dimension=len(covariance),
+        curved=int(curved.sum()),
         curvatures=values.cpu(),
         variances=projected.diagonal().cpu(),
         second_moments=None if second is None else second.cpu(),
@@ -160,15 +164,25 @@ def relation(
         result.relative_commutativity = relative_commutativity_error(covariance, moments.hessian)
         result.random_commutativity = random_commutativity_error(covariance, moments.hessian, relative=True)
     if "noise_alignment" in asked:
-        result.alignment = eigen_alignment(projected)
+        result.alignment = eigen_alignment(within)
     if "noise_spearman" in asked:
-        result.spearman = spearman_correlation(values, projected.diagonal())
+        result.spearman = spearman_correlation(values[curved], within.diagonal())
     if "noise_coupling" in asked:
-        _couple(result, options, block.seed, covariance, projected)
+        _couple(result, options, block.seed, covariance, within)
+    result.degenerate = _degenerate(values[curved], unit)
     _explain(result, options, no_noise=not covariance.any(), no_curvature=not moments.hessian.any())
     if "noise_awd_chain" in asked:
         _add_chain(result, moments, covariance, vectors, floor)
     return result
+
+
+def _degenerate(values: Tensor, unit: float) -> float:
+    """Share of the eigenvalues, descending, that are equal to the one before, but for rounding."""
+    if len(values) < 2:
+        return 0.0
+    # The rounding of H is relative to its largest eigenvalue, and cancels in the mean over samples to some extent.
+    alike = values[:-1] - values[1:] <= 10.0 * unit * (values[:-1].abs() + unit * values[0].abs())
+    return float(alike.double().mean())
 
 
 def _explain(result: NoiseCurvature, options: NoiseOptions, no_noise: bool, no_curvature: bool) -> None:
@@ -176,7 +190,12 @@ def _explain(result: NoiseCurvature, options: NoiseOptions, no_noise: bool, no_c
     if no_noise:
         reason = "the gradients of all samples are alike: there is no noise, but for rounding"
     elif no_curvature:
-        reason = "the Hessian is zero: the loss is linear in the parameter, or piecewise so"
+        reason = (
+            "the Hessian is zero: the loss is linear in the parameter, or piecewise so, or constant for a sample "
+            "alone, as one that compares samples is"
+        )
+    elif float(result.curvatures[0] - result.curvatures[-1]) <= 1e-5 * float(result.curvatures[0].abs()):
+        reason = "all eigenvalues of the Hessian are the same, so that its eigenvectors are any directions"
     else:
         reason = "noise and curvature are in different directions"
     for key, value in result.values(options.quantities).items():
@@ -188,8 +207,9 @@ def _couple(result: NoiseCurvature, options: NoiseOptions, seed: int, covariance
     """Coupling of the directions, beside that of rotated noise."""
     result.coupling = mean_coupling(coupling_matrix(projected))
     result.spikes = effective_spikes(covariance)
-    if len(projected) < 2 or math.isnan(result.coupling) or math.isnan(result.spikes):
-        result.reasons["noise_coupling"] = "there must be two directions with noise in them."
+    if math.isnan(result.coupling) or math.isnan(result.spikes):
+        if len(projected):
+            result.reasons["noise_coupling"] = "there must be two directions with noise in them."
         return
     result.test = coupling_test(result.coupling, result.spikes, len(projected))
     generator = torch.Generator(covariance.device).manual_seed(seed)

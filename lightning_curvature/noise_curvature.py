@@ -42,6 +42,8 @@ class NoiseCurvature:
         samples: n.
         batch_size: b.
         dimension: D.
+        curved: number of the directions whose curvature is more than rounding: the others are in the arrays, and in no
+            number.
         curvatures: H_ii, descending, (𝒩,) float64.
         variances: C_ii, (𝒩,).
         second_moments: E_p[Σ_m κ_m² (u_m · v_i)²] = 2b C_ii/σ_w² by duality, (𝒩,), or None.
@@ -60,6 +62,8 @@ class NoiseCurvature:
         haar: μ of randomly rotated C, (draws,).
         test: μ against theory.
         weight_variance: σ_w².
+        degenerate: share of the eigenvalues that are equal to the one before: eigenvectors within such a group are any
+            directions, and so are C's entries there.
         unpaired: share of samples without a partner of their class.
         chain: approximations of C, by name.
         reasons: why a quantity is NaN, by key.
@@ -70,6 +74,7 @@ class NoiseCurvature:
     samples: int
     batch_size: int
     dimension: int
+    curved: int
     curvatures: Tensor
     variances: Tensor
     second_moments: Tensor | None
@@ -88,6 +93,7 @@ class NoiseCurvature:
     haar: Tensor | None = None
     test: CouplingTest | None = None
     weight_variance: float = math.nan
+    degenerate: float = 0.0
     unpaired: float = 0.0
     chain: dict[str, ChainLink] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -137,9 +143,10 @@ class NoiseCurvature:
 
     def __str__(self) -> str:
         """The numbers as text, with the range of the fit and what chance would give."""
-        top = len(self.curvatures)
+        count = len(self.curvatures)
+        curved = f"{self.curved:,} of " if self.curved < count else ""
         lines = [
-            f"{self.parameter}: D = {self.dimension:,}, {top:,} directions, {self.samples:,} samples, "
+            f"{self.parameter}: D = {self.dimension:,}, {curved}{count:,} directions, {self.samples:,} samples, "
             f"b = {self.batch_size}, {self.route} route"
         ]
         for title, law in (("γ", self.gamma), ("γ by duality", self.gamma_awd)):

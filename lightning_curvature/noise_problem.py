@@ -46,13 +46,11 @@ class NoiseOptions:
         quantities: names.
         top: 𝒩, how many directions; None for 40 % of them.
         haar_draws: random rotations for the baseline of the coupling.
-        pairing: gives inputs and labels of a batch; None takes them from a pair (inputs, labels).
     """
 
     quantities: tuple[Quantity, ...]
     top: int | None
     haar_draws: int
-    pairing: Pairing | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ class NoiseProblem(Block):
         probe_set: the samples.
         at_once: general route: whether samples are evaluated together.
         on_batch: called after every micro-batch.
+        pairing: gives inputs and labels of a batch, where mini-batches are to be paired.
+        unpaired: why they are not, though that was asked for.
     """
 
     trainer: pl.Trainer
@@ -91,3 +91,5 @@ class NoiseProblem(Block):
     probe_set: ProbeSet
     at_once: bool
     on_batch: Callable[[], None]
+    pairing: Pairing | None = None
+    unpaired: str = ""

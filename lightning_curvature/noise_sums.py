@@ -19,7 +19,7 @@ from lightning_curvature.functional.noise import (
 )
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linear_tap import LinearStatistics, SeveralUsesError, linear_statistics
-from lightning_curvature.noise_problem import Block, NoiseProblem, Pairing
+from lightning_curvature.noise_problem import Block, NoiseProblem
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probing import products_at_once, products_with
 
@@ -62,12 +62,11 @@ def batches(problem: NoiseProblem) -> Iterator[BlockSamples]:
         problem.on_batch()
 
 
-def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
+def kronecker_route(problem: NoiseProblem) -> Sums:
     """Sum over this rank's samples by the factors of a linear layer: nothing of the size D × D for a sample.
 
     Args:
         problem: with a layer.
-        pairing: gives inputs and labels where pairs of mini-batches are made as well; else None.
 
     Raises:
         SeveralUsesError: if the layer is used otherwise than once a sample in some batch, or its loss is no mean.
@@ -77,7 +76,7 @@ def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
     device, (out, into) = sum_device(problem), layer.weight.shape
     gradient = torch.zeros(out, into, dtype=torch.float64, device=device)
     moments = KroneckerSum(3, out, into, device)
-    duality = DualitySums(out, into, device) if pairing is not None else None
+    duality = DualitySums(out, into, device) if problem.pairing is not None else None
     samples, unpaired, processes = 0, 0, problem.trainer.num_devices
     for batch in batches(problem):
         losses: list[Tensor] = []
@@ -89,8 +88,8 @@ def kronecker_route(problem: NoiseProblem, pairing: Pairing | None) -> Sums:
         gradient += found.gradients.mT @ found.activations
         moments.add(linear_blocks(found.activations, found.gradients, found.curvatures), found.activations)
         samples += batch.size
-        if duality is not None and pairing is not None:
-            unpaired += _add_pairs(duality, layer.weight.detach().to(device), found, pairing(batch.batch))
+        if duality is not None and problem.pairing is not None:
+            unpaired += _add_pairs(duality, layer.weight.detach().to(device), found, problem.pairing(batch.batch))
     counts = gradient.new_tensor([samples, unpaired])
     sums = {"gradient": gradient.flatten(), "kronecker": moments.packed(), "counts": counts}
     return sums | ({"duality": duality.state} if duality is not None else {})
@@ -184,13 +183,16 @@ def inputs_and_labels(batch: object) -> tuple[Tensor, Tensor]:
     Raises:
         MisconfigurationException: if it is no such pair.
     """
+    kind = f"a {type(batch).__name__}"
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
         inputs, labels = batch
-        if isinstance(inputs, Tensor) and isinstance(labels, Tensor) and labels.ndim == 1:
-            return inputs, labels
+        if isinstance(inputs, Tensor) and isinstance(labels, Tensor):
+            if labels.ndim == 1 and not labels.is_floating_point():
+                return inputs, labels
+            kind = f"targets of {labels.dtype} and shape {tuple(labels.shape)}"
     raise MisconfigurationException(
-        "batches must be pairs of inputs and class labels for 'noise_awd_chain', got a "
-        f"{type(batch).__name__}: give pairing= a callable batch → (inputs, labels), or leave the quantity out."
+        f"batches must be pairs of inputs and class labels for 'noise_awd_chain', got {kind}: give pairing= a callable "
+        "batch → (inputs, labels), or leave the quantity out."
     )
 
 

@@ -21,13 +21,13 @@ from lightning_curvature.linear_tap import SeveralUsesError, linear_statistics
 from lightning_curvature.noise import measure_noise
 from lightning_curvature.noise_curvature import NoiseCurvature
 from lightning_curvature.noise_problem import KEYS, QUANTITIES, NoiseOptions, NoiseProblem, Pairing, Quantity
-from lightning_curvature.noise_sums import NOT_A_MEAN
+from lightning_curvature.noise_sums import NOT_A_MEAN, inputs_and_labels
 from lightning_curvature.objective import ObjectiveFunction
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.probe_data import ProbeSet, step_size
 from lightning_curvature.probe_loss import ProbeLoss
 from lightning_curvature.progress import Progress
-from lightning_curvature.reporting import check_tensorboard, inform, report_noise, warn
+from lightning_curvature.reporting import inform, report_noise, warn
 from lightning_curvature.sample_losses import Alone
 
 # Matrices of D × D numbers in double precision that there are at one time, with what an eigensolver takes.
@@ -35,8 +35,12 @@ _MATRICES = 10
 # Share of the free memory that they may take.
 _SHARE = 0.8
 _NEAREST = 3
+# What a rank can do; all do what the least of them can.
+_GENERAL, _KRONECKER, _PAIRED = 1.0, 2.0, 3.0
 # Share of the samples without a partner that is worth a word: a few are left over in the last batch of most data.
 _UNPAIRED = 0.05
+# Share of the eigenvalues that are alike from which on it is worth a word.
+_DEGENERATE = 0.2
 
 
 class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
@@ -78,6 +82,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         top: 𝒩; None for 40 % of D, as P2 takes.
         batch_size: b; default: samples of an optimizer step.
         haar_draws: random rotations for ``noise_coupling_random``.
+        pictures: draw them, about a second each time; for TensorBoard.
         pairing: callable batch → (inputs, labels) for "noise_awd_chain"; default: the batch is such a pair.
         at_end: measure when fit ends.
         at_steps: measure before these optimizer steps.
@@ -111,6 +116,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         top: int | None = None,
         batch_size: int | None = None,
         haar_draws: int = 4,
+        pictures: bool = True,
         pairing: Pairing | None = None,
         at_end: bool = True,
         at_steps: Sequence[int] = (),
@@ -150,14 +156,15 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         check_names("quantities", quantities, QUANTITIES)
         check_count("top", top, 3, "None takes 40 % of the directions", optional=True)
         check_count("batch_size", batch_size, 1, "None takes the samples of an optimizer step", optional=True)
-        check_count("haar_draws", haar_draws, 1, "4 tell the mean to about a per cent")
+        check_count("haar_draws", haar_draws, 1, "4 are enough where there are some hundred directions")
         if pairing is not None and not callable(pairing):
             raise ValueError(
                 f"pairing must be a callable, got a {type(pairing).__name__}: give one that returns inputs and "
                 "labels of a batch."
             )
-        self.parameter, self.batch_size = parameter, batch_size
-        self.options = NoiseOptions(tuple(dict.fromkeys(quantities)), top, haar_draws, pairing)
+        self.parameter, self.batch_size, self.pictures = parameter, batch_size, pictures
+        self.pairing = pairing
+        self.options = NoiseOptions(tuple(dict.fromkeys(quantities)), top, haar_draws)
         self._told: set[str] = set()
         self._why_general = ""
 
@@ -179,7 +186,6 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         """Check that the block is there, and that its matrices fit into memory."""
         super().on_fit_start(trainer, pl_module)
         self._told.clear()
-        check_tensorboard(trainer, "noise_scatter")
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise where the module has no such parameter, or one that is too large."""
@@ -247,6 +253,13 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         reason = "it is no weight of a torch.nn.Linear"
         if layer is not None:
             reason = _why_not(layer, first, at_once, trainer.num_devices)
+        pairing, unpaired = None, ""
+        if "noise_awd_chain" in self.options.quantities:
+            pairing = self.pairing or inputs_and_labels
+            try:
+                pairing(first.batch)
+            except MisconfigurationException as error:
+                unpaired = str(error)
         problem = NoiseProblem(
             trainer=trainer,
             loss=loss,
@@ -256,17 +269,23 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
             layer=layer,
             at_once=at_once,
             batch_size=self.batch_size or step,
-            seed=self.seed + trainer.global_step,
+            # The same rotations each time, so that what they give changes with C alone.
+            seed=self.seed,
             on_batch=progress.tick,
+            pairing=pairing,
+            unpaired=unpaired,
         )
         self._why_general = reason
-        return (problem, progress), 2.0 if not reason else 1.0
+        return (problem, progress), _GENERAL if reason else _KRONECKER if unpaired else _PAIRED
 
     def measured(self, trainer: pl.Trainer, prepared: tuple[NoiseProblem, Progress], least: float) -> NoiseCurvature:
         """Measure at the parameters as they are."""
         problem, progress = prepared
-        if least < 2.0:
+        if least < _KRONECKER:
             problem = replace(problem, layer=None)
+        elif least < _PAIRED:
+            unpaired = problem.unpaired or "batches of another rank cannot be paired."
+            problem = replace(problem, pairing=None, unpaired=unpaired)
         self._tell(problem)
         self._warn_of_cuts(problem)
         try:
@@ -283,6 +302,21 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
             self._told.update(keys)
             if keys:
                 warn(f"{', '.join(keys)} {'is' if len(keys) == 1 else 'are'} NaN: {reason}")
+        if result.degenerate > _DEGENERATE:
+            self._warn_once(
+                "degenerate",
+                "eigenvalues of the Hessian must differ for its eigenvectors to be known, got "
+                f"{result.degenerate:.0%} of those of {self.parameter!r} equal to the one before, as of the last layer "
+                "under a squared error: all but the commutativity depends on which ones a solver gives. Choose another "
+                "parameter.",
+            )
+        if problem.layer is None and self._why_general == NOT_A_MEAN:
+            self._warn_once(
+                "mean",
+                "the loss of a batch is not the mean of those of its samples, as with class weights or means over "
+                "tokens: C and H are of samples one by one, all alike, and not of the loss that is trained. Give "
+                "objective= the loss that is meant.",
+            )
         if result.unpaired > _UNPAIRED:
             self._warn_once(
                 "unpaired",
@@ -323,7 +357,8 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
     def report_result(self, trainer: pl.Trainer, result: NoiseCurvature) -> None:
         """Write numbers and pictures."""
         self._write(trainer, result.values(self.options.quantities))
-        report_noise(trainer, self.prefix, result)
+        if self.pictures:
+            report_noise(trainer, self.prefix, result)
 
     def report_nothing(self, trainer: pl.Trainer) -> None:
         """Write NaN for all values."""

@@ -16,6 +16,9 @@ from lightning_curvature.noise_problem import Block, NoiseOptions, Quantity
 from lightning_curvature.noise_sums import moments_of
 from lightning_curvature.operators.micro_batches import sample_count
 
+# Sums in another order: a few units in the seventh digit of float32.
+_AGREEMENT = 1e-4
+
 
 class NoiseCovariance(Metric):
     r"""The covariance of the gradient of a mini-batch, from gradients of single samples.
@@ -139,6 +142,8 @@ class NoiseCurvatureRelation(ModelMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, loss_function, **kwargs)
+        if "noise_awd_chain" in quantities:
+            raise ValueError("quantities must not hold 'noise_awd_chain' here, got it: NoiseCovarianceMonitor has it.")
         path, _, name = parameter.rpartition(".")
         layer = dict(model.named_modules()).get(path)
         if name != "weight" or not isinstance(layer, nn.Linear):
@@ -148,7 +153,7 @@ class NoiseCurvatureRelation(ModelMetric):
             )
         out, into = layer.weight.shape
         self.parameter, self.batch_size = parameter, batch_size
-        self.options = NoiseOptions(tuple(quantities), top, haar_draws, None)
+        self.options = NoiseOptions(tuple(quantities), top, haar_draws)
         self.relation: NoiseCurvature | None = None
         packed = (3, out * (out + 1) // 2, into * (into + 1) // 2)
         self.add_state("kronecker", torch.zeros(packed, dtype=torch.float64), dist_reduce_fx="sum")
@@ -163,15 +168,29 @@ class NoiseCurvatureRelation(ModelMetric):
 
     def update(self, inputs: Any, targets: Any) -> None:
         """Add the samples of a batch."""
-        model, count = self._model[0], sample_count(targets)
-        found = linear_statistics(
-            self._layer, lambda: self._loss_function(model(inputs), targets), count, check=not int(self.samples)
-        )
+        model, count, first = self._model[0], sample_count(targets), not int(self.samples)
+        if first:
+            self._check_mean(model(inputs), targets, count)
+        found = linear_statistics(self._layer, lambda: self._loss_function(model(inputs), targets), count, check=first)
         device = self.gradient.device
         a, delta, s = (t.to(device, torch.float64) for t in (found.activations, found.gradients, found.curvatures))
         self.kronecker = self.kronecker + kronecker_sums(linear_blocks(a, delta, s), a)
         self.gradient = self.gradient + (delta.mT @ a).flatten()
         self.samples = self.samples + count
+
+    @torch.no_grad()
+    def _check_mean(self, outputs: Any, targets: Any, count: int) -> None:
+        """Raise where the loss of a batch is not the mean of those of its samples; seen where both are tensors."""
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or len(outputs) != count:
+            return
+        rows = range(count)
+        single = torch.stack([self._loss_function(outputs[i : i + 1], targets[i : i + 1]) for i in rows]).mean()
+        whole = self._loss_function(outputs, targets)
+        if not bool((whole - single).abs() <= _AGREEMENT * single.abs()) and bool(whole.isfinite()):
+            raise ValueError(
+                f"loss_function must be the mean over the samples of a batch, got {float(whole):.6g} where these have "
+                f"{float(single):.6g}: use reduction='mean', without class weights."
+            )
 
     def compute(self) -> dict[str, float]:
         """Return values by key."""

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature.functional.noise import KroneckerSum
 from lightning_curvature.noise_problem import QUANTITIES
 from tests.callbacks.noise_runs import BATCH, module_of, monitor, network, samples
 from tests.callbacks.test_no_observer_effect import sgd
@@ -112,8 +113,10 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def test_no_matrix_of_a_sample() -> None:
+def test_no_matrix_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor is that of some D × D matrices, however many samples there are."""
+    # No blocks of out × out numbers wait for others, of which there are up to 32 MB.
+    monkeypatch.setattr(KroneckerSum, "_MOST", 1)
     sizes = []
     for count in (8, 64, 256):
         torch.manual_seed(0)

@@ -15,9 +15,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
 from lightning_curvature.callbacks import noise
-from lightning_curvature.noise_problem import QUANTITIES
+from lightning_curvature.noise_problem import KEYS, QUANTITIES
 from tests.callbacks.noise_runs import monitor as strict
 from tests.callbacks.noise_runs import samples
 from tests.callbacks.test_no_observer_effect_spectrum import Stream
@@ -37,7 +37,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"quantities": ["gamma"]}, r"quantities must be names from .*'noise_awd_chain'\), got 'gamma': correct or remove"),
     ({"top": 2}, rf"top {WHOLE} 3, or None, got 2: None takes 40 % of the directions"),
     ({"batch_size": 0}, rf"batch_size {WHOLE} 1, or None, got 0: None takes the samples of an optimizer step"),
-    ({"haar_draws": 0}, rf"haar_draws {WHOLE} 1, got 0: 4 tell the mean to about a per cent"),
+    ({"haar_draws": 0}, rf"haar_draws {WHOLE} 1, got 0: 4 are enough where there are some hundred"),
     ({"pairing": "labels"}, r"pairing must be a callable, got a str: give one that returns inputs and labels of a ba"),
     ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
     ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, got 0: 1 measures every optimizer step"),
@@ -227,20 +227,18 @@ def l1(outputs: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["network.0.weight", "network.0.bias"])
 def test_a_loss_without_curvature(name: str) -> None:
-    """Whatever exists is there; the reasons of the rest are given once, in however many measurements."""
+    """Without curvature there are no directions; the reasons are given once, in however many measurements."""
     module = Classifier(nn.Sequential(nn.Linear(4, 3)).double(), sgd, l1)
     said, row = outcome(module, name=name, every_n_train_steps=1)
     top = 5 if name.endswith("weight") else 3
     assert said == [
         f"noise_gamma, noise_gamma_awd are NaN: {FEW.format(0, top)} on more samples, or later in training, when "
         "curvature is positive.",
-        "noise_commutativity, noise_commutativity_relative, noise_spearman are NaN: the Hessian is zero: the loss is "
-        "linear in the parameter, or piecewise so.",
+        "noise_commutativity, noise_commutativity_relative, noise_alignment, noise_spearman, noise_coupling are NaN: "
+        "the Hessian is zero: the loss is linear in the parameter, or piecewise so, or constant for a sample alone, as "
+        "one that compares samples is.",
     ]
-    undefined = {key for key, value in row.items() if math.isnan(value)}
-    gammas = {f"noise_gamma{law}{error}" for law in ("", "_awd") for error in ("", "_stderr")}
-    rest = {"noise_commutativity", "noise_commutativity_relative", "noise_commutativity_random", "noise_spearman"}
-    assert undefined == gammas | rest
+    assert all(math.isnan(value) for value in row.values())
 
 
 @pytest.mark.parametrize("name", ["network.0.weight", "network.0.bias"])
@@ -288,17 +286,34 @@ class Named(Plain):
         return super().training_step((batch["x"], batch["y"]), batch_idx)
 
 
-def test_batches_without_labels_to_pair_by() -> None:
+class Regression(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self.network(batch[0])[:, 0], batch[1])
+
+
+@pytest.mark.parametrize("labels", ["dict", "numbers"])
+def test_batches_without_labels_to_pair_by(labels: str) -> None:
+    """All else is there."""
     x, y = samples(16).tensors
     named = DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], batch_size=8)  # type: ignore[arg-type]
+    module, loader, kind = Named(), named, "a dict"
+    if labels == "numbers":
+        kind = "targets of torch.float64 and shape (16,)"
+        module, loader = Regression(), DataLoader(TensorDataset(x, y.double()), batch_size=8)
     sentence = (
-        "batches must be pairs of inputs and class labels for 'noise_awd_chain', got a dict: give pairing= a callable "
+        f"batches must be pairs of inputs and class labels for 'noise_awd_chain', got {kind}: give pairing= a callable "
         "batch → (inputs, labels), or leave the quantity out."
     )
-    follow = monitor(quantities=QUANTITIES)
-    with pytest.raises(MisconfigurationException) as caught:
-        follow.evaluate(Named(), named, make_trainer())
-    assert str(caught.value) == sentence
+    with pytest.warns(CurvatureWarning) as caught:
+        result = monitor(quantities=QUANTITIES).evaluate(module, loader, make_trainer())
+    assert str(caught[-1].message) == f"noise_awd_chain is NaN: {sentence}"
+    values = result.values(QUANTITIES)
+    assert {key for key, value in values.items() if math.isnan(value)} == set(KEYS["noise_awd_chain"])
+
+
+def test_with_a_pairing_of_its_own() -> None:
+    x, y = samples(16).tensors
+    named = DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], batch_size=8)  # type: ignore[arg-type]
     strict("0.weight", quantities=QUANTITIES, pairing=lambda batch: (batch["x"], batch["y"])).evaluate(
         Named(), named, make_trainer()
     )

@@ -64,6 +64,13 @@ def test_a_trainer_has_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps == dict(zip(MEASURED, ([0, 2], [0], [0, 3], [4], [0, 3, 4]), strict=True))
 
 
+def test_two_parameters_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(autoload.VARIABLE, "noise=network.0.weight@3, spectrum, noise=network.2.weight")
+    first, _, second = of_trainer(make_trainer())
+    assert (first.parameter, first.prefix, first.every_n_train_steps) == ("network.0.weight", "curvature", 3)
+    assert (second.parameter, second.prefix) == ("network.2.weight", "curvature/network.2.weight")
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -111,7 +111,7 @@ class FailingCase(NoiseCase):
 
 in_check = failing(noise, "linear_statistics", 1)
 in_sums = failing(noise_sums, "linear_statistics", 0)
-in_blocks = failing(noise_sums, "kronecker_sums", 1)
+in_blocks = failing(noise_sums, "linear_blocks", 1)
 in_pairs = failing(noise_sums, "matched_pairs", 1)
 in_hessian = failing(noise_sums, "_block_hessian", 1, "network.0.bias")
 in_squares = failing(noise_sums, "_squares", 0, "network.0.bias")

@@ -126,6 +126,13 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="size must be at least 1, got 0: 1 is a single one"):
         NoiseCovariance(0)
 
+    with pytest.raises(ValueError, match="quantities must not hold 'noise_awd_chain' here, got it: NoiseCovarianceMo"):
+        made(quantities=("noise_awd_chain",))
+    for loss in (nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(torch.tensor([9.0, 1.0, 1.0]).double())):
+        metric = NoiseCurvatureRelation(network(), loss, parameter="0.weight")
+        with pytest.raises(ValueError, match=r"must be the mean over the samples of a batch, got .* use reduction='me"):
+            fed(metric)
+
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()

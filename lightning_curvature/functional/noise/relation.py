@@ -50,7 +50,7 @@ def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> Powe
         1.0
     """
     _require_alike("curvatures", curvatures, "variances", variances)
-    x, y = curvatures.double(), variances.double()
+    x, y = curvatures.detach().double(), variances.detach().double()
     used = (x > max(floor, 0.0)) & (y > 0.0) & x.isfinite() & y.isfinite()
     count = int(used.sum())
     if count < FEWEST_POINTS:
