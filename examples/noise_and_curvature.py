@@ -213,7 +213,7 @@ def row(name: str, classes: int, loss: str, runs: list[NoiseCurvature], accuraci
     gammas = [[r.gamma.exponent for r in runs if r.gamma], [r.gamma_awd.exponent for r in runs if r.gamma_awd]]
     gammas.append([link.gamma.exponent for r in runs if (link := r.chain.get("raw")) and link.gamma])
     columns = "".join(f"{spread(values) if values else '–':>15}" for values in gammas)
-    return f"{name:<18}{classes:>3}  {loss:<5}{columns}{mean(accuracies):>11.1%}"
+    return f"{name:<18}{classes:>7}  {loss:<5}{columns}{mean(accuracies):>11.1%}"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         for loss, experiment in experiments.items():
             exponents = [f"{how} {power_law(h, c).exponent:.2f}" for how, (h, c) in experiment.items()]
             lines.append(f"    {loss}, γ of {SUPPRESSION_SAMPLES} samples' spectra: {', '.join(exponents)}")
-    head = f"{'':<18}{'C':>3}  {'loss':<5}{'γ_emp':>15}{'γ_AWD':>15}{'γ_AWD, raw':>15}{'accuracy':>11}"
+    head = f"{'':<18}{'classes':>7}  {'loss':<5}{'γ_emp':>15}{'γ_AWD':>15}{'γ_AWD, raw':>15}{'accuracy':>11}"
     print("\n" + "\n".join([head, *lines]))
     print(f"\n{time.perf_counter() - start:.0f} s\npictures: {args.out}/*.png\ntensorboard --logdir {args.out}")
 

@@ -102,13 +102,18 @@ def test_the_noise_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_on_noise(capsys: pytest.CaptureFixture[str]) -> None:
-    """The code of the page: γ as a number, and the summary."""
+    """The code of the page: γ as a number, and the summary; suppression, by which stiff samples are all alike."""
     model, batches = mlp(4, 6, 3, dtype=torch.float64), classification(4)
     scope = {"model": model, "loss_function": torch.nn.functional.cross_entropy, "batches": batches}
-    exec(blocks(README.parent / "docs" / "noise.md")[0], scope)
+    suppression, metric = blocks(README.parent / "docs" / "noise.md")
+    exec(metric, scope)
     first, second, third, *_ = capsys.readouterr().out.splitlines()
     assert second.startswith("0.weight: D = 24, 10 directions")
     assert float(third.split()[1]) == pytest.approx(float(first), abs=1e-3)
+    scope |= {"layer": model[0], "result": scope["relation"].relation}  # type: ignore[attr-defined]
+    exec(suppression, scope | dict(zip(("inputs", "targets"), batches[0], strict=True)))
+    # Samples that are not stiff are there with 1e-3 of their eigenvalue.
+    assert float(capsys.readouterr().out) == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_page_on_sharpness(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -81,9 +82,7 @@ class OccasionalMonitor(ProbeSetMonitor, Generic[Result]):
         """
         loader = self.probe_dataloader if dataloader is None else dataloader
         _check_by_hand(module, loader)
-        trainer = trainer or pl.Trainer(
-            devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-        )
+        trainer = trainer or _quiet_trainer()
         check_not_quantized(type(self).__name__, module)
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters:
@@ -167,6 +166,19 @@ class OccasionalMonitor(ProbeSetMonitor, Generic[Result]):
             least = asked if asked >= 0 else step - 1
             self._is_named = any(least < named <= step for named in self.at_steps)
         return self._objective is not None and (self._is_named or (periodic and self._periodic))
+
+
+def _quiet_trainer() -> pl.Trainer:
+    """A Trainer on the device that Lightning finds, which does not tell of it: there may be one for each checkpoint."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        return pl.Trainer(
+            devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+        )
+    finally:
+        log.setLevel(level)
 
 
 def _check_by_hand(module: object, loader: object) -> None:

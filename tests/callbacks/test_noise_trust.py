@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -105,3 +106,14 @@ def test_pictures_can_be_left_out(pictures: bool, monkeypatch: pytest.MonkeyPatc
         module_of(nn.Sequential(nn.Linear(4, 3)).double()), DataLoader(samples(), batch_size=BATCH)
     )
     assert len(drawn) == pictures
+
+
+def test_by_hand_nothing_is_told_of_devices(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But which route it takes."""
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    module = module_of(nn.Sequential(nn.Linear(4, 3)))
+    x, y = samples().tensors
+    monitor("0.weight").evaluate(module, DataLoader(TensorDataset(x.float(), y), batch_size=BATCH))
+    (line,) = caplog.messages
+    assert line.startswith("noise covariance of 'network.0.weight': Kronecker route")
