@@ -33,6 +33,7 @@ from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import power_law, spectral_moments, suppressed
 from lightning_curvature.linear_tap import linear_statistics
 from lightning_curvature.noise_curvature import NoiseCurvature
+from lightning_curvature.noise_problem import QUANTITIES
 
 LEARNING_RATE = 0.1
 LOSSES = {"ce": "cross-entropy", "mse": "squared error after softmax"}
@@ -41,15 +42,6 @@ ON_THE_WAY = (0.0, 0.03, 0.1, 0.2, 0.4, 0.7)
 SUPPRESSION_SAMPLES = 200
 # Directions for three classes, whose Hessian has fewer that are more than rounding: table 2 of the source.
 FEW_CLASSES_TOP = 300
-QUANTITIES = (
-    "noise_gamma",
-    "noise_gamma_awd",
-    "noise_commutativity",
-    "noise_alignment",
-    "noise_spearman",
-    "noise_coupling",
-    "noise_awd_chain",
-)
 
 
 def mlp(inputs: int, width: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ from lightning_curvature.linear_tap import linear_statistics
 from lightning_curvature.metrics.model import ModelMetric
 from lightning_curvature.noise import relation
 from lightning_curvature.noise_curvature import NoiseCurvature
-from lightning_curvature.noise_problem import Block, NoiseOptions, Quantity
+from lightning_curvature.noise_problem import QUANTITIES, Block, NoiseOptions, Quantity
 from lightning_curvature.noise_sums import moments_of
 from lightning_curvature.operators.micro_batches import sample_count
 
@@ -129,14 +129,7 @@ class NoiseCurvatureRelation(ModelMetric):
         *,
         parameter: str,
         batch_size: int = 1,
-        quantities: Sequence[Quantity] = (
-            "noise_gamma",
-            "noise_gamma_awd",
-            "noise_commutativity",
-            "noise_alignment",
-            "noise_spearman",
-            "noise_coupling",
-        ),
+        quantities: Sequence[Quantity] = QUANTITIES[:-1],
         top: int | None = None,
         haar_draws: int = 4,
         **kwargs: Any,

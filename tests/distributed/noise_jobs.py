@@ -17,7 +17,8 @@ from lightning_curvature.noise_curvature import NoiseCurvature
 from lightning_curvature.noise_problem import QUANTITIES
 from tests.callbacks.noise_runs import Plain
 from tests.distributed.failing_jobs import MESSAGE
-from tests.distributed.noise_cases import NoiseCase, Outcome
+from tests.distributed.noise_cases import NoiseCase
+from tests.distributed.occasional_cases import Outcome
 from tests.distributed.spectrum_cases import Measuring, dataset
 from tests.distributed.stabilization_cases import Stream
 from tests.distributed.stabilization_jobs import Gathering, _end, local
@@ -36,8 +37,8 @@ def classifier() -> Classifier:
 
 # Of 22 samples four micro-batches, the last of them ragged.
 kronecker = NoiseCase(classifier)
-last_layer = NoiseCase(classifier, {"parameter": "network.2.weight"})
-general = NoiseCase(classifier, {"parameter": "network.0.bias", "quantities": QUANTITIES[:-1]})
+last_layer = NoiseCase(classifier, monitor={"parameter": "network.2.weight"})
+general = NoiseCase(classifier, monitor={"parameter": "network.0.bias", "quantities": QUANTITIES[:-1]})
 
 
 def plain() -> Classifier:
@@ -47,7 +48,7 @@ def plain() -> Classifier:
     return module
 
 
-forced = NoiseCase(plain, {"quantities": QUANTITIES[:-1]})
+forced = NoiseCase(plain, monitor={"quantities": QUANTITIES[:-1]})
 accumulated = replace(kronecker, step=4, trainer={"accumulate_grad_batches": 2})
 # Three for two ranks, two for two, and one for two.
 three = replace(kronecker, monitor={"micro_batch_size": 8})
@@ -72,8 +73,8 @@ def sorted_data() -> Any:
 late = NoiseCase(
     # Ranks that weight their own samples train otherwise than one that weights all: this module stands still.
     lambda: Classifier(mlp(4, 5, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.0), weighted),
-    {"micro_batch_size": 2, "quantities": QUANTITIES[:-1]},
-    sorted_data,
+    monitor={"micro_batch_size": 2, "quantities": QUANTITIES[:-1]},
+    data=sorted_data,
 )
 
 quick = {"haar_draws": 1}
@@ -84,7 +85,8 @@ undisturbed = disturbed.unwatched()
 def failing(target: Any, name: str, rank: int, parameter: str = "network.0.weight") -> NoiseCase:
     """On one rank a function of the package fails while step 1 is measured."""
     quantities = QUANTITIES if parameter.endswith("weight") else QUANTITIES[:-1]
-    case = FailingCase(classifier, quick | {"parameter": parameter, "quantities": quantities}, steps=3)
+    options = {"parameter": parameter, "quantities": quantities}
+    case = FailingCase(classifier, monitor=quick | options, steps=3)
     case.target, case.name, case.rank = target, name, rank
     return case
 

@@ -28,8 +28,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def assert_complete(outcome: Outcome) -> None:
-    assert outcome.growth
-    for growth in outcome.growth:
+    assert outcome.results
+    for growth in outcome.results:
         assert growth is not None
         assert {row.criterion for row in growth.rows} == set(QUANTITIES)
         assert all(math.isfinite(row.value) and row.converged for row in growth.rows)
@@ -49,7 +49,7 @@ def test_values_are_those_of_one_process(results: Results, name: str) -> None:
 
 def test_what_is_compared_is_not_one_number(results: Results) -> None:
     """Other samples, another order of them, other directions."""
-    tables = [results[name][0].growth[-1] for name in ("whole", "uneven", "streamed", "bottom", "random", "given")]
+    tables = [results[name][0].results[-1] for name in ("whole", "uneven", "streamed", "bottom", "random", "given")]
     values = [
         next(r.value for r in t.rows if r.k == 5 and r.criterion == "delta_2_subspace" and r.sigma > 0.01)
         for t in tables
@@ -82,13 +82,13 @@ def test_collectives(results: Results) -> None:
     """One a product of the search, few others at each k, one for all draws at a D and σ, whatever their sizes."""
     for name in ("counted", "counted_tensors", "counted_draws"):
         for outcome in results[name]:
-            (growth,) = outcome.growth
+            (growth,) = outcome.results
             assert growth is not None
             # That all are ready; at two σ the full space; at each of two k products and terms for the model there and
             # for traces, the gradient and the coefficients, and the draws at two D and two σ.
             assert outcome.collectives == [1 + 2 + 2 * 2 + 2 * 2 + 2 * 2 + 2 * 2 * 2 + growth.products], name
     for outcome in results["counted_validation"]:
-        (growth,) = outcome.growth
+        (growth,) = outcome.results
         assert growth is not None
         assert outcome.collectives == [1 + 2 + 2 * 2 + 2 * 2 + 2 * 2 + 2 * 2 + growth.products]
     for outcome in results["counted_point"]:
@@ -101,7 +101,7 @@ def test_a_failure_on_one_rank_is_nan_on_both(results: Results, name: str) -> No
         assert set(outcome.rows) == {0, 1, 2, 3}
         for step, row in outcome.rows.items():
             assert all(math.isnan(value) == (step == 1) for value in row.values()), (step, row)
-        assert [growth is None for growth in outcome.growth] == [False, True, False, False]
+        assert [growth is None for growth in outcome.results] == [False, True, False, False]
         assert all(outcome.intact)
         assert_same_state(outcome, whole)
     rank = getattr(jobs, name).module.args[1]
