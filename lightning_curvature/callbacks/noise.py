@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,30 +10,30 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lightning_curvature.block_samples import BlockSamples
 from lightning_curvature.callbacks.checks import check_count, check_names
 from lightning_curvature.callbacks.monitor import OnError
+from lightning_curvature.callbacks.noise_block import (
+    batch_size_of,
+    check_block,
+    linear_layer,
+    named_parameters,
+    why_not_kronecker,
+)
 from lightning_curvature.callbacks.occasional_monitor import OccasionalMonitor
-from lightning_curvature.linear_tap import SeveralUsesError, linear_statistics
+from lightning_curvature.linear_tap import SeveralUsesError
 from lightning_curvature.noise import measure_noise
 from lightning_curvature.noise_curvature import NoiseCurvature
 from lightning_curvature.noise_problem import KEYS, QUANTITIES, NoiseOptions, NoiseProblem, Pairing, Quantity
 from lightning_curvature.noise_sums import NOT_A_MEAN, inputs_and_labels
 from lightning_curvature.objective import ObjectiveFunction
-from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.probe_data import ProbeSet, step_size
 from lightning_curvature.probe_loss import ProbeLoss
 from lightning_curvature.progress import Progress
 from lightning_curvature.reporting import inform, report_noise, warn
 from lightning_curvature.sample_losses import Alone
 
-# Matrices of D × D numbers in double precision that there are at one time, with what an eigensolver takes.
-_MATRICES = 10
-# Share of the free memory that they may take.
-_SHARE = 0.8
-_NEAREST = 3
 # What a rank can do; all do what the least of them can.
 _GENERAL, _KRONECKER, _PAIRED = 1.0, 2.0, 3.0
 # Share of the samples without a partner that is worth a word: a few are left over in the last batch of most data.
@@ -189,47 +188,21 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise where the module has no such parameter, or one that is too large."""
-        named = _named_parameters(module)
-        if self.parameter not in named:
-            near = difflib.get_close_matches(self.parameter, named, n=_NEAREST, cutoff=0.3) or list(named)[:_NEAREST]
-            raise MisconfigurationException(
-                f"parameter must be a name out of named_parameters(), got {self.parameter!r}: the nearest are {near}."
-            )
-        _, block = named[self.parameter]
-        if not block.requires_grad:
-            raise MisconfigurationException(
-                f"parameter must require gradients, got the frozen {self.parameter!r}: unfreeze it or choose another."
-            )
-        size = block.numel()
-        if self.options.top is not None and self.options.top > size:
-            raise MisconfigurationException(
-                f"top must be at most the number of entries, got {self.options.top} of {size}: lower it, or leave "
-                "it out."
-            )
-        if size < 3:
-            raise MisconfigurationException(
-                f"parameter must have at least 3 entries for a power law, got {self.parameter!r} with {size}: choose a "
-                "weight."
-            )
-        limit = _SHARE * available_memory(block.device, trainer.num_devices)
-        if 8 * _MATRICES * size**2 > limit:
-            most = math.isqrt(int(limit) // (8 * _MATRICES))
-            fitting = sorted(((p.numel(), n) for n, (_, p) in named.items() if 3 <= p.numel() <= most), reverse=True)
-            others = ", ".join(f"{name!r} ({count:,})" for count, name in fitting[:_NEAREST])
-            raise MisconfigurationException(
-                f"parameter must be a block of at most {most:,} entries, whose square matrices fit into the "
-                f"{limit / 2**30:.1f} GiB that there are for them, got {self.parameter!r} with {size:,} "
-                f"({8 * _MATRICES * size**2 / 2**30:.1f} GiB): choose "
-                f"{f'one of {others}' if others else 'a smaller one'}."
-            )
+        check_block(
+            named_parameters(module),
+            self.parameter,
+            top=self.options.top,
+            pairs="noise_awd_chain" in self.options.quantities,
+            processes=trainer.num_devices,
+        )
 
     def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> tuple[ProbeSet, int]:
         """Read the samples, and return them with the size of a batch of their loader."""
-        probe_set, own = super()._read_from(trainer, loader, batch, errors), _batch_size(trainer, loader)
+        probe_set, own = super()._read_from(trainer, loader, batch, errors), batch_size_of(trainer, loader)
         return probe_set, own or probe_set.batches[0].size
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
-        own = _batch_size(trainer, loader)
+        own = batch_size_of(trainer, loader)
         # Halves of a micro-batch are the mini-batches that are paired.
         pairs = "noise_awd_chain" in self.options.quantities
         return self.micro_batch_size or (2 * own if pairs and own is not None else None)
@@ -243,16 +216,16 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
         step = step_size(trainer) or own * trainer.accumulate_grad_batches * trainer.world_size
         module = trainer.lightning_module
         progress = Progress(trainer, "noise covariance", unit="batches")
-        name, block = _named_parameters(module)[self.parameter]
+        name, block = named_parameters(module)[self.parameter]
         first = BlockSamples(loss, samples.batches[0])
-        layer, at_once, ranks = _linear(module, name), False, trainer.world_size
+        layer, at_once, ranks = linear_layer(module, name), False, trainer.world_size
         if ranks > 1:
             with torch.no_grad(), Alone():
                 first.whole()
         at_once = first.can_be_stacked(block)
         reason = "it is no weight of a torch.nn.Linear"
         if layer is not None:
-            reason = _why_not(layer, first, at_once, trainer.num_devices)
+            reason = why_not_kronecker(layer, first, at_once, trainer.num_devices)
         pairing, unpaired = None, ""
         if "noise_awd_chain" in self.options.quantities:
             pairing = self.pairing or inputs_and_labels
@@ -363,33 +336,3 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseCurvature]):
     def report_nothing(self, trainer: pl.Trainer) -> None:
         """Write NaN for all values."""
         self._write(trainer, {key: math.nan for q in self.options.quantities for key in KEYS[q]})
-
-
-def _batch_size(trainer: pl.Trainer, loader: Any) -> int | None:
-    """Batch size of a loader, or where it is None of the Trainer's; None where it has none."""
-    size = getattr(loader if loader is not None else trainer.train_dataloader, "batch_size", None)
-    return size if isinstance(size, int) else None
-
-
-def _named_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Full names and parameters by the names that they have in a module that is not compiled."""
-    found = module.named_parameters(remove_duplicate=False)
-    return {name.replace("_orig_mod.", ""): (name, parameter) for name, parameter in found}
-
-
-def _linear(module: nn.Module, name: str) -> nn.Linear | None:
-    """The linear layer whose weight has that name."""
-    path, _, own = name.rpartition(".")
-    layer = module.get_submodule(path)
-    return layer if own == "weight" and isinstance(layer, nn.Linear) and path else None
-
-
-def _why_not(layer: nn.Linear, batch: BlockSamples, at_once: bool, processes: int) -> str:
-    """Why the Kronecker route cannot be taken; empty where it can."""
-    if not batch.is_mean(at_once):
-        return NOT_A_MEAN
-    try:
-        linear_statistics(layer, batch.whole, batch.size, processes, check=True)
-    except SeveralUsesError as error:
-        return str(error)
-    return ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
-from lightning_curvature.callbacks import noise
+from lightning_curvature.callbacks import noise_block
 from lightning_curvature.noise_problem import KEYS, QUANTITIES
 from tests.callbacks.noise_runs import monitor as strict
 from tests.callbacks.noise_runs import samples
@@ -144,7 +144,7 @@ def test_misfits_are_found_before_the_first_step(name: str) -> None:
 
 def test_a_block_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its size, the limit, and what would fit: ten matrices of 8 bytes a number in 80 % of what is free."""
-    monkeypatch.setattr(noise, "available_memory", lambda *args: 100 * 20**2)
+    monkeypatch.setattr(noise_block, "available_memory", lambda *args: 100 * 20**2)
     sentence = (
         r"^parameter must be a block of at most 20 entries, whose square matrices fit into the 0\.0 GiB that there are "
         r"for them, got 'network\.0\.weight' with 24 \(0\.0 GiB\): choose one of 'network\.2\.weight' \(18\), "
@@ -153,7 +153,7 @@ def test_a_block_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         make_trainer(monitor()).fit(Plain(), data())
     strict("2.weight").evaluate(Plain(), data(), make_trainer())
-    monkeypatch.setattr(noise, "available_memory", lambda *args: 100)
+    monkeypatch.setattr(noise_block, "available_memory", lambda *args: 100)
     with pytest.raises(MisconfigurationException, match=r"with 24 \(0\.0 GiB\): choose a smaller one\.$"):
         make_trainer(monitor()).fit(Plain(), data())
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import NoiseCovarianceMonitor, noise_sums
-from lightning_curvature.callbacks import noise
+from lightning_curvature.callbacks import noise_block
 from lightning_curvature.noise_curvature import NoiseCurvature
 from lightning_curvature.noise_problem import QUANTITIES
 from tests.callbacks.noise_runs import Plain
@@ -111,7 +111,7 @@ class FailingCase(NoiseCase):
             setattr(self.target, self.name, own)
 
 
-in_check = failing(noise, "linear_statistics", 1)
+in_check = failing(noise_block, "linear_statistics", 1)
 in_sums = failing(noise_sums, "linear_statistics", 0)
 in_blocks = failing(noise_sums, "linear_blocks", 1)
 in_pairs = failing(noise_sums, "matched_pairs", 1)
@@ -146,12 +146,12 @@ def communication(rank: int, world_size: int) -> tuple[str, Outcome]:
 
 def unequal(rank: int, world_size: int) -> Outcome:
     """``torch.vmap`` can follow the step on one rank alone."""
-    own = noise.BlockSamples.can_be_stacked
-    noise.BlockSamples.can_be_stacked = lambda self, p: rank == 0 and own(self, p)  # type: ignore[method-assign]
+    own = noise_block.BlockSamples.can_be_stacked
+    noise_block.BlockSamples.can_be_stacked = lambda self, p: rank == 0 and own(self, p)  # type: ignore[method-assign]
     try:
         return general(rank, world_size)
     finally:
-        noise.BlockSamples.can_be_stacked = own  # type: ignore[method-assign]
+        noise_block.BlockSamples.can_be_stacked = own  # type: ignore[method-assign]
 
 
 def by_hand(rank: int, world_size: int) -> NoiseCurvature:
