@@ -12,10 +12,8 @@ from lightning_curvature.operators.graphs import pull_back_rows
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.probe_data import ProbeBatch
 from lightning_curvature.probe_loss import ProbeLoss
+from lightning_curvature.sample_losses import alike
 from lightning_curvature.stacked_loss import copies_of, single_samples
-
-# Sums over a batch are made in another order: a few units in the seventh digit of float32.
-_AGREEMENT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class BlockSamples:
         with torch.no_grad():
             whole = self.whole() if whole is None else whole.detach()
             mean = self.losses(at_once).mean()
-        return bool((whole - mean).abs() <= _AGREEMENT * mean.abs()) or bool(whole.isnan() and mean.isnan())
+        return alike(whole, mean)
 
     def can_be_stacked(self, parameter: Tensor) -> bool:
         """Whether ``torch.vmap`` can follow the step, differentiated twice, and gives what the step gives."""
@@ -86,7 +84,7 @@ class BlockSamples:
             graphs.products(torch.zeros(1, parameter.numel(), device=parameter.device))
         except Exception:  # what it cannot follow
             return False
-        return bool((losses[-1] - last).abs() <= _AGREEMENT * last.abs()) or bool(losses[-1].isnan() and last.isnan())
+        return alike(losses[-1], last)
 
     def graphs(self, parameter: Tensor, at_once: bool) -> Iterator[SampleGraphs]:
         """Gradients by the block with their graphs: of all samples at once, or one after the other."""

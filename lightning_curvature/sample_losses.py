@@ -94,7 +94,7 @@ class SampleLosses:
         except Exception:  # batches that cannot be put together, or a step for single samples
             return None
         with torch.no_grad():
-            return batch if _alike(whole, self._losses(chunk).mean()) else None
+            return batch if alike(whole, self._losses(chunk).mean()) else None
 
     def _losses(self, chunk: tuple[int, ...]) -> Tensor:
         """Losses of samples of one shape."""
@@ -102,7 +102,7 @@ class SampleLosses:
             try:
                 losses = self._loss.losses_of_many(self._stack(chunk), self._seed(chunk[0]))
                 with torch.no_grad():
-                    if chunk in self._checked or _alike(losses[-1], self.one(chunk[-1])):
+                    if chunk in self._checked or alike(losses[-1], self.one(chunk[-1])):
                         self._checked.add(chunk)
                         return losses
             except Exception:  # what ``vmap`` cannot follow
@@ -154,5 +154,6 @@ class Alone(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two losses are the same but for the order of their sums."""
     return bool((one - other).abs() <= _AGREEMENT * other.abs()) or bool(one.isnan() and other.isnan())
