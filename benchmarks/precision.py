@@ -26,7 +26,7 @@ from torch.func import functional_call, jvp
 from torch.utils.data import DataLoader
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from lightning_curvature.callbacks.directional import KEYS
+from lightning_curvature.directional.monitor import KEYS
 
 PAIR = ("kl", "finite_difference")
 ALL = (*PAIR, "gauss_newton", "hvp")

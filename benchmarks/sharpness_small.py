@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import BatchSharpnessMonitor
-from lightning_curvature.stacked_loss import forward_operations
+from lightning_curvature.losses.stacked import forward_operations
 
 _SAMPLES, _BATCHES, _CLASSES = 1024, 64, 10
 

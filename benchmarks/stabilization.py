@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from workloads import Batch, Workload, _example
 
 from lightning_curvature import StabilizationMonitor
-from lightning_curvature.ordered_samples import first_of_shuffle
-from lightning_curvature.sample_growth import SampleGrowth
+from lightning_curvature.data.ordered import first_of_shuffle
+from lightning_curvature.stabilization.result import SampleGrowth
 
 # P1, table 3: seconds on its GPU for D = 45, k = 8, S = 64 and 107 million parameters.
 SOURCE = {"subspace": 17.53, "coefficients": 1.777, "direct": 2.197, "quadratic": 3.68e-3, "gaussian_moment": 1.22e-4}

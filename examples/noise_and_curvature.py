@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import power_law, spectral_moments, suppressed
-from lightning_curvature.linear_tap import linear_statistics
-from lightning_curvature.noise_curvature import NoiseCurvature
-from lightning_curvature.noise_problem import QUANTITIES
+from lightning_curvature.noise.linear_layer import linear_statistics
+from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.result import NoiseCurvature
 
 LEARNING_RATE = 0.1
 LOSSES = {"ce": "cross-entropy", "mse": "squared error after softmax"}

@@ -23,7 +23,7 @@ from plotting_growth import draw, shares
 from torch.utils.data import DataLoader
 
 from lightning_curvature import StabilizationMonitor
-from lightning_curvature.sample_growth import SampleGrowth
+from lightning_curvature.stabilization.result import SampleGrowth
 
 CONTEXT, WIDTH, LAYERS, HEADS = 32, 48, 2, 4
 BATCH_SIZE = 32

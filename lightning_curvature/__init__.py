@@ -11,8 +11,8 @@ if TYPE_CHECKING:
         NoiseCovarianceMonitor,
         StabilizationMonitor,
     )
-    from lightning_curvature.reporting import CurvatureWarning
-    from lightning_curvature.update import ParameterUpdate
+    from lightning_curvature.optimizers.update import ParameterUpdate
+    from lightning_curvature.reporting.loggers import CurvatureWarning
 
 __all__ = [
     "BatchSharpnessMonitor",
@@ -26,11 +26,11 @@ __all__ = [
 
 _HOMES = {
     "BatchSharpnessMonitor": "callbacks",
-    "CurvatureWarning": "reporting",
+    "CurvatureWarning": "reporting.loggers",
     "DirectionalCurvatureMonitor": "callbacks",
     "HessianSpectrumMonitor": "callbacks",
     "NoiseCovarianceMonitor": "callbacks",
-    "ParameterUpdate": "update",
+    "ParameterUpdate": "optimizers.update",
     "StabilizationMonitor": "callbacks",
 }
 

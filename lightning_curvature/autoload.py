@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_curvature.callbacks.monitor import Monitor
+    from lightning_curvature.monitors.base import Monitor
 
 VARIABLE = "LIGHTNING_CURVATURE"
 NAMES = {

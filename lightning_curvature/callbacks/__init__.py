@@ -1,10 +1,10 @@
 """When to measure: one Lightning callback for each family of quantities."""
 
-from lightning_curvature.callbacks.batch_sharpness import BatchSharpnessMonitor
-from lightning_curvature.callbacks.directional import DirectionalCurvatureMonitor
-from lightning_curvature.callbacks.noise import NoiseCovarianceMonitor
-from lightning_curvature.callbacks.spectrum import HessianSpectrumMonitor
-from lightning_curvature.callbacks.stabilization import StabilizationMonitor
+from lightning_curvature.batch_sharpness.monitor import BatchSharpnessMonitor
+from lightning_curvature.directional.monitor import DirectionalCurvatureMonitor
+from lightning_curvature.noise.monitor import NoiseCovarianceMonitor
+from lightning_curvature.spectrum.monitor import HessianSpectrumMonitor
+from lightning_curvature.stabilization.monitor import StabilizationMonitor
 
 __all__ = [
     "BatchSharpnessMonitor",

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_map
 
 from lightning_curvature.functional import NoiseTerms, add_to_moments, merge_moments
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
-from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.micro_batches import sample_count
-from lightning_curvature.reporting import warn
+from lightning_curvature.operators.mini_batch import MiniBatch
+from lightning_curvature.reporting.loggers import warn
 
 Batch = tuple[Any, Any]
 

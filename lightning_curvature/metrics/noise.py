@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
-from lightning_curvature.linear_tap import linear_statistics
 from lightning_curvature.metrics.model import ModelMetric
-from lightning_curvature.noise import relation
-from lightning_curvature.noise_curvature import NoiseCurvature
-from lightning_curvature.noise_problem import QUANTITIES, Block, NoiseOptions, Quantity
-from lightning_curvature.noise_sums import moments_of
+from lightning_curvature.noise.linear_layer import linear_statistics
+from lightning_curvature.noise.measurement import relation
+from lightning_curvature.noise.problem import QUANTITIES, Block, NoiseOptions, Quantity
+from lightning_curvature.noise.result import NoiseCurvature
+from lightning_curvature.noise.sums import moments_of
 from lightning_curvature.operators.micro_batches import sample_count
 
 # Sums in another order: a few units in the seventh digit of float32.
@@ -88,7 +88,7 @@ class NoiseCurvatureRelation(ModelMetric):
     ``update`` takes ``inputs`` and ``targets`` of a batch and differentiates the model at its parameters as they are;
     ``compute`` gives a dict of floats, with the keys of :class:`~lightning_curvature.NoiseCovarianceMonitor` that
     belong to ``quantities``. ``relation`` then holds all of it, as a
-    :class:`~lightning_curvature.noise_curvature.NoiseCurvature`. The weight must enter once for each sample, as
+    :class:`~lightning_curvature.noise.result.NoiseCurvature`. The weight must enter once for each sample, as
     z = W a; no Hessian of a single sample is formed. States are sums over samples, which merge over ranks.
 
     Args:

@@ -11,8 +11,8 @@ from torchmetrics import Metric
 from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.linalg import Eigenpairs
 from lightning_curvature.metrics.model import ModelMetric
-from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import Curvature
+from lightning_curvature.operators.mini_batch import MiniBatch
 
 Scalar = Tensor | float
 

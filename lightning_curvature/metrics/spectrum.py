@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_curvature.distributed.reduce import has_group, sum_in_group
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
 from lightning_curvature.metrics.model import ModelMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.micro_batches import sample_count
-from lightning_curvature.parallel import has_group, sum_in_group
 
 
 class _OperatorMetric(ModelMetric):

@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_curvature.distributed.reduce import fresh_shards, local, vector_space
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators.exact import CurvatureOperator, Reduce, check_graph
 from lightning_curvature.operators.micro_batches import MicroBatch
-from lightning_curvature.parallel import fresh_shards, local, vector_space
 
 # Along the sharpest direction of a small network at the edge of stability the curvature changes by 10 % within a length
 # of 0.03 ‖θ‖, along random ones hardly at all. At a tenth of u^{1/3} ‖θ‖ products are off by 3 to 6 u^{2/3} in the mean
@@ -144,7 +144,7 @@ class GradientDifferenceOperator(CurvatureOperator):
     def _backward(self, loss: Tensor) -> list[Tensor | None]:
         """Gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the parts from the whole.
 
-        The parameters must have no gradients of their own: see :func:`~lightning_curvature.isolation.untouched`.
+        The parameters must have no gradients of their own: see :func:`~lightning_curvature.replay.isolation.untouched`.
         """
         loss.backward()
         gradients = [None if p.grad is None else local(p.grad) for p in self._originals]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_curvature.differentiation import differentiable
-from lightning_curvature.evaluation import Evaluation
+from lightning_curvature.operators.differentiation import differentiable
+from lightning_curvature.replay.evaluation import Evaluation
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from lightning_curvature import (
     NoiseCovarianceMonitor,
     StabilizationMonitor,
 )
-from lightning_curvature.callbacks.monitor import Monitor
-from lightning_curvature.sharpness_problem import QUANTITIES
+from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.monitors.base import Monitor
 from tests.runs import classification
 from tests.witness import ALL, LAMBDAS
 

@@ -20,7 +20,7 @@ from lightning_curvature import (
     StabilizationMonitor,
     autoload,
 )
-from lightning_curvature.callbacks.monitor import Monitor
+from lightning_curvature.monitors.base import Monitor
 from tests.runs import Capture, classification, make_trainer, mlp
 from tests.runs import Classifier as Learner
 

@@ -20,9 +20,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature.callbacks.monitor import Monitor
-from tests.callbacks.test_precision import SINGLE
+from lightning_curvature.monitors.base import Monitor
 from tests.compatibility.monitors import MONITORS
+from tests.directional.test_precision import SINGLE
 from tests.oracles.along_step import DIFFERENCE
 from tests.oracles.matrices import Matrices
 from tests.oracles.noise import samples_of

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_curvature.callbacks.checks import check_not_quantized
+from lightning_curvature.monitors.checks import check_not_quantized
 from tests.compatibility.monitors import Kind, each_monitor
 from tests.runs import Classifier, classification, loader, make_trainer, mlp
 

@@ -16,12 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.callbacks.test_spectrum_values import rows
 from tests.compatibility.monitors import EVERY, MONITORS
 from tests.oracles.along_step import EXACT, check, monitors
 from tests.oracles.hessian_spectrum import Curvature, Moment
 from tests.oracles.hessian_spectrum import Part as MicroBatch
 from tests.runs import Batch, Capture, Classifier, Outcome, StepRecorder, classification, make_trainer
+from tests.spectrum.test_values import rows
 from tests.witness import frozen
 
 BATCHES, EPOCHS = 4, 2

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from tests.callbacks.test_directional_manual import Manual, momentum
-from tests.callbacks.test_spectrum_values import rows
+from tests.directional.test_manual import Manual, momentum
 from tests.oracles.along_step import EXACT, check, check_row, monitors
 from tests.oracles.dense import Part, reference
 from tests.oracles.hessian_spectrum import Curvature, Moment, check_eigenvalue
 from tests.oracles.hessian_spectrum import Part as MicroBatch
 from tests.runs import Batch, Step, classification, mlp, run
+from tests.spectrum.test_values import rows
 from tests.witness import assert_same, copies, watch
 
 Player = Literal["critic", "generator"]

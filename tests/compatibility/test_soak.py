@@ -26,7 +26,7 @@ from lightning_curvature import (
     NoiseCovarianceMonitor,
     StabilizationMonitor,
 )
-from lightning_curvature.isolation import ReplayTrainer
+from lightning_curvature.replay.isolation import ReplayTrainer
 from tests.runs import Capture, make_trainer
 
 STEPS, EVERY = 20_000, 200

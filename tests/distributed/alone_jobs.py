@@ -15,10 +15,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from lightning_curvature import isolation, probe_loss, spectrum_problem
-from lightning_curvature.callbacks import batch_sharpness
+from lightning_curvature.batch_sharpness import monitor as batch_sharpness
 from lightning_curvature.linalg.basis import Basis
-from lightning_curvature.trial_steps import TrialSteps
+from lightning_curvature.losses import fixed as probe_loss
+from lightning_curvature.optimizers.trial_steps import TrialSteps
+from lightning_curvature.replay import isolation
+from lightning_curvature.spectrum import problem as spectrum_problem
 from tests.distributed.cases import Case
 from tests.distributed.failing_jobs import MESSAGE, Failing, Unrecorded
 from tests.distributed.sharpness_cases import SharpnessCase

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_curvature import NoiseCovarianceMonitor
-from lightning_curvature.noise_curvature import NoiseCurvature
-from lightning_curvature.noise_problem import QUANTITIES
+from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.result import NoiseCurvature
 from tests.distributed.occasional_cases import OccasionalCase, Outcome
 
 

@@ -11,17 +11,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_curvature import NoiseCovarianceMonitor, noise_sums
-from lightning_curvature.callbacks import noise_block
-from lightning_curvature.noise_curvature import NoiseCurvature
-from lightning_curvature.noise_problem import QUANTITIES
-from tests.callbacks.noise_runs import Plain
+from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature.noise import routes as noise_block
+from lightning_curvature.noise import sums as noise_sums
+from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.result import NoiseCurvature
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.noise_cases import NoiseCase
 from tests.distributed.occasional_cases import Outcome
 from tests.distributed.spectrum_cases import Measuring, dataset
 from tests.distributed.stabilization_cases import Stream
 from tests.distributed.stabilization_jobs import Gathering, _end, local
+from tests.noise.runs import Plain
 from tests.runs import Classifier, mlp
 
 Results = dict[str, list[Outcome]]

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
 from lightning_curvature import StabilizationMonitor
-from lightning_curvature.sample_growth import SampleGrowth
-from lightning_curvature.stabilization_problem import ESTIMATORS
-from lightning_curvature.stabilization_tools import GrowthTools
+from lightning_curvature.stabilization.options import ESTIMATORS
+from lightning_curvature.stabilization.problem import GrowthTools
+from lightning_curvature.stabilization.result import SampleGrowth
 from tests.distributed.occasional_cases import OccasionalCase, Outcome
 from tests.distributed.spectrum_cases import dataset
 

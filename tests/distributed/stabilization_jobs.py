@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_curvature import StabilizationMonitor
-from lightning_curvature.callbacks import stabilization
-from lightning_curvature.sample_growth import SampleGrowth
+from lightning_curvature.stabilization import monitor as stabilization
+from lightning_curvature.stabilization.result import SampleGrowth
 from tests.distributed.ddp_jobs import Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.spectrum_cases import Measuring, dataset

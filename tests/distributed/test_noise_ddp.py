@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_curvature.noise_curvature import NoiseCurvature
+from lightning_curvature.noise.result import NoiseCurvature
 from tests.distributed import noise_jobs as jobs
 from tests.distributed.compare import assert_same_state
 from tests.distributed.launch import Launch

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lightning_curvature.sample_growth import SampleGrowth
-from lightning_curvature.stabilization_problem import QUANTITIES
+from lightning_curvature.stabilization.options import QUANTITIES
+from lightning_curvature.stabilization.result import SampleGrowth
 from tests.distributed import stabilization_jobs as jobs
 from tests.distributed.compare import assert_same_state
 from tests.distributed.launch import Launch

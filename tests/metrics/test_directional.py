@@ -18,7 +18,7 @@ from lightning_curvature.metrics import (
     GaussNewtonCurvature,
     KLCurvature,
 )
-from lightning_curvature.update import ParameterUpdate
+from lightning_curvature.optimizers.update import ParameterUpdate
 from tests.oracles.dense import Part, reference
 from tests.runs import mlp
 

@@ -20,8 +20,8 @@ from lightning_curvature.metrics import (
     ModifiedBatchSharpness,
     StepSharpness,
 )
-from lightning_curvature.mini_batch import MiniBatch
 from lightning_curvature.operators import HessianOperator
+from lightning_curvature.operators.mini_batch import MiniBatch
 from tests.oracles.matrices import Matrices
 from tests.oracles.mini_batches import MiniBatches
 from tests.runs import Batch, classification, mlp

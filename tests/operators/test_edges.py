@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.operators import (
     GaussNewtonOperator,
     GradientDifferenceOperator,
@@ -19,6 +18,7 @@ from lightning_curvature.operators import (
     SecondMomentOperator,
     micro_batches,
 )
+from lightning_curvature.replay.evaluation import Evaluation
 from tests.operators.cases import CASES
 
 X = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)

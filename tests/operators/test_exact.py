@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator, MicroBatch
+from lightning_curvature.replay.evaluation import Evaluation
 from tests.operators.cases import CASES, INDEPENDENT, Odd, matrix, off, trained
 from tests.oracles.matrices import Matrices
 

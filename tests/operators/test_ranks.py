@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_curvature.evaluation import Evaluation
 from lightning_curvature.operators import (
     GaussNewtonOperator,
     GradientDifferenceOperator,
@@ -19,6 +18,7 @@ from lightning_curvature.operators import (
     SecondMomentOperator,
     micro_batches,
 )
+from lightning_curvature.replay.evaluation import Evaluation
 from tests.operators.cases import CASES, on_ranks, trained
 
 CASE = CASES["squared"]

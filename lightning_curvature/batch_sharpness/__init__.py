@@ -1,0 +1,1 @@
+"""Sharpness of mini-batches along their own gradients, and its relatives."""

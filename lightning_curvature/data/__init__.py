@@ -1,0 +1,1 @@
+"""The samples that curvature is measured on, read without moving the user's loader."""

@@ -1,0 +1,1 @@
+"""Curvature along the update that the optimizer really made."""

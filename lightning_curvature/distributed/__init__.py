@@ -1,0 +1,1 @@
+"""Numbers and failures that ranks share."""

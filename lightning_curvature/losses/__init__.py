@@ -1,0 +1,1 @@
+"""Losses of fixed data as functions of the parameters."""

@@ -1,0 +1,1 @@
+"""Covariance of the gradient noise against the curvature."""

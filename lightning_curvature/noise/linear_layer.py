@@ -1,0 +1,153 @@
+"""What a linear layer receives, and what its output does to the loss of each sample: first and second derivatives."""
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature.operators.graphs import pull_back, pull_back_rows
+from lightning_curvature.operators.memory import SavedBytes, available_memory
+from lightning_curvature.operators.micro_batches import building_graphs
+from lightning_curvature.replay.isolation import patched
+
+# Share of the free memory for rows of S that are made at once; each needs about what the graph itself holds.
+_SHARE = 0.1
+
+
+class SeveralUsesError(ValueError):
+    """A weight does not enter the loss of each sample exactly once, as z = W a."""
+
+
+@dataclass(frozen=True)
+class LinearStatistics:
+    """A linear layer z = W a + c at n samples, as their losses see it.
+
+    Attributes:
+        activations: a, (n, in).
+        gradients: δ = ∂ℓ/∂z, (n, out).
+        curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
+    """
+
+    activations: Tensor
+    gradients: Tensor
+    curvatures: Tensor
+
+    def mean_gradient(self) -> Tensor:
+        """Gradient of the mean loss by W, (out, in)."""
+        return self.gradients.mT @ self.activations / len(self.activations)
+
+    def mean_product(self, direction: Tensor) -> Tensor:
+        """Product of the Hessian of the mean loss by W with a matrix, (out, in) each."""
+        reached = self.activations @ direction.mT
+        return (self.curvatures @ reached[:, :, None]).squeeze(-1).mT @ self.activations / len(self.activations)
+
+
+@contextlib.contextmanager
+def _tapped(layer: nn.Linear, saved: SavedBytes) -> Generator[list[tuple[Tensor, Tensor, int]], None, None]:
+    """Add a zero, to differentiate by, to all that a layer returns inside the block.
+
+    Collected are its input, the zero, and the bytes that the graph before it has saved.
+    """
+    calls: list[tuple[Tensor, Tensor, int]] = []
+    forward = layer.forward
+
+    def tapped(*args: Any, **kwargs: Any) -> Tensor:
+        z, given = forward(*args, **kwargs), [*args, *kwargs.values()]
+        if len(given) != 1 or not isinstance(z, Tensor):  # of a class of the user's
+            raise SeveralUsesError("the layer is no map of one tensor to another")
+        zero = torch.zeros_like(z).requires_grad_()
+        calls.append((given[0].detach(), zero, saved.count))
+        return z + zero
+
+    with patched(layer, forward=tapped), saved.counting():
+        yield calls
+
+
+def linear_statistics(
+    layer: nn.Linear, evaluate: Callable[[], Tensor], samples: int, processes: int = 1, check: bool = False
+) -> LinearStatistics:
+    """Differentiate the mean loss of a batch by what a layer returns, twice: once, and once for each output of it.
+
+    The part of the model before the layer is not differentiated. Samples must not see each other, so that the mean loss
+    has no second derivatives between them.
+
+    Args:
+        layer: the layer.
+        evaluate: the mean loss of the batch, at the parameters as they are.
+        samples: n.
+        processes: how many share the machine's memory.
+        check: compare gradient and Hessian of the weight with direct ones: another backward, and one product.
+
+    Raises:
+        SeveralUsesError: if the layer is not called exactly once, with one row for each sample, or if its weight enters
+            the loss in another way as well.
+        ValueError: if the loss does not depend on it.
+    """
+    saved = SavedBytes(list(layer.parameters()))
+    with building_graphs():
+        with _tapped(layer, saved) as calls:
+            loss = evaluate()
+        if len(calls) != 1:
+            raise SeveralUsesError(f"the layer is called {len(calls)} times for a batch")
+        a, zero, before = calls[0]
+        if a.ndim != 2 or len(a) != samples:
+            raise SeveralUsesError(f"the layer gets inputs of shape {tuple(a.shape)} for {samples} samples")
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss must depend on the parameter, got a constant: leave no_grad and detach out of it."
+            )
+        (slope,) = torch.autograd.grad(loss, zero, create_graph=True, allow_unused=True)
+        if slope is None:
+            raise ValueError("the loss must depend on the parameter, got one that does not: choose another parameter.")
+        out = zero.shape[1]
+        free = available_memory(zero.device, processes)
+        at_once = int(min(max(1, _SHARE * free // max(saved.count - before, 1)), out))
+        # S is the block of each sample: a cotangent of its own for each output, the same for all samples.
+        curvatures = torch.zeros(samples, out, out, dtype=zero.dtype, device=zero.device)
+        units = torch.eye(out, dtype=slope.dtype, device=slope.device)
+        for first in range(0, out, at_once):
+            rows = units[first : first + at_once, None, :].expand(-1, samples, -1)
+            found = pull_back_rows(slope, zero, rows)
+            if found is not None:
+                curvatures[:, first : first + at_once] = samples * found.transpose(0, 1)
+        # Under autocast the layer sees its input in the type of its output; sums over samples are to keep more digits.
+        own, dtype = zero.dtype, torch.promote_types(zero.dtype, torch.float32)
+        statistics = LinearStatistics(a.to(own).to(dtype), samples * slope.detach().to(dtype), curvatures.to(dtype))
+        if check:
+            _check(layer, loss, statistics, torch.finfo(own).eps ** 0.5)
+    return statistics
+
+
+def _check(layer: nn.Linear, loss: Tensor, statistics: LinearStatistics, tolerance: float) -> None:
+    """Raise unless the statistics give the gradient and a product of the weight's Hessian as autograd does.
+
+    Roundings are far below the square root of their unit, the tolerance; what is missing is far above it.
+    """
+    weight = layer.weight
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(weight.shape, generator=generator).to(weight)
+    (product,) = pull_back([gradient], [weight], [direction], retain=False)
+    product = torch.zeros_like(weight) if product is None else product
+    if not bool(gradient.isfinite().all() and product.isfinite().all()):
+        return  # on no route
+    for name, direct, own in (
+        ("gradient", gradient.detach(), statistics.mean_gradient()),
+        ("Hessian", product, statistics.mean_product(direction.to(statistics.activations))),
+    ):
+        # Scales of single samples: their mean may be small by cancellation.
+        if not float((direct - own).norm()) <= tolerance * max(float(direct.norm()), _scale(name, statistics)):
+            raise SeveralUsesError(
+                f"the {name} of the weight is another than that of z = W a: the weight is used elsewhere, or samples "
+                "see each other"
+            )
+
+
+def _scale(name: str, statistics: LinearStatistics) -> float:
+    length = statistics.activations.norm(dim=1)
+    if name == "gradient":
+        return float((statistics.gradients.norm(dim=1) * length).mean())
+    return float((statistics.curvatures.flatten(1).norm(dim=1) * length.square()).mean())

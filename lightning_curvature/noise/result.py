@@ -1,0 +1,189 @@
+"""What a measurement of the noise against the curvature gave."""
+
+import csv
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from torch import Tensor
+
+from lightning_curvature.functional.noise import CHAIN, CouplingTest, PowerLaw, SampleSpectra, linear_sample_spectra
+from lightning_curvature.noise.problem import KEYS, Route
+
+Found = TypeVar("Found")
+
+
+class ChainLink(NamedTuple):
+    """One approximation of C by activity–weight duality.
+
+    Attributes:
+        gamma: its power law against H, or None.
+        norm: ‖·‖_F.
+        distance: ‖· − C‖_F / ‖C‖_F.
+        diagonal: in H's eigenbasis, (𝒩,).
+    """
+
+    gamma: PowerLaw | None
+    norm: float
+    distance: float
+    diagonal: Tensor
+
+
+@dataclass
+class NoiseCurvature:
+    """The noise covariance C of SGD in the eigenbasis of the Hessian H, on one block of parameters.
+
+    Attributes:
+        parameter: name of the block.
+        route: "kronecker", from the factors of a linear layer, or "general".
+        samples: n.
+        batch_size: b.
+        dimension: D.
+        curved: number of the directions whose curvature is more than rounding: the others are in the arrays, and in no
+            number.
+        curvatures: H_ii, descending, (𝒩,) float64.
+        variances: C_ii, (𝒩,).
+        second_moments: E_p[Σ_m κ_m² (u_m · v_i)²] = 2b C_ii/σ_w² by duality, (𝒩,), or None.
+        vectors: v_i as rows, (𝒩, D).
+        shown: C in the eigenbasis, its leading part.
+        shown_random: C with random eigenvectors, as large.
+        gamma: power law of C_ii against H_ii.
+        gamma_awd: power law of ``second_moments`` against H_ii.
+        commutativity: ‖CH − HC‖_F / (‖C‖_F ‖H‖_F).
+        relative_commutativity: ‖CH − HC‖_F / ‖CH‖_F.
+        random_commutativity: what the latter would be for a C with random eigenvectors.
+        alignment: energy on the diagonal of C.
+        spearman: rank correlation of C_ii and H_ii.
+        coupling: μ.
+        spikes: M, the participation ratio of C's eigenvalues.
+        haar: μ of randomly rotated C, (draws,).
+        test: μ against theory.
+        weight_variance: σ_w².
+        degenerate: share of the eigenvalues that are equal to the one before: eigenvectors within such a group are any
+            directions, and so are C's entries there.
+        unpaired: share of samples without a partner of their class.
+        chain: approximations of C, by name.
+        reasons: why a quantity is NaN, by key.
+    """
+
+    parameter: str
+    route: Route
+    samples: int
+    batch_size: int
+    dimension: int
+    curved: int
+    curvatures: Tensor
+    variances: Tensor
+    second_moments: Tensor | None
+    vectors: Tensor
+    shown: Tensor
+    shown_random: Tensor | None = None
+    gamma: PowerLaw | None = None
+    gamma_awd: PowerLaw | None = None
+    commutativity: float = math.nan
+    relative_commutativity: float = math.nan
+    random_commutativity: float = math.nan
+    alignment: float = math.nan
+    spearman: float = math.nan
+    coupling: float = math.nan
+    spikes: float = math.nan
+    haar: Tensor | None = None
+    test: CouplingTest | None = None
+    weight_variance: float = math.nan
+    degenerate: float = 0.0
+    unpaired: float = 0.0
+    chain: dict[str, ChainLink] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def attempt(self, key: str, part: Callable[[], Found]) -> Found | None:
+        """Return what a part gives; where its numbers do not allow for it, keep the reason and return None."""
+        try:
+            return part()
+        except ValueError as error:
+            self.reasons[key] = str(error)
+            return None
+
+    def values(self, quantities: Iterable[str]) -> dict[str, float]:
+        """Numbers by key."""
+        found = {
+            "noise_commutativity": self.commutativity,
+            "noise_commutativity_relative": self.relative_commutativity,
+            "noise_commutativity_random": self.random_commutativity,
+            "noise_alignment": self.alignment,
+            "noise_spearman": self.spearman,
+            "noise_coupling": self.coupling,
+            "noise_coupling_random": math.nan if self.haar is None else float(self.haar.mean()),
+            "noise_coupling_z": math.nan if self.test is None else self.test.z,
+        }
+        laws = {"noise_gamma": self.gamma, "noise_gamma_awd": self.gamma_awd}
+        laws |= {f"noise_gamma_awd_{name}": self.chain[name].gamma for name in CHAIN if name in self.chain}
+        for key, law in laws.items():
+            found[key] = math.nan if law is None else law.exponent
+            found[f"{key}_stderr"] = math.nan if law is None else law.standard_error
+        return {key: found.get(key, math.nan) for quantity in quantities for key in KEYS[quantity]}
+
+    def sample_spectra(self, activations: Tensor, curvatures: Tensor) -> SampleSpectra:
+        """Return eigenpairs of single samples in the basis of this measurement: see :func:`linear_sample_spectra`."""
+        return linear_sample_spectra(activations, curvatures, self.vectors.to(activations.device))
+
+    def to_csv(self, path: Path | str) -> None:
+        """Write H_ii, C_ii and what duality gives, one line a direction; the path may be a URL that fsspec knows."""
+        columns = {"curvature": self.curvatures, "variance": self.variances}
+        if self.second_moments is not None:
+            columns["second_moment"] = self.second_moments
+        columns |= {f"variance_{name}": link.diagonal for name, link in self.chain.items()}
+        with get_filesystem(path).open(str(path), "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["direction", *columns])
+            rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+            writer.writerows([number, *row] for number, row in enumerate(rows, start=1))
+
+    def __str__(self) -> str:
+        """The numbers as text, with the range of the fit and what chance would give."""
+        count = len(self.curvatures)
+        curved = f"{self.curved:,} of " if self.curved < count else ""
+        lines = [
+            f"{self.parameter}: D = {self.dimension:,}, {curved}{count:,} directions, {self.samples:,} samples, "
+            f"b = {self.batch_size}, {self.route} route"
+        ]
+        for title, law in (("γ", self.gamma), ("γ by duality", self.gamma_awd)):
+            if law is not None:
+                lines.append(
+                    f"{title:<16}{law.exponent:7.3f} ± {law.standard_error:.3f}  over {law.points:,} directions, "
+                    f"H_ii from {law.lowest:.2e} to {law.highest:.2e}"
+                )
+        if not math.isnan(self.commutativity):
+            lines.append(
+                f"{'commutativity':<16}{self.commutativity:7.4f}, relative to CH {self.relative_commutativity:.3f}, by "
+                f"chance {self.random_commutativity:.3f}"
+            )
+        if not math.isnan(self.alignment):
+            lines.append(f"{'alignment':<16}{self.alignment:7.3f}")
+        if not math.isnan(self.spearman):
+            lines.append(f"{'Spearman':<16}{self.spearman:7.3f}")
+        if self.test is not None and self.haar is not None:
+            lines.append(
+                f"{'coupling':<16}{self.coupling:7.4f}, by chance {float(self.haar.mean()):.4f} (rotated), "
+                f"{self.test.baseline:.4f} (theory, M = {self.spikes:.1f}), Z = {self.test.z:.0f}"
+            )
+        if self.chain:
+            lines.append(f"{'duality':<16}{'γ':>7}{'norm':>11}{'distance from C':>17}")
+            for name, link in self.chain.items():
+                exponent = math.nan if link.gamma is None else link.gamma.exponent
+                lines.append(f"  {name:<14}{exponent:7.3f}{link.norm:11.2e}{link.distance:17.3f}")
+        return "\n".join([*lines, *(f"no {key}: {reason}" for key, reason in self.reasons.items())])
+
+    def draw(self, title: str = "") -> Any:
+        """Draw C_ii against H_ii on logarithmic axes with the fits: a matplotlib figure, or None without matplotlib."""
+        from lightning_curvature.noise.pictures import draw_scatter
+
+        return draw_scatter(self, title)
+
+    def draw_matrices(self, title: str = "") -> Any:
+        """Draw C in the eigenbasis and its coupling R beside that of rotated noise; None without matplotlib."""
+        from lightning_curvature.noise.pictures import draw_matrices
+
+        return draw_matrices(self, title)

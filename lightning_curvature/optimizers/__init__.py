@@ -1,0 +1,1 @@
+"""The update of an optimizer, made or tried, and the thresholds of its stability."""

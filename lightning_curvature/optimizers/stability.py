@@ -1,0 +1,318 @@
+"""A torch optimizer on a quadratic: where its step turns unstable, and the preconditioner it divides by.
+
+With the second moment taken as constant, a step of the optimizers known here is linear in the gradient, coordinate by
+coordinate. At the edge, where a root of the recursion leaves the unit circle through z = −1, it reads H θ = T P θ with
+a diagonal of thresholds T, one for the settings of each parameter group. Groups of unequal learning rate, momentum or
+decoupled weight decay therefore need no approximation: P times T/T_ref has the one threshold T_ref for all. On the
+unit circle every other root is excluded: there the imaginary parts of the groups' characteristic polynomials, divided
+by those of the gradient, have one sign.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, Optimizer, RMSprop
+
+from lightning_curvature.distributed.reduce import local
+from lightning_curvature.functional.thresholds import adaptive_threshold, momentum_threshold
+from lightning_curvature.optimizers.update import HasParameterGroups
+
+Group = Mapping[str, Any]
+
+
+class NotYetSteppedError(ValueError):
+    """An adaptive optimizer has no preconditioner before its first step."""
+
+
+@dataclass(frozen=True)
+class StabilityRule:
+    """Where an optimizer's step on a quadratic turns unstable.
+
+    Attributes:
+        lr: η of the first parameter group that has a non-zero one and trainable parameters; 0 where none has.
+        hessian: threshold on λ_max(H), that of the same group; 2/η for optimizers that are not known, NaN for adaptive
+            ones, which have none on H itself.
+        preconditioned: threshold on λ_max(P^{-1/2} H P^{-1/2}) with P as :func:`preconditioner` returns it, for all
+            groups at once; NaN for optimizers that are not known. Bias corrections are those of the last step made,
+            before the first step those of the long run.
+        note: one sentence where something is assumed or left out.
+    """
+
+    lr: float
+    hessian: float
+    preconditioned: float
+    note: str | None = None
+
+
+def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
+    r"""Thresholds of an optimizer, from its settings as they are now.
+
+    Exact for ``torch.optim``'s SGD (momentum, dampening, Nesterov, weight decay), Adam and AdamW, Adamax, RMSprop
+    and Adagrad on a quadratic, with the second moment taken as constant. Weight decay that an adaptive optimizer adds
+    to the gradient acts as :math:`H + \lambda I` in place of H: it is left out, and the note says so.
+
+    Args:
+        optimizer: a torch optimizer, bare or as Lightning wraps it. A subclass that has a ``step`` of its own is not
+            known.
+
+    Returns:
+        The rule. Thresholds are infinite where all learning rates are 0, NaN where there is none: for
+        ``maximize=True``, which climbs, and for settings that are never stable (momentum of 1).
+
+    Source: Cohen et al. 2021 (arXiv 2103.00065) and 2022 (arXiv 2207.14484); see
+    :func:`~lightning_curvature.functional.momentum_threshold` and
+    :func:`~lightning_curvature.functional.adaptive_threshold`.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> stability_rule(torch.optim.SGD([weight], lr=0.5, momentum=0.5))
+        StabilityRule(lr=0.5, hessian=6.0, preconditioned=6.0, note=None)
+    """
+    bare = _unwrapped(optimizer)
+    groups = _moving_groups(bare)
+    lr, kind, name = _lr(groups[0]), _kind(bare), type(bare).__name__
+    if kind is None:
+        note = f"{name} is not known: 2/η of gradient descent is drawn"
+        return StabilityRule(lr, 2.0 / lr if lr else math.inf, math.nan, _joined(note, _inequality(groups, None)))
+    if any(group.get("maximize", False) for group in groups):
+        note = f"{name} with maximize=True climbs: the largest eigenvalue of H has no threshold"
+        return StabilityRule(lr, math.nan, math.nan, _joined(note))
+    try:
+        threshold = _reference_threshold(bare, kind)
+    except ValueError as error:
+        return StabilityRule(lr, math.nan, math.nan, _joined(f"{name} has no threshold, since {error}".rstrip(".")))
+    if kind.diagonal is None:
+        return StabilityRule(lr, threshold, threshold, _joined(_inequality(groups, kind)))
+    coupled = max((float(g.get("weight_decay", 0.0)) for g in groups if not _is_decoupled(bare, g)), default=0.0)
+    decay = f"weight_decay={coupled:g} of {name} acts as H + {coupled:g}·I, which is left out" if coupled else None
+    return StabilityRule(lr, math.nan, threshold, _joined(_inequality(groups, kind), decay))
+
+
+@torch.no_grad()
+def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) -> list[Tensor]:
+    r"""The diagonal P by which the last step divided each coordinate, from the optimizer's own state.
+
+    .. math:: \theta_{t+1} = \theta_t - \eta\, P^{-1} m, \qquad
+        P = \sqrt{\hat v} + \epsilon \text{ for Adam},\quad u \text{ for Adamax},\quad
+        \sqrt{v - \bar g^2} + \epsilon \text{ for RMSprop},\quad \sqrt{\Sigma g^2} + \epsilon \text{ for Adagrad},
+
+    and 1 for SGD, exactly as ``torch.optim`` has them (v̂ with its bias correction, AMSGrad's maximum; ḡ where
+    centered). m is what the optimizer puts over it: the bias-corrected first moment, or the gradient.
+
+    Where groups are unequal, the rest of their difference is put into P, so that the one threshold
+    ``stability_rule(optimizer).preconditioned`` holds for all: the step of a group with η_g is
+    η_g P⁻¹m = η (P η/η_g)⁻¹m, and likewise for momentum, decoupled weight decay and bias corrections.
+
+    P is infinite, P^{-1/2} = 0, for coordinates that the optimizer does not move: parameters that it does not hold,
+    that are frozen, that never had a gradient, or whose learning rate is 0.
+
+    Args:
+        optimizer: a torch optimizer, bare or as Lightning wraps it.
+        parameters: the parameters of the Hessian, the optimizer's own objects.
+
+    Returns:
+        For each parameter P in the shape of this rank's part of it, in float32 or wider, positive; fresh memory.
+
+    Raises:
+        ValueError: for an optimizer that is not known, and for settings that are never stable.
+        NotYetSteppedError: a ValueError, before the first step of an adaptive optimizer.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = torch.optim.Adam([weight], eps=0.5)
+        >>> (weight**2).sum().backward()
+        >>> optimizer.step()
+        >>> preconditioner(optimizer, [weight])  # after one step |g| + eps
+        [tensor([2.5000, 4.5000])]
+    """
+    bare = _unwrapped(optimizer)
+    kind, name = _kind(bare), type(bare).__name__
+    if kind is None:
+        known = ", ".join(cls.__name__ for entry in _KINDS for cls in entry.classes)
+        raise ValueError(
+            f"optimizer must be one of torch.optim's {known}, got {name}: its preconditioner is not known."
+        )
+    group_of = {id(p): group for group in bare.param_groups for p in group["params"]}
+    steps = _steps_made(bare, parameters) if kind.diagonal is not None else [1.0] * len(parameters)
+    moved = [p.requires_grad and id(p) in group_of and t > 0 for p, t in zip(parameters, steps, strict=True)]
+    if not any(moved):
+        raise NotYetSteppedError(
+            f"optimizer must have moved at least one of the parameters, got {name} that has not: its preconditioner "
+            "exists from its first step on."
+        )
+    reference = _reference_threshold(bare, kind)
+    diagonals = []
+    for p, t, moves in zip(parameters, steps, moved, strict=True):
+        diagonal = torch.ones_like(_wide(local(p)))
+        if not moves:
+            diagonals.append(diagonal.fill_(math.inf))
+            continue
+        group = group_of[id(p)]
+        if kind.diagonal is not None:
+            state = {key: local(value) for key, value in bare.state[p].items() if isinstance(value, Tensor)}
+            diagonal = kind.diagonal(state, group, t)
+        threshold = kind.threshold(group, t, _decoupled_decay(bare, group))
+        diagonals.append(diagonal.mul_(_relative(threshold, reference)))
+    return diagonals
+
+
+def _relative(threshold: float, reference: float) -> float:
+    if threshold == reference:  # also where both are infinite
+        return 1.0
+    if not (threshold > 0.0 and reference > 0.0):
+        raise ValueError(
+            "parameter groups must be stable under weight decay alone, got the thresholds "
+            f"{reference:g} and {threshold:g}: lower lr or weight_decay."
+        )
+    return threshold / reference
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Optimizers that differ in nothing below.
+
+    Attributes:
+        classes: of ``torch.optim``.
+        threshold: of a parameter group that has made so many steps, with this decoupled weight decay.
+        diagonal: P from the state (local parts), the group and the steps made; None where P = 1.
+    """
+
+    classes: tuple[type[Optimizer], ...]
+    threshold: Callable[[Group, float, float], float]
+    diagonal: Callable[[Mapping[str, Tensor], Group, float], Tensor] | None = None
+
+
+def _sgd_threshold(group: Group, step: float, decay: float) -> float:
+    return momentum_threshold(
+        _lr(group),
+        float(group["momentum"]),
+        dampening=float(group["dampening"]),
+        nesterov=bool(group["nesterov"]),
+        weight_decay=float(group["weight_decay"]),
+    )
+
+
+def _adam_threshold(group: Group, step: float, decay: float) -> float:
+    beta1 = float(group["betas"][0])
+    correction = 1.0 - beta1**step if step else 1.0
+    return adaptive_threshold(_lr(group), beta1, decoupled_weight_decay=decay, bias_correction=correction)
+
+
+def _rmsprop_threshold(group: Group, step: float, decay: float) -> float:
+    return momentum_threshold(_lr(group), float(group["momentum"]))
+
+
+def _adagrad_threshold(group: Group, step: float, decay: float) -> float:
+    return momentum_threshold(_lr(group) / (1.0 + max(step - 1.0, 0.0) * float(group["lr_decay"])))
+
+
+def _adam_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
+    second_moment = _wide(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
+    correction = 1.0 - float(group["betas"][1]) ** step
+    return second_moment.sqrt().div_(math.sqrt(correction)).add_(float(group["eps"]))
+
+
+def _adamax_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
+    return _wide(state["exp_inf"]).clone()  # eps is in it
+
+
+def _rmsprop_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
+    second_moment = _wide(state["square_avg"])
+    if group["centered"]:
+        mean = _wide(state["grad_avg"])
+        # A variance of 0 may come out below it, by rounding that differs from kernel to kernel.
+        second_moment = torch.addcmul(second_moment, mean, mean, value=-1).clamp_(min=0.0)
+    return second_moment.sqrt().add_(float(group["eps"]))
+
+
+def _adagrad_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
+    return _wide(state["sum"]).sqrt().add_(float(group["eps"]))
+
+
+_KINDS = (
+    _Kind((SGD,), _sgd_threshold),
+    _Kind((Adam, AdamW), _adam_threshold, _adam_diagonal),
+    _Kind((Adamax,), _adam_threshold, _adamax_diagonal),
+    _Kind((RMSprop,), _rmsprop_threshold, _rmsprop_diagonal),
+    _Kind((Adagrad,), _adagrad_threshold, _adagrad_diagonal),
+)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    # Lightning's wrapper passes for an instance of the wrapped class, with a step of its own.
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _kind(optimizer: Any) -> _Kind | None:
+    """The kind whose step the optimizer makes: its class or a subclass that leaves ``step`` as it is."""
+    for kind in _KINDS:
+        for cls in kind.classes:
+            # torch puts a profiling wrapper around the step of each class that is instantiated.
+            if isinstance(optimizer, cls) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(cls.step):
+                return kind
+    return None
+
+
+def _moving_groups(optimizer: Any) -> list[Group]:
+    """The groups that take part in a step; the first one gives η. Some group, where none does."""
+    groups: list[Group] = list(optimizer.param_groups)
+    trainable = [group for group in groups if any(p.requires_grad for p in group["params"])] or groups[:1]
+    return [group for group in trainable if _lr(group)] or trainable[:1]
+
+
+def _lr(group: Group) -> float:
+    return float(group.get("lr") or 0.0)
+
+
+def _is_decoupled(optimizer: Any, group: Group) -> bool:
+    # In torch 2.6 AdamW stands beside Adam, and its groups have no such entry.
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
+
+
+def _decoupled_decay(optimizer: Any, group: Group) -> float:
+    return float(group["weight_decay"]) if _is_decoupled(optimizer, group) else 0.0
+
+
+def _reference_threshold(optimizer: Any, kind: _Kind) -> float:
+    """The threshold of the first group that moves, after the most steps that any of its parameters has made."""
+    group = _moving_groups(optimizer)[0]
+    step = max(_steps_made(optimizer, group["params"]), default=0.0) if kind.diagonal is not None else 0.0
+    return kind.threshold(group, step, _decoupled_decay(optimizer, group))
+
+
+def _steps_made(optimizer: Any, parameters: Sequence[Tensor]) -> list[float]:
+    """Steps counted in the state of each parameter, 0 where there is none; at most one wait for the device."""
+    counts = [optimizer.state.get(p, {}).get("step", 0.0) for p in parameters]
+    tensors = [local(torch.as_tensor(count)).detach() for count in counts]
+    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([t.to(device, torch.float64).reshape(()) for t in tensors]).tolist() if tensors else []
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _inequality(groups: Sequence[Group], kind: _Kind | None) -> str | None:
+    """What is said of groups whose steps differ by more than their weight decay."""
+
+    def setting(group: Group, key: str) -> float:
+        value = group.get(key) or 0.0
+        return float(value[0] if isinstance(value, tuple | list) else value)
+
+    keys = ("lr", "momentum", "dampening", "nesterov", "betas") if kind is not None else ("lr",)
+    unequal = " and ".join(key for key in keys if len({setting(group, key) for group in groups}) > 1)
+    if not unequal:
+        return None
+    if kind is not None and kind.diagonal is not None:
+        return f"parameter groups differ in {unequal}: P is scaled to the first group's"
+    return f"parameter groups differ in {unequal}: the threshold on λ_max(H) is the first group's"
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) + "." if any(notes) else None

@@ -1,0 +1,188 @@
+"""The true update of an optimizer step: d = θ_t − θ_{t+1}, its learning rate, its dot product with the gradient."""
+
+import contextlib
+from collections.abc import Generator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.distributed.reduce import local, shard_count
+
+# Parameters are worked on in pieces of this many numbers: on a CPU they stay in its cache, on an accelerator one kernel
+# is worth its launch; and no temporary is as large as a large parameter.
+_PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
+
+
+class HasParameterGroups(Protocol):
+    """Anything with the ``param_groups`` of a torch optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+
+class ParameterUpdate:
+    r"""One optimizer step, seen from outside.
+
+    Create it after ``backward`` and before ``step``; call :meth:`complete` after ``step``. It then knows
+    :math:`d = \theta_t - \theta_{t+1}` whatever the optimizer did (momentum, preconditioning, weight decay,
+    clipping), and can set the parameters anywhere along it.
+
+    At most two parameter-sized copies are alive: θ_t beside g until :meth:`complete`, then θ_t beside θ_{t+1}, which
+    takes over the memory of g. Only parameters with a gradient take part. Sharded parameters (DTensor) are read and
+    written in their local shards.
+
+    Args:
+        optimizer: the optimizer about to step; its ``param_groups`` are read now, so that η is the one of this step.
+        gradient_scale: factor that turns the gradients into g (loss scaling, accumulation).
+        gradients: gradients kept earlier, before clipping or other changes, by ``id`` of the parameter; they become
+            the property of the update. Default: copies of ``p.grad``.
+
+    Attributes:
+        parameters: the parameters that take part.
+        lr: η of the step: the learning rate of the first group that has a non-zero one and parameters that take part.
+        uniform_lr: whether all groups that take part share that η. Where not, trust the unit-free s = λη.
+
+    Raises:
+        ValueError: if no parameter has a gradient.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> update = ParameterUpdate(optimizer)
+        >>> _ = optimizer.step()
+        >>> update.complete()
+        >>> round(update.descent.item(), 4)  # gᵀd = η‖g‖² = 0.1 · (4 + 16)
+        2.0
+        >>> with update.at(1.0):  # θ_t − 1·d = θ_{t+1}
+        ...     print(weight.tolist())
+        [0.800000011920929, 1.600000023841858]
+    """
+
+    def __init__(
+        self,
+        optimizer: HasParameterGroups,
+        gradient_scale: float = 1.0,
+        gradients: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self.parameters: list[Tensor] = []
+        rates: list[float] = []
+        for group in optimizer.param_groups:
+            active = [p for p in group["params"] if p.grad is not None]
+            self.parameters += active
+            if active and float(group.get("lr") or 0.0) != 0.0:
+                rates.append(float(group["lr"]))
+        if not self.parameters:
+            raise ValueError(
+                "optimizer must hold parameters with gradients, got none: call backward() before creating the update."
+            )
+        self.lr = rates[0] if rates else 0.0
+        self.uniform_lr = len(set(rates)) <= 1
+        self._scale = gradient_scale
+        with torch.no_grad():
+            self._before = [local(p).detach().clone() for p in self.parameters]
+            kept = gradients or {}
+            self._gradients: list[Tensor] | None = [
+                kept[id(p)] if id(p) in kept else dense_copy(p.grad) for p in self.parameters
+            ]
+        self._after: list[Tensor] = []
+        self._moments: Tensor | None = None
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Take θ_{t+1} from the parameters as they are now."""
+        if self._gradients is None:
+            raise RuntimeError("complete() must be called once, got a second call: create one update for each step.")
+        rows: list[Tensor] = []
+        for index, (p, before, gradient) in enumerate(zip(self.parameters, self._before, self._gradients, strict=True)):
+            after = local(p).detach()
+            rows.append(_moments(gradient, before, after))
+            if gradient.dtype == after.dtype and gradient.shape == after.shape:
+                gradient.copy_(after)
+            else:
+                self._gradients[index] = after.clone()
+        # One device for all: a model may be laid out over several.
+        device = rows[0].device
+        shards = torch.tensor([shard_count(p) for p in self.parameters], dtype=torch.float64, device=device)
+        self._moments = shards @ torch.stack([row.to(device, torch.float64) for row in rows])
+        self._after, self._gradients = self._gradients, None
+
+    @property
+    def descent(self) -> Tensor:
+        """gᵀd, float64 scalar whose mean over all ranks is the value of the job."""
+        return self._completed()[0] * self._scale
+
+    @property
+    def squared_norm(self) -> Tensor:
+        """‖d‖², float64 scalar whose mean over all ranks is the value of the job."""
+        return self._completed()[1]
+
+    def squared_size(self) -> Tensor:
+        """‖θ_t‖², float64 scalar whose mean over all ranks is the value of the job; one pass over the parameters."""
+        norms = torch._foreach_norm(self._before)
+        return torch.stack(
+            [n.double() ** 2 * shard_count(p) for p, n in zip(self.parameters, norms, strict=True)]
+        ).sum()
+
+    def _completed(self) -> Tensor:
+        if self._moments is None:
+            raise RuntimeError("the update is not complete: call complete() after optimizer.step().")
+        return self._moments
+
+    @contextlib.contextmanager
+    def at(self, position: float) -> Generator[None, None, None]:
+        """Set the parameters to θ_t − ``position``·d inside the block (1 is θ_{t+1}, −1 the mirror image).
+
+        They come back as copies of θ_{t+1}, bit for bit, also after an error.
+        """
+        self._completed()
+        targets = [local(p).detach() for p in self.parameters]
+        try:
+            with torch.no_grad():
+                # In place: no third copy of the parameters.
+                torch._foreach_copy_(targets, self._before)
+                torch._foreach_lerp_(targets, self._after, position)
+            yield
+        finally:
+            self._put_back(targets)
+
+    @contextlib.contextmanager
+    def direction(self) -> Generator[list[Tensor], None, None]:
+        """Set the parameters to θ_t inside the block, which receives d.
+
+        d takes the memory of the copy of θ_t: after this block the update is used up.
+        """
+        self._completed()
+        targets = [local(p).detach() for p in self.parameters]
+        before, self._before = self._before, []
+        try:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, before)
+                torch._foreach_sub_(before, self._after)
+            yield before
+        finally:
+            self._put_back(targets)
+
+    @torch.no_grad()
+    def _put_back(self, targets: list[Tensor]) -> None:
+        torch._foreach_copy_(targets, self._after)
+
+
+def dense_copy(gradient: Tensor | None) -> Tensor:
+    """Copy of this rank's part of a gradient, dense where it was sparse."""
+    assert gradient is not None  # only parameters with a gradient take part
+    part = local(gradient).detach()
+    return part.to_dense() if part.is_sparse else part.clone()
+
+
+def _moments(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Σ g d and Σ d²: dot products of pieces in float32 or wider, their sum in float64."""
+    size = _PIECE if before.device.type == "cpu" else _ACCELERATOR_PIECE
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    dots = []
+    for g, a, b in zip(*(t.reshape(-1).split(size) for t in (gradient, before, after)), strict=True):
+        d = (a - b).to(dtype)
+        dots += [torch.dot(g.to(dtype), d), torch.dot(d, d)]
+    if len(dots) == 2:
+        return torch.stack(dots)
+    return torch.stack(dots).double().view(-1, 2).sum(0)

@@ -1,0 +1,1 @@
+"""The training step, recorded and repeated without a trace."""

@@ -1,0 +1,270 @@
+"""A LightningModule's training step as a function of its parameters: recorded once, repeated at will."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_curvature.directional.likelihood import tensors
+from lightning_curvature.replay.evaluation import Evaluation, find_outputs, read_result
+from lightning_curvature.replay.isolation import muted, own_buffers, patched
+from lightning_curvature.replay.manual import BackwardLog, inert_optimization, recording_backward
+from lightning_curvature.replay.module_state import Bystanders, ModuleState, RandomState
+from lightning_curvature.replay.step_wrapper import recorded_through
+
+ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
+
+
+@dataclass(eq=False)
+class RecordedBatch:
+    """All that is needed to repeat one call of ``training_step``, and what it gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    randomness: RandomState
+    state: ModuleState
+    global_step: int
+    forward_dtype: torch.dtype
+    bystanders: dict[str, tuple[int, int]] = field(default_factory=dict)
+    base: Evaluation | None = None
+    backward: BackwardLog = field(default_factory=BackwardLog)
+
+    @property
+    def batch(self) -> Any:
+        """The batch as training_step received it."""
+        if self.args:
+            return self.args[0]
+        return next(iter(self.kwargs.values()))
+
+    def fresh_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return copies of the arguments: a step may write into its batch."""
+        args, kwargs = copied((self.args, self.kwargs))
+        return args, kwargs
+
+
+class StepObjective:
+    """Records calls of ``training_step`` and repeats them.
+
+    A repetition starts from the random state and the module state of the recorded call, runs under the Trainer's
+    precision, writes no logs and leaves the caller to put states back (see :func:`~.replay.isolation.untouched`).
+
+    Args:
+        module: the module.
+        device: the device it trains on.
+        outputs: name of the submodule whose output counts as the outputs; default: the module's own forward.
+        function: replaces ``training_step`` in repetitions; called as ``function(module, batch)``.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        device: torch.device,
+        outputs: str | None = None,
+        function: ObjectiveFunction | None = None,
+    ) -> None:
+        if outputs is not None and outputs not in dict(module.named_modules()):
+            raise ValueError(
+                f"outputs must name a submodule of {type(module).__name__}, got {outputs!r}: "
+                f"choose one of {[name for name, _ in module.named_modules() if name][:10]}."
+            )
+        self.module = module
+        self.device = device
+        self.function = function
+        self._outputs_name = outputs
+        self._step: Callable[..., Any] = module.training_step
+        # As a whole, by ``torch.compile(module)``: also the step, not only forward.
+        self.compiled = getattr(module, "_compiler_ctx", None) is not None
+        self.records: list[RecordedBatch] = []
+        self.bystanders = Bystanders(module, module.trainer.optimizers)
+
+    @contextlib.contextmanager
+    def recording(self, on_error: Callable[[Exception], None]) -> Generator[None, None, None]:
+        """Record the calls of ``training_step`` inside the block, the first of each batch.
+
+        LBFGS calls a step several times a batch; only the first is at θ_t. A failure to record goes to ``on_error``
+        and never into the step.
+        """
+        called = False
+
+        def record_call(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            if called:
+                return step(*args, **kwargs)
+            called = True
+            record = _attempt(on_error, lambda: self._begin(args, kwargs))
+            if record is None:
+                return step(*args, **kwargs)
+            with contextlib.ExitStack() as stack:
+                # A step compiled as a whole is one graph, in which to watch is to make it another.
+                seen = [] if self.compiled else stack.enter_context(self._watching_outputs())
+                if not self.module.automatic_optimization:
+                    stack.enter_context(recording_backward(self.module, record.backward))
+                self.records.append(record)
+                result = step(*args, **kwargs)
+            _attempt(on_error, lambda: self._finish(record, result, seen))
+            return result
+
+        with recorded_through(self.module, record_call) as self._step:
+            yield
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
+        kept_args, kept_kwargs = copied((args, kwargs))
+        state = ModuleState(self.module, self.bystanders.saved)
+        self._check_repeatable(state)
+        self.bystanders.begin()
+        return RecordedBatch(
+            args=kept_args,
+            kwargs=kept_kwargs,
+            randomness=RandomState(self.device),
+            state=state,
+            bystanders=self.bystanders.versions(),
+            global_step=self.module.trainer.global_step,
+            forward_dtype=_forward_dtype(self.module, self.device),
+        )
+
+    def _check_repeatable(self, state: ModuleState) -> None:
+        if state.unrepeatable and self.function is None:
+            raise ValueError(
+                f"training_step must not depend on what cannot be put back, got {state.unrepeatable} on the module, "
+                "iterators or open files: keep them elsewhere, or give objective=."
+            )
+
+    def prepare(self, batch: Any, batch_idx: int, randomness: RandomState, state: ModuleState) -> RecordedBatch:
+        """Make the record of a step that did not run, to be evaluated from the given states.
+
+        Raises:
+            ValueError: if the module holds what cannot be put back.
+        """
+        self._check_repeatable(state)
+        args: tuple[Any, ...] = (batch,)
+        # As Lightning decides whether a step is given the index.
+        if is_param_in_hook_signature(self._step, "batch_idx", min_args=2):
+            args += (batch_idx,)
+        return RecordedBatch(
+            args=args,
+            kwargs={},
+            randomness=randomness,
+            state=state,
+            global_step=self.module.trainer.global_step,
+            forward_dtype=_forward_dtype(self.module, self.device),
+        )
+
+    def _finish(self, record: RecordedBatch, result: Any, seen: list[Any]) -> None:
+        written = self.bystanders.written_since(record.bystanders)
+        if self.function is not None:
+            return
+        if written:
+            raise ValueError(
+                f"training_step wrote to parameters that no optimizer holds and that it left alone before, got "
+                f"{written[:3]}: this step cannot be repeated, later ones can."
+            )
+        if self.module.automatic_optimization:
+            if result is None:
+                self.records.remove(record)
+                return
+            record.base = read_result(result, seen)
+            if not record.base.loss.requires_grad:
+                raise ValueError(
+                    "training_step must return a loss that requires grad, got a constant: leave no_grad and detach "
+                    "out of it."
+                )
+        else:
+            record.base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
+        # The graph must not outlive the step.
+        record.base.loss = record.base.loss.detach()
+        if record.base.outputs is not None:
+            record.base.outputs = record.base.outputs.detach()
+
+    def base_loss(self, record: RecordedBatch, segment: int) -> Tensor:
+        """Return the loss the step itself had; in manual optimization that of the segment it belongs to."""
+        if not self.module.automatic_optimization:
+            loss = record.backward.loss(segment)
+            return loss.to(torch.promote_types(loss.dtype, torch.float32))
+        assert record.base is not None
+        return record.base.loss
+
+    def evaluate(self, record: RecordedBatch, segment: int = 0) -> Evaluation:
+        """Repeat a recorded step with the parameters as they are now.
+
+        Under ``torch.no_grad`` unless the caller enabled gradients.
+
+        Raises:
+            ValueError: if the loss is not a scalar.
+        """
+        with_graph = torch.is_grad_enabled()
+        record.state.restore(gently=with_graph)
+        record.randomness.restore()
+        args, kwargs = record.fresh_arguments()
+        with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
+            if with_graph:
+                stack.enter_context(own_buffers(self.module))
+            if self.function is not None:
+                batch = args[0] if args else next(iter(kwargs.values()))
+                return read_result(self.function(self.module, batch), [], objective=True)
+            seen = stack.enter_context(self._watching_outputs())
+            log = BackwardLog()
+            # Also in automatic optimization: a step may reach for its optimizer or step a scheduler.
+            stack.enter_context(inert_optimization(self.module, log))
+            if self.module.automatic_optimization:
+                return read_result(self._step(*args, **kwargs), seen)
+            result = self._step(*args, **kwargs)
+            return Evaluation(log.loss(segment), find_outputs(result, seen))
+
+    @contextlib.contextmanager
+    def _watching_outputs(self) -> Generator[list[Any], None, None]:
+        """Collect what the module's forward, or the named submodule, returns inside the block."""
+        seen: list[Any] = []
+        if self.function is not None:
+            yield seen
+            return
+        watched = self.module if self._outputs_name is None else self.module.get_submodule(self._outputs_name)
+        forward = watched.forward
+
+        # No hook: compiled code does not look whether one was added. Without the attributes of a compiled function, by
+        # which torch would know this one for it, and pass it over.
+        @functools.wraps(forward, updated=())
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            seen.append(output)
+            return output
+
+        with patched(watched, forward=noted):
+            yield seen
+
+
+def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except Exception as error:
+        on_error(error)
+        return None
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    clone = tensor.detach().clone()
+    # Not at all where it would change nothing: inside ``torch.vmap`` it is an error.
+    return clone.requires_grad_() if tensor.requires_grad else clone
+
+
+def copied(data: Any) -> Any:
+    """Copy a batch with all its containers and objects; tensors become leaves."""
+    try:
+        return copy.deepcopy(data, {id(t): _clone(t) for t in tensors(data)})
+    except Exception:  # an object that refuses to be copied
+        return apply_to_collection(data, Tensor, _clone)
+
+
+def _forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """The coarsest type in which the forward pass computes."""
+    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    return max(types or {torch.float32}, key=lambda t: torch.finfo(t).eps)

@@ -1,0 +1,306 @@
+"""The monitor of the Hessian's spectrum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_curvature.data.probe_set import ProbeSet
+from lightning_curvature.distributed.reduce import is_sharded
+from lightning_curvature.losses.fixed import ProbeLoss
+from lightning_curvature.monitors.base import OnError
+from lightning_curvature.monitors.checks import check_count, check_fraction, check_names
+from lightning_curvature.monitors.probe_set import ProbeSetMonitor
+from lightning_curvature.operators import Sharding
+from lightning_curvature.operators.differences import WHERE_SHARDED
+from lightning_curvature.operators.graphs import check_keep_graph
+from lightning_curvature.optimizers.stability import StabilityRule, stability_rule
+from lightning_curvature.replay.objective import ObjectiveFunction
+from lightning_curvature.reporting.loggers import check_tensorboard, report_density, warn
+from lightning_curvature.reporting.progress import Progress
+from lightning_curvature.spectrum.measurement import (
+    EXACT_ONLY,
+    OPERATOR_OF,
+    QUANTITIES,
+    Products,
+    Quantity,
+    SpectrumMeasurement,
+)
+from lightning_curvature.spectrum.problem import Problem, basis_length
+
+
+class HessianSpectrumMonitor(ProbeSetMonitor):
+    r"""Log eigenvalues, trace and density of the loss's Hessian, and where the optimizer would turn unstable.
+
+    H is the Hessian of the training loss at θ_t on a fixed probe set of training samples, with respect to the
+    parameters that the optimizer moves. Quantities and their keys, each written as ``<prefix>/<key>``:
+
+    * "lambda_max": ``lambda_max``, and with ``k`` > 1 ``lambda_2`` … ``lambda_k``: the algebraically largest
+      eigenvalues. No eigenvalue is above ``lambda_max_upper``, with 95 % probability. ``lambda_max_threshold`` is
+      where the optimizer turns unstable on a quadratic: GD 2/η, heavy ball (2+2β)/η, Nesterov (2+2β)/((1+2β)η), minus
+      weight decay; 2/η, with one note, for optimizers that are not known; none for adaptive ones.
+    * "lambda_min": ``lambda_min``, the smallest, which is negative except near a minimum.
+    * "preconditioned_lambda_max": λ_max(P^{-1/2} H P^{-1/2}), P from the optimizer's own state (Adam's √v̂ + ε), with
+      ``preconditioned_lambda_max_threshold``: Adam (2+2β₁)/((1−β₁)η), with bias correction and decoupled decay,
+      RMSprop (2+2μ)/η. NaN before the first step.
+    * "gauss_newton_lambda_max": λ_max of the Gauss–Newton matrix G = E[Jᵀ∇²_zℓ J]; needs the outputs z.
+    * "second_moment_contraction": ``second_moment_contraction`` = λ_max(E_B[(I−ηH_B)²]), stable up to 1, and
+      ``second_moment_excess`` = λ_max(−2ηH + η²E_B[H_B²]), stable up to 0. Mini-batches B are as large as the data of
+      one optimizer step, cut from the probe set; SGD without momentum is meant.
+    * "hessian_trace": ``hessian_trace`` with ``hessian_trace_stderr``.
+    * "spectral_density": histogram and picture on TensorBoard.
+
+    Each eigenvalue λ comes with ``<key>_error``, the residual ‖Hv−λv‖ relative to |λ|: some eigenvalue lies that close,
+    and as a rule λ is off by the square of it; and with ``<key>_converged``, 0 where ``max_products`` ended the search
+    before the residual was small, or before a larger eigenvalue could be excluded.
+
+    Cost of a measured step: one gradient of the probe set with its graph, then about two forward+backwards of it for
+    each product where the graphs fit into memory, three elsewhere. λ_max takes about ten products. Each search
+    begins with the last eigenvector, and goes on until an eigenvalue that is larger by 15 % is excluded with 95 %
+    probability, should another one have overtaken. Other steps cost nothing.
+
+    BatchNorm in training mode couples the samples of a batch: then H is that of the mean over micro-batches of losses
+    normalized by their own statistics, and depends on ``micro_batch_size``; ``probe_mode="eval"`` takes the running
+    statistics as constants. Dropout in training mode has one fixed mask a micro-batch.
+
+    Args:
+        quantities: which of the above.
+        k: how many of the largest eigenvalues.
+        every_n_train_steps: measure before optimizer steps 0, n, 2n, …
+        probe_samples: the most samples of the probe set; None for all training data.
+        probe_dataloader: where to take them from; default: the Trainer's train dataloader.
+        micro_batch_size: samples differentiated at once; default: the loader's batch size.
+        tolerance: relative residual at which an eigenpair counts as found.
+        max_products: most products for one eigenvalue problem or one trace.
+        trace_error: relative standard error of the trace.
+        density_starts: random starts of the density.
+        density_steps: products for each of them: how fine it is.
+        products: "exact" by double backward, "difference" of two gradients, or "auto": exact where parameters are whole
+            and the model can be differentiated twice. The change is told once.
+        keep_graph: keep gradient graphs from product to product: True, False, or "auto" while they fit into memory.
+        save_eigenvectors: keep the eigenvectors in checkpoints, so that a resumed run goes on from them.
+        outputs: see :class:`DirectionalCurvatureMonitor`; only the Gauss–Newton matrix needs outputs.
+        objective: callable (module, batch) → loss, or → {"loss", "outputs"}, in place of training_step.
+        optimizer_index: which optimizer to follow where there are several.
+        probe_mode: "train" leaves the module in its modes, "eval" switches it for the measurement.
+        probe_precision: "32-true" runs without autocast; None in the precision of the run, whose rounding then shows in
+            the errors.
+        seed: of the choice of samples, of dropout masks and of random vectors.
+        prefix: prefix of the keys.
+        progress_bar: show the eigenvalues on the progress bar.
+        on_error: "warn" logs NaN and warns when a measurement fails; "raise" raises.
+
+    Raises:
+        ValueError: for an argument outside its rule.
+        MisconfigurationException: at the start of fit, for what the module or strategy cannot give.
+
+    Source: Cohen et al. 2021, 2022 (thresholds, preconditioning); Wu et al. 2018 and P4, eqs. 37 and 39.
+    """
+
+    def __init__(
+        self,
+        *,
+        quantities: Sequence[Quantity] = ("lambda_max",),
+        k: int = 1,
+        every_n_train_steps: int = 200,
+        probe_samples: int | None = 2048,
+        probe_dataloader: Any = None,
+        micro_batch_size: int | None = None,
+        tolerance: float = 1e-3,
+        max_products: int = 100,
+        trace_error: float = 0.05,
+        density_starts: int = 2,
+        density_steps: int = 40,
+        products: Products = "auto",
+        keep_graph: bool | Literal["auto"] = "auto",
+        save_eigenvectors: bool = True,
+        outputs: str | None = None,
+        objective: ObjectiveFunction | None = None,
+        optimizer_index: int = 0,
+        probe_mode: Literal["train", "eval"] = "train",
+        probe_precision: Literal["32-true"] | None = "32-true",
+        seed: int = 0,
+        prefix: str = "curvature",
+        progress_bar: bool = False,
+        on_error: OnError = "warn",
+    ) -> None:
+        super().__init__(
+            every_n_train_steps=every_n_train_steps,
+            probe_samples=probe_samples,
+            probe_dataloader=probe_dataloader,
+            micro_batch_size=micro_batch_size,
+            probe_mode=probe_mode,
+            probe_precision=probe_precision,
+            seed=seed,
+            objective=objective,
+            outputs=outputs,
+            optimizer_index=optimizer_index,
+            prefix=prefix,
+            on_error=on_error,
+        )
+        _check_arguments(quantities, k, tolerance, max_products, trace_error, density_starts, density_steps, products)
+        check_keep_graph(keep_graph)
+        self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
+        self.save_eigenvectors = save_eigenvectors
+        self.progress_bar = progress_bar
+        self._sharded = False
+        self._measurement = SpectrumMeasurement(
+            self.quantities,
+            k=k,
+            tolerance=tolerance,
+            max_products=max_products,
+            trace_error=trace_error,
+            density_starts=density_starts,
+            density_steps=density_steps,
+            products=products,
+            keep_graph=keep_graph,
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for monitors with distinct prefixes or quantities; of one prefix ``setup`` then tells more."""
+        return self._generate_state_key(prefix=self.prefix, quantities=self.quantities)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the eigenvectors of the last measurement, if they are to be saved and this rank holds them whole."""
+        return {"vectors": dict(self._measurement.vectors)} if self.save_eigenvectors and not self._sharded else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the eigenvectors where a checkpoint left them."""
+        self._measurement.vectors = dict(state_dict.get("vectors", {}))
+
+    def charts(self) -> dict[str, list[str]]:
+        """TensorBoard charts: each eigenvalue with its threshold."""
+        keys = self._measurement.keys()
+        shown = [key for key in keys if not key.endswith(("_error", "_converged", "_stderr", "_upper"))]
+        charts = {}
+        # Adaptive optimizers have no threshold on λ_max(H); TensorBoard leaves out a key that is never written.
+        for title, names in {
+            "λ_max and its threshold": [n for n in shown if n.startswith("lambda_") and n != "lambda_min"],
+            "preconditioned λ_max": [n for n in shown if n.startswith("preconditioned")],
+        }.items():
+            if names:
+                threshold = f"{'preconditioned_' if title.startswith('pre') else ''}lambda_max_threshold"
+                charts[f"{self.prefix}: {title}"] = [f"{self.prefix}/{name}" for name in [*names, threshold]]
+        return charts
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check parameters, strategy and optimizer against the quantities."""
+        super().on_fit_start(trainer, pl_module)
+        parameters = self._parameters(trainer)
+        self._sharded = is_sharded(parameters)
+        self._measurement.begin(self._sharded)
+        exact = [q for q in self.quantities if OPERATOR_OF[q] in EXACT_ONLY]
+        if exact and (self._sharded or self._measurement.products == "difference"):
+            raise MisconfigurationException(
+                f"quantities must not need exact products where parameters are sharded or products='difference', got "
+                f"{exact}: leave them out."
+            )
+        if self._sharded and self._measurement.products == "exact":
+            raise MisconfigurationException(
+                "products must be 'auto' or 'difference' where parameters are sharded, got 'exact': second derivatives "
+                "do not reach through their gathering."
+            )
+        count = sum(p.numel() for p in parameters)
+        pairs = self._measurement.k * ("lambda_max" in self.quantities) + ("lambda_min" in self.quantities)
+        if pairs >= count:
+            raise MisconfigurationException(
+                f"k must be below the number of parameters, got {self._measurement.k} for {count}: ask for fewer."
+            )
+        if "spectral_density" in self.quantities:
+            check_tensorboard(trainer, "spectral_density")
+        rule = stability_rule(trainer.optimizers[self.optimizer_index])
+        if "preconditioned_lambda_max" in self.quantities and math.isnan(rule.preconditioned):
+            raise MisconfigurationException(
+                "quantities must not hold 'preconditioned_lambda_max' where the preconditioner is not known, "
+                f"got {type(trainer.optimizers[self.optimizer_index]).__name__}: leave it out."
+            )
+        if self._sharded and self._measurement.products == "auto":
+            warn(WHERE_SHARDED)
+
+    @property
+    def _by_step(self) -> bool:
+        return "second_moment_contraction" in self.quantities
+
+    def prepare(
+        self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet
+    ) -> tuple[tuple[Problem, Progress], float]:
+        """Return what the spectrum is of, what shows that it is measured, and how long a basis may be on this rank."""
+        optimizer = trainer.optimizers[self.optimizer_index]
+        parameters = self._parameters(trainer)
+        progress = Progress(trainer, "Hessian spectrum")
+        problem = Problem(
+            trainer=trainer,
+            parts=loss.parts(probe_set),
+            parameters=parameters,
+            optimizer=optimizer,
+            rule=stability_rule(optimizer),
+            groups=probe_set.groups(),
+            spread=probe_set.spread,
+            # Other random vectors at every step, and the same ones in a resumed run.
+            seed=self.seed + trainer.global_step,
+            on_product=progress.tick,
+        )
+        return (problem, progress), basis_length(parameters, trainer)
+
+    def measure(self, trainer: pl.Trainer, prepared: tuple[Problem, Progress], least: float) -> None:
+        """Measure the spectrum at the parameters as they are and write what it gave."""
+        problem, progress = prepared
+        sharding = Sharding.of(trainer, problem.parameters) if self._sharded else None
+        problem = replace(problem, basis=int(least), sharding=sharding)
+        try:
+            spectrum = self._measurement.measure(problem, self._fail)
+        finally:
+            progress.close()
+        if not self._has_measured:
+            progress.tell()
+        self._report(trainer, spectrum.values | self._thresholds(problem.rule))
+        if spectrum.density is not None:
+            report_density(trainer, f"{self.prefix}/spectral_density", spectrum.density)
+
+    def report_nothing(self, trainer: pl.Trainer) -> None:
+        """Write NaN for all values."""
+        rule = stability_rule(trainer.optimizers[self.optimizer_index])
+        self._report(trainer, dict.fromkeys(self._measurement.keys(), math.nan) | self._thresholds(rule))
+
+    def _report(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        shown = [key for key in values if key.endswith(("lambda_max", "lambda_min"))] if self.progress_bar else []
+        self._write(trainer, values, shown)
+
+    def _thresholds(self, rule: StabilityRule) -> dict[str, float]:
+        if rule.note is not None:
+            warn(rule.note)
+        values = {}
+        if "lambda_max" in self.quantities and not math.isnan(rule.hessian):
+            values["lambda_max_threshold"] = rule.hessian
+        if "preconditioned_lambda_max" in self.quantities and not math.isnan(rule.preconditioned):
+            values["preconditioned_lambda_max_threshold"] = rule.preconditioned
+        return values
+
+
+def _check_arguments(
+    quantities: Sequence[str],
+    k: int,
+    tolerance: float,
+    max_products: int,
+    trace_error: float,
+    density_starts: int,
+    density_steps: int,
+    products: str,
+) -> None:
+    check_names("quantities", quantities, QUANTITIES)
+    check_count("k", k, 1, "1 is the largest eigenvalue alone")
+    check_count("max_products", max_products, max(20, k + 1), "a search for one eigenvalue takes about ten")
+    check_count("density_starts", density_starts, 1, "2 tell the error")
+    check_count("density_steps", density_steps, 2, "40 make a good picture")
+    check_fraction("tolerance", tolerance, "1e-3 gives eigenvalues to five digits or so")
+    check_fraction("trace_error", trace_error, "0.05 gives the trace to 5 %")
+    if products not in ("auto", "exact", "difference"):
+        raise ValueError(
+            f"products must be 'auto', 'exact' or 'difference', got {products!r}: 'auto' is exact where it can be."
+        )

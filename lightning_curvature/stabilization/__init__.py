@@ -1,0 +1,1 @@
+"""How the loss around a point settles as samples are added."""

@@ -1,0 +1,266 @@
+"""Mini-batches that are drawn from the samples of a map-style dataset: which, how large, by what probabilities."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from lightning_curvature.data.population import Population, read_population
+from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, read_probe_set
+from tests.data.test_probe_set import NUMBERS, Odd, Plain
+from tests.data.test_probe_set_states import LOADERS
+from tests.runs import make_trainer
+
+# A right draw fails a test of frequencies with at most this probability; the seeds are fixed.
+FAILURE = 1e-6
+# Loaders that torch makes the batches of by indices.
+BY_INDEX = ["in order", "shuffled", "generator", "subset", "sampler", "worker"]
+
+
+class Populator(pl.Callback):
+    """Reads the population before the first training batch."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = {"samples": None} | options
+        self.population: Population | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.population = read_population(trainer, **self.options)
+
+
+def populate(loader: Any, trainer_options: dict[str, Any] | None = None, **options: Any) -> Population:
+    """The population of a loader as that of a run."""
+    reader = Populator(**options)
+    make_trainer(reader, max_steps=1, **(trainer_options or {})).fit(Plain(), loader)
+    assert reader.population is not None
+    return reader.population
+
+
+def given(loader: Any, **options: Any) -> Population:
+    """The population of a loader that is given for the measurement."""
+    return read_population(make_trainer(), loader, **({"samples": None} | options))
+
+
+def numbers(parts: Sequence[ProbeBatch]) -> list[int]:
+    """Samples of a mini-batch of numbers."""
+    assert all(part.size in (len(part.batch), 1) for part in parts)
+    return [int(number) for part in parts for number in part.batch]
+
+
+def assert_frequencies(counts: Sequence[int], probabilities: Sequence[float], scale: float = 1.0) -> None:
+    """Compare how often each of several cases came with how often it should, by χ².
+
+    P(χ²_k ≥ k + 2√(kx) + 2x) ≤ exp(−x) (Laurent & Massart 2000, lemma 1).
+    """
+    expected = [sum(counts) * probability for probability in probabilities]
+    found = scale * sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected, strict=True))
+    freedom, x = len(counts) - 1, -math.log(FAILURE)
+    assert found < freedom + 2 * math.sqrt(freedom * x) + 2 * x
+
+
+def assert_same(one: ProbeSet, other: ProbeSet, alike: bool = False) -> None:
+    """All of it; with ``alike``, batches of ``one`` count alike."""
+    assert (one.total, one.rounds, one.spread) == (other.count if alike else other.total, other.rounds, other.spread)
+    for a, b in zip(one.batches, other.batches, strict=True):
+        assert (a.size, a.seed, a.group, a.spread) == (1 if alike else b.size, b.seed, b.group, b.spread)
+        assert a.batch.dtype == b.batch.dtype
+        assert torch.equal(a.batch, b.batch)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("samples", [7, 40])
+def test_the_whole_is_the_probe_set(name: str, samples: int) -> None:
+    trainer = make_trainer()
+    population = read_population(trainer, LOADERS[name](), samples=samples, seed=5)
+    read = read_probe_set(trainer, LOADERS[name](), samples=samples, seed=5)
+    assert_same(population.whole(), read, alike=name not in BY_INDEX)
+    assert population.total == read.total
+    if name in BY_INDEX:
+        population = read_population(trainer, LOADERS[name](), samples=samples, micro_batch_size=2, batch_size=5)
+        assert_same(population.whole(), read_probe_set(trainer, LOADERS[name](), samples=samples, batch_size=2))
+
+
+@pytest.mark.parametrize("name", BY_INDEX)
+def test_mini_batches_hold_samples_of_the_set_with_the_augmentation_they_have_there(name: str) -> None:
+    population = given(LOADERS[name](), samples=9, batch_size=7, micro_batch_size=3)
+    held = {tuple(row) for part in population.whole().batches for row in part.batch.tolist()}
+    for number in range(10):
+        parts = population.draw(4, number)
+        assert [part.size for part in parts] == [len(part.batch) for part in parts] == [3, 3, 1]
+        drawn = [tuple(row) for part in parts for row in part.batch.tolist()]
+        assert len(set(drawn)) == 7
+        assert set(drawn) <= held
+
+
+def test_a_draw_follows_from_seed_key_and_number_alone() -> None:
+    loader = DataLoader(NUMBERS, batch_size=4, shuffle=True)
+    first, again, other = (given(loader, micro_batch_size=2, seed=seed) for seed in (1, 1, 2))
+    places = list(itertools.product(range(5), range(5)))
+    drawn = {place: first.draw(*place) for place in places}
+    for place in reversed(places):
+        assert [(part.seed, numbers([part])) for part in again.draw(*place)] == [
+            (part.seed, numbers([part])) for part in drawn[place]
+        ]
+    # 25 of the 5040 ordered draws of 4 from 10: the same twice with 6 %, three pairs of them with less than 1e-4.
+    assert len({tuple(numbers(parts)) for parts in drawn.values()}) > 22
+    seeds = [part.seed for parts in drawn.values() for part in parts]
+    seeds += [part.seed for place in places for part in other.draw(*place)]
+    seeds += [part.seed for part in first.whole().batches]
+    assert len(set(seeds)) == len(seeds) == 25 * 2 * 2 + 5
+
+
+def test_every_sample_is_in_a_mini_batch_as_often() -> None:
+    population = given(DataLoader(NUMBERS, batch_size=4))
+    assert not population.replacement
+    drawn = [numbers(population.draw(0, number)) for number in range(2000)]
+    assert all(len(set(one)) == 4 for one in drawn)
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=10).tolist()
+    # Without replacement counts vary less: by (1 − b/n) n/(n − 1).
+    assert_frequencies(counts, [0.1] * 10, scale=(10 - 1) / (10 - 4))
+
+
+@pytest.mark.parametrize("kind", ["samples", "batches"])
+def test_two_draws_are_independent(kind: str) -> None:
+    # So that for two batches the mean of g_Bᵀ H_B' g_B has the full Hessian in it: B' is B as often as any other.
+    loader = DataLoader(NUMBERS[:4], batch_size=1) if kind == "samples" else [torch.tensor([i]) for i in range(4)]
+    population = given(loader)
+    counts = [0] * 16
+    for pair in range(1600):
+        (first,), (second,) = (numbers(population.draw(3, 2 * pair + i)) for i in (0, 1))
+        counts[4 * first + second] += 1
+    assert_frequencies(counts, [1 / 16] * 16)
+
+
+def test_with_replacement_where_the_sampler_replaces() -> None:
+    sampler = RandomSampler(NUMBERS, replacement=True, num_samples=30)
+    population = populate(DataLoader(NUMBERS, batch_size=4, sampler=sampler), {"accumulate_grad_batches": 3})
+    assert (population.replacement, population.batch_size, population.total) == (True, 12, 10)
+    drawn = [numbers(population.draw(0, number)) for number in range(500)]
+    assert all(len(one) == 12 for one in drawn)
+    assert_frequencies(torch.bincount(torch.tensor(drawn).flatten(), minlength=10).tolist(), [0.1] * 10)
+    # Two places of a mini-batch hold the same sample with probability 1/n.
+    same = sum(one[0] == one[7] for one in drawn)
+    assert_frequencies([same, 500 - same], [0.1, 0.9])
+
+
+def test_by_weights_with_replacement() -> None:
+    weights = [0.0, 3.0, 0.0, 1.0, 6.0]
+    sampler = WeightedRandomSampler(weights, num_samples=50)
+    population = given(DataLoader(NUMBERS, batch_size=8, sampler=sampler))
+    assert (population.replacement, population.batch_size, population.total) == (True, 8, 3)
+    drawn = torch.tensor([numbers(population.draw(0, number)) for number in range(250)])
+    assert_frequencies(torch.bincount(drawn.flatten(), minlength=5)[[1, 3, 4]].tolist(), [0.3, 0.1, 0.6])
+    # Of a part of the samples, by their weights.
+    part = given(DataLoader(NUMBERS, batch_size=8, sampler=sampler), samples=2, seed=1)
+    left = numbers(part.whole().batches)
+    drawn = torch.tensor([numbers(part.draw(0, number)) for number in range(250)])
+    total = sum(weights[one] for one in left)
+    assert_frequencies([int((drawn == one).sum()) for one in left], [weights[one] / total for one in left])
+
+
+def test_by_weights_without_replacement() -> None:
+    weights = [1.0, 0.0, 2.0, 3.0]
+    sampler = WeightedRandomSampler(weights, num_samples=3, replacement=False)
+    population = given(DataLoader(NUMBERS[:4], batch_size=2, sampler=sampler))
+    assert not population.replacement
+    drawn = [tuple(sorted(numbers(population.draw(0, number)))) for number in range(1200)]
+    pairs = [(0, 2), (0, 3), (2, 3)]
+    assert set(drawn) <= set(pairs)
+    # One after the other, each by the weights of those that are left.
+    total = sum(weights)
+    probabilities = [
+        weights[a] / total * weights[b] / (total - weights[a]) + weights[b] / total * weights[a] / (total - weights[b])
+        for a, b in pairs
+    ]
+    assert_frequencies([drawn.count(pair) for pair in pairs], probabilities)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "held"), [(SubsetRandomSampler([8, 1, 6]), {1, 6, 8}), (Odd(), {1, 3, 7, 9})], ids=["subset", "user's"]
+)
+def test_only_what_a_sampler_draws_from(sampler: Any, held: set[int]) -> None:
+    population = given(DataLoader(NUMBERS, batch_size=2, sampler=sampler))
+    drawn = {number for index in range(50) for number in numbers(population.draw(0, index))}
+    # Each is missing with probability at most (1 − 2/4)^50.
+    assert drawn == held
+
+
+@pytest.mark.parametrize(
+    ("make", "trainer_options", "options", "sizes"),
+    [
+        (lambda: DataLoader(NUMBERS, batch_size=4), {}, {}, [4]),
+        (lambda: DataLoader(NUMBERS, batch_size=2), {"accumulate_grad_batches": 3}, {}, [2, 2, 2]),
+        (lambda: DataLoader(NUMBERS, batch_size=2), {"accumulate_grad_batches": 3}, {"batch_size": 5}, [2, 2, 1]),
+        (lambda: DataLoader(NUMBERS, batch_size=8), {}, {"micro_batch_size": 3}, [3, 3, 2]),
+        (lambda: DataLoader(NUMBERS, batch_size=8), {}, {"samples": 9}, [8]),
+        # Where an epoch is no longer.
+        (lambda: DataLoader(NUMBERS, batch_size=4), {"accumulate_grad_batches": 4}, {"samples": 10}, [4, 4, 2]),
+        (lambda: DataLoader(NUMBERS, 4, True, drop_last=True), {"accumulate_grad_batches": 4}, {}, [4, 4]),
+        (lambda: DataLoader(NUMBERS, 4), {"limit_train_batches": 1, "accumulate_grad_batches": 2}, {}, [4]),
+    ],
+    ids=["loader", "accumulation", "batch size", "micro", "samples", "epoch", "drop last", "limit"],
+)
+def test_a_mini_batch_is_as_large_as_the_data_of_a_step(
+    make: Callable[[], Any], trainer_options: dict[str, Any], options: dict[str, Any], sizes: list[int]
+) -> None:
+    population = populate(make(), trainer_options, **options)
+    assert population.batch_size == sum(sizes)
+    for number in range(3):
+        parts = population.draw(7, number)
+        assert [part.size for part in parts] == sizes
+        assert len(set(numbers(parts))) == sum(sizes)
+
+
+def test_a_mini_batch_of_a_given_loader_is_one_batch() -> None:
+    population = populate([torch.zeros(1)], {"accumulate_grad_batches": 3}, dataloader=DataLoader(NUMBERS, 4))
+    assert population.batch_size == len(numbers(population.draw(0, 0))) == 4
+
+
+def test_in_the_form_of_the_trainers_batches() -> None:
+    data = [{"x": torch.full((3,), float(i)), "name": str(i)} for i in range(3)]
+    population = populate({"only": DataLoader(data, batch_size=2)})
+    for parts in (population.whole().batches, population.draw(0, 0)):
+        batch = parts[0].batch["only"]
+        assert batch["name"] == [str(int(x[0])) for x in batch["x"]]
+
+
+class Collation:
+    """Writes into the samples that it gets, and gives the same memory each time."""
+
+    def __init__(self) -> None:
+        self.buffer: dict[str, Tensor] = {}
+
+    def __call__(self, rows: list[Tensor]) -> dict[str, Tensor]:
+        for row in rows:
+            row += 100.0
+        self.buffer["x"] = self.buffer.get("x", torch.empty(0)).resize_(len(rows)).copy_(torch.stack(rows))
+        return self.buffer
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_samples_are_safe_from_collate_and_batches_from_each_other(replacement: bool) -> None:
+    data = [torch.tensor(float(i)) for i in range(6)]
+    sampler = RandomSampler(data, replacement=replacement)  # type: ignore[arg-type]
+    loader = DataLoader(data, batch_size=6, sampler=sampler, collate_fn=Collation())  # type: ignore[arg-type]
+    population = given(loader, micro_batch_size=2)
+    for _ in range(2):
+        whole = population.whole().batches
+        assert [part.batch["x"].tolist() for part in whole] == [[100.0, 101.0], [102.0, 103.0], [104.0, 105.0]]
+    mini_batches = [population.draw(0, number) for number in range(20)]
+    held = [[int(x) - 100 for part in parts for x in part.batch["x"]] for parts in mini_batches]
+    assert all(set(one) <= set(range(6)) for one in held)
+    assert any(len(set(one)) < 6 for one in held) is replacement
+    assert [one.item() for one in data] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    # Nor do they change when the dataset's own memory does.
+    for one in data:
+        one.fill_(-1.0)
+    assert population.whole().batches[0].batch["x"].tolist() == [100.0, 101.0]

@@ -1,0 +1,96 @@
+"""Measurements of the noise covariance beside the dense oracle."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature.noise.result import NoiseCurvature
+from tests.directional.test_no_observer_effect import sgd
+from tests.oracles.dense import Loss
+from tests.oracles.noise import Samples, samples_of
+from tests.runs import Classifier, classification, make_trainer
+
+# Three batches, the last of them ragged.
+COUNT, BATCH = 22, 8
+# Sums of some twenty terms, each a product of a few dozen: thousands of roundings of 1e-16 at most.
+EXACT = 1e-10
+
+
+def samples(count: int = COUNT, seed: int = 1, classes: int = 3) -> TensorDataset:
+    """Single samples of a classification."""
+    return TensorDataset(*classification(1, count, classes=classes, seed=seed)[0])
+
+
+def squared(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Squared error after softmax."""
+    return (F.softmax(outputs, -1) - F.one_hot(labels, outputs.shape[-1])).square().mean()
+
+
+def network(activation: type[nn.Module] = nn.Tanh, bias: bool = True, first: Any = nn.Linear) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(first(4, 5, bias=bias), activation(), nn.Linear(5, 3, bias=bias)).double()
+
+
+class Plain(nn.Module):
+    """A linear layer that is no ``nn.Linear``."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def monitor(name: str, **options: Any) -> NoiseCovarianceMonitor:
+    return NoiseCovarianceMonitor(parameter=f"network.{name}", **({"on_error": "raise"} | options))
+
+
+def evaluated(module: Any, name: str, data: Any = None, **options: Any) -> NoiseCurvature:
+    """By hand, in float64; in all directions, so that the matrices can be read off."""
+    size = dict(module.network.named_parameters(remove_duplicate=False))[name].numel()
+    loader = data if isinstance(data, DataLoader) else DataLoader(data or samples(), batch_size=BATCH)
+    return monitor(name, **({"top": size} | options)).evaluate(module, loader, make_trainer())
+
+
+def module_of(network: nn.Module, loss: Loss = F.cross_entropy) -> Classifier:
+    return Classifier(network, sgd, loss)
+
+
+def dense(module: Any, name: str, data: TensorDataset | None = None) -> Samples:
+    return samples_of(module.network, module.loss, name, *(data or samples()).tensors)
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
+    """Relative to the largest entry."""
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
+
+
+def assert_matrices(result: NoiseCurvature, expected: Samples, batch_size: int, tolerance: float = EXACT) -> None:
+    """C, H and the diagonal of E[h²] are those of the oracle, whatever the basis."""
+    vectors = result.vectors
+    assert vectors.shape == (result.dimension, result.dimension)
+    assert result.samples == len(expected.gradients)
+    assert result.batch_size == batch_size
+    assert_close(vectors.T @ result.shown @ vectors, expected.covariance(batch_size), tolerance)
+    assert_close((vectors.T * result.curvatures) @ vectors, expected.hessian(), tolerance)
+    assert result.second_moments is not None
+    moments = torch.einsum("id,de,ie->i", vectors, expected.second_moment(), vectors)
+    assert_close(result.second_moments, moments, tolerance)
+
+
+@pytest.fixture
+def informed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What the package has said about its ways."""
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    return lambda: [m for m in caplog.messages if m.startswith("noise covariance of")]

@@ -1,0 +1,241 @@
+"""Every number that the monitor writes, from dense matrices at the parameters as they were."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+
+from lightning_curvature.functional.noise import haar_coupling, random_commutativity_error
+from lightning_curvature.noise.problem import QUANTITIES
+from tests.noise.runs import BATCH, Plain, dense, evaluated, module_of, monitor, network, samples, squared
+from tests.oracles.dense import Loss
+from tests.oracles.noise import (
+    Pairs,
+    Samples,
+    activations_of,
+    descending,
+    duality_of,
+    in_coordinates,
+    nearest_of_class,
+)
+from tests.runs import Capture, Classifier, classification, loader, make_trainer
+from tests.spectrum.test_values import rows
+
+# Numbers of eigenvectors, whose roundings are those of H over the gaps between its eigenvalues, a hundredth of it and
+# more, and of logarithms of what is a thousandth of the largest.
+OF_VECTORS = 1e-8
+TOP = 8
+
+
+def line(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Slope of log y on log x over positive pairs, and its standard error."""
+    used = (x > 1e-15 * x.max()) & (y > 0)
+    u, v = x[used].log().numpy(), y[used].log().numpy()
+    slope, intercept = np.polyfit(u, v, 1)
+    left = v - slope * u - intercept
+    return float(slope), math.sqrt(float(left @ left) / (len(u) - 2) / float(((u - u.mean()) ** 2).sum()))
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Of numbers that all differ."""
+    return float(np.corrcoef(a.argsort().argsort().numpy(), b.argsort().argsort().numpy())[0, 1])
+
+
+def pairs_of(data: TensorDataset, size: int, batches: Any = None) -> list[Pairs]:
+    """Mini-batches against each other: halves of every micro-batch, class by class in turn."""
+    x, y = data.tensors
+    found = []
+    for first in range(0, len(y), size):
+        numbers = sorted(range(first, min(first + size, len(y))), key=lambda i: int(y[i]))
+        halves = numbers[0::2], numbers[1::2]
+        found += [nearest_of_class(x, y.tolist(), own, other) for own, other in (halves, halves[::-1])]
+    return [pairs for pairs in found if pairs]
+
+
+def expected(one: Samples, batch_size: int, top: int = TOP, seed: int = 0) -> dict[str, float]:
+    """All but the chain."""
+    c, h = one.covariance(batch_size), one.hessian()
+    values, vectors = (part[:top] for part in one.basis())
+    own = vectors @ c @ vectors.T
+    diagonal = own.diagonal()
+    commutator = c @ h - h @ c
+    off = [
+        abs(float(own[i, j])) / math.sqrt(float(own[i, i] * own[j, j]))
+        for i in range(top)
+        for j in range(top)
+        if i != j
+    ]
+    coupling = sum(off) / len(off)
+    spikes = float(c.trace() ** 2 / (c * c).sum())
+    error = math.sqrt((1.0 - 2.0 / math.pi) / spikes) / top
+    found = {
+        "noise_commutativity": float(commutator.norm() / c.norm() / h.norm()),
+        "noise_commutativity_relative": float(commutator.norm() / (c @ h).norm()),
+        "noise_commutativity_random": random_commutativity_error(c, h, relative=True),
+        "noise_alignment": float(diagonal.square().sum() / own.square().sum()),
+        "noise_spearman": rank_correlation(values, diagonal),
+        "noise_coupling": coupling,
+        "noise_coupling_random": float(haar_coupling(c, top, 4, torch.Generator().manual_seed(seed)).mean()),
+        "noise_coupling_z": (coupling - math.sqrt(2.0 / math.pi / spikes)) / error,
+    }
+    moments = (vectors @ one.second_moment() @ vectors.T).diagonal()
+    for key, heights in (("noise_gamma", diagonal), ("noise_gamma_awd", moments)):
+        found[key], found[f"{key}_stderr"] = line(values, heights)
+    return found
+
+
+def assert_row(row: dict[str, float], wanted: dict[str, float]) -> None:
+    for key, value in wanted.items():
+        assert row[key] == pytest.approx(value, rel=OF_VECTORS), key
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, squared])
+@pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+@pytest.mark.parametrize("general", [False, True])
+def test_every_key(name: str, loss: Loss, general: bool) -> None:
+    module = module_of(network(nn.Tanh), loss)
+    one = dense(module, name)
+    if general:
+        module.network[int(name[0])] = Plain(module.network[int(name[0])])
+    result = evaluated(module, name, top=TOP)
+    assert result.route == ("general" if general else "kronecker")
+    row = result.values(QUANTITIES[:-1])
+    wanted = expected(one, BATCH)
+    assert row.keys() == wanted.keys()
+    assert_row(row, wanted)
+
+
+class Before(pl.Callback):
+    """Copies of the network as it is before each step and after the last."""
+
+    def __init__(self) -> None:
+        self.networks: list[nn.Module] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.networks.append(copy.deepcopy(pl_module.network))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.networks.append(copy.deepcopy(pl_module.network))
+
+
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=0.05)
+
+
+def test_at_the_parameters_as_they_were() -> None:
+    """Before steps and at the end; the rotations are the same at each step."""
+    before, capture = Before(), Capture()
+    module = Classifier(network(), adam)
+    follow = monitor("0.weight", top=TOP, at_steps=(1,), seed=5)
+    make_trainer(before, follow, logger=capture).fit(module, DataLoader(samples(), batch_size=BATCH))
+    found = rows(capture)
+    assert list(found) == [1, 3]
+    for step, row in found.items():
+        module.network = before.networks[step]
+        assert_row(row, expected(dense(module, "0.weight"), BATCH, seed=5))
+        assert len(row) == 12
+    # And by hand the same, on the module that came out.
+    result = monitor("0.weight", top=TOP, seed=5).evaluate(
+        module, DataLoader(samples(), batch_size=BATCH), make_trainer()
+    )
+    assert result.values(QUANTITIES[:-1]) == pytest.approx(found[3], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "own", "size"),
+    [
+        (lambda: DataLoader(samples(), batch_size=BATCH), {}, {}, 8),
+        (lambda: DataLoader(samples(), batch_size=BATCH), {"accumulate_grad_batches": 2}, {}, 16),
+        (lambda: DataLoader(samples(), batch_size=BATCH), {"accumulate_grad_batches": 2}, {"batch_size": 5}, 5),
+        (lambda: DataLoader(samples(), batch_size=BATCH), {}, {"micro_batch_size": 3}, 8),
+        (lambda: loader(classification(3)), {"accumulate_grad_batches": 3}, {}, 24),
+        (
+            lambda: DataLoader(samples(), batch_sampler=BatchSampler(SequentialSampler(samples()), BATCH, False)),
+            {"accumulate_grad_batches": 2},
+            {"micro_batch_size": 3},
+            16,
+        ),
+        (lambda: DataLoader(samples(), batch_size=BATCH), {}, {"quantities": QUANTITIES}, 8),
+    ],
+)
+def test_samples_of_a_step(data: Any, options: Any, own: Any, size: int) -> None:
+    """C is that of the gradient of an optimizer step, however its samples are cut."""
+    follow = monitor("0.weight", **own)
+    make_trainer(follow, **options).fit(module_of(network()), data())
+    assert follow.result is not None
+    assert follow.result.batch_size == size
+
+
+def test_accumulation_by_schedule() -> None:
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    found: list[int] = []
+
+    class Noting(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if follow.result is not None and follow.result.batch_size not in found:
+                found.append(follow.result.batch_size)
+
+    follow = monitor("0.weight", every_n_train_steps=1)
+    make_trainer(Noting(), follow, GradientAccumulationScheduler({0: 1, 1: 3}), max_epochs=2).fit(
+        module_of(network()), DataLoader(samples(), batch_size=BATCH)
+    )
+    assert found == [8, 24]
+
+
+@pytest.mark.parametrize("size", [None, 6, 22])
+@pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+def test_chain_of_approximations(name: str, size: int | None) -> None:
+    """From the same halves of the same micro-batches; by default two batches of the loader are one of them."""
+    module, data = module_of(network()), samples(classes=2)
+    result = evaluated(module, name, data, quantities=("noise_awd_chain",), micro_batch_size=size)
+    one = dense(module, name, data)
+    weight = module.network.get_parameter(name)
+    halves = pairs_of(data, size or 2 * BATCH)
+    truth = duality_of(one, weight, activations_of(module.network, name, data.tensors[0]), halves)
+    assert result.weight_variance == pytest.approx(truth.weight_variance, rel=1e-10)
+    assert result.unpaired == pytest.approx(1.0 - sum(map(len, halves)) / len(data), abs=1e-12)
+    row, covariance = result.values(("noise_awd_chain",)), one.covariance(BATCH)
+    assert row.keys() == {f"noise_gamma_awd_{key}" for key in ("raw", "hh", "hh_sd", "hh_sd_wd", "hh_sd_wd_li")}
+    assert not result.reasons
+    for key, link in result.chain.items():
+        matrix = truth.matrices[key] / BATCH
+        values, vectors = descending(one.hessian())
+        diagonal = (vectors @ matrix @ vectors.T).diagonal()
+        # In directions of no curvature eigenvectors are any.
+        seen = values > 1e-3 * values[0]
+        torch.testing.assert_close(link.diagonal[seen], diagonal[seen], rtol=1e-7, atol=1e-12 * float(diagonal.max()))
+        assert link.norm == pytest.approx(float(matrix.norm()), rel=1e-10), key
+        assert link.distance == pytest.approx(float((matrix - covariance).norm() / covariance.norm()), rel=1e-10), key
+        if key not in ("hg", "gg"):
+            gamma = line(result.curvatures, link.diagonal)[0]
+            assert row[f"noise_gamma_awd_{key}"] == pytest.approx(gamma, rel=1e-9), key
+
+
+def test_a_pairing_of_the_users() -> None:
+    """By what it gives, not by what the batch holds."""
+    module, data = module_of(network()), samples()
+    x = torch.randn(len(data), 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    y = torch.arange(len(data)) % 2
+    place = {tuple(row.tolist()): i for i, row in enumerate(data.tensors[0])}
+
+    def pairing(batch: Any) -> tuple[Tensor, Tensor]:
+        numbers = [place[tuple(row.tolist())] for row in batch[0]]
+        return x[numbers], y[numbers]
+
+    result = evaluated(module, "0.weight", data, quantities=("noise_awd_chain",), pairing=pairing)
+    one, halves = dense(module, "0.weight", data), pairs_of(TensorDataset(x, y), 2 * BATCH)
+    activations = activations_of(module.network, "0.weight", data.tensors[0])
+    truth = duality_of(one, module.network[0].weight, activations, halves)
+    assert result.weight_variance == pytest.approx(truth.weight_variance, rel=1e-10)
+    assert result.chain["raw"].norm == pytest.approx(float(truth.matrices["raw"].norm()) / BATCH, rel=1e-10)
+    assert in_coordinates(result.curvatures, result.vectors).shape == (20, 20)

@@ -1,0 +1,146 @@
+"""A run with NoiseCovarianceMonitor is the run without it, bit for bit; and so is a module that is measured by hand."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
+from lightning_curvature.noise.problem import QUANTITIES
+from tests.directional.test_no_observer_effect import SETUPS, Measured, sgd, with_batchnorm, with_dropout
+from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
+from tests.noise.runs import samples as dataset
+from tests.runs import Classifier, classification, make_trainer
+from tests.spectrum.test_no_observer_effect import DATA, Hooked
+from tests.stabilization.test_by_hand import Nested, everything
+from tests.stabilization.test_runs import Collate
+from tests.witness import Record, assert_same, copies, difference, frozen, watch
+
+KEYS = ("noise_gamma", "noise_commutativity", "noise_alignment", "noise_spearman", "noise_coupling")
+
+
+def samples() -> DataLoader[Any]:
+    return DataLoader(dataset(16), batch_size=8, shuffle=True)
+
+
+def monitor(name: str = "network.0.weight", **options: Any) -> NoiseCovarianceMonitor:
+    """All quantities, few rotations."""
+    quick: dict[str, Any] = {"quantities": QUANTITIES, "haar_draws": 2, "every_n_train_steps": 4}
+    return NoiseCovarianceMonitor(parameter=name, **(quick | options))
+
+
+def assert_measured(watched: Record, which: Callable[[Any], bool] = all) -> None:
+    """The monitor did measure: what never ran cannot have disturbed anything."""
+    for key in KEYS[1:]:
+        values = watched.curve(key)
+        assert len(values) > 1, key
+        assert which(math.isfinite(value) for value in values), key
+
+
+plain_run = functools.cache(lambda name: SETUPS[name].run(None))
+
+
+@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("place", ["weight", "bias"])
+@pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
+def test_same_run(name: str, place: str) -> None:
+    """Before some steps, at times of its own, and after the last one."""
+    plain = plain_run(name)
+    first = next(n for n, p in plain.module.named_parameters() if n.endswith(place) and p.requires_grad)
+    # The labels are where no pairing finds them by itself.
+    quantities = QUANTITIES[:-1] if name == "dict batch" else QUANTITIES
+    follow = monitor(first, at_steps=(1,), on_error="raise", quantities=quantities)
+    watched = SETUPS[name].run(follow)
+    assert_same(plain, watched)
+    assert_measured(watched)
+
+
+@pytest.mark.parametrize("make", [with_dropout, with_batchnorm], ids=["dropout", "running statistics"])
+@pytest.mark.filterwarnings("ignore:BatchNorm")
+def test_modules_in_training_mode(make: Any) -> None:
+    """Masks are drawn, and statistics would move; single samples leave BatchNorm1d nothing to normalize by."""
+    run = lambda follow: watch(lambda: Classifier(make(), sgd), samples, follow)  # noqa: E731
+    follow = monitor(probe_mode="train", quantities=QUANTITIES[:-1])
+    if make is with_dropout:
+        watched = run(follow)
+        assert_measured(watched)
+    else:
+        with pytest.warns(CurvatureWarning, match="logs NaN: ValueError: Expected more than 1 value per channel"):
+            watched = run(follow)
+    assert_same(run(None), watched)
+
+
+@pytest.mark.parametrize("place", ["weight", "bias"])
+@pytest.mark.parametrize("name", HABITS)
+@pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
+def test_steps_with_habits(name: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(follow: Any) -> tuple[Record, str]:
+        record = watch(lambda: Habitual(HABITS[name]), lambda: copies(classification(3)), follow)
+        return record, capsys.readouterr().out
+
+    (plain, printed), (watched, printed_too) = run(None), run(monitor(f"network.0.{place}"))
+    assert_same(plain, watched)
+    assert printed == printed_too
+    # A parameter that the repeated step takes the gradient from cannot be measured.
+    assert_measured(watched, any if name == "changes_modes_and_flags" and place == "weight" else lambda values: True)
+
+
+@pytest.mark.parametrize("make", [Hooked, Measured])
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
+def test_data_is_read_as_if_nobody_else_did(name: str, make: Any) -> None:
+    def run(follow: Any) -> tuple[Record, Any]:
+        loader = DATA[name]()
+        loader.collate_fn = Collate()
+        record = watch(make, lambda: loader, follow)
+        return record, frozen([loader.generator, vars(loader.dataset)])
+
+    first = next(name for name, _ in make().named_parameters())
+    (plain, generators), (watched, generators_too) = run(None), run(monitor(first))
+    assert_same(plain, watched)
+    assert generators == generators_too
+    assert_measured(watched)
+
+
+@pytest.mark.parametrize("trainer", [make_trainer, lambda: None])
+@pytest.mark.parametrize("name", ["inner.network.0.0.weight", "inner.network.0.0.bias", "head.0.weight"])
+@pytest.mark.filterwarnings("ignore:noise_")
+def test_by_hand(name: str, trainer: Any) -> None:
+    """Before any fit, where nothing is moved; also where no graphs are built."""
+    module, follow = Nested(), monitor(name, quantities=QUANTITIES[:-1])
+    before = everything(module)
+    result = follow.evaluate(module, samples(), trainer())
+    assert difference(before, everything(module)) is None
+    assert follow.result is result
+    with torch.inference_mode(), torch.no_grad():
+        again = follow.evaluate(module, samples(), trainer())
+    assert str(again.values(QUANTITIES[:-1])) == str(result.values(QUANTITIES[:-1]))
+    assert difference(before, everything(module)) is None
+
+
+def test_by_hand_after_and_during_a_fit() -> None:
+    class ByHand(pl.Callback):
+        def __init__(self) -> None:
+            self.found: list[str] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            result = monitor(first).evaluate(pl_module, samples(), trainer)
+            self.found.append(str(result.values(QUANTITIES)))
+
+    first = next(name for name, _ in Measured().named_parameters())
+    by_hand, follow = ByHand(), monitor(first, every_n_train_steps=None)
+    plain = watch(Measured, samples, None)
+    assert_same(plain, watch(Measured, samples, None, lambda: [by_hand]))
+    assert len(set(by_hand.found)) == 2
+    record = watch(Measured, samples, follow)
+    assert_same(plain, record)
+    assert follow.result is not None
+    again = monitor(first).evaluate(record.module, samples(), make_trainer())
+    assert str(again.values(QUANTITIES)) == str(follow.result.values(QUANTITIES))

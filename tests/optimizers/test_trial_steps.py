@@ -1,0 +1,404 @@
+"""Trial updates against steps that are really made, and what they must leave alone, bit for bit."""
+
+import copy
+import gc
+import inspect
+import random
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import StepLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.optimizers.trial_steps import TrialSteps
+from tests.runs import make_trainer
+
+Make = Callable[[Any], Any]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers from outside torch
+
+
+class Plain(Optimizer):
+    """One that a test completes."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.trained():
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+class Hoarder(Plain):
+    """Keeps parameters, momentum, a count, random numbers and a method of its own in attributes; decays all it holds.
+
+    Its momentum is one flat tensor with a view for each parameter; it replaces the data of its parameters, and notes
+    its steps on them.
+    """
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.everything = [p for group in self.param_groups for p in group["params"]]
+        self.flat = torch.zeros(sum(p.numel() for p in self.everything))
+        sizes = [p.numel() for p in self.everything]
+        self.momenta = [m.view(p.shape) for m, p in zip(self.flat.split(sizes), self.everything, strict=True)]
+        self.count, self.generator, self.scale = 0, torch.Generator().manual_seed(5), self._scale
+        self.lists: dict[str, list[int]] = {"counts": []}
+
+    def _scale(self) -> float:
+        return 1.0 / (1 + self.count)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        self.lists["counts"].append(self.count)
+        self.flat.mul_(0.9)
+        for p, momentum in zip(self.everything, self.momenta, strict=True):
+            p.mul_(0.99)
+            if p.grad is not None:
+                momentum.add_(p.grad)
+                own = torch.rand(p.shape, generator=self.generator)
+                vars(p).setdefault("steps", []).append(self.count)
+                noise = own + torch.rand(p.shape) + random.random() + len(p.steps)  # type: ignore[attr-defined]
+                p.data = p.data - self.param_groups[0]["lr"] * self.scale() * momentum * noise
+                p.grad.zero_()
+
+
+class Flat(Plain):
+    """Moves the one tensor of which its parameters are views."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.parameters = [p for group in self.param_groups for p in group["params"]]
+        self.flat = torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        for p, part in zip(self.parameters, self.flat.split([p.numel() for p in self.parameters]), strict=True):
+            p.data = part.view(p.shape)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.flat.sub_(torch.cat([g.reshape(-1) for g in gradients]), alpha=self.param_groups[0]["lr"])
+
+
+class Differentiating(Plain):
+    """Adds the gradient of a penalty, for which it needs autograd."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.trained():
+            (penalty,) = torch.autograd.grad((p**4).sum(), p)
+            p.data.sub_(penalty + p.grad, alpha=self.param_groups[0]["lr"])
+
+
+class Lookahead(Optimizer):
+    """Steps another optimizer, with which it shares groups and state, and every second time goes halfway back."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner, self.count = inner, 0
+        self.param_groups, self.defaults = inner.param_groups, inner.defaults
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+        self.count += 1
+        if self.count % 2 == 0:
+            for p, slow in zip((p for g in self.param_groups for p in g["params"]), self.slow, strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+OUTSIDE: dict[str, Make] = {
+    "plain": Plain,
+    "hoarder": Hoarder,
+    "flat": Flat,
+    "differentiating": Differentiating,
+    "lookahead": lambda p: Lookahead(Hoarder(p)),
+    "lookahead over adam": lambda p: Lookahead(Adam(p, lr=0.1)),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every optimizer of torch that steps on dense gradients, in every implementation that the CPU has
+
+NOT_DENSE = {"LBFGS", "SparseAdam"}
+CLASSES = [c for c in vars(torch.optim).values() if inspect.isclass(c) and c is not Optimizer]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "single": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+    "decay": {"weight_decay": 0.3},
+    "decay, fused": {"weight_decay": 0.3, "fused": True},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "foreach": True},
+    "momentum, centered": {"momentum": 0.9, "centered": True},
+    "amsgrad, foreach": {"amsgrad": True, "foreach": True},
+    "maximize": {"maximize": True},
+    "maximize, foreach": {"maximize": True, "foreach": True},
+    "rate as a tensor": {"lr": torch.tensor(0.2), "foreach": False},
+}
+
+
+def _make(cls: Any, options: dict[str, Any]) -> Make:
+    # Options that hold tensors are for one run: an optimizer keeps the tensor.
+    return lambda p: cls(p, **({"lr": 0.1} | copy.deepcopy(options)))
+
+
+TORCHS = {
+    f"{cls.__name__} {title}".strip(): _make(cls, options)
+    for cls in CLASSES
+    if cls.__name__ not in NOT_DENSE
+    for title, options in OPTIONS.items()
+    if set(options) <= set(inspect.signature(cls).parameters)
+    and not (title == "rate as a tensor" and cls.__name__ == "Muon")
+}
+OPTIMIZERS = TORCHS | OUTSIDE
+
+
+def test_all_classes_of_torch_are_among_them() -> None:
+    assert {type(make([nn.Parameter(torch.ones(2, 2))])) for make in TORCHS.values()} == {
+        c for c in CLASSES if c.__name__ not in NOT_DENSE
+    }
+
+
+class Looking(SGD):
+    """A step of torch's; ``found`` is called in it."""
+
+    def found(self) -> None: ...
+
+    def _init_group(self, *args: Any) -> Any:
+        self.found()
+        return super()._init_group(*args)
+
+
+class LookingPlain(Plain):
+    def found(self) -> None: ...
+
+    def step(self, closure: Any = None) -> None:
+        self.found()
+        super().step(closure)
+
+
+class Run:
+    """Parameters, an optimizer with two groups, steps made with gradients that follow from the seed."""
+
+    def __init__(self, make: Make, count: int, dtype: torch.dtype = torch.float32) -> None:
+        self._random = torch.Generator().manual_seed(0)
+        # Matrices, as Muon takes nothing else. One is laid out by columns; one is frozen; one has no gradient.
+        shapes = ((4, 3), (3, 5), (2, 2), (3, 3), (6, 2))
+        self.all = [nn.Parameter(self._draw(shape).to(dtype)) for shape in shapes]
+        self.all[1].data = self.all[1].data.t().contiguous().t()
+        self.all[2].requires_grad_(False)
+        self.parameters = [self.all[4], self.all[0], self.all[1]]
+        torch.manual_seed(7)
+        random.seed(7)
+        self.optimizer = make([{"params": self.all[:3]}, {"params": self.all[3:], "lr": 0.05}])
+        for _ in range(count):
+            self.step([self._draw(p.shape) for p in self.parameters])
+
+    def _draw(self, shape: Any) -> Tensor:
+        return torch.randn(shape, generator=self._random)
+
+    def step(self, gradients: list[Tensor]) -> None:
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = torch.empty_like(p).copy_(gradient)
+        self.optimizer.step()
+
+    def gradient(self, seed: int, scale: float = 1.0) -> Tensor:
+        size = sum(p.numel() for p in self.parameters)
+        return scale * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+    def real_update(self, gradient: Tensor) -> Tensor:
+        """What the step makes of the parameters, really made."""
+        space = VectorSpace(self.parameters)
+        before = space.pack(self.parameters)
+        self.step(space.views(gradient))
+        return before - space.pack(self.parameters)
+
+
+def _fingerprint(value: Any, seen: dict[int, Any]) -> Any:
+    """Everything that can be told of an object and of what it holds: identity, content, memory, version."""
+    if id(value) in seen or isinstance(value, type):
+        return id(value)
+    seen[id(value)] = value
+    if isinstance(value, Tensor):
+        own = (id(value), value._version, value.data_ptr(), value.dtype, value.requires_grad)
+        return own, value.detach().tolist(), _fingerprint(value.grad, seen), _fingerprint(vars(value), seen)
+    if isinstance(value, torch.Generator):
+        return id(value), value.get_state().tolist()
+    if isinstance(value, dict):
+        return id(value), type(value), [(_fingerprint(k, seen), _fingerprint(v, seen)) for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return id(value), [_fingerprint(one, seen) for one in value]
+    if isinstance(value, Optimizer):
+        return id(value), _fingerprint(vars(value), seen)
+    return value if isinstance(value, (int, float, str, type(None))) else id(value)
+
+
+def fingerprint(run: Run) -> Any:
+    seen: dict[int, Any] = {}
+    return (
+        _fingerprint(run.all, seen),
+        _fingerprint(run.optimizer, seen),
+        random.getstate(),
+        torch.get_rng_state().tolist(),
+    )
+
+
+@pytest.fixture
+def trainer() -> pl.Trainer:
+    return make_trainer()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_is_the_step_that_would_be_made(trainer: pl.Trainer, name: str, count: int) -> None:
+    made = {}
+    for seed in (1, 2):  # before the run that is asked: these draw from the generators that it draws from
+        other = Run(OPTIMIZERS[name], count)
+        made[seed] = other.real_update(other.gradient(seed))
+    run = Run(OPTIMIZERS[name], count)
+    trials = TrialSteps(trainer, run.optimizer, run.parameters)
+    before = fingerprint(run)
+    for seed in (1, 2, 1):  # the third must know nothing of the others
+        gradient = run.gradient(seed)
+        given = gradient.clone()
+        update = trials.update_for(gradient)
+        assert torch.equal(update, made[seed])
+        assert update.any()
+        assert torch.equal(gradient, given)
+        assert fingerprint(run) == before
+    # And the run goes on as if nothing had been asked.
+    assert torch.equal(run.real_update(run.gradient(2)), made[2])
+    assert [p.tolist() for p in run.all] == [p.tolist() for p in other.all]
+
+
+def test_half_precision_parameters_take_a_float32_gradient(trainer: pl.Trainer) -> None:
+    run, other = (Run(lambda p: AdamW(p, lr=0.1, weight_decay=0.3), 2, torch.bfloat16) for _ in range(2))
+    gradient = run.gradient(1)
+    update = TrialSteps(trainer, run.optimizer, run.parameters).update_for(gradient)
+    assert update.dtype == torch.float32
+    assert torch.equal(update, other.real_update(gradient))
+    assert update.any()
+
+
+def test_what_it_knows_of_the_run_is_not_copied(trainer: pl.Trainer) -> None:
+    run, other = Run(Plain, 1), Run(Plain, 1)
+    trainer.lock = threading.Lock()  # type: ignore[attr-defined]
+    run.optimizer.trainer = trainer
+    update = TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
+    assert torch.equal(update, other.real_update(run.gradient(1)))
+
+
+def test_the_copies_are_gone_when_it_returns(trainer: pl.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, copies, gradients = Run(LookingPlain, 1), [], []
+    trials = TrialSteps(trainer, run.optimizer, run.parameters)
+
+    def note(optimizer: Any) -> None:
+        copies.extend(weakref.ref(p) for p in optimizer.trained())
+        gradients.extend(weakref.ref(p.grad) for p in optimizer.trained())
+
+    def gone_before_the_update_takes_memory(space: VectorSpace, tensors: Any) -> Tensor:
+        assert [gradient() for gradient in gradients] == [None] * 3
+        return pack(space, tensors)
+
+    pack = VectorSpace.pack
+    monkeypatch.setattr(LookingPlain, "found", note)
+    monkeypatch.setattr(VectorSpace, "pack", gone_before_the_update_takes_memory)
+    gc.disable()
+    try:
+        trials.update_for(run.gradient(1))
+        assert [copied() for copied in copies] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_kept_graphs_stay_good(trainer: pl.Trainer) -> None:
+    run = Run(OPTIMIZERS["AdamW foreach"], 1)
+    value = sum((p**3).sum() for p in run.parameters)
+    (first,) = torch.autograd.grad(value, run.parameters[:1], create_graph=True)
+    TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
+    (second,) = torch.autograd.grad(first.sum(), run.parameters[:1])
+    assert torch.equal(second, 6 * run.parameters[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hooks, schedulers, parameters that are not copied
+
+
+@pytest.mark.parametrize("name", ["Adam", "plain", "hoarder", "lookahead over adam"])
+def test_nobody_hears_of_it(trainer: pl.Trainer, name: str) -> None:
+    run, heard = Run(OPTIMIZERS[name], 0), []
+
+    def listen(*args: Any) -> None:
+        heard.append(args)
+
+    for optimizer in (run.optimizer, getattr(run.optimizer, "inner", run.optimizer)):
+        scheduler = StepLR(optimizer, 1)
+        if optimizer is not run.optimizer or name != "lookahead over adam":
+            optimizer.register_step_pre_hook(listen)
+            optimizer.register_step_post_hook(listen)
+    handles = [register_optimizer_step_pre_hook(listen), register_optimizer_step_post_hook(listen)]
+    try:
+        before, steps = fingerprint(run), scheduler._step_count
+        update = TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
+        assert update.any()
+        assert heard == []
+        assert fingerprint(run) == before
+        assert scheduler._step_count == steps
+        run.real_update(run.gradient(1))
+        assert heard  # they are still there
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_step_put_on_the_instance_is_not_called(trainer: pl.Trainer) -> None:
+    run, calls, real = Run(OPTIMIZERS["Adam"], 1), [], None
+    real = run.optimizer.step
+
+    def counting(*args: Any) -> Any:
+        calls.append(args)
+        return real(*args)
+
+    run.optimizer.step = counting
+    expected = Run(OPTIMIZERS["Adam"], 1).real_update(run.gradient(1))
+    assert torch.equal(TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1)), expected)
+    assert calls == []
+
+
+@pytest.mark.parametrize("cls", [Looking, LookingPlain])
+def test_a_frozen_backbone_is_not_copied_for_the_steps_of_torch(
+    trainer: pl.Trainer, cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, places, kinds = Run(lambda p: cls(p, lr=0.1), 0), set(), []
+
+    def note(optimizer: Any) -> None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        places.update(p.data_ptr() for p in held)
+        kinds.extend((type(p), p.requires_grad) for p in held)
+
+    monkeypatch.setattr(cls, "found", note)
+    TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
+    assert len(places) == 5
+    assert not places & {p.data_ptr() for p in run.parameters}
+    still = {run.all[2].data_ptr(), run.all[3].data_ptr()}
+    assert places & still == (still if cls is Looking else set())
+    # torch chooses its implementation by the type.
+    assert kinds[:5] == [(nn.Parameter, p.requires_grad) for p in run.all]

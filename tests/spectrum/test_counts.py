@@ -1,0 +1,225 @@
+"""What a measurement costs, counted at the network and at the products, and that other steps cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_curvature import HessianSpectrumMonitor
+from lightning_curvature.linalg.krylov import KrylovSpace
+from tests.runs import Capture, Classifier, make_trainer, mlp
+from tests.spectrum.test_values import BATCH, SAMPLES, samples
+
+MICRO = 4  # 8 + 8 + 8 + 6
+STEPS, EVERY = 8, 3
+MEASURED = (0, 3, 6)
+
+
+class Passes(pl.Callback):
+    """Counts forwards and backwards of the network of each batch: the measurement before its step, and the step."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.forwards: list[int] = []
+        self.backwards: list[int] = []
+        network.register_forward_hook(self._seen)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        for row in (self.forwards, self.backwards):
+            row.append(0)
+
+    def _seen(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.forwards[-1] += 1
+        if output.requires_grad:
+            output.register_hook(self._passed_back)
+
+    def _passed_back(self, gradient: Tensor) -> None:
+        self.backwards[-1] += 1
+
+
+class Products(pl.Callback):
+    """Counts the products of each measured step."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.counts: list[int] = []
+        step = KrylovSpace.step
+
+        def counted(space: KrylovSpace) -> None:
+            self.counts[-1] += 1
+            step(space)
+
+        patch.setattr(KrylovSpace, "step", counted)
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step in MEASURED:
+            self.counts.append(0)
+
+
+def fit(
+    *callbacks: Any, follow: HessianSpectrumMonitor | None, module: Any = None, data: Any = None, **options: Any
+) -> Capture:
+    capture = Capture()
+    module = module or learner()
+    data = data or DataLoader(TensorDataset(*samples()), batch_size=BATCH, shuffle=True)
+    trainer = make_trainer(*callbacks, *([follow] if follow else []), logger=capture, **({"max_epochs": 2} | options))
+    trainer.fit(module, data)
+    return capture
+
+
+def learner() -> Classifier:
+    return Classifier(mlp(4, 6, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.2))
+
+
+def monitor(*quantities: str, **options: Any) -> HessianSpectrumMonitor:
+    given: Any = quantities or ("lambda_max",)
+    return HessianSpectrumMonitor(
+        **({"quantities": given, "every_n_train_steps": EVERY, "on_error": "raise"} | options)
+    )
+
+
+def expected(extra: int) -> list[int]:
+    return [1 + (extra if step in MEASURED else 0) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("quantities", "operators"),
+    [
+        (("lambda_max",), 1),
+        (("lambda_max", "lambda_min", "hessian_trace", "spectral_density"), 1),  # of one Hessian
+        (("gauss_newton_lambda_max",), 1),
+        (("preconditioned_lambda_max",), 1),
+        (("second_moment_contraction",), 1),
+        (("lambda_max", "gauss_newton_lambda_max", "preconditioned_lambda_max"), 3),
+    ],
+)
+def test_one_forward_of_each_micro_batch_and_operator(quantities: Any, operators: int) -> None:
+    """With kept graphs, however many products there are."""
+    module = learner()
+    passes = Passes(module.network)
+    fit(passes, follow=monitor(*quantities, keep_graph=True, tolerance=1e-8), module=module)
+    assert passes.forwards == expected(MICRO * operators)
+
+
+def test_one_forward_a_product_without_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = learner()
+    passes, products = Passes(module.network), Products(monkeypatch)
+    fit(passes, products, follow=monitor(keep_graph=False), module=module)
+    extra = [passes.forwards[step] - 1 for step in MEASURED]
+    assert extra == [MICRO * count for count in products.counts]
+    assert [passes.forwards[step] for step in range(STEPS) if step not in MEASURED] == [1] * 5
+
+
+def test_two_forwards_and_backwards_a_product_by_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = learner()
+    passes, products = Passes(module.network), Products(monkeypatch)
+    fit(passes, products, follow=monitor(products="difference"), module=module)
+    for step, count in zip(MEASURED, products.counts, strict=True):
+        assert passes.forwards[step] == passes.backwards[step] == 1 + 2 * MICRO * count
+
+
+def test_a_product_is_two_more_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the outputs: one for the gradient of each micro-batch, then one along its double backward."""
+    module = learner()
+    passes, products = Passes(module.network), Products(monkeypatch)
+    fit(passes, products, follow=monitor(keep_graph=True), module=module)
+    for step, count in zip(MEASURED, products.counts, strict=True):
+        assert passes.backwards[step] == 1 + MICRO * (1 + count)
+
+
+def test_warm_searches_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a small learning rate the eigenvectors of the step before are nearly those of this one.
+
+    That no other has overtaken is known from as many products in any case: a tight tolerance shows the rest.
+    """
+
+    def counts(forget: bool) -> list[int]:
+        module = Classifier(mlp(4, 6, 3), lambda m: torch.optim.SGD(m.parameters(), lr=1e-4))
+
+        class Forgets(pl.Callback):
+            def on_train_batch_start(self, *args: Any) -> None:
+                if forget:
+                    follow._measurement.vectors = {}
+
+        follow = monitor(tolerance=1e-6)
+        with monkeypatch.context() as patch:
+            products = Products(patch)
+            fit(products, Forgets(), follow=follow, module=module)
+        return products.counts
+
+    warm, cold = counts(forget=False), counts(forget=True)
+    assert warm[0] == cold[0]
+    assert len(warm) == len(MEASURED)
+    assert all(later < first for later, first in zip(warm[1:], cold[1:], strict=True))
+
+
+def test_products_end_at_their_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = Products(monkeypatch)
+    capture = fit(products, follow=monitor(tolerance=1e-12, max_products=20, k=3))
+    assert products.counts == [20] * len(MEASURED)
+    assert capture.curve("curvature/lambda_3_converged") == [0.0] * len(MEASURED)
+
+
+class Reads(TensorDataset):
+    """Counts the samples that are read, outside of itself: its own attributes are put back."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__(*samples())
+        Reads.count = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        Reads.count += 1
+        return super().__getitem__(index)
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for pair in zip(*samples(), strict=True):
+            self.count += 1
+            yield pair
+
+
+@pytest.mark.parametrize("subset", [None, 12])
+def test_probe_set_is_read_once_a_fit(subset: int | None) -> None:
+    data = Reads()
+    fit(follow=None, data=DataLoader(data, batch_size=BATCH))
+    plain, Reads.count = Reads.count, 0
+    follow = monitor(probe_samples=subset)
+    for _ in range(2):
+        fit(follow=follow, data=DataLoader(data, batch_size=BATCH))
+        assert Reads.count == plain + (subset or SAMPLES)
+        Reads.count = 0
+        assert follow._probe_set is None  # let go of when training ends
+
+
+def test_nothing_happens_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No state is saved, no data looked at, nothing is written."""
+    from lightning_curvature.monitors import probe_set as probe_set_monitor
+
+    entered: list[int] = []
+    untouched = probe_set_monitor.untouched
+    monkeypatch.setattr(
+        probe_set_monitor, "untouched", lambda module, *args: entered.append(1) or untouched(module, *args)
+    )
+    capture = fit(follow=monitor())
+    assert len(entered) == len(MEASURED)
+    measured = [step for step, row in capture.rows.items() if any(key.startswith("curvature") for key in row)]
+    assert tuple(measured) == MEASURED
+
+
+def test_accumulation_is_measured_at_the_start_of_its_window() -> None:
+    module = learner()
+    passes = Passes(module.network)
+    follow = monitor(every_n_train_steps=1)
+    fit(passes, follow=follow, module=module, accumulate_grad_batches=2)
+    # Batches 0, 2, 4 and 6 begin a step.
+    assert passes.forwards == [1 + MICRO, 1] * 4

@@ -1,0 +1,410 @@
+"""Every mistake gets one sentence, before the first step where it can be known: argument, rule, value, remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_curvature import StabilizationMonitor
+from lightning_curvature.stabilization.options import ESTIMATORS
+from tests.batch_sharpness.test_errors import sharded
+from tests.runs import Capture, Classifier, classification, loader, make_trainer, mlp
+from tests.spectrum.test_errors import (
+    FromIterator,
+    NoOptimizer,
+    Plain,
+    TwoOptimizers,
+    sgd,
+    unending,
+    warned,
+)
+from tests.spectrum.test_no_observer_effect import Boom, Stream, Unreadable
+from tests.spectrum.test_values import rows
+from tests.stabilization.test_runs import samples
+
+WHOLE = "must be a whole number of at least"
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"quantities": "delta_1"}, r"quantities must be a non-empty sequence of names, got 'delta_1': choose from"),
+    ({"quantities": ()}, r"quantities must be a non-empty sequence of names, got \(\): choose from \('delta_1'"),
+    ({"quantities": ["delta_3"]}, r"quantities must be names from .*'delta_2_subspace'\), got 'delta_3': correct or"),
+    ({"estimators": ["gm"]}, r"estimators must be names from \('gaussian_moment', .*, got 'gm': correct or remove it"),
+    ({"law": "isotropic"}, r"law must be names from \('top', 'bottom', .*, got 'isotropic': correct or remove it"),
+    ({"sample_sizes": ()}, rf"sample_sizes {WHOLE} 1, got \(\): \(8, 64\) measures at both"),
+    ({"sample_sizes": (4, 0)}, rf"sample_sizes {WHOLE} 1, got 0"),
+    ({"sample_sizes": (4, 2.5)}, rf"sample_sizes {WHOLE} 1, got 2\.5"),
+    ({"sample_sizes": "48"}, rf"sample_sizes {WHOLE} 1, got '48'"),
+    ({"subspace_dim": 0}, rf"subspace_dim {WHOLE} 1, got 0: 16 holds what matters of many networks"),
+    ({"subspace_dim": [4, -1]}, rf"subspace_dim {WHOLE} 1, got -1"),
+    *(
+        ({"sigma": value}, r"sigma must be positive, got .*: 1e-3 is a usual width in units of the parameters")
+        for value in (0.0, -1e-3, math.inf, math.nan, (), (1e-3, 0.0), "1e-3", None)
+    ),
+    ({"candidates": 0}, rf"candidates {WHOLE} 1, got 0: 8 tell how much samples differ"),
+    ({"draws": 1}, rf"draws {WHOLE} 2, got 1: 64 make a standard error that can be trusted"),
+    ({"trace_vectors": 2}, rf"trace_vectors {WHOLE} 3, got 2: 16 give the traces to a few per cent"),
+    ({"validation_draws": -1}, rf"validation_draws {WHOLE} 0, got -1: 0 leaves the model unchecked"),
+    ({"max_products": 8}, rf"max_products {WHOLE} 9, or None, got 8: None allows 20 for each direction"),
+    ({"tolerance": 0.0}, r"tolerance must lie between 0 and 1, got 0\.0: 1e-3 gives eigenvectors to three digits"),
+    ({"model_tolerance": 1.0}, r"model_tolerance must lie between 0 and 1, got 1\.0: 0\.1 takes a model that is right"),
+    *(
+        ({"order": value, "estimators": ["direct"]}, r"order must be positive, got .*: 2 is the mean square")
+        for value in (0.0, -2, math.inf, math.nan, "2")
+    ),
+    (
+        {"order": 4.0},
+        r"estimators must not hold 'gaussian_moment' where order is not 2, got 4\.0, for which there is no closed "
+        r"form: use 'quadratic' or 'direct'",
+    ),
+    (
+        {"law": "gradients", "sample_sizes": (64, 4)},
+        r"sample_sizes must not be below subspace_dim where law is 'gradients', got 4 for 8 directions, each the gradi",
+    ),
+    ({"directions": torch.eye(3)}, r"directions must be a callable, got a Tensor: give one that returns \(D, N\) vect"),
+    ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
+    ({"at_steps": "end"}, rf"at_steps {WHOLE} 0, got 'end'"),
+    ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, got 0: 1 measures every optimizer step"),
+    ({"micro_batch_size": 0}, rf"micro_batch_size {WHOLE} 1, or None, got 0"),
+    ({"probe_mode": "test"}, r"probe_mode must be 'train' or 'eval', got 'test'"),
+    ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64'"),
+    ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore'"),
+    ({"prefix": "/"}, r"prefix must be a name without slashes at its ends, got '/'"),
+    ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
+def test_bad_arguments(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}") as caught:
+        StabilizationMonitor(**arguments)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_are_keyword_only() -> None:
+    with pytest.raises(TypeError):
+        StabilizationMonitor((4, 8))  # type: ignore[misc]
+
+
+def test_numbers_may_stand_alone() -> None:
+    options = StabilizationMonitor(sample_sizes=4, subspace_dim=[4, 1, 4], sigma=1, at_steps=2).options  # type: ignore[arg-type]
+    assert (options.sample_sizes, options.subspace_dims, options.sigmas) == ((4,), (4, 1), (1.0,))
+
+
+def monitor(**options: Any) -> StabilizationMonitor:
+    quick: dict[str, Any] = {
+        "sample_sizes": (2, 3),
+        "subspace_dim": 2,
+        "candidates": 2,
+        "draws": 4,
+        "trace_vectors": 3,
+        "tolerance": 0.1,
+        "estimators": ESTIMATORS,
+    }
+    return StabilizationMonitor(**(quick | options))
+
+
+class Complex(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(1, dtype=torch.complex128))
+
+
+def parallel() -> list[DataLoader[Any]]:
+    return [samples(), samples()]
+
+
+SINGLE = r"the dataloader must make batches of single samples, got a {} that hands out whole ones: give probe_dataload"
+MISFITS: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], Callable[[], Any], str]] = {
+    "no time to measure": (
+        Plain,
+        {"at_end": False},
+        samples,
+        r"at_end, at_steps or every_n_train_steps must say when to measure, got none of them: set at_end=True, or call",
+    ),
+    "several optimizers": (TwoOptimizers, {}, samples, r"needs objective= where several optimizers .*, got 2"),
+    "optimizer that is not there": (Plain, {"optimizer_index": 1}, samples, r"optimizer_index must be below the numb"),
+    "no optimizer": (NoOptimizer, {}, samples, r"must find trainable parameters in the optimizer, got none: return it"),
+    "complex parameters": (Complex, {}, samples, r"must find real parameters, got complex ones: train their real and"),
+    "step that fetches its own batch": (FromIterator, {}, samples, r"got training_step\(dataloader_iter\): take"),
+    "as many directions as parameters": (
+        lambda: Plain(nn.Linear(4, 3, bias=False).double()),
+        {"subspace_dim": (1, 12)},
+        samples,
+        r"subspace_dim must be below the number of parameters, got 12 of 12: ask for fewer",
+    ),
+    "fewer samples than needed": (
+        Plain,
+        {"sample_sizes": (4, 15)},
+        samples,
+        r"sample_sizes must leave a sample to be added, got 17 samples for the largest and its candidates where the "
+        r"data has 16: lower sample_sizes or candidates",
+    ),
+    "fewer samples of a stream": (
+        Plain,
+        {"sample_sizes": (31,), "probe_dataloader": DataLoader(Stream(), batch_size=8)},
+        samples,
+        r"sample_sizes must leave a sample to be added, got 33 samples .* has 32: lower",
+    ),
+    "whole batches": (Plain, {}, lambda: loader(classification(2)), SINGLE.format("DataLoader")),
+    "a list of batches": (Plain, {"probe_dataloader": classification(2)}, samples, SINGLE.format("list")),
+    "several dataloaders": (Plain, {}, parallel, r"the probe set must come from one dataloader, got a list of 2: give"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_misfits_are_found_before_the_first_step(name: str) -> None:
+    """Also those of the data, though it is measured at the end alone."""
+    make, options, data, sentence = MISFITS[name]
+    module = make()
+    trainer = make_trainer(monitor(**options))
+    with pytest.raises(MisconfigurationException, match=sentence) as caught:
+        trainer.fit(module, data())
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+    assert module.seen == 0
+    assert trainer.global_step == 0
+
+
+def test_shards() -> None:
+    sentence = (
+        "^StabilizationMonitor must find whole parameters, got sharded ones, .*: train with strategy='ddp', or call"
+    )
+    # Of FSDP2's the sentence is that one; these are cut by hand.
+    by_hand = "^parameters must be whole, or sharded by FSDP2's fully_shard alone, for StabilizationMonitor, got"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = Plain(make_optimizer=sharded)
+        with pytest.raises(MisconfigurationException, match=by_hand):
+            make_trainer(monitor()).fit(module, samples())
+        with pytest.raises(MisconfigurationException, match=sentence):
+            monitor().evaluate(module, samples(), make_trainer())
+    finally:
+        dist.destroy_process_group()
+    assert module.seen == 0
+
+
+def test_dimensions_are_for_the_subspace_alone() -> None:
+    follow = monitor(subspace_dim=12, quantities=("delta_1", "delta_2"), on_error="raise")
+    make_trainer(follow).fit(Plain(nn.Linear(4, 3, bias=False).double()), samples())
+    assert follow.result is not None
+
+
+@pytest.mark.parametrize("data", [unending, lambda: DataLoader(Stream(), batch_size=1)])
+def test_streams_are_read_as_far_as_needed(data: Any) -> None:
+    follow = monitor(probe_dataloader=data(), on_error="raise")
+    make_trainer(follow).fit(Plain(), samples())
+    assert follow.result is not None
+
+
+def test_unreadable_samples_are_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unreadable, "allowed", staticmethod(lambda: False))
+    capture, trainer_of = Capture(), make_trainer
+    follow = monitor(sample_sizes=(30,), probe_dataloader=DataLoader(Unreadable(), batch_size=8))
+    trainer = trainer_of(follow, logger=capture)
+    assert warned(lambda: trainer.fit(Plain(), samples())) == ["StabilizationMonitor logs NaN: Boom: unreadable"]
+    assert trainer.global_step == 2
+    assert all(math.isnan(value) for value in rows(capture)[2].values())
+    with pytest.raises(Boom):
+        follow.evaluate(Plain(), None, make_trainer())
+
+
+N = 51  # parameters of the network
+SHAPE = r"directions must return finite numbers, \(subspace_dim, parameters\) = \(2, 51\), got {}: return one row for"
+DEPENDENT = r"directions must be linearly independent, got a vector {} that the ones before it span: give fewer, or ot"
+DIRECTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "too few": (lambda m: torch.eye(1, N), SHAPE.format(r"shape \(1, 51\)")),
+    "too many": (lambda m: torch.eye(3, N), SHAPE.format(r"shape \(3, 51\)")),
+    "of another module": (lambda m: torch.eye(2, N + 1), SHAPE.format(r"shape \(2, 52\)")),
+    "one by itself": (lambda m: torch.ones(N), SHAPE.format(r"shape \(51,\)")),
+    "not finite": (lambda m: torch.full((2, N), torch.nan), SHAPE.format("others")),
+    "a list": (lambda m: list(torch.eye(2, N)), SHAPE.format("a list")),
+    "nothing": (lambda m: None, SHAPE.format("a NoneType")),
+    "zero": (lambda m: torch.zeros(2, N), DEPENDENT.format(0)),
+    "the same twice": (lambda m: torch.ones(2, N), DEPENDENT.format(1)),
+    # Twice the same but for rounding.
+    "nearly the same": (lambda m: torch.ones(2, N).double() + 1e-16 * torch.eye(2, N), DEPENDENT.format(1)),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_bad_directions(name: str) -> None:
+    """A run that is over is not lost for them; asked for by hand, the sentence is raised."""
+    make, sentence = DIRECTIONS[name]
+    capture, follow = Capture(), monitor(directions=make)
+    (said,) = warned(lambda: make_trainer(follow, logger=capture).fit(Plain(), samples()))
+    assert said.startswith("StabilizationMonitor logs NaN: ")
+    assert all(math.isnan(value) for value in rows(capture)[2].values())
+    with pytest.raises((ValueError, MisconfigurationException), match=f"^{sentence}") as caught:
+        follow.evaluate(Plain(), samples(), make_trainer())
+    assert str(caught.value).endswith(".")
+
+
+def test_samples_without_gradients_of_their_own_span_nothing() -> None:
+    x, y = classification(1, 1)[0]
+    same = DataLoader([(x[0], y[0])] * 8, batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=DEPENDENT.format(1)):
+        monitor(law="gradients").evaluate(Plain(), same, make_trainer())
+
+
+class Constant(Plain):
+    """A loss to which samples do not matter, to the last bit."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum(p.square().sum() for p in self.parameters()) + 0.0 * batch[0].sum()
+
+
+def test_samples_that_are_all_alike() -> None:
+    """One more changes nothing: there is no relative error of a model of nothing, and nobody is warned of one."""
+    follow = monitor()
+    assert warned(lambda: follow.evaluate(Constant(), samples(), make_trainer())) == []
+    assert follow.result is not None
+    # σ²‖c‖² of what rounding leaves of U.
+    assert all(0.0 <= row.value <= 1e-25 for row in follow.result.rows)
+    assert math.isnan(follow.result.validated_sigma)
+    assert str(follow.result)
+
+
+def test_eigenvectors_that_were_not_found() -> None:
+    follow = monitor(max_products=3, tolerance=1e-9, subspace_dim=2)
+    assert warned(lambda: follow.evaluate(Plain(), samples(), make_trainer())) == [
+        "eigenvectors had not converged after max_products=3 products: rows of the table say where. Raise max_products "
+        "or tolerance, or lower subspace_dim."
+    ]
+    assert follow.result is not None
+    for row in follow.result.rows:
+        assert row.converged == (row.criterion != "delta_2_subspace")
+        assert math.isfinite(row.value)
+    # Ritz vectors of three products each: still an orthonormal basis with a known Hessian in it, so that all agree.
+    by_estimator = {row.estimator: row for row in follow.result.rows if row.k == 3 and row.criterion[-1] == "e"}
+    assert set(by_estimator) == set(ESTIMATORS)
+    exact = by_estimator["direct"].value
+    assert by_estimator["quadratic"].value == pytest.approx(exact, rel=2.0 * by_estimator["direct"].model_error)
+
+
+def test_sigma_beyond_the_model() -> None:
+    capture, follow = Capture(), monitor(sigma=(1e-3, 30.0), estimators=("gaussian_moment",))
+    said = warned(lambda: make_trainer(follow, logger=capture).fit(Plain(), samples()))
+    assert follow.result is not None
+    expected = []
+    for where, suffix in (("subspace", "_subspace"), ("full space", "")):
+        errors = [r.model_error for r in follow.result.rows if r.criterion == f"delta_2{suffix}" and r.sigma == 30.0]
+        assert max(errors) > 0.1
+        expected.append(
+            f"sigma must be small enough for a quadratic model of the loss in the {where}, got 30, where it is off by "
+            f"up to {max(errors):.0%}: trust 'direct' alone there, or a smaller sigma."
+        )
+    assert said == expected
+    for key in ("validated_sigma", "validated_sigma_full_space"):
+        assert rows(capture)[2][key] == getattr(follow.result, key) == 1e-3
+    # Who does not ask for the model is not told of it.
+    alone = monitor(sigma=(1e-3, 30.0), estimators=("direct",))
+    assert warned(lambda: alone.evaluate(Plain(), samples(), make_trainer())) == []
+
+
+class Overflowing(Plain):
+    """A loss that is infinite away from where the parameters are."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        far = sum((p - 0.3).square().sum() for p in self.parameters()) > 1e4
+        return super().training_step(batch, batch_idx) * torch.where(far, torch.inf, 1.0)
+
+
+def test_sigma_beyond_all_numbers() -> None:
+    follow = monitor(sigma=(1e-3, 1e3), estimators=("quadratic", "direct"), quantities=("delta_2_subspace",))
+    (said,) = warned(lambda: follow.evaluate(Overflowing(), samples(), make_trainer()))
+    assert "got 1000, where it is off by up to inf%" in said
+    assert follow.result is not None
+    assert follow.result.validated_sigma == 1e-3
+    for row in follow.result.rows:
+        assert math.isfinite(row.value) == (row.sigma == 1e-3 or row.estimator == "quadratic")
+
+
+class Diverged(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * torch.nan
+
+
+def test_a_loss_that_is_no_number() -> None:
+    capture, follow = Capture(), monitor()
+    trainer = make_trainer(follow, logger=capture)
+    said = warned(lambda: trainer.fit(Diverged(), samples()))
+    assert len(said) == 1
+    assert trainer.global_step == 2
+    assert all(math.isnan(value) for key, value in rows(capture)[2].items())
+
+
+def frozen() -> pl.LightningModule:
+    module = Plain()
+    module.freeze()
+    return module
+
+
+BY_HAND: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], Any, str]] = {
+    "no data": (Plain, {}, None, r"dataloader must be given where there is no Trainer's, got None: give a DataLoader"),
+    "frozen module": (
+        frozen,
+        {},
+        samples(),
+        r"module must have parameters that require gradients, got none: call module.unfreeze\(\), or req",
+    ),
+    "complex parameters": (Complex, {}, samples(), r"StabilizationMonitor must find real parameters, got complex ones"),
+    "too many directions": (Plain, {"subspace_dim": N}, samples(), r"subspace_dim must be below the .*, got 51 of 51"),
+    "whole batches": (Plain, {}, loader(classification(2)), SINGLE.format("DataLoader")),
+    "too few samples": (Plain, {}, samples(4), r"sample_sizes must leave a sample to be added, got 5 samples .* has 4"),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_misfits_by_hand(name: str) -> None:
+    make, options, data, sentence = BY_HAND[name]
+    with pytest.raises(MisconfigurationException, match=f"^{sentence}") as caught:
+        monitor(**options).evaluate(make(), data, make_trainer())
+    assert str(caught.value).endswith(".")
+
+
+def test_one_prefix_for_two_monitors() -> None:
+    trainer = make_trainer(monitor(prefix="a"))
+    trainer.callbacks.append(monitor(prefix="a"))  # type: ignore[attr-defined]
+    with pytest.raises(MisconfigurationException, match="prefix must differ between monitors of one class, got 'a' of"):
+        trainer.fit(Plain(), samples())
+
+
+class OwnSteps(Classifier):
+    """Two optimizers step in every batch: the count of steps goes up by two."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(4, 6, 3), sgd)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [sgd(self.network[0]), sgd(self.network[2])]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(self(batch[0]), batch[1]))
+            optimizer.step()
+
+
+def test_a_step_that_is_passed_over_is_made_up_for() -> None:
+    objective = lambda module, batch: module.loss(module(batch[0]), batch[1])  # noqa: E731
+    measured: list[int] = []
+
+    class Noting(StabilizationMonitor):
+        def measure(self, trainer: Any, *args: Any) -> None:
+            measured.append(trainer.global_step)
+            super().measure(trainer, *args)
+
+    options: dict[str, Any] = {"sample_sizes": (2,), "subspace_dim": 1, "at_steps": (0, 3, 8), "on_error": "raise"}
+    follow = Noting(objective=objective, optimizer_index=1, at_end=False, quantities=("delta_1",), **options)
+    make_trainer(follow, max_epochs=3).fit(OwnSteps(), samples())
+    assert measured == [0, 4, 8]
