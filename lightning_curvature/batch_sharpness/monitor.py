@@ -23,7 +23,7 @@ from lightning_curvature.batch_sharpness.sharded import ShardedProblem
 from lightning_curvature.data.population import Population, read_population
 from lightning_curvature.data.probe_set import step_size
 from lightning_curvature.distributed.failures import noted
-from lightning_curvature.distributed.reduce import is_sharded
+from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.losses.fixed import ProbeLoss, StepCall
 from lightning_curvature.monitors.base import OnError
 from lightning_curvature.monitors.checks import check_count, check_fraction, check_names
@@ -32,8 +32,9 @@ from lightning_curvature.operators import Curvature, operator_type
 from lightning_curvature.operators.differences import WHERE_SHARDED
 from lightning_curvature.optimizers.stability import stability_rule
 from lightning_curvature.optimizers.trial_steps import TrialSteps
+from lightning_curvature.replay.batches import copied
 from lightning_curvature.replay.module_state import RandomState
-from lightning_curvature.replay.objective import ObjectiveFunction, copied
+from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.reporting.progress import Progress
 

@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 from lightning_curvature.data.copies import DataRandomness, mixed
 from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, Shape, check_numbers, read_together, step_size
 from lightning_curvature.data.reading import Reading
-from lightning_curvature.replay.objective import copied
+from lightning_curvature.replay.batches import copied
 
 __all__ = ["Population", "read_population"]
 

@@ -15,7 +15,7 @@ from lightning_curvature.data.copies import DataRandomness, fresh_copy
 from lightning_curvature.data.reading import ProbeBatch, Reading
 from lightning_curvature.distributed.failures import elsewhere, noted, severity
 from lightning_curvature.distributed.reduce import mean_over_ranks
-from lightning_curvature.replay.objective import copied
+from lightning_curvature.replay.batches import copied
 
 __all__ = ["ProbeBatch", "ProbeSet", "read_probe_set", "step_size", "to_device"]
 

@@ -26,7 +26,7 @@ from torch.utils.data import (
 )
 
 from lightning_curvature.data.copies import DataRandomness, mixed
-from lightning_curvature.replay.objective import copied
+from lightning_curvature.replay.batches import copied
 
 # Samplers that give each sample of their dataset, on every rank, when nobody has made them distributed.
 _WHOLE = (SequentialSampler, RandomSampler)

@@ -1,7 +1,7 @@
 """Which distribution the loss belongs to, and which positions count: read off the batch, checked by the loss."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_curvature.functional import Likelihood
+from lightning_curvature.replay.batches import tensors
 
 IGNORED = -100  # the ignore_index of torch's cross-entropy
 
@@ -104,26 +105,6 @@ def _scale(likelihood: str, reduction: Reduction, components: int, positions: in
     if kind == "mean":
         return element * half / parts
     return element * half * positions / (1 if kind == "sum" else samples)
-
-
-def tensors(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch in a fixed order: nested tuples, lists, dicts and objects with fields."""
-    return list(_walk(batch))
-
-
-def _walk(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _walk(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _walk(item)
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            if isinstance(item, Tensor):
-                yield item
 
 
 def confirm(

@@ -19,7 +19,7 @@ from lightning_curvature.directional.probes import Window
 from lightning_curvature.directional.rounding import Rounding, coarse_products, first_epsilon
 from lightning_curvature.distributed.failures import FAILED, MISTAKEN, elsewhere, severity
 from lightning_curvature.distributed.reduce import mean_of_scalars
-from lightning_curvature.replay.evaluation import OUTPUTS_REMEDY
+from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn
 
 # Estimators that cannot do without outputs, and with the one that knows its error better with them.

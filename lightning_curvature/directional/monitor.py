@@ -14,7 +14,7 @@ from lightning_curvature.directional.estimates import Estimate
 from lightning_curvature.directional.measurement import DirectionalMeasurement, Result
 from lightning_curvature.directional.probes import Window
 from lightning_curvature.directional.update_monitor import UpdateMonitor
-from lightning_curvature.distributed.reduce import is_sharded
+from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.functional import LIKELIHOODS
 from lightning_curvature.metrics import CriticalSharpness, DirectionalCurvature
 from lightning_curvature.monitors.base import OnError

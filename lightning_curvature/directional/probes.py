@@ -15,7 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from lightning_curvature.directional.likelihood import OutputModel
-from lightning_curvature.distributed.reduce import fresh_shards
+from lightning_curvature.distributed.shards import fresh_shards
 from lightning_curvature.functional import (
     PairStatistics,
     divergence_statistics,
@@ -25,8 +25,8 @@ from lightning_curvature.functional import (
     pair_statistics,
 )
 from lightning_curvature.operators.differentiation import differentiable, same_attention
+from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.optimizers.update import ParameterUpdate
-from lightning_curvature.replay.evaluation import Evaluation
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import RecordedBatch, StepObjective
 

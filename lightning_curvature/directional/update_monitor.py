@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_curvature.directional.probes import Window
-from lightning_curvature.distributed.reduce import local
+from lightning_curvature.distributed.shards import local
 from lightning_curvature.monitors.base import Monitor
 from lightning_curvature.optimizers.update import ParameterUpdate, dense_copy
 from lightning_curvature.replay.isolation import untouched

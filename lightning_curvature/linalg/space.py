@@ -168,3 +168,11 @@ def _segments(sizes: Sequence[int], shares: Sequence[float]) -> list[tuple[int, 
         else:
             segments.append((start, stop, share))
     return segments
+
+
+def pairwise_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of the rows of a (A, n) with those of b (B, n): (A, B) float64, summed in float64 over pieces."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for first in range(0, a.shape[1], _PIECE):
+        total += (a[:, first : first + _PIECE] @ b[:, first : first + _PIECE].mT).double()
+    return total

@@ -14,7 +14,7 @@ from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, to_device
 from lightning_curvature.losses.stacked import Stacked, stack, stacked_losses
 from lightning_curvature.operators import MicroBatch
 from lightning_curvature.operators.differentiation import differentiable, same_attention
-from lightning_curvature.replay.evaluation import Evaluation
+from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.module_state import ModuleState, RandomState
 from lightning_curvature.replay.objective import RecordedBatch, StepObjective
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_curvature.distributed.failures import agree, noted
-from lightning_curvature.distributed.reduce import is_sharded
+from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.monitors.checks import check_not_quantized, check_numbers
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor

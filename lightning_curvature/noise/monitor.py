@@ -12,16 +12,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.data.probe_set import ProbeSet, step_size
-from lightning_curvature.losses.block_samples import BlockSamples
 from lightning_curvature.losses.fixed import ProbeLoss
-from lightning_curvature.losses.samples import Alone
+from lightning_curvature.losses.samples import Alone, BlockSamples
 from lightning_curvature.monitors.base import OnError
 from lightning_curvature.monitors.checks import check_count, check_names
 from lightning_curvature.monitors.occasional import OccasionalMonitor
 from lightning_curvature.noise.linear_layer import SeveralUsesError
 from lightning_curvature.noise.measurement import measure_noise
 from lightning_curvature.noise.problem import KEYS, QUANTITIES, NoiseOptions, NoiseProblem, Pairing, Quantity
-from lightning_curvature.noise.result import NoiseCurvature
+from lightning_curvature.noise.result import NoiseCurvature, report_noise
 from lightning_curvature.noise.routes import (
     batch_size_of,
     check_block,
@@ -31,7 +30,7 @@ from lightning_curvature.noise.routes import (
 )
 from lightning_curvature.noise.sums import NOT_A_MEAN, inputs_and_labels
 from lightning_curvature.replay.objective import ObjectiveFunction
-from lightning_curvature.reporting.loggers import inform, report_noise, warn
+from lightning_curvature.reporting.loggers import inform, warn
 from lightning_curvature.reporting.progress import Progress
 
 # What a rank can do; all do what the least of them can.

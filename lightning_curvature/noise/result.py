@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
 from lightning_curvature.functional.noise import CHAIN, CouplingTest, PowerLaw, SampleSpectra, linear_sample_spectra
 from lightning_curvature.noise.problem import KEYS, Route
+from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
+from lightning_curvature.reporting.pictures import picture_of
 
 Found = TypeVar("Found")
 
@@ -187,3 +190,18 @@ class NoiseCurvature:
         from lightning_curvature.noise.pictures import draw_matrices
 
         return draw_matrices(self, title)
+
+
+def report_noise(trainer: pl.Trainer, prefix: str, noise: NoiseCurvature) -> None:
+    """Write pictures of the noise against the curvature to every TensorBoard logger."""
+    writers = [logger.experiment for logger in tensorboards(trainer)]
+    if not writers or not trainer.is_global_zero:
+        return
+    step = logged_step(trainer)
+    title = f"{prefix}: {noise.parameter} at step {step}"
+    for key, figure in (("noise_scatter", noise.draw(title)), ("noise_matrices", noise.draw_matrices(title))):
+        if figure is None:
+            warn("the noise covariance comes without pictures: install matplotlib to have them.")
+            return
+        for writer in writers:
+            writer.add_image(f"{prefix}/{key}", picture_of(figure), step, dataformats="HWC")

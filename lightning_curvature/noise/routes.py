@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_curvature.functional.noise.relation import FEWEST_POINTS
-from lightning_curvature.losses.block_samples import BlockSamples
+from lightning_curvature.losses.samples import BlockSamples
 from lightning_curvature.noise.linear_layer import SeveralUsesError, linear_statistics
 from lightning_curvature.noise.sums import NOT_A_MEAN
 from lightning_curvature.operators.memory import available_memory

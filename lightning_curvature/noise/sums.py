@@ -17,11 +17,11 @@ from lightning_curvature.functional.noise import (
     unpacked,
 )
 from lightning_curvature.linalg import VectorSpace
-from lightning_curvature.losses.block_samples import BlockSamples, SampleGraphs
+from lightning_curvature.losses.samples import BlockSamples, SampleGraphs
 from lightning_curvature.noise.linear_layer import LinearStatistics, SeveralUsesError, linear_statistics
 from lightning_curvature.noise.problem import Block, NoiseProblem
+from lightning_curvature.operators.graphs import products_at_once, products_with
 from lightning_curvature.operators.micro_batches import building_graphs
-from lightning_curvature.stabilization.subspace import products_at_once, products_with
 
 Sums = dict[str, Tensor]
 NOT_A_MEAN = "the loss of a batch is not the mean of those of its samples"

@@ -1,17 +1,22 @@
 """Products with the Hessian by a difference of two gradients."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_curvature.distributed.reduce import fresh_shards, local, vector_space
+from lightning_curvature.distributed.reduce import sum_over_ranks
+from lightning_curvature.distributed.shards import fresh_shards, is_sharded, local, own_part, shard_count
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators.exact import CurvatureOperator, Reduce, check_graph
 from lightning_curvature.operators.micro_batches import MicroBatch
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 # Along the sharpest direction of a small network at the edge of stability the curvature changes by 10 % within a length
 # of 0.03 ‖θ‖, along random ones hardly at all. At a tenth of u^{1/3} ‖θ‖ products are off by 3 to 6 u^{2/3} in the mean
@@ -41,7 +46,7 @@ class Sharding:
     around: Callable[[], contextlib.AbstractContextManager[object]]
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, parameters: Sequence[Tensor]) -> "Sharding":
+    def of(cls, trainer: "pl.Trainer", parameters: Sequence[Tensor]) -> "Sharding":
         """How the ranks of a Trainer share the parameters of its module, one collective."""
         return cls(
             space=vector_space(trainer, parameters),
@@ -151,3 +156,16 @@ class GradientDifferenceOperator(CurvatureOperator):
         for p in self._originals:
             p.grad = None
         return gradients
+
+
+def vector_space(trainer: "pl.Trainer", parameters: Sequence[Tensor]) -> VectorSpace:
+    """The space of the parameters, of which ranks may hold parts."""
+    if not is_sharded(parameters):
+        return VectorSpace(parameters)
+    return VectorSpace(
+        [local(p) for p in parameters],
+        reduce=sum_over_ranks(trainer),
+        shares=[shard_count(p) / trainer.world_size for p in parameters],
+        shapes=[p.shape for p in parameters],
+        cut=[functools.partial(own_part, like=p) for p in parameters],
+    )

@@ -7,7 +7,8 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_curvature.operators.memory import SavedBytes, available_memory
+from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.operators.memory import SavedBytes, available_memory, vectors_that_fit
 
 KeepGraph = bool | Literal["auto"]
 Graph = TypeVar("Graph")
@@ -107,3 +108,38 @@ def pull_back_rows(output: Tensor, leaf: Tensor, rows: Tensor) -> Tensor | None:
         return pull_back([output], [leaf], [rows], retain=True, batched=True)[0]
     found = [pull_back([output], [leaf], [row], retain=True)[0] for row in rows]
     return None if found[0] is None else torch.stack([one for one in found if one is not None])
+
+
+# Share of the free memory that vectors multiplied at once may take: a product makes a few times as many intermediate
+# values.
+_BATCH_SHARE = 0.05
+
+
+def products_at_once(space: VectorSpace, processes: int) -> int:
+    """How many vectors are multiplied at once."""
+    return max(1, int(vectors_that_fit(space, _BATCH_SHARE, processes)))
+
+
+def products_with(
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], space: VectorSpace, vectors: Tensor
+) -> Tensor:
+    """Products of the Hessian of one loss with several vectors, from the graph of its gradient: all at once, if may be.
+
+    Args:
+        gradients: of the loss, with their graph, which is kept.
+        parameters: that it was differentiated by.
+        space: of the vectors.
+        vectors: (q, n).
+
+    Returns:
+        (q, n).
+    """
+
+    def pulled(rows: Tensor, batched: bool) -> Tensor:
+        found = pull_back(gradients, parameters, space.views(rows), retain=True, batched=batched)
+        return space.pack(found, *rows.shape[:-1])
+
+    if len(vectors) > 1:
+        with contextlib.suppress(RuntimeError):  # an operation that cannot be batched
+            return pulled(vectors, True)
+    return torch.stack([pulled(row, False) for row in vectors])

@@ -11,7 +11,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_curvature.operators.differentiation import differentiable
-from lightning_curvature.replay.evaluation import Evaluation
+
+
+@dataclass
+class Evaluation:
+    """Loss and, where they can be had, outputs of one batch.
+
+    Attributes:
+        loss: scalar mean loss.
+        outputs: outputs of shape (B, …), or None.
+        mask: weight of each position, or None.
+    """
+
+    loss: Tensor
+    outputs: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, Optimizer, RMSprop
 
-from lightning_curvature.distributed.reduce import local
+from lightning_curvature.distributed.shards import local
 from lightning_curvature.functional.thresholds import adaptive_threshold, momentum_threshold
 from lightning_curvature.optimizers.update import HasParameterGroups
 

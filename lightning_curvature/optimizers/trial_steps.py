@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_curvature.distributed.reduce import local
+from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.replay.isolation import muted
 from lightning_curvature.replay.module_state import ModuleState, RandomState

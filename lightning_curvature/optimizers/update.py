@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_curvature.distributed.reduce import local, shard_count
+from lightning_curvature.distributed.shards import local, shard_count
 
 # Parameters are worked on in pieces of this many numbers: on a CPU they stay in its cache, on an accelerator one kernel
 # is worth its launch; and no temporary is as large as a large parameter.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.distributed.reduce import local
+from lightning_curvature.distributed.shards import local
 
 
 class RandomState:

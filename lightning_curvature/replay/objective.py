@@ -1,7 +1,6 @@
 """A LightningModule's training step as a function of its parameters: recorded once, repeated at will."""
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -10,15 +9,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_curvature.directional.likelihood import tensors
-from lightning_curvature.replay.evaluation import Evaluation, find_outputs, read_result
+from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.replay.batches import copied
 from lightning_curvature.replay.isolation import muted, own_buffers, patched
-from lightning_curvature.replay.manual import BackwardLog, inert_optimization, recording_backward
 from lightning_curvature.replay.module_state import Bystanders, ModuleState, RandomState
-from lightning_curvature.replay.step_wrapper import recorded_through
+from lightning_curvature.replay.recording import (
+    BackwardLog,
+    find_outputs,
+    inert_optimization,
+    read_result,
+    recorded_through,
+    recording_backward,
+)
 
 ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
 
@@ -246,20 +250,6 @@ def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -
     except Exception as error:
         on_error(error)
         return None
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    clone = tensor.detach().clone()
-    # Not at all where it would change nothing: inside ``torch.vmap`` it is an error.
-    return clone.requires_grad_() if tensor.requires_grad else clone
-
-
-def copied(data: Any) -> Any:
-    """Copy a batch with all its containers and objects; tensors become leaves."""
-    try:
-        return copy.deepcopy(data, {id(t): _clone(t) for t in tensors(data)})
-    except Exception:  # an object that refuses to be copied
-        return apply_to_collection(data, Tensor, _clone)
 
 
 def _forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,7 +13,6 @@ from lightning_curvature.distributed.failures import Failure, attempted, failure
 from lightning_curvature.linalg import (
     Eigenpairs,
     NonFiniteProductError,
-    SpectralDensity,
     VectorSpace,
     eigenpairs,
     spectral_density,
@@ -23,6 +21,7 @@ from lightning_curvature.linalg import (
 from lightning_curvature.optimizers.stability import NotYetSteppedError
 from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.spectrum.problem import Operator, Problem, make_operator, preconditioned
+from lightning_curvature.spectrum.result import Spectrum
 
 Quantity = Literal[
     "lambda_max",
@@ -62,19 +61,6 @@ def _name(index: int) -> str:
 
 def _with_error(name: str) -> list[str]:
     return [name, f"{name}_error", f"{name}_converged"]
-
-
-@dataclass
-class Spectrum:
-    """What one measurement gave.
-
-    Attributes:
-        values: by key; NaN for what failed.
-        density: where asked for.
-    """
-
-    values: dict[str, float] = field(default_factory=dict)
-    density: SpectralDensity | None = None
 
 
 class SpectrumMeasurement:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.data.probe_set import ProbeSet
-from lightning_curvature.distributed.reduce import is_sharded
+from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.monitors.base import OnError
 from lightning_curvature.monitors.checks import check_count, check_fraction, check_names
@@ -21,7 +21,7 @@ from lightning_curvature.operators.differences import WHERE_SHARDED
 from lightning_curvature.operators.graphs import check_keep_graph
 from lightning_curvature.optimizers.stability import StabilityRule, stability_rule
 from lightning_curvature.replay.objective import ObjectiveFunction
-from lightning_curvature.reporting.loggers import check_tensorboard, report_density, warn
+from lightning_curvature.reporting.loggers import check_tensorboard, warn
 from lightning_curvature.reporting.progress import Progress
 from lightning_curvature.spectrum.measurement import (
     EXACT_ONLY,
@@ -32,6 +32,7 @@ from lightning_curvature.spectrum.measurement import (
     SpectrumMeasurement,
 )
 from lightning_curvature.spectrum.problem import Problem, basis_length
+from lightning_curvature.spectrum.result import report_density
 
 
 class HessianSpectrumMonitor(ProbeSetMonitor):

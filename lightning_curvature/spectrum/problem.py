@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_curvature.distributed.reduce import local, sum_over_ranks
+from lightning_curvature.distributed.reduce import sum_over_ranks
+from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators import (
     CurvatureOperator,

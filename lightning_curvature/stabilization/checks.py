@@ -8,8 +8,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_curvature.monitors.checks import check_count, check_fraction, check_names, check_numbers
-from lightning_curvature.stabilization.options import ESTIMATORS, QUANTITIES, Estimator, GrowthOptions, Quantity
-from lightning_curvature.stabilization.subspace import LAWS, Law
+from lightning_curvature.stabilization.options import (
+    ESTIMATORS,
+    LAWS,
+    QUANTITIES,
+    Estimator,
+    GrowthOptions,
+    Law,
+    Quantity,
+)
 
 
 def growth_options(

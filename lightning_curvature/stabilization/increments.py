@@ -4,16 +4,12 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.functional import QuadraticIncrement, increment
+from lightning_curvature.linalg.space import pairwise_dots
 from lightning_curvature.operators import HessianOperator
+from lightning_curvature.operators.graphs import products_with
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.stabilization.problem import GrowthTools
-from lightning_curvature.stabilization.subspace import (
-    Subspace,
-    eigen_subspace,
-    given_subspace,
-    pairwise_dots,
-    products_with,
-)
+from lightning_curvature.stabilization.subspace import Subspace, eigen_subspace, given_subspace
 
 
 def subspace_at(

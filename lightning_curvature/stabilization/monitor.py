@@ -16,8 +16,9 @@ from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.samples import SampleLosses
 from lightning_curvature.monitors.base import OnError
 from lightning_curvature.monitors.occasional import OccasionalMonitor
+from lightning_curvature.operators.graphs import products_at_once
 from lightning_curvature.replay.objective import ObjectiveFunction
-from lightning_curvature.reporting.loggers import report_growth, warn
+from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.reporting.progress import Progress
 from lightning_curvature.stabilization.checks import check_directions, growth_options
 from lightning_curvature.stabilization.measurement import measure_growth
@@ -25,10 +26,10 @@ from lightning_curvature.stabilization.options import (
     QUANTITIES,
     Estimator,
     GrowthProblem,
+    Law,
     Quantity,
 )
-from lightning_curvature.stabilization.result import SampleGrowth
-from lightning_curvature.stabilization.subspace import Law, products_at_once
+from lightning_curvature.stabilization.result import SampleGrowth, report_growth
 
 Directions = Callable[[pl.LightningModule], Tensor]
 

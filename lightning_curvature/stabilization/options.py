@@ -9,7 +9,12 @@ from torch import Tensor
 
 from lightning_curvature.losses.samples import SampleLosses
 from lightning_curvature.stabilization.result import POINT
-from lightning_curvature.stabilization.subspace import Law
+
+Law = Literal["top", "bottom", "random", "gradients"]
+
+
+LAWS: tuple[Law, ...] = ("top", "bottom", "random", "gradients")
+
 
 Quantity = Literal["delta_1", "delta_2", "delta_2_subspace"]
 QUANTITIES: tuple[Quantity, ...] = ("delta_1", "delta_2", "delta_2_subspace")

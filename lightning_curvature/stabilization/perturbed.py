@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_curvature.functional import increment
 from lightning_curvature.linalg.space import Distribution
+from lightning_curvature.operators.graphs import products_with
 from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.stabilization.problem import GrowthTools
-from lightning_curvature.stabilization.subspace import products_with
 
 # What random vectors are for.
 _PROBES, _TRACES = 2, 3

@@ -2,15 +2,18 @@
 
 import csv
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_curvature.functional import DecaySlope, decay_slope, validated_sigma
-from lightning_curvature.reporting.pictures import new_figure
+from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
+from lightning_curvature.reporting.pictures import new_figure, picture_of
 
 POINT = "delta_1"
 
@@ -227,3 +230,37 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
         return mean, math.nan
     square = math.fsum((number - mean) ** 2 for number in numbers)
     return mean, math.sqrt(square / (len(numbers) - 1) / len(numbers))
+
+
+def report_growth(trainer: pl.Trainer, prefix: str, growth: SampleGrowth) -> None:
+    """Write a table of sample growth: to TensorBoard against k and as a picture, and as files where loggers write."""
+    if not trainer.is_global_zero:
+        return
+    step = logged_step(trainer)
+    figure = growth.draw(f"{prefix}: sample growth at step {step}") if trainer.loggers else None
+    if figure is None and trainer.loggers:
+        warn("sample growth comes without a picture: install matplotlib to have one.")
+    for writer in (logger.experiment for logger in tensorboards(trainer)):
+        for (criterion, estimator, dimension, sigma), curve in growth.curves().items():
+            parts = [criterion, *([f"D={dimension}"] if dimension else []), *([f"sigma={sigma:g}"] if sigma else [])]
+            for k, row in curve.items():
+                writer.add_scalar(f"{prefix}_by_samples/step={step}/{'_'.join([*parts, estimator])}", row.value, k)
+        if figure is not None:
+            writer.add_image(f"{prefix}/sample_growth", picture_of(figure), step, dataformats="HWC")
+    folder = next((logger.log_dir for logger in trainer.loggers if getattr(logger, "log_dir", None)), None)
+    if folder is None:
+        return
+    name = os.path.join(folder, f"{prefix.replace('/', '-')}-stabilization-step={step}")
+    try:
+        files = get_filesystem(folder)
+        files.makedirs(folder, exist_ok=True)
+        growth.to_csv(f"{name}.csv")
+        if figure is not None:
+            with files.open(f"{name}.png", "wb") as file:
+                figure.savefig(file)
+    except OSError as error:
+        # On one rank alone, where the others go on.
+        warn(
+            f"the logger's folder must be one that can be written to, got {folder!r} ({error}): the table is in the "
+            "monitor's result alone."
+        )

@@ -1,26 +1,16 @@
 """The directions in which the loss is probed: an orthonormal basis, and the Hessian of the first k samples in it."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace, eigenpairs
+from lightning_curvature.linalg.space import pairwise_dots
 from lightning_curvature.operators import CurvatureOperator
-from lightning_curvature.operators.graphs import pull_back
-from lightning_curvature.operators.memory import vectors_that_fit
+from lightning_curvature.stabilization.options import Law
 
-Law = Literal["top", "bottom", "random", "gradients"]
-LAWS: tuple[Law, ...] = ("top", "bottom", "random", "gradients")
-
-# Products with that many coordinates at a time are summed in float64.
-_PIECE = 2**16
-# Share of the free memory that vectors multiplied at once may take: a product makes a few times as many intermediate
-# values.
-_SHARE = 0.05
 # Random vectors that a search without start vectors begins with. One finds every eigenvalue once; with more, the basis
 # grows wider and less deep: a GPT took 1.3 times the products for 16 pairs with a block of 16.
 _BLOCK = 2
@@ -129,41 +119,3 @@ def orthonormal(space: VectorSpace, vectors: Tensor) -> Tensor:
             row /= length
             before = 1.0
     return rows
-
-
-def pairwise_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Dot products of the rows of a (A, n) with those of b (B, n): (A, B) float64, summed in float64 over pieces."""
-    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for first in range(0, a.shape[1], _PIECE):
-        total += (a[:, first : first + _PIECE] @ b[:, first : first + _PIECE].mT).double()
-    return total
-
-
-def products_at_once(space: VectorSpace, processes: int) -> int:
-    """How many vectors are multiplied at once."""
-    return max(1, int(vectors_that_fit(space, _SHARE, processes)))
-
-
-def products_with(
-    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], space: VectorSpace, vectors: Tensor
-) -> Tensor:
-    """Products of the Hessian of one loss with several vectors, from the graph of its gradient: all at once, if may be.
-
-    Args:
-        gradients: of the loss, with their graph, which is kept.
-        parameters: that it was differentiated by.
-        space: of the vectors.
-        vectors: (q, n).
-
-    Returns:
-        (q, n).
-    """
-
-    def pulled(rows: Tensor, batched: bool) -> Tensor:
-        found = pull_back(gradients, parameters, space.views(rows), retain=True, batched=batched)
-        return space.pack(found, *rows.shape[:-1])
-
-    if len(vectors) > 1:
-        with contextlib.suppress(RuntimeError):  # an operation that cannot be batched
-            return pulled(vectors, True)
-    return torch.stack([pulled(row, False) for row in vectors])

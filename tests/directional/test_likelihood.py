@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_curvature.directional.likelihood import OutputModel, identify, tensors
+from lightning_curvature.directional.likelihood import OutputModel, identify
 from lightning_curvature.functional import output_quadratic_form
+from lightning_curvature.replay.batches import tensors
 
 SHAPES = {
     "vectors": ((6, 5), (6,), -1),

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.distributed.reduce import fresh_shards
+from lightning_curvature.distributed.shards import fresh_shards
 from tests.distributed.cases import Case, adamw, batches, momentum
 from tests.runs import Batch, Classifier, MakeOptimizer, loader, make_trainer, mlp
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.distributed.reduce import local
+from lightning_curvature.distributed.shards import local
 from tests.compatibility.test_several_optimizers import PLAYERS, Gan, Player, data
 from tests.distributed.cases import EPSILON
 from tests.distributed.fsdp2_jobs import strategy

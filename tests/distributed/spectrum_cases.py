@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from lightning_curvature import CurvatureWarning, HessianSpectrumMonitor
-from lightning_curvature.spectrum.measurement import QUANTITIES, Spectrum
+from lightning_curvature.spectrum.measurement import QUANTITIES
 from lightning_curvature.spectrum.problem import Problem
+from lightning_curvature.spectrum.result import Spectrum
 from tests.distributed.cases import collectives, state_of
 from tests.runs import Capture, classification, make_trainer
 

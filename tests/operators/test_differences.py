@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators import GradientDifferenceOperator, MicroBatch, Sharding, micro_batches
-from lightning_curvature.replay.evaluation import Evaluation
+from lightning_curvature.operators.micro_batches import Evaluation
 from tests.operators.cases import CASES, Data, trained
 from tests.oracles.matrices import Matrices
 

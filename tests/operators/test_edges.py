@@ -18,7 +18,7 @@ from lightning_curvature.operators import (
     SecondMomentOperator,
     micro_batches,
 )
-from lightning_curvature.replay.evaluation import Evaluation
+from lightning_curvature.operators.micro_batches import Evaluation
 from tests.operators.cases import CASES
 
 X = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)

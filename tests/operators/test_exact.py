@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator, MicroBatch
-from lightning_curvature.replay.evaluation import Evaluation
+from lightning_curvature.operators.micro_batches import Evaluation
 from tests.operators.cases import CASES, INDEPENDENT, Odd, matrix, off, trained
 from tests.oracles.matrices import Matrices
 

@@ -18,7 +18,7 @@ from lightning_curvature.operators import (
     SecondMomentOperator,
     micro_batches,
 )
-from lightning_curvature.replay.evaluation import Evaluation
+from lightning_curvature.operators.micro_batches import Evaluation
 from tests.operators.cases import CASES, on_ranks, trained
 
 CASE = CASES["squared"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_curvature.distributed.reduce import local
+from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from tests.optimizers.test_trial_steps import Run

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature.operators import GaussNewtonOperator, MicroBatch
-from lightning_curvature.replay.evaluation import Evaluation
+from lightning_curvature.operators.micro_batches import Evaluation
 from tests.oracles.hessian_spectrum import check_eigenvalue
 from tests.runs import Classifier, mlp
 from tests.spectrum.runs import BATCH, fitted, hessian, sgd

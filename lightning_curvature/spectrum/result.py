@@ -1,0 +1,72 @@
+"""The result of one spectrum measurement, and how TensorBoard shows its density."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_curvature.linalg import (
+    SpectralDensity,
+)
+from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
+from lightning_curvature.reporting.pictures import new_figure, picture_of
+
+
+def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> None:
+    """Write a spectral density to every TensorBoard logger: a histogram of all N eigenvalues, and a picture of it.
+
+    The picture needs matplotlib; without it the histogram comes alone, with one warning.
+    """
+    step = logged_step(trainer)
+    writers = [logger.experiment for logger in tensorboards(trainer)]
+    if not writers or not trainer.is_global_zero:
+        return
+    edges, shares = density.histogram()
+    counts = shares * density.dimension
+    picture = _density_picture(key, step, density)
+    for writer in writers:
+        writer.add_histogram_raw(
+            key,
+            min=float(edges[0]),
+            max=float(edges[-1]),
+            num=density.dimension,
+            sum=density.moment(1) * density.dimension,
+            sum_squares=density.moment(2) * density.dimension,
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+        if picture is not None:
+            writer.add_image(f"{key}_picture", picture, step, dataformats="HWC")
+
+
+def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
+    """The density on a logarithmic scale as an image, (H, W, 3) uint8, or None without matplotlib."""
+    figure = new_figure(figsize=(6.4, 3.6), dpi=100)
+    if figure is None:
+        warn("the spectral density comes without a picture: install matplotlib to have one beside the histogram.")
+        return None
+    grid = density.grid()
+    axes = figure.add_subplot()
+    values = density.evaluate(grid).numpy()
+    axes.semilogy(grid.numpy(), values, linewidth=1.2)
+    # Below a tenth of one eigenvalue there is nothing to see but the tails of the smoothing. They go down to 1e-300 and
+    # would decide where the upper end is.
+    axes.set_ylim(0.1 / (density.dimension * density.default_width()), 3.0 * values.max())
+    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_title(f"{key} at step {step}", fontsize=10)
+    axes.set_ylabel("density")
+    return picture_of(figure)
+
+
+@dataclass
+class Spectrum:
+    """What one measurement gave.
+
+    Attributes:
+        values: by key; NaN for what failed.
+        density: where asked for.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    density: SpectralDensity | None = None
