@@ -25,13 +25,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BatchSharpnessMonitor": "callbacks",
+    "BatchSharpnessMonitor": "batch_sharpness.monitor",
     "CurvatureWarning": "reporting.loggers",
-    "DirectionalCurvatureMonitor": "callbacks",
-    "HessianSpectrumMonitor": "callbacks",
-    "NoiseCovarianceMonitor": "callbacks",
+    "DirectionalCurvatureMonitor": "directional.monitor",
+    "HessianSpectrumMonitor": "spectrum.monitor",
+    "NoiseCovarianceMonitor": "noise.monitor",
     "ParameterUpdate": "optimizers.update",
-    "StabilizationMonitor": "callbacks",
+    "StabilizationMonitor": "stabilization.monitor",
 }
 
 

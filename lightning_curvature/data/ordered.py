@@ -41,7 +41,7 @@ def read_ordered_samples(
     *,
     samples: int,
     seed: int = 0,
-    errors: list[Exception] | None = None,
+    failure: Exception | None = None,
 ) -> OrderedSamples:
     """Read single samples of a run in an order of their own; the run does not notice.
 
@@ -55,10 +55,10 @@ def read_ordered_samples(
         dataloader: a DataLoader; default: the Trainer's.
         samples: how many, over all ranks.
         seed: of the order, and of random augmentations.
-        errors: what has failed before on this rank, which then does not read, and tells the others.
+        failure: this rank's error before the reading: it then reads nothing, and the other ranks learn of it.
 
     Raises:
-        Exception: the first of ``errors``.
+        Exception: ``failure``.
         MisconfigurationException: there are fewer samples, or the loader hands out whole batches.
         RuntimeError: on every rank when the reading failed on another one.
 
@@ -89,7 +89,7 @@ def read_ordered_samples(
         return [replace(one, batch=shaped(one.batch)) for one in found if one.group < samples], None
 
     options = {"samples": samples, "batch_size": 1, "group_size": 1, "seed": seed}
-    share, _ = read_together(trainer, dataloader, read, errors, **options)
+    share, _ = read_together(trainer, dataloader, read, failure, **options)
     if share.total < samples:
         raise MisconfigurationException(
             f"sample_sizes must leave a sample to be added, got {samples} samples for the largest and its candidates "

@@ -77,7 +77,7 @@ def read_population(
     batch_size: int | None = None,
     micro_batch_size: int | None = None,
     seed: int = 0,
-    errors: list[Exception] | None = None,
+    failure: Exception | None = None,
 ) -> Population:
     """Read the samples of :func:`~.data.probe_set.read_probe_set`, of which mini-batches can be drawn.
 
@@ -117,10 +117,10 @@ def read_population(
             given ``dataloader`` where the Trainer's has no size, or where the given one hands out whole batches.
         micro_batch_size: samples of a micro-batch; default: the batch size of the loader.
         seed: of the choice of samples, of random augmentations in them, and of the draws.
-        errors: what has failed before on this rank, which then does not read, and tells the others.
+        failure: this rank's error before the reading: it then reads nothing, and the other ranks learn of it.
 
     Raises:
-        Exception: the first of ``errors``.
+        Exception: ``failure``.
         ValueError: ``samples``, ``batch_size`` or ``micro_batch_size`` is less than 1.
         MisconfigurationException: a mini-batch is larger than the population, a size is given for whole batches, or the
             loader is none of which a probe set can be read.
@@ -150,7 +150,7 @@ def read_population(
         return _read_samples(reading, shaped, indices, size, own=batch_size is None)
 
     options = {"samples": samples, "batch_size": micro_batch_size, "group_size": 1, "seed": seed}
-    share, population = read_together(trainer, dataloader, read, errors, **options)
+    share, population = read_together(trainer, dataloader, read, failure, **options)
     return population(share)
 
 

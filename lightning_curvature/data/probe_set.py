@@ -9,12 +9,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_curvature.data.copies import DataRandomness, fresh_copy
 from lightning_curvature.data.reading import ProbeBatch, Reading
-from lightning_curvature.distributed.failures import elsewhere, noted, severity
-from lightning_curvature.distributed.reduce import mean_over_ranks
+from lightning_curvature.distributed.together import together
 from lightning_curvature.replay.batches import copied
 
 __all__ = ["ProbeBatch", "ProbeSet", "read_probe_set", "step_size", "to_device"]
@@ -55,7 +55,7 @@ def read_probe_set(
     batch_size: int | None = None,
     group_size: int = 1,
     seed: int = 0,
-    errors: list[Exception] | None = None,
+    failure: Exception | None = None,
 ) -> ProbeSet:
     """Read the probe set of a run, which does not notice.
 
@@ -94,10 +94,10 @@ def read_probe_set(
         batch_size: size of a batch; default: that of the loader. Whole batches cannot be cut.
         group_size: how many consecutive batches belong together; they go to one rank, if there are groups for all.
         seed: of the draw of samples and of the random augmentations in them.
-        errors: what has failed before on this rank, which then does not read, and tells the others.
+        failure: this rank's error before the reading: it then reads nothing, and the other ranks learn of it.
 
     Raises:
-        Exception: the first of ``errors``.
+        Exception: ``failure``.
         ValueError: ``samples`` or ``batch_size`` is less than 1.
         MisconfigurationException: there is more than one loader, or it cannot be copied, has no end or no samples.
         RuntimeError: on every rank when the reading failed on another one.
@@ -111,7 +111,7 @@ def read_probe_set(
         trainer,
         dataloader,
         read,
-        errors,
+        failure,
         samples=samples,
         batch_size=batch_size,
         group_size=group_size,
@@ -140,7 +140,7 @@ def read_together(
     trainer: pl.Trainer,
     dataloader: Any | None,
     read: Callable[[Reading, Shape], tuple[Sequence[ProbeBatch], Found]],
-    errors: list[Exception] | None = None,
+    failure: Exception | None = None,
     **options: Any,
 ) -> tuple[ProbeSet, Found]:
     """Read on all ranks what ``read`` makes of a fresh copy of the loader; random states are the same afterwards.
@@ -149,7 +149,7 @@ def read_together(
         trainer: the Trainer.
         dataloader: the loader; default: the Trainer's.
         read: gets the reading, and what gives a batch the form of the Trainer's; returns this rank's share, and more.
-        errors: what has failed before on this rank.
+        failure: this rank's error before the reading.
         **options: of the reading: ``samples``, ``batch_size``, ``group_size``, ``seed``.
 
     Returns:
@@ -160,19 +160,36 @@ def read_together(
             rank, also when it was another one's.
         RuntimeError: on every rank when the reading failed on another one.
     """
-    errors = [] if errors is None else errors
-    batches: Sequence[ProbeBatch] = ()
+    batches: list[ProbeBatch] = []
     more: list[Found] = []
-    if not errors:
-        with noted(errors):
-            own = dataloader is None
-            loader, shaped = _only_loader(trainer.train_dataloader if own else dataloader, nested=own)
-            fresh = fresh_copy(loader)
-            randomness = DataRandomness(trainer.strategy.root_device, fresh)
-            with randomness.kept():
-                batches, found = read(Reading(trainer, fresh, own, randomness=randomness, **options), shaped)
-                more.append(found)
-    return _agreed(trainer, batches, errors), more[0]
+    empty = torch.zeros(trainer.world_size, 3, dtype=torch.float64, device="cpu")
+
+    def make() -> dict[str, Tensor]:
+        if failure is not None:
+            raise failure
+        own = dataloader is None
+        loader, shaped = _only_loader(trainer.train_dataloader if own else dataloader, nested=own)
+        fresh = fresh_copy(loader)
+        randomness = DataRandomness(trainer.strategy.root_device, fresh)
+        with randomness.kept():
+            share, found = read(Reading(trainer, fresh, own, randomness=randomness, **options), shaped)
+            # While random states are those of the reading: the share may be a generator.
+            batches.extend(share)
+        more.append(found)
+        table = torch.zeros_like(empty)
+        spread = max((one.group + 1 for one in batches if one.spread), default=0)
+        table[trainer.global_rank] = torch.tensor([sum(one.size for one in batches), len(batches), spread])
+        return {"counts": table}
+
+    table = together(trainer, make, {"counts": empty}, "reading the probe set")["counts"]
+    sizes, numbers, spreads = table.round().long().T.tolist()
+    if min(sizes) == 0:
+        raise MisconfigurationException(
+            "the probe set must hold at least one sample for each rank, got "
+            f"{' + '.join(map(str, sizes))}: give more data, or other data by probe_dataloader=."
+        )
+    share = ProbeSet(tuple(batches), sum(sizes), max(numbers), sum(numbers), max(spreads) or None)
+    return share, more[0]
 
 
 def to_device(trainer: pl.Trainer, module: pl.LightningModule, probe: ProbeBatch) -> Any:
@@ -233,32 +250,3 @@ def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Shape]:
     loader, inner = _only_loader(loaders[0], nested=True)
     form = list if isinstance(loaders, list) else tuple
     return loader, lambda batch: form([inner(batch)])
-
-
-def _agreed(trainer: pl.Trainer, batches: Sequence[ProbeBatch], errors: list[Exception]) -> ProbeSet:
-    """Bring together what the ranks have read. Each comes here, also one that failed: none waits for another."""
-    table = torch.zeros(trainer.world_size, 4, dtype=torch.float64, device="cpu")
-    spread = max((one.group + 1 for one in batches if one.spread), default=0)
-    failed = severity(errors[0] if errors else None)
-    for column, value in enumerate((sum(one.size for one in batches), len(batches), failed, spread)):
-        table[trainer.global_rank, column] = value
-    if trainer.world_size > 1:
-        summed = mean_over_ranks(trainer, table.to(trainer.strategy.root_device)) * trainer.world_size
-        table = summed.round().cpu()
-    if errors:
-        error = errors[0]
-        errors.clear()
-        try:
-            raise error
-        finally:
-            del error  # which holds this frame
-    if table[:, 2].any():
-        raise elsewhere("reading the probe set", float(table[:, 2].max()))
-    counts = [int(count) for count in table[:, 0].tolist()]
-    if min(counts) == 0:
-        raise MisconfigurationException(
-            "the probe set must hold at least one sample for each rank, got "
-            f"{' + '.join(map(str, counts))}: give more data, or other data by probe_dataloader=."
-        )
-    numbers = [int(count) for count in table[:, 1].tolist()]
-    return ProbeSet(tuple(batches), sum(counts), max(numbers), sum(numbers), int(table[:, 3].max()) or None)

@@ -18,6 +18,14 @@ def check_names(argument: str, names: object, known: Sequence[str]) -> None:
         raise ValueError(f"{argument} must be names from {tuple(known)}, got {unknown[0]!r}: correct or remove it.")
 
 
+def check_choice(argument: str, value: object, known: Sequence[object], remedy: str) -> None:
+    """Raise unless ``value`` is one of the known ones."""
+    # By type as well: 1 and True are equal.
+    if not any(type(value) is type(one) and value == one for one in known):
+        *others, last = map(repr, known)
+        raise ValueError(f"{argument} must be {', '.join(others)} or {last}, got {value!r}: {remedy}.")
+
+
 def check_count(argument: str, value: object, least: int, remedy: str, optional: bool = False) -> None:
     """Raise unless ``value`` is a whole number of at least ``least``, or None where it is optional."""
     if optional and value is None:

@@ -1,10 +1,11 @@
-"""The part of a monitor that measures on a fixed probe set, before an optimizer step is made."""
+"""The base of the monitors that measure on a fixed probe set, before an optimizer step is made."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 
 from lightning_curvature.data.probe_set import read_probe_set, step_size
 from lightning_curvature.data.reading import sample_count
-from lightning_curvature.distributed.failures import agree, noted
-from lightning_curvature.losses.fixed import ProbeLoss, ProbeMode
+from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.monitors.base import Monitor
-from lightning_curvature.monitors.checks import check_count
+from lightning_curvature.monitors.options import ProbeSetOptions
+from lightning_curvature.monitors.protocol import Prepared, Problem, Result, prepare_together
 from lightning_curvature.replay.isolation import untouched
+from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.reporting.loggers import warn
 
+ResultT = TypeVar("ResultT", bound=Result)
 
-class ProbeSetMonitor(Monitor):
+
+class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     """Base of the monitors that measure on a fixed probe set.
 
     They measure at θ_t, in ``on_train_batch_start`` of the first batch of optimizer step t, with the learning rate and
@@ -29,67 +33,59 @@ class ProbeSetMonitor(Monitor):
     (see :func:`~lightning_curvature.data.probe_set.read_probe_set`).
 
     Args:
-        probe_samples: the most samples that the probe set has; None for all training data.
-        probe_dataloader: a DataLoader, or a list of batches, to take them from; default: the Trainer's.
-        micro_batch_size: samples differentiated at once; default: the batch size of the loader.
-        probe_mode: "train" leaves the module in its modes, "eval" switches it for the measurement.
-        seed: of the choice of samples, of dropout and of random vectors.
-        **options: those of :class:`~lightning_curvature.monitors.base.Monitor`.
+        options: its options.
+
+    Attributes:
+        capacities: names of the capacities that :meth:`prepare` returns.
+        result: result of the last measurement, or None.
     """
 
+    options: ProbeSetOptions
+    capacities: ClassVar[tuple[str, ...]] = ()
     _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
 
-    def __init__(
-        self,
-        *,
-        probe_samples: int | None,
-        probe_dataloader: Any,
-        micro_batch_size: int | None,
-        probe_mode: ProbeMode,
-        seed: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        check_count("probe_samples", probe_samples, 1, "None takes all training data", optional=True)
-        check_count("micro_batch_size", micro_batch_size, 1, "None takes the batch size of the loader", optional=True)
-        if probe_mode not in ("train", "eval"):
-            raise ValueError(
-                f"probe_mode must be 'train' or 'eval', got {probe_mode!r}: 'train' leaves the module as it trains."
-            )
-        self.probe_samples = probe_samples
-        self.probe_dataloader = probe_dataloader
-        self.micro_batch_size = micro_batch_size
-        self.probe_mode: ProbeMode = probe_mode
-        self.seed = seed
-        self._probe_set: Any = None
+    def __init__(self, options: ProbeSetOptions) -> None:
+        super().__init__(options)
+        self.result: ResultT | None = None
+        self._data: Any = None
         self._has_read = self._has_measured = False
         self._measured_step = -1
 
-    def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: Any) -> tuple[Any, float]:
-        """Return what ``measure`` needs, made of what ``_read`` gave, and a number of which it gets the least.
+    def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Any) -> Prepared[Problem]:
+        """Return the inputs of a measurement on the data that ``_read`` returned.
 
-        It may fail on one rank alone, and must not communicate.
+        May fail on one rank alone, and must not communicate.
         """
         raise NotImplementedError
 
-    def measure(self, trainer: pl.Trainer, prepared: Any, least: float) -> None:
-        """Measure at the parameters as they are, and write what it gave. Called on every rank, or on none.
+    def measure(self, trainer: pl.Trainer, prepared: Prepared[Problem]) -> ResultT:
+        """Measure at the parameters as they are. Called on every rank, or on none.
 
         Args:
             trainer: the Trainer.
-            prepared: what ``prepare`` returned.
-            least: the least number, on any rank, that it returned beside.
+            prepared: inputs, with the capacities that all ranks have.
         """
         raise NotImplementedError
 
-    def report_nothing(self, trainer: pl.Trainer) -> None:
-        """Write NaN for all values, where the probe set could not be read. Called on every rank."""
+    def keys(self) -> list[str]:
+        """Return the keys of all values, the same for every measurement."""
         raise NotImplementedError
+
+    def beside(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the values that need no measurement, such as thresholds, as they are now."""
+        return {}
+
+    def shown(self) -> Iterable[str]:
+        """Return the keys that the progress bar shows."""
+        return ()
+
+    def draw(self, trainer: pl.Trainer, result: ResultT) -> None:
+        """Write pictures and tables of a result."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check optimizers and parameters, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
-        self._probe_set, self._has_read, self._measured_step = None, False, -1
+        self._data, self._has_read, self._measured_step = None, False, -1
         self._has_measured = False
         parameters = self._parameters(trainer)
         if not parameters:
@@ -99,7 +95,7 @@ class ProbeSetMonitor(Monitor):
             )
         self._check_parameters(parameters)
         batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules())
-        if batch_norm and self.probe_mode == "train":
+        if batch_norm and self.options.probe_mode == "train":
             warn(
                 f"BatchNorm in training mode couples samples: {self._batch_norm_note}. probe_mode='eval' takes the "
                 "running statistics instead."
@@ -115,7 +111,7 @@ class ProbeSetMonitor(Monitor):
 
     def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
         """The parameters that the followed optimizer moves."""
-        groups = trainer.optimizers[self.optimizer_index].param_groups if trainer.optimizers else []
+        groups = trainer.optimizers[self.options.optimizer_index].param_groups if trainer.optimizers else []
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def on_train_batch_start(
@@ -132,67 +128,115 @@ class ProbeSetMonitor(Monitor):
         """Measure at the parameters as they are; ``batch`` is that of the coming step, None after the last."""
         assert self._objective is not None
         self._measured_step = trainer.global_step
-        objective, begun = self._objective, False
+        reported = False
+
+        def read(failure: Exception | None) -> Any:
+            if not self._has_read:
+                self._data, self._has_read = self._read(trainer, batch, failure), True
+            return self._data
+
+        def report(prepared: Prepared[Problem], result: ResultT) -> None:
+            nonlocal reported
+            if not self._has_measured:
+                prepared.progress.tell()
+            reported = True
+            self._report(trainer, result)
+
         try:
-            with contextlib.ExitStack() as stack:
-                # What fails on one rank alone is kept until the others can be told: they are on their way to the next
-                # collective, and would wait there.
-                errors: list[Exception] = []
-                with noted(errors):
-                    objective.bystanders.save_all()
-                    bystanders = objective.bystanders.saved
-                    stack.enter_context(untouched(pl_module, objective.device, bystanders, trainer.optimizers))
-                if not self._has_read:
-                    self._probe_set, self._has_read = self._read(trainer, batch, errors), True
-                prepared: tuple[Any, float] = (None, 0.0)
-                if not errors:
-                    with noted(errors):
-                        objective.bystanders.begin()
-                        loss = ProbeLoss(trainer, objective, self._precision(trainer), self.probe_mode)
-                        prepared = self.prepare(trainer, loss, self._probe_set)
-                least = agree(trainer, errors, "preparing the measurement", prepared[1])
-                begun = True
-                self.measure(trainer, prepared[0], least)
-                self._has_measured = True
-                objective.bystanders.settle()
+            self._measure(trainer, self._objective, read, report)
+            self._has_measured = True
         except Exception as error:
             if isinstance(error, MisconfigurationException) and (self._has_measured or batch is None):
-                # What could be measured before, and cannot any more, is no reason to end a run; nothing is, after it.
+                # A module that could be measured before is no reason to end a run; nothing is, after it.
                 error = RuntimeError(str(error))
             self._fail(error)
-            if not begun:
-                self.report_nothing(trainer)
+            if not reported:
+                self._report(trainer, None)
 
-    def _read(self, trainer: pl.Trainer, batch: Any, errors: list[Exception]) -> Any:
-        """Read the data of all measurements of a fit; a rank with errors takes part, and tells the others."""
-        return self._read_from(trainer, self.probe_dataloader, batch, errors)
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        objective: StepObjective,
+        read: Callable[[Exception | None], Any],
+        report: Callable[[Prepared[Problem], ResultT], None],
+    ) -> ResultT:
+        """Measure at the parameters as they are, report the result, and put everything back.
 
-    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> Any:
-        """Read from a loader, or where it is None from the Trainer's."""
+        Args:
+            trainer: the Trainer.
+            objective: the training step.
+            read: returns the data; takes this rank's failure, which all ranks then learn.
+            report: writes the result.
+        """
+        with contextlib.ExitStack() as stack:
+            # An error on one rank alone is kept until the others can learn of it: they are on their way to the next
+            # collective, and would wait there.
+            failure: Exception | None = None
+            try:
+                objective.bystanders.save_all()
+                bystanders = objective.bystanders.saved
+                stack.enter_context(untouched(objective.module, objective.device, bystanders, trainer.optimizers))
+            except Exception as error:
+                failure = error.with_traceback(None)
+            data = read(failure)
+
+            def prepare() -> Prepared[Problem]:
+                if failure is not None:
+                    raise failure
+                objective.bystanders.begin()
+                loss = ProbeLoss(trainer, objective, self._precision(trainer), self.options.probe_mode)
+                return self.prepare(trainer, loss, data)
+
+            prepared = prepare_together(trainer, prepare, self.capacities)
+            try:
+                self.result = self.measure(trainer, prepared)
+            finally:
+                prepared.progress.close()
+            report(prepared, self.result)
+            objective.bystanders.settle()
+        return self.result
+
+    def _report(self, trainer: pl.Trainer, result: ResultT | None) -> None:
+        """Write a result; NaN for all its keys where there is none."""
+        values = dict.fromkeys(self.keys(), math.nan) if result is None else result.values()
+        self._write(trainer, values | self.beside(trainer), self.shown())
+        if result is not None:
+            self.draw(trainer, result)
+
+    def _read(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Any:
+        """Read the data of all measurements of a fit; a rank that failed takes part, so that the others learn of it."""
+        return self._read_from(trainer, self.options.probe_dataloader, batch, failure)
+
+    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None) -> Any:
+        """Read from a loader; from the Trainer's where it is None."""
         size, group = self._cut(trainer, loader), 1
-        if self._by_step and not errors:
-            with noted(errors):
+        if self._by_step and failure is None:
+            try:
                 size, group = self._step_groups(trainer, batch)
+            except Exception as error:
+                failure = error.with_traceback(None)
         return read_probe_set(
             trainer,
             loader,
-            samples=self.probe_samples,
+            samples=self.options.probe_samples,
             batch_size=size,
             group_size=group,
-            seed=self.seed,
-            errors=errors,
+            seed=self.options.seed,
+            failure=failure,
         )
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
         """Size of a micro-batch; None for that of the loader."""
-        return self.micro_batch_size
+        return self.options.micro_batch_size
 
     def _step_groups(self, trainer: pl.Trainer, batch: Any) -> tuple[int | None, int]:
         """Size of a micro-batch, and how many hold the data of one optimizer step, of all its batches and ranks."""
-        loader = self.probe_dataloader if self.probe_dataloader is not None else trainer.train_dataloader
+        loader = (
+            self.options.probe_dataloader if self.options.probe_dataloader is not None else trainer.train_dataloader
+        )
         batches = trainer.accumulate_grad_batches * trainer.world_size
         step = step_size(trainer) or sample_count(batch) * batches
-        cut = self.micro_batch_size or getattr(loader, "batch_size", None)
+        cut = self.options.micro_batch_size or getattr(loader, "batch_size", None)
         if cut is None:
             return None, batches
         # The largest part of a step's data that is no larger than asked for, and makes it up exactly.
@@ -210,4 +254,4 @@ class ProbeSetMonitor(Monitor):
 
     def _let_go(self) -> None:
         super()._let_go()
-        self._probe_set, self._has_read = None, False
+        self._data, self._has_read = None, False

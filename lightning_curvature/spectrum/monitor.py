@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,29 +12,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_curvature.data.probe_set import ProbeSet
 from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.losses.fixed import ProbeLoss
-from lightning_curvature.monitors.base import OnError
-from lightning_curvature.monitors.checks import check_count, check_fraction, check_names
+from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor
-from lightning_curvature.operators import Sharding
+from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.operators.differences import WHERE_SHARDED
-from lightning_curvature.operators.graphs import check_keep_graph
-from lightning_curvature.optimizers.stability import StabilityRule, stability_rule
+from lightning_curvature.optimizers.stability import stability_rule
 from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import check_tensorboard, warn
 from lightning_curvature.reporting.progress import Progress
-from lightning_curvature.spectrum.measurement import (
-    EXACT_ONLY,
-    OPERATOR_OF,
-    QUANTITIES,
-    Products,
-    Quantity,
-    SpectrumMeasurement,
-)
-from lightning_curvature.spectrum.problem import Problem, basis_length
-from lightning_curvature.spectrum.result import report_density
+from lightning_curvature.spectrum.measurement import SpectrumMeasurement
+from lightning_curvature.spectrum.options import EXACT_ONLY, Products, Quantity, SpectrumOptions, operator_of
+from lightning_curvature.spectrum.problem import SpectrumProblem, basis_length
+from lightning_curvature.spectrum.result import Spectrum, report_density
 
 
-class HessianSpectrumMonitor(ProbeSetMonitor):
+class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
     r"""Log eigenvalues, trace and density of the loss's Hessian, and where the optimizer would turn unstable.
 
     H is the Hessian of the training loss at θ_t on a fixed probe set of training samples, with respect to the
@@ -100,76 +91,54 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         ValueError: for an argument outside its rule.
         MisconfigurationException: at the start of fit, for what the module or strategy cannot give.
 
-    Source: Cohen et al. 2021, 2022 (thresholds, preconditioning); Wu et al. 2018 and P4, eqs. 37 and 39.
+    Source: Cohen et al. 2021, 2022 (thresholds, preconditioning); Wu et al. 2018 and Edge of stochastic stability
+    (2025), eqs. 37 and 39 (contraction).
     """
+
+    options: SpectrumOptions
+    capacities = ("basis",)
 
     def __init__(
         self,
         *,
-        quantities: Sequence[Quantity] = ("lambda_max",),
-        k: int = 1,
-        every_n_train_steps: int = 200,
-        probe_samples: int | None = 2048,
-        probe_dataloader: Any = None,
-        micro_batch_size: int | None = None,
-        tolerance: float = 1e-3,
-        max_products: int = 100,
-        trace_error: float = 0.05,
-        density_starts: int = 2,
-        density_steps: int = 40,
-        products: Products = "auto",
-        keep_graph: bool | Literal["auto"] = "auto",
-        save_eigenvectors: bool = True,
-        outputs: str | None = None,
-        objective: ObjectiveFunction | None = None,
-        optimizer_index: int = 0,
-        probe_mode: Literal["train", "eval"] = "train",
-        probe_precision: Literal["32-true"] | None = "32-true",
-        seed: int = 0,
-        prefix: str = "curvature",
-        progress_bar: bool = False,
-        on_error: OnError = "warn",
+        quantities: Sequence[Quantity] = SpectrumOptions.quantities,
+        k: int = SpectrumOptions.k,
+        every_n_train_steps: int = SpectrumOptions.every_n_train_steps,  # type: ignore[assignment]
+        probe_samples: int | None = SpectrumOptions.probe_samples,
+        probe_dataloader: Any = SpectrumOptions.probe_dataloader,
+        micro_batch_size: int | None = SpectrumOptions.micro_batch_size,
+        tolerance: float = SpectrumOptions.tolerance,
+        max_products: int = SpectrumOptions.max_products,
+        trace_error: float = SpectrumOptions.trace_error,
+        density_starts: int = SpectrumOptions.density_starts,
+        density_steps: int = SpectrumOptions.density_steps,
+        products: Products = SpectrumOptions.products,
+        keep_graph: bool | Literal["auto"] = SpectrumOptions.keep_graph,
+        save_eigenvectors: bool = SpectrumOptions.save_eigenvectors,
+        outputs: str | None = SpectrumOptions.outputs,
+        objective: ObjectiveFunction | None = SpectrumOptions.objective,
+        optimizer_index: int = SpectrumOptions.optimizer_index,
+        probe_mode: Literal["train", "eval"] = SpectrumOptions.probe_mode,
+        probe_precision: Literal["32-true"] | None = SpectrumOptions.probe_precision,
+        seed: int = SpectrumOptions.seed,
+        prefix: str = SpectrumOptions.prefix,
+        progress_bar: bool = SpectrumOptions.progress_bar,
+        on_error: OnError = SpectrumOptions.on_error,
     ) -> None:
-        super().__init__(
-            every_n_train_steps=every_n_train_steps,
-            probe_samples=probe_samples,
-            probe_dataloader=probe_dataloader,
-            micro_batch_size=micro_batch_size,
-            probe_mode=probe_mode,
-            probe_precision=probe_precision,
-            seed=seed,
-            objective=objective,
-            outputs=outputs,
-            optimizer_index=optimizer_index,
-            prefix=prefix,
-            on_error=on_error,
-        )
-        _check_arguments(quantities, k, tolerance, max_products, trace_error, density_starts, density_steps, products)
-        check_keep_graph(keep_graph)
-        self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
-        self.save_eigenvectors = save_eigenvectors
-        self.progress_bar = progress_bar
+        super().__init__(SpectrumOptions.of(locals()))
         self._sharded = False
-        self._measurement = SpectrumMeasurement(
-            self.quantities,
-            k=k,
-            tolerance=tolerance,
-            max_products=max_products,
-            trace_error=trace_error,
-            density_starts=density_starts,
-            density_steps=density_steps,
-            products=products,
-            keep_graph=keep_graph,
-        )
+        self._measurement = SpectrumMeasurement(self.options, self._warn_once)
 
     @property
     def state_key(self) -> str:
         """Distinct for monitors with distinct prefixes or quantities; of one prefix ``setup`` then tells more."""
-        return self._generate_state_key(prefix=self.prefix, quantities=self.quantities)
+        return self._generate_state_key(prefix=self.options.prefix, quantities=self.options.quantities)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the eigenvectors of the last measurement, if they are to be saved and this rank holds them whole."""
-        return {"vectors": dict(self._measurement.vectors)} if self.save_eigenvectors and not self._sharded else {}
+        return (
+            {"vectors": dict(self._measurement.vectors)} if self.options.save_eigenvectors and not self._sharded else {}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the eigenvectors where a checkpoint left them."""
@@ -177,7 +146,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
 
     def charts(self) -> dict[str, list[str]]:
         """TensorBoard charts: each eigenvalue with its threshold."""
-        keys = self._measurement.keys()
+        keys = self.options.keys()
         shown = [key for key in keys if not key.endswith(("_error", "_converged", "_stderr", "_upper"))]
         charts = {}
         # Adaptive optimizers have no threshold on λ_max(H); TensorBoard leaves out a key that is never written.
@@ -187,7 +156,9 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         }.items():
             if names:
                 threshold = f"{'preconditioned_' if title.startswith('pre') else ''}lambda_max_threshold"
-                charts[f"{self.prefix}: {title}"] = [f"{self.prefix}/{name}" for name in [*names, threshold]]
+                charts[f"{self.options.prefix}: {title}"] = [
+                    f"{self.options.prefix}/{name}" for name in [*names, threshold]
+                ]
         return charts
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,112 +167,83 @@ class HessianSpectrumMonitor(ProbeSetMonitor):
         parameters = self._parameters(trainer)
         self._sharded = is_sharded(parameters)
         self._measurement.begin(self._sharded)
-        exact = [q for q in self.quantities if OPERATOR_OF[q] in EXACT_ONLY]
-        if exact and (self._sharded or self._measurement.products == "difference"):
+        exact = [q for q in self.options.quantities if operator_of(q) in EXACT_ONLY]
+        if exact and (self._sharded or self.options.products == "difference"):
             raise MisconfigurationException(
                 f"quantities must not need exact products where parameters are sharded or products='difference', got "
                 f"{exact}: leave them out."
             )
-        if self._sharded and self._measurement.products == "exact":
+        if self._sharded and self.options.products == "exact":
             raise MisconfigurationException(
                 "products must be 'auto' or 'difference' where parameters are sharded, got 'exact': second derivatives "
                 "do not reach through their gathering."
             )
         count = sum(p.numel() for p in parameters)
-        pairs = self._measurement.k * ("lambda_max" in self.quantities) + ("lambda_min" in self.quantities)
+        pairs = self.options.k * ("lambda_max" in self.options.quantities) + ("lambda_min" in self.options.quantities)
         if pairs >= count:
             raise MisconfigurationException(
-                f"k must be below the number of parameters, got {self._measurement.k} for {count}: ask for fewer."
+                f"k must be below the number of parameters, got {self.options.k} for {count}: ask for fewer."
             )
-        if "spectral_density" in self.quantities:
+        if "spectral_density" in self.options.quantities:
             check_tensorboard(trainer, "spectral_density")
-        rule = stability_rule(trainer.optimizers[self.optimizer_index])
-        if "preconditioned_lambda_max" in self.quantities and math.isnan(rule.preconditioned):
+        rule = stability_rule(trainer.optimizers[self.options.optimizer_index])
+        if "preconditioned_lambda_max" in self.options.quantities and math.isnan(rule.preconditioned):
             raise MisconfigurationException(
                 "quantities must not hold 'preconditioned_lambda_max' where the preconditioner is not known, "
-                f"got {type(trainer.optimizers[self.optimizer_index]).__name__}: leave it out."
+                f"got {type(trainer.optimizers[self.options.optimizer_index]).__name__}: leave it out."
             )
-        if self._sharded and self._measurement.products == "auto":
+        if self._sharded and self.options.products == "auto":
             warn(WHERE_SHARDED)
 
     @property
     def _by_step(self) -> bool:
-        return "second_moment_contraction" in self.quantities
+        return "second_moment_contraction" in self.options.quantities
 
-    def prepare(
-        self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: ProbeSet
-    ) -> tuple[tuple[Problem, Progress], float]:
-        """Return what the spectrum is of, what shows that it is measured, and how long a basis may be on this rank."""
-        optimizer = trainer.optimizers[self.optimizer_index]
-        parameters = self._parameters(trainer)
+    def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: ProbeSet) -> Prepared[SpectrumProblem]:
+        """Return micro-batches, parameters and thresholds, and how long a basis this rank can hold."""
+        optimizer, parameters = trainer.optimizers[self.options.optimizer_index], self._parameters(trainer)
         progress = Progress(trainer, "Hessian spectrum")
-        problem = Problem(
+        problem = SpectrumProblem(
             trainer=trainer,
-            parts=loss.parts(probe_set),
+            micro_batches=loss.parts(data),
             parameters=parameters,
+            sharded=self._sharded,
             optimizer=optimizer,
             rule=stability_rule(optimizer),
-            groups=probe_set.groups(),
-            spread=probe_set.spread,
+            groups=data.groups(),
+            spread=data.spread,
             # Other random vectors at every step, and the same ones in a resumed run.
-            seed=self.seed + trainer.global_step,
+            seed=self.options.seed + trainer.global_step,
             on_product=progress.tick,
         )
-        return (problem, progress), basis_length(parameters, trainer)
+        return Prepared(problem, progress, {"basis": basis_length(parameters, trainer)})
 
-    def measure(self, trainer: pl.Trainer, prepared: tuple[Problem, Progress], least: float) -> None:
-        """Measure the spectrum at the parameters as they are and write what it gave."""
-        problem, progress = prepared
-        sharding = Sharding.of(trainer, problem.parameters) if self._sharded else None
-        problem = replace(problem, basis=int(least), sharding=sharding)
-        try:
-            spectrum = self._measurement.measure(problem, self._fail)
-        finally:
-            progress.close()
-        if not self._has_measured:
-            progress.tell()
-        self._report(trainer, spectrum.values | self._thresholds(problem.rule))
-        if spectrum.density is not None:
-            report_density(trainer, f"{self.prefix}/spectral_density", spectrum.density)
+    def measure(self, trainer: pl.Trainer, prepared: Prepared[SpectrumProblem]) -> Spectrum:
+        """Measure the spectrum at the parameters as they are."""
+        return self._measurement.measure(prepared.problem, int(prepared.capacities["basis"]), self._fail)
 
-    def report_nothing(self, trainer: pl.Trainer) -> None:
-        """Write NaN for all values."""
-        rule = stability_rule(trainer.optimizers[self.optimizer_index])
-        self._report(trainer, dict.fromkeys(self._measurement.keys(), math.nan) | self._thresholds(rule))
+    def keys(self) -> list[str]:
+        """Return the keys of all values, the same for every measurement."""
+        return self.options.keys()
 
-    def _report(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        shown = [key for key in values if key.endswith(("lambda_max", "lambda_min"))] if self.progress_bar else []
-        self._write(trainer, values, shown)
+    def shown(self) -> list[str]:
+        """Return the keys that the progress bar shows."""
+        shown = [key for key in self.keys() if key.endswith(("lambda_max", "lambda_min"))]
+        return shown if self.options.progress_bar else []
 
-    def _thresholds(self, rule: StabilityRule) -> dict[str, float]:
+    def beside(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the thresholds of the optimizer as it is now."""
+        rule = stability_rule(trainer.optimizers[self.options.optimizer_index])
         if rule.note is not None:
             warn(rule.note)
-        values = {}
-        if "lambda_max" in self.quantities and not math.isnan(rule.hessian):
-            values["lambda_max_threshold"] = rule.hessian
-        if "preconditioned_lambda_max" in self.quantities and not math.isnan(rule.preconditioned):
-            values["preconditioned_lambda_max_threshold"] = rule.preconditioned
-        return values
+        thresholds = {"lambda_max": rule.hessian, "preconditioned_lambda_max": rule.preconditioned}
+        return {
+            f"{quantity}_threshold": threshold
+            for quantity, threshold in thresholds.items()
+            if quantity in self.options.quantities and not math.isnan(threshold)
+        }
 
-
-def _check_arguments(
-    quantities: Sequence[str],
-    k: int,
-    tolerance: float,
-    max_products: int,
-    trace_error: float,
-    density_starts: int,
-    density_steps: int,
-    products: str,
-) -> None:
-    check_names("quantities", quantities, QUANTITIES)
-    check_count("k", k, 1, "1 is the largest eigenvalue alone")
-    check_count("max_products", max_products, max(20, k + 1), "a search for one eigenvalue takes about ten")
-    check_count("density_starts", density_starts, 1, "2 tell the error")
-    check_count("density_steps", density_steps, 2, "40 make a good picture")
-    check_fraction("tolerance", tolerance, "1e-3 gives eigenvalues to five digits or so")
-    check_fraction("trace_error", trace_error, "0.05 gives the trace to 5 %")
-    if products not in ("auto", "exact", "difference"):
-        raise ValueError(
-            f"products must be 'auto', 'exact' or 'difference', got {products!r}: 'auto' is exact where it can be."
-        )
+    def draw(self, trainer: pl.Trainer, result: Spectrum) -> None:
+        """Write the density as a histogram and a picture."""
+        if result.density is not None:
+            report_density(trainer, f"{self.options.prefix}/spectral_density", result.density)

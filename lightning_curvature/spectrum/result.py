@@ -1,15 +1,33 @@
 """The result of one spectrum measurement, and how TensorBoard shows its density."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_curvature.linalg import (
-    SpectralDensity,
-)
+from lightning_curvature.linalg import SpectralDensity
 from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
 from lightning_curvature.reporting.pictures import new_figure, picture_of
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Result of one spectrum measurement.
+
+    Attributes:
+        numbers: eigenvalues, trace and their errors by key; NaN for those that failed.
+        density: spectral density, where asked for.
+        reasons: why numbers are NaN, by key.
+    """
+
+    numbers: Mapping[str, float]
+    density: SpectralDensity | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """Return all numbers by key."""
+        return dict(self.numbers)
 
 
 def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> None:
@@ -57,16 +75,3 @@ def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
     axes.set_title(f"{key} at step {step}", fontsize=10)
     axes.set_ylabel("density")
     return picture_of(figure)
-
-
-@dataclass
-class Spectrum:
-    """What one measurement gave.
-
-    Attributes:
-        values: by key; NaN for what failed.
-        density: where asked for.
-    """
-
-    values: dict[str, float] = field(default_factory=dict)
-    density: SpectralDensity | None = None

@@ -145,7 +145,7 @@ def test_an_error_on_one_rank_ends_the_reading_on_all() -> None:
     good, bad = populate_all(2, make)
     assert isinstance(bad, OSError)
     assert isinstance(good, RuntimeError)
-    assert str(good) == "reading the probe set failed on another rank, which tells more"
+    assert str(good) == "reading the probe set failed on another rank; see that rank's log"
 
 
 class Broken:

@@ -185,7 +185,7 @@ def test_an_error_on_one_rank_ends_the_reading_on_all() -> None:
 
     good, bad = read_all(2, make)
     assert isinstance(bad, TypeError)
-    assert str(good) == "reading the probe set failed on another rank, which tells more"
+    assert str(good) == "reading the probe set failed on another rank; see that rank's log"
     assert isinstance(good, RuntimeError)
 
 

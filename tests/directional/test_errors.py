@@ -32,7 +32,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"every_n_train_steps": -5}, r"every_n_train_steps must be a whole number of at least 1, got -5"),
     ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore': 'warn' lets training go on"),
     ({"likelihood": "poisson"}, r"likelihood must be 'auto' or one of .*'gaussian'.*, got 'poisson': name the one"),
-    ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64': None probes in the run's"),
+    ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64': None computes in the run's"),
     ({"prefix": ""}, r"prefix must be a name without slashes at its ends, got '': use 'curvature'"),
     ({"prefix": "train/"}, r"prefix must be a name without slashes at its ends, got 'train/': use 'curvature'"),
     ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1: 0 is the first optimizer"),

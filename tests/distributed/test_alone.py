@@ -67,7 +67,7 @@ def test_each_rank_says_once_what_it_knows(results: Results) -> None:
     for name in (*jobs.SPECTRUM, *jobs.SHARPNESS):
         (elsewhere,), (here,) = (outcome.said for outcome in results[name])
         assert here.endswith(f": {jobs.MESSAGE}"), name
-        assert elsewhere.endswith("failed on another rank, which tells more"), name
+        assert elsewhere.endswith("failed on another rank; see that rank's log"), name
 
 
 def test_nothing_is_measured_where_one_rank_is_not_ready(results: Results) -> None:
@@ -83,14 +83,14 @@ def test_nothing_is_measured_where_one_rank_is_not_ready(results: Results) -> No
 def test_a_mistake_on_one_rank_ends_both(results: Results, name: str) -> None:
     _, what = jobs.MISTAKEN[name]
     assert results[name] == [
-        f"MisconfigurationException: {what} failed on another rank, which tells more",
+        f"MisconfigurationException: {what} failed on another rank; see that rank's log",
         f"MisconfigurationException: {jobs.MESSAGE}",
     ]
 
 
 def test_a_step_that_cannot_be_recorded_is_raised_on_both(results: Results) -> None:
     elsewhere, here = results["raised_in_recording"]
-    assert elsewhere == "RuntimeError: a probe failed on another rank, which tells more"
+    assert elsewhere == "RuntimeError: a probe failed on another rank; see that rank's log"
     assert here.startswith("ValueError: training_step must not depend on what cannot be put back, got ['source']")
 
 

@@ -120,7 +120,7 @@ def test_a_failure_on_one_rank_is_nan_on_both(results: Results, name: str) -> No
     ends = [[text for text in outcome.said if "logs NaN" in text] for outcome in results[name]]
     assert ends[case.rank] == [f"Observed logs NaN: RuntimeError: {jobs.MESSAGE}"]
     (elsewhere,) = ends[1 - case.rank]
-    assert elsewhere.endswith("failed on another rank, which tells more")
+    assert elsewhere.endswith("failed on another rank; see that rank's log")
 
 
 def test_errors_are_raised_on_both_ranks(results: dict[str, list[list[str]]]) -> None:
@@ -128,7 +128,7 @@ def test_errors_are_raised_on_both_ranks(results: dict[str, list[list[str]]]) ->
     for number, name in enumerate(jobs.FAILING):
         rank = getattr(jobs, name).rank
         assert by_rank[rank][number] == f"RuntimeError: {jobs.MESSAGE}"
-        assert by_rank[1 - rank][number].endswith("failed on another rank, which tells more")
+        assert by_rank[1 - rank][number].endswith("failed on another rank; see that rank's log")
 
 
 def test_steps_that_communicate_are_refused(results: dict[str, list[Any]]) -> None:

@@ -118,7 +118,7 @@ def test_a_failure_on_one_rank_is_nan_on_both(results: Results, name: str) -> No
     rank = failed[1]
     assert results[name][rank].said == [f"Observed logs NaN: RuntimeError: {jobs.MESSAGE}"]
     (elsewhere,) = results[name][1 - rank].said
-    assert elsewhere.endswith("failed on another rank, which tells more")
+    assert elsewhere.endswith("failed on another rank; see that rank's log")
 
 
 def test_many_at_once_that_fail_are_measured_in_turn(results: Results) -> None:
@@ -134,7 +134,7 @@ def test_errors_are_raised_on_both_ranks(results: dict[str, list[list[str]]]) ->
     for number, name in enumerate(jobs.FAILING):
         rank = getattr(jobs, name).module.args[1]
         assert by_rank[rank][number] == f"RuntimeError: {jobs.MESSAGE}"
-        assert by_rank[1 - rank][number].endswith("failed on another rank, which tells more")
+        assert by_rank[1 - rank][number].endswith("failed on another rank; see that rank's log")
 
 
 def test_all_quantities_take_part() -> None:

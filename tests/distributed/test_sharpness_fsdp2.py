@@ -128,7 +128,7 @@ def test_a_failure_costs_one_measurement(results: Results, name: str) -> None:
     own = f"Observed logs NaN: RuntimeError: {jobs.MESSAGE}"
     assert second == [own]
     assert first[0] == TOLD
-    assert first[1:] == [own] or first[1].endswith("failed on another rank, which tells more")
+    assert first[1:] == [own] or first[1].endswith("failed on another rank; see that rank's log")
 
 
 def test_what_differences_cannot_do_is_refused(results: dict[str, list[list[str]]]) -> None:

@@ -148,7 +148,7 @@ def test_a_failure_on_one_rank_costs_one_operator(results: Results, name: str) -
     error = {"not_switching": "TypeError", "lost_after_switching": "NotImplementedError"}.get(name, "RuntimeError")
     assert results[name][failed].said == [f"Observed logs NaN: {error}: {jobs.MESSAGE}"]
     assert results[name][1 - failed].said == [
-        "Observed logs NaN: RuntimeError: a product failed on another rank, which tells more"
+        "Observed logs NaN: RuntimeError: a product failed on another rank; see that rank's log"
     ]
     assert_same_bits(*results[name])
 
@@ -170,12 +170,11 @@ def test_both_ranks_go_over_to_differences(results: Results) -> None:
                 assert outcome.rows[step][key] == pytest.approx(exact.rows[step][key], rel=1e-4)
                 assert outcome.rows[step][key] != exact.rows[step][key]
     sentence = (
-        "products with the Hessian are made by a difference of gradients from here on, since second derivatives "
-        "cannot be had: "
+        "products with the Hessian are differences of gradients from here on, since second derivatives cannot be had: "
     )
     # The rank that knows why says so, too; each of them once.
     assert [outcome.said for outcome in results["switching"]] == [
-        [f"{sentence}a product failed on another rank, which tells more"],
+        [f"{sentence}a product failed on another rank; see that rank's log"],
         [f"{sentence}{jobs.MESSAGE}"],
     ]
     assert_same_bits(*results["switching"])
@@ -196,13 +195,13 @@ def test_a_failure_in_reading_costs_one_measurement(results: Results) -> None:
             for key in ("lambda_max", "preconditioned_lambda_max", "second_moment_excess"):
                 assert outcome.rows[step][key] == pytest.approx(later.rows[step][key], rel=1e-4), (step, key)
     assert [[said for said in outcome.said if "logs NaN" in said] for outcome in results["in_reading"]] == [
-        ["Observed logs NaN: RuntimeError: reading the probe set failed on another rank, which tells more"],
+        ["Observed logs NaN: RuntimeError: reading the probe set failed on another rank; see that rank's log"],
         [f"Observed logs NaN: OSError: {jobs.MESSAGE}"],
     ]
 
 
 def test_errors_are_raised_on_both_ranks(results: dict[str, list[list[str]]]) -> None:
-    elsewhere = "RuntimeError: {} failed on another rank, which tells more"
+    elsewhere = "RuntimeError: {} failed on another rank; see that rank's log"
     first, second = results["raised"]
     assert first == [elsewhere.format("a product")] * 3 + [elsewhere.format("reading the probe set")]
     errors = ["RuntimeError", "RuntimeError", "NotImplementedError", "OSError"]

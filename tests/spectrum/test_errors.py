@@ -42,7 +42,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"probe_samples": 0.5}, rf"probe_samples {WHOLE} 1, or None, got 0\.5"),
     ({"micro_batch_size": 0}, rf"micro_batch_size {WHOLE} 1, or None, got 0: None takes the batch size of the loader"),
     ({"probe_mode": "test"}, r"probe_mode must be 'train' or 'eval', got 'test': 'train' leaves the module as it"),
-    ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64': None probes in the run's"),
+    ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64': None computes in the run's"),
     ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, got 0: 1 measures every optimizer step"),
     ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore': 'warn' lets training go on"),
     ({"prefix": "train/"}, r"prefix must be a name without slashes at its ends, got 'train/': use 'curvature'"),

@@ -1,0 +1,109 @@
+"""Options of the spectrum: which quantities, by which products, how well."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_curvature.monitors.checks import check_choice, check_count, check_fraction, check_names
+from lightning_curvature.monitors.options import ProbeSetOptions
+from lightning_curvature.operators.graphs import KeepGraph, check_keep_graph
+
+Quantity = Literal[
+    "lambda_max",
+    "lambda_min",
+    "hessian_trace",
+    "spectral_density",
+    "gauss_newton_lambda_max",
+    "preconditioned_lambda_max",
+    "second_moment_contraction",
+]
+Products = Literal["auto", "exact", "difference"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+
+# The operator of each quantity that is not one of the Hessian. Quantities of one operator share graphs and vectors.
+_OPERATORS: dict[str, str] = {
+    "gauss_newton_lambda_max": "gauss_newton",
+    "preconditioned_lambda_max": "preconditioned",
+    "second_moment_contraction": "second_moment",
+}
+# Operators that exist by exact products only.
+EXACT_ONLY = ("gauss_newton", "second_moment")
+
+
+def operator_of(quantity: str) -> str:
+    """Return the name of the operator that a quantity is measured on."""
+    return _OPERATORS.get(quantity, "hessian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumOptions(ProbeSetOptions):
+    """Options of :class:`~lightning_curvature.HessianSpectrumMonitor`, which documents them.
+
+    Raises:
+        ValueError: for a value outside its rule.
+    """
+
+    quantities: Sequence[Quantity] = ("lambda_max",)
+    k: int = 1
+    every_n_train_steps: int | None = 200
+    probe_samples: int | None = 2048
+    tolerance: float = 1e-3
+    max_products: int = 100
+    trace_error: float = 0.05
+    density_starts: int = 2
+    density_steps: int = 40
+    products: Products = "auto"
+    keep_graph: KeepGraph = "auto"
+    save_eigenvectors: bool = True
+    progress_bar: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names("quantities", self.quantities, QUANTITIES)
+        check_count("k", self.k, 1, "1 is the largest eigenvalue alone")
+        check_count(
+            "max_products", self.max_products, max(20, self.k + 1), "a search for one eigenvalue takes about ten"
+        )
+        check_count("density_starts", self.density_starts, 1, "2 tell the error")
+        check_count("density_steps", self.density_steps, 2, "40 make a good picture")
+        check_fraction("tolerance", self.tolerance, "1e-3 gives eigenvalues to five digits or so")
+        check_fraction("trace_error", self.trace_error, "0.05 gives the trace to 5 %")
+        check_choice("products", self.products, ("auto", "exact", "difference"), "'auto' is exact where it can be")
+        check_keep_graph(self.keep_graph)
+        self._normalize(quantities=tuple(dict.fromkeys(self.quantities)))
+
+    @property
+    def operators(self) -> dict[str, list[str]]:
+        """Quantities by the operator that they are measured on."""
+        by_operator: dict[str, list[str]] = {}
+        for quantity in self.quantities:
+            by_operator.setdefault(operator_of(quantity), []).append(quantity)
+        return by_operator
+
+    def keys(self, quantities: Sequence[str] | None = None) -> list[str]:
+        """Return the keys of all values, or those of some of the quantities."""
+        keys: list[str] = []
+        for quantity in self.quantities if quantities is None else quantities:
+            if quantity == "hessian_trace":
+                keys += [quantity, f"{quantity}_stderr"]
+            elif quantity == "second_moment_contraction":
+                keys += [*with_error(quantity), "second_moment_excess"]
+            elif quantity == "lambda_max":
+                keys += [key for i in range(1, self.k + 1) for key in with_error(largest_name(i))] + [UPPER]
+            elif quantity != "spectral_density":
+                keys += with_error(quantity)
+        return keys
+
+
+# No eigenvalue is above it, with 95 % probability.
+UPPER = "lambda_max_upper"
+
+
+def largest_name(index: int) -> str:
+    """Return the key of the i-th largest eigenvalue, counted from 1."""
+    return "lambda_max" if index == 1 else f"lambda_{index}"
+
+
+def with_error(name: str) -> list[str]:
+    """Return the keys of an eigenvalue, its error and whether it converged."""
+    return [name, f"{name}_error", f"{name}_converged"]
