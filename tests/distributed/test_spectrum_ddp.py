@@ -170,7 +170,7 @@ def test_both_ranks_go_over_to_differences(results: Results) -> None:
                 assert outcome.rows[step][key] == pytest.approx(exact.rows[step][key], rel=1e-4)
                 assert outcome.rows[step][key] != exact.rows[step][key]
     sentence = (
-        "products with the Hessian are differences of gradients from here on, since second derivatives cannot be had: "
+        "products with the Hessian are differences of gradients from here on, since second derivatives are missing: "
     )
     # The rank that knows why says so, too; each of them once.
     assert [outcome.said for outcome in results["switching"]] == [
