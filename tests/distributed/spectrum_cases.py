@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from lightning_curvature import CurvatureWarning, HessianSpectrumMonitor
-from lightning_curvature.spectrum.measurement import QUANTITIES
-from lightning_curvature.spectrum.problem import Problem
+from lightning_curvature.spectrum.options import QUANTITIES
+from lightning_curvature.spectrum.problem import SpectrumProblem
 from lightning_curvature.spectrum.result import Spectrum
 from tests.distributed.cases import collectives, state_of
 from tests.runs import Capture, classification, make_trainer
@@ -48,8 +48,8 @@ class Observed(HessianSpectrumMonitor):
         self.outcome: Outcome | None = None
         inner = self._measurement.measure
 
-        def measure(problem: Problem, fail: Callable[[Exception], None]) -> Spectrum:
-            spectrum = inner(replace(problem, on_product=self._count), fail)
+        def measure(problem: SpectrumProblem, basis: int, fail: Callable[[Exception], None]) -> Spectrum:
+            spectrum = inner(replace(problem, on_product=self._count), basis, fail)
             self.seen.nodes.append(None if spectrum.density is None else spectrum.density.nodes)
             vectors = self._measurement.vectors.items()
             self.seen.vectors.append({kind: [v.clone() for v in found] for kind, found in vectors})

@@ -300,8 +300,8 @@ def test_command_line_from_yaml(samples: str, keep: str, precision: str, tmp_pat
     assert follow.quantities == ALL
     assert follow.probe_samples == (None if samples == "null" else 20)
     assert follow.probe_precision == (None if precision == "null" else "32-true")
-    assert follow._measurement.keep_graph is {"true": True, "false": False}.get(keep, follow._measurement.keep_graph)
-    assert (follow._measurement.keep_graph == "auto") == (keep == "auto")
+    assert follow.options.keep_graph is {"true": True, "false": False}.get(keep, follow.options.keep_graph)
+    assert (follow.options.keep_graph == "auto") == (keep == "auto")
     found = {key.removeprefix("sharp/") for key in cli.trainer.callback_metrics if key.startswith("sharp/")}
     assert found == set().union(*KEYS.values()) | with_error("lambda_2")
     assert all(math.isfinite(cli.trainer.callback_metrics[f"sharp/{key}"]) for key in found)
