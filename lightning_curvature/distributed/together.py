@@ -20,12 +20,14 @@ class Outcome:
     Attributes:
         sums: the sums by name; those of ranks that failed hold what these sent in place.
         error: this rank's error, or where only others failed one that says so; None where no rank failed.
+        here: whether this rank failed.
         failed: number of ranks that failed.
         lacking: whether some rank's error may be a lack of second derivatives.
     """
 
     sums: dict[str, Tensor]
     error: Exception | None
+    here: bool
     failed: int
     lacking: bool
 
@@ -48,11 +50,12 @@ def attempt_together(trainer: pl.Trainer, make: Callable[[], Tensors], instead: 
         own = make()
     except Exception as caught:
         error = caught.with_traceback(None)  # whose frames hold graphs and vectors
-    reduce, lacking = sum_over_ranks(trainer), error is not None and lacks_derivatives(error)
+    reduce, here = sum_over_ranks(trainer), error is not None
+    lacking = error is not None and lacks_derivatives(error)
     if reduce is None:
-        return Outcome(dict(own), error, int(error is not None), lacking)
+        return Outcome(dict(own), error, here, int(here), lacking)
     home = next(iter(instead.values()), torch.zeros((), dtype=torch.float64, device="cpu"))
-    flags = home.new_tensor([error is not None, error is not None and is_mistake(error), lacking])
+    flags = home.new_tensor([here, error is not None and is_mistake(error), lacking])
     names = sorted(instead)
     packed = torch.cat([flags, *(own[name].detach().reshape(-1).to(flags) for name in names)])
     summed = reduce(packed.to(trainer.strategy.root_device)).to(home.device)
@@ -61,7 +64,7 @@ def attempt_together(trainer: pl.Trainer, make: Callable[[], Tensors], instead: 
     sums = {name: part.view_as(instead[name]) for name, part in zip(names, parts, strict=True)}
     if failed and error is None:
         error = elsewhere(what, mistake=mistaken > 0)
-    return Outcome(sums, error, failed, lacked > 0)
+    return Outcome(sums, error, here, failed, lacked > 0)
 
 
 def together(trainer: pl.Trainer, make: Callable[[], Tensors], instead: Tensors, what: str) -> dict[str, Tensor]:

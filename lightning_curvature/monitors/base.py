@@ -90,6 +90,16 @@ class Monitor(pl.Callback):
         self._objective = StepObjective(pl_module, device, self.options.outputs, self.options.objective)
         add_layout(trainer)
 
+    def charts(self) -> dict[str, list[str]]:
+        """Return the TensorBoard charts of this monitor: keys by title."""
+        prefix = self.options.prefix
+        charts = {f"{prefix}: {title}": keys for title, keys in self.charted().items() if keys}
+        return {title: [f"{prefix}/{key}" for key in keys] for title, keys in charts.items()}
+
+    def charted(self) -> Mapping[str, list[str]]:
+        """Return the keys of each chart by its title, both without the prefix."""
+        return {}
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the module."""
         self._let_go()

@@ -4,13 +4,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.distributed.failures import attempted
-from lightning_curvature.distributed.together import attempt_together
+from lightning_curvature.distributed.together import Outcome, attempt_together
 from lightning_curvature.linalg import (
     Eigenpairs,
     NonFiniteProductError,
@@ -74,11 +74,12 @@ class SpectrumMeasurement:
             basis: vectors of the eigensolver's basis, the same on every rank: they restart at the same product.
             fail: called with the error that ended the measurement of one operator; returns where training goes on.
         """
-        numbers = _Numbers(dict.fromkeys(self._options.keys(), math.nan))
-        for kind, quantities in self._options.operators.items():
+        options = self._options
+        numbers = _Numbers(dict.fromkeys(options.keys(), math.nan))
+        for kind, quantities in options.operators.items():
 
             def failed(error: Exception, quantities: Sequence[str] = quantities) -> None:
-                numbers.reasons.update(dict.fromkeys(self._options.keys(quantities), str(error)))
+                numbers.reasons.update(dict.fromkeys(options.keys(quantities), str(error)))
                 fail(error)
 
             attempted(functools.partial(self._measure_operator, problem, kind, quantities, basis, numbers), failed)
@@ -97,19 +98,19 @@ class SpectrumMeasurement:
             if second is None:
                 warn(
                     "products with the Hessian are differences of gradients from here on, since second derivatives "
-                    f"are missing: {failure.cause}",
-                    any_rank=failure.only_here,
+                    f"are missing: {failure.error}",
+                    any_rank=failure.here and failure.failed < problem.trainer.world_size,
                 )
             failure = second
-        if failure is not None:
-            raise failure.cause from None
+        if failure is not None and failure.error is not None:
+            raise failure.error from None
 
     def _may_fall_back(self, kind: str) -> bool:
         return self._options.products == "auto" and not self._difference and kind not in EXACT_ONLY
 
     def _attempt(
         self, problem: SpectrumProblem, kind: str, wanted: Sequence[str], basis: int, numbers: _Numbers
-    ) -> "_Failure | None":
+    ) -> Outcome | None:
         with contextlib.closing(problem.operator(kind, self._difference, self._options.keep_graph)) as operator:
             try:
                 whole = problem.preconditioned(operator) if kind == "preconditioned" else operator
@@ -126,8 +127,8 @@ class SpectrumMeasurement:
                 between = not isinstance(error, NonFiniteProductError)
                 if between:
                     operator.fail(error.with_traceback(None))  # whose frames hold vectors
-                failure = _failure(problem, error if alone else operator.error, error, between)
-                if failure.between and not alone:
+                failure = _failure_of(problem, error if alone else operator.error, error, between)
+                if failure.sums["between"] and not alone:
                     numbers.values |= dict.fromkeys(self._options.keys(wanted), math.nan)
                     numbers.density = numbers.density if "spectral_density" not in wanted else None
                     self.vectors.pop(kind, None)
@@ -143,7 +144,7 @@ class SpectrumMeasurement:
         basis: int,
         numbers: _Numbers,
     ) -> None:
-        space = operator.space
+        options, space = self._options, operator.space
         generator = torch.Generator(space.device).manual_seed(problem.seed)
 
         def matvec(vector: Tensor) -> Tensor:
@@ -153,15 +154,15 @@ class SpectrumMeasurement:
 
         pairs = None
         smallest = int("lambda_min" in wanted)
-        largest = self._options.k if "lambda_max" in wanted else 0 if kind == "hessian" else 1
+        largest = options.k if "lambda_max" in wanted else 0 if kind == "hessian" else 1
         if largest + smallest:
             pairs = eigenpairs(
                 matvec,
                 space,
                 largest=largest,
                 smallest=smallest,
-                tolerance=self._options.tolerance,
-                max_matvecs=self._options.max_products,
+                tolerance=options.tolerance,
+                max_matvecs=options.max_products,
                 max_basis=basis,
                 start=self._start(space, kind),
                 generator=generator,
@@ -180,8 +181,8 @@ class SpectrumMeasurement:
             found = trace(
                 matvec,
                 space,
-                relative_error=self._options.trace_error,
-                max_matvecs=self._options.max_products,
+                relative_error=options.trace_error,
+                max_matvecs=options.max_products,
                 deflation=pairs,
                 generator=generator,
             )
@@ -190,8 +191,8 @@ class SpectrumMeasurement:
             numbers.density = spectral_density(
                 matvec,
                 space,
-                starts=self._options.density_starts,
-                steps=self._options.density_steps,
+                starts=options.density_starts,
+                steps=options.density_steps,
                 deflation=pairs,
                 generator=generator,
             )
@@ -201,7 +202,7 @@ class SpectrumMeasurement:
         return vectors if all(len(v) == space.size for v in vectors) else []
 
     def _eigenvalues(self, pairs: Eigenpairs, kind: str, largest: int) -> dict[str, float]:
-        values: dict[str, float] = {}
+        options, values = self._options, dict[str, float]()
         names = {
             "hessian": [*(largest_name(i) for i in range(1, largest + 1)), "lambda_min"],
             "gauss_newton": ["gauss_newton_lambda_max"],
@@ -215,7 +216,7 @@ class SpectrumMeasurement:
             if kind == "second_moment":
                 # Found without the identity: next to 1 its digits would be lost.
                 values["second_moment_excess"], value = value, 1.0 + value
-            if pairs.asymmetry > self._options.tolerance * scale and not converged:
+            if pairs.asymmetry > options.tolerance * scale and not converged:
                 self._warn_once(
                     name,
                     f"products for {name} are not symmetric (by {pairs.asymmetry / (scale or 1.0):.1%} of it): the "
@@ -226,9 +227,9 @@ class SpectrumMeasurement:
             values |= dict(zip(with_error(name), (value, relative, float(converged)), strict=True))
         if kind == "hessian" and largest:
             values[UPPER] = pairs.upper
-        if pairs.matvecs >= self._options.max_products and not all(pairs.converged):
+        if pairs.matvecs >= options.max_products and not all(pairs.converged):
             warn(
-                f"some eigenpairs did not converge within max_products={self._options.max_products} products: their "
+                f"some eigenpairs did not converge within max_products={options.max_products} products: their "
                 "_converged is 0, and their _error says how far they got; where it is small, the search may have "
                 "overlooked others. Raise max_products or tolerance."
             )
@@ -240,24 +241,7 @@ class SpectrumMeasurement:
         return values
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Failure of the products of an operator, as all ranks know it.
-
-    Attributes:
-        cause: this rank's error, or one that says that another rank failed.
-        lacking: whether some rank's error may be a lack of second derivatives.
-        only_here: whether this rank failed while others did not.
-        between: whether some rank failed between products: the others may have come further than it.
-    """
-
-    cause: Exception
-    lacking: bool
-    only_here: bool
-    between: bool
-
-
-def _failure(problem: SpectrumProblem, own: Exception | None, error: Exception, between: bool) -> _Failure:
+def _failure_of(problem: SpectrumProblem, own: Exception | None, error: Exception, between: bool) -> Outcome:
     """Return what all ranks know of the failure of an operator's products. One collective."""
     flag = {"between": torch.full((1,), float(between), dtype=torch.float64, device="cpu")}
 
@@ -267,6 +251,4 @@ def _failure(problem: SpectrumProblem, own: Exception | None, error: Exception, 
         return flag
 
     outcome = attempt_together(problem.trainer, make, flag, "a product")
-    only_here = own is not None and outcome.failed < problem.trainer.world_size
-    cause = outcome.error or error.with_traceback(None)
-    return _Failure(cause, outcome.lacking, only_here, bool(outcome.sums["between"]))
+    return replace(outcome, error=outcome.error or error.with_traceback(None))

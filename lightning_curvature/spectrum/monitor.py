@@ -21,7 +21,14 @@ from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import check_tensorboard, warn
 from lightning_curvature.reporting.progress import Progress
 from lightning_curvature.spectrum.measurement import SpectrumMeasurement
-from lightning_curvature.spectrum.options import EXACT_ONLY, Products, Quantity, SpectrumOptions, operator_of
+from lightning_curvature.spectrum.options import (
+    EXACT_ONLY,
+    Products,
+    Quantity,
+    SpectrumOptions,
+    largest_name,
+    operator_of,
+)
 from lightning_curvature.spectrum.problem import SpectrumProblem, basis_length
 from lightning_curvature.spectrum.result import Spectrum, report_density
 
@@ -131,68 +138,58 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
 
     @property
     def state_key(self) -> str:
-        """Distinct for monitors with distinct prefixes or quantities; of one prefix ``setup`` then tells more."""
+        """Distinct for monitors with distinct prefixes or quantities; ``setup`` refuses two with one prefix."""
         return self._generate_state_key(prefix=self.options.prefix, quantities=self.options.quantities)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the eigenvectors of the last measurement, if they are to be saved and this rank holds them whole."""
-        return (
-            {"vectors": dict(self._measurement.vectors)} if self.options.save_eigenvectors and not self._sharded else {}
-        )
+        """Return the last eigenvectors, where checkpoints are to keep them and this rank holds them whole."""
+        kept = self.options.save_eigenvectors and not self._sharded
+        return {"vectors": dict(self._measurement.vectors)} if kept else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the eigenvectors where a checkpoint left them."""
         self._measurement.vectors = dict(state_dict.get("vectors", {}))
 
-    def charts(self) -> dict[str, list[str]]:
-        """TensorBoard charts: each eigenvalue with its threshold."""
-        keys = self.options.keys()
-        shown = [key for key in keys if not key.endswith(("_error", "_converged", "_stderr", "_upper"))]
-        charts = {}
+    def charted(self) -> dict[str, list[str]]:
+        """Chart each eigenvalue with its threshold."""
         # Adaptive optimizers have no threshold on λ_max(H); TensorBoard leaves out a key that is never written.
-        for title, names in {
-            "λ_max and its threshold": [n for n in shown if n.startswith("lambda_") and n != "lambda_min"],
-            "preconditioned λ_max": [n for n in shown if n.startswith("preconditioned")],
-        }.items():
-            if names:
-                threshold = f"{'preconditioned_' if title.startswith('pre') else ''}lambda_max_threshold"
-                charts[f"{self.options.prefix}: {title}"] = [
-                    f"{self.options.prefix}/{name}" for name in [*names, threshold]
-                ]
-        return charts
+        largest = [largest_name(i) for i in range(1, self.options.k + 1)]
+        charts = {"λ_max and its threshold": ("lambda_max", largest)}
+        charts["preconditioned λ_max"] = ("preconditioned_lambda_max", ["preconditioned_lambda_max"])
+        asked = self.options.quantities
+        return {title: [*keys, f"{name}_threshold"] for title, (name, keys) in charts.items() if name in asked}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
-        parameters = self._parameters(trainer)
+        parameters, optimizer = self._parameters(trainer), trainer.optimizers[self.options.optimizer_index]
+        asked, k, products = self.options.quantities, self.options.k, self.options.products
         self._sharded = is_sharded(parameters)
         self._measurement.begin(self._sharded)
-        exact = [q for q in self.options.quantities if operator_of(q) in EXACT_ONLY]
-        if exact and (self._sharded or self.options.products == "difference"):
+        exact = [q for q in asked if operator_of(q) in EXACT_ONLY]
+        if exact and (self._sharded or products == "difference"):
             raise MisconfigurationException(
                 f"quantities must not need exact products where parameters are sharded or products='difference', got "
                 f"{exact}: leave them out."
             )
-        if self._sharded and self.options.products == "exact":
+        if self._sharded and products == "exact":
             raise MisconfigurationException(
                 "products must be 'auto' or 'difference' where parameters are sharded, got 'exact': second derivatives "
                 "do not reach through their gathering."
             )
         count = sum(p.numel() for p in parameters)
-        pairs = self.options.k * ("lambda_max" in self.options.quantities) + ("lambda_min" in self.options.quantities)
-        if pairs >= count:
+        if k * ("lambda_max" in asked) + ("lambda_min" in asked) >= count:
             raise MisconfigurationException(
-                f"k must be below the number of parameters, got {self.options.k} for {count}: ask for fewer."
+                f"k must be below the number of parameters, got {k} for {count}: ask for fewer."
             )
-        if "spectral_density" in self.options.quantities:
+        if "spectral_density" in asked:
             check_tensorboard(trainer, "spectral_density")
-        rule = stability_rule(trainer.optimizers[self.options.optimizer_index])
-        if "preconditioned_lambda_max" in self.options.quantities and math.isnan(rule.preconditioned):
+        if "preconditioned_lambda_max" in asked and math.isnan(stability_rule(optimizer).preconditioned):
             raise MisconfigurationException(
                 "quantities must not hold 'preconditioned_lambda_max' where the preconditioner is not known, "
-                f"got {type(trainer.optimizers[self.options.optimizer_index]).__name__}: leave it out."
+                f"got {type(optimizer).__name__}: leave it out."
             )
-        if self._sharded and self.options.products == "auto":
+        if self._sharded and products == "auto":
             warn(WHERE_SHARDED)
 
     @property

@@ -119,7 +119,7 @@ def test_samples_are_read_once_a_fit(subset: int | None) -> None:
         fit(follow, data=DataLoader(data, batch_size=BATCH))
         assert Reads.count == plain + (subset or SAMPLES)
         Reads.count = 0
-        assert follow._probe_set is None  # let go of when training ends
+        assert follow._data is None  # let go of when training ends
     fit(monitor("step_sharpness"), data=DataLoader(data, batch_size=BATCH))
     assert Reads.count == plain  # that needs no others
 

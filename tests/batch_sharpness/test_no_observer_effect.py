@@ -133,4 +133,4 @@ def test_raising_leaves_the_run_as_it_was(name: str) -> None:
     assert not {"training_step", "forward", "log"} & set(vars(module))
     # Nothing of the run is held on to.
     assert follow._calls == []
-    assert follow._probe_set is None
+    assert follow._data is None

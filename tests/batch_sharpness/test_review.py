@@ -215,7 +215,7 @@ def test_a_batch_size_that_changes_in_a_collection() -> None:
 
     class After(pl.Callback):
         def on_train_batch_start(self, *args: Any) -> None:
-            sizes.append(follow._probe_set.batch_size)
+            sizes.append(follow._data.batch_size)
 
     trainer = make_trainer(follow, After(), max_epochs=2, reload_dataloaders_every_n_epochs=1)
     trainer.fit(Reloading())

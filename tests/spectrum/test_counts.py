@@ -198,7 +198,7 @@ def test_probe_set_is_read_once_a_fit(subset: int | None) -> None:
         fit(follow=follow, data=DataLoader(data, batch_size=BATCH))
         assert Reads.count == plain + (subset or SAMPLES)
         Reads.count = 0
-        assert follow._probe_set is None  # let go of when training ends
+        assert follow._data is None  # let go of when training ends
 
 
 def test_nothing_happens_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:

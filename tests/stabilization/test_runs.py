@@ -250,5 +250,5 @@ def test_raising_leaves_the_run_as_it_was(stage: str, trapped: Callable[[str | N
     assert kept.state == kept.of(module)
     assert not {"training_step", "forward", "log"} & set(vars(module))
     # Nothing of the run is held on to.
-    assert follow._probe_set is None
+    assert follow._data is None
     assert follow._objective is None
