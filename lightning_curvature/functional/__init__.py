@@ -1,4 +1,4 @@
-"""The formulas: tensors in, tensors out. Nothing here knows of modules, optimizers or trainers."""
+"""Formulas: tensors in, tensors out, without modules, optimizers or trainers."""
 
 from lightning_curvature.functional.directional import (
     critical_sharpness,
@@ -19,6 +19,8 @@ from lightning_curvature.functional.likelihoods import (
     output_noise_gain,
     output_quadratic_form,
 )
+from lightning_curvature.functional.line_fit import DecaySlope, decay_slope
+from lightning_curvature.functional.model_error import relative_model_error, validated_sigma
 from lightning_curvature.functional.pairs import PairStatistics, pair_statistics
 from lightning_curvature.functional.products import hessian_quadratic_form
 from lightning_curvature.functional.sharpness import (
@@ -30,16 +32,11 @@ from lightning_curvature.functional.sharpness import (
     ratio_standard_error,
 )
 from lightning_curvature.functional.stabilization import (
-    DecaySlope,
     QuadraticIncrement,
-    decay_slope,
     gaussian_moment,
     increment,
     rate_bound,
-    relative_model_error,
     sampled_gaussian_moment,
-    spectral_moment,
-    validated_sigma,
 )
 from lightning_curvature.functional.step_length import ErrorModel, choose_epsilon
 from lightning_curvature.functional.thresholds import adaptive_threshold, momentum_threshold
@@ -81,6 +78,5 @@ __all__ = [
     "ratio_standard_error",
     "relative_model_error",
     "sampled_gaussian_moment",
-    "spectral_moment",
     "validated_sigma",
 ]

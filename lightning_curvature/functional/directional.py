@@ -1,7 +1,9 @@
-"""Curvature along a step: ratios of second-order to first-order change of the loss.
+"""Curvature along a step: ratios of the second-order to the first-order change of the loss.
 
-Throughout, d = θ_t − θ_{t+1} = η Δθ is the step actually taken, g and H are the gradient and Hessian of the loss at
-θ_t, and ε counts in steps: θ_t − ε d is θ_{t+1} at ε = 1.
+Legend: d = θ_t − θ_{t+1} = η Δθ the step taken, g and H gradient and Hessian of the loss at θ_t, ε a distance in steps:
+θ_t − ε d is θ_{t+1} at ε = 1.
+
+Sources are cited by name: see docs/references.md.
 """
 
 import torch
@@ -25,13 +27,13 @@ def _double(value: Scalar) -> Tensor:
 
 
 def check_epsilon(epsilon: Scalar) -> None:
-    """Raise ValueError unless ε is positive; one in a tensor is not read, which would wait for the device."""
+    """Raise ValueError unless ε is positive; an ε in a tensor is not checked, which would wait for the device."""
     if not isinstance(epsilon, Tensor) and not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}: 1.0 probes as far as the step itself went.")
+        raise ValueError(f"epsilon must be positive, got {epsilon}: 1.0 is the length of the step.")
 
 
 def directional_curvature(quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0) -> Tensor:
-    r"""Directional curvature along the true update.
+    r"""Return the directional curvature along the true update.
 
     .. math:: \lambda_{\text{dir}} = \frac{\Delta\theta^\top H \Delta\theta}{g^\top \Delta\theta}
         = \frac{1}{\eta} \frac{d^\top H d}{g^\top d}
@@ -39,12 +41,12 @@ def directional_curvature(quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0) 
     Args:
         quadratic: dᵀHd (or dᵀGd), scalar, units of the loss.
         descent: gᵀd, scalar, units of the loss.
-        lr: learning rate η that the step used. The default 1 gives the unit-free s, whose edge is 2.
+        lr: η of the step; 1 gives the unit-free s = ηλ, whose edge is 2.
 
     Returns:
         λ, in units of 1/η, with the edge 2/η. NaN where gᵀd ≤ 0: a step that goes uphill has no descent boundary.
 
-    Source: P0 (directional curvature), eqs. 1 and 3.
+    Source: Directional curvature (2026), eqs. 1 and 3.
 
     Example:
         >>> directional_curvature(quadratic=0.5, descent=1.0, lr=0.1)
@@ -56,7 +58,7 @@ def directional_curvature(quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0) 
 
 
 def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
-    r"""By what factor the step could have been longer before it stops descending, to second order.
+    r"""Return the factor by which the step could have been longer before it stops descending, to second order.
 
     .. math:: \frac{2\, g^\top d}{d^\top H d} = \frac{2/\eta}{\lambda}
 
@@ -67,7 +69,7 @@ def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
     Returns:
         The factor; 1 is the edge, infinity where the loss does not curve upward along the step, NaN where gᵀd ≤ 0.
 
-    Source: P0 (directional curvature), eqs. 2 and 3.
+    Source: Directional curvature (2026), eqs. 2 and 3.
 
     Example:
         >>> headroom(quadratic=0.5, descent=1.0)  # the step could have been four times as long
@@ -79,11 +81,11 @@ def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
 
 
 def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Scalar, epsilon: Scalar) -> Tensor:
-    r"""Second difference of the loss along the step.
+    r"""Return the second difference of the loss along the step.
 
     .. math:: \frac{L(\theta+\epsilon d) - 2L(\theta) + L(\theta-\epsilon d)}{\epsilon^2} = d^\top H d + O(\epsilon^2)
 
-    The subtraction is done in float64, so that only the rounding of the three losses themselves is left.
+    The subtraction is in float64: only the rounding of the three losses remains.
 
     Args:
         loss_plus: L(θ + εd), scalar.
@@ -97,7 +99,7 @@ def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Sca
     Raises:
         ValueError: if a plain number ε is not positive.
 
-    Source: P0 (directional curvature), eq. 4.
+    Source: Directional curvature (2026), eq. 4.
 
     Example:
         >>> finite_difference_quadratic(loss_plus=1.5, loss=1.0, loss_minus=0.75, epsilon=0.5)
@@ -109,7 +111,9 @@ def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Sca
 
 
 def finite_difference_descent(loss_plus: Scalar, loss_minus: Scalar, epsilon: Scalar) -> Tensor:
-    r"""First difference of the loss along the step, :math:`[L(\theta+\epsilon d) - L(\theta-\epsilon d)]/(2\epsilon)`.
+    r"""Return the first difference of the loss along the step.
+
+    .. math:: [L(\theta+\epsilon d) - L(\theta-\epsilon d)] / (2\epsilon) = g^\top d + O(\epsilon^2)
 
     Args:
         loss_plus: L(θ + εd), scalar.
@@ -130,6 +134,15 @@ def finite_difference_descent(loss_plus: Scalar, loss_minus: Scalar, epsilon: Sc
     return (_double(loss_plus) - _double(loss_minus)) / (2.0 * epsilon)
 
 
+def finite_difference_forms(
+    loss_plus: Scalar, loss: Scalar, loss_minus: Scalar, epsilon: Scalar, descent: Scalar | None = None
+) -> tuple[Tensor, Scalar]:
+    """Return dᵀHd and gᵀd from a pair of losses; a ``descent`` that is given takes the place of the latter."""
+    if descent is None:
+        descent = finite_difference_descent(loss_plus, loss_minus, epsilon)
+    return finite_difference_quadratic(loss_plus, loss, loss_minus, epsilon), descent
+
+
 def finite_difference_curvature(
     loss_plus: Scalar,
     loss: Scalar,
@@ -138,7 +151,7 @@ def finite_difference_curvature(
     lr: Scalar = 1.0,
     descent: Scalar | None = None,
 ) -> Tensor:
-    r"""Symmetric finite-difference estimate of the directional curvature, two forwards.
+    r"""Return the symmetric finite-difference estimate of the directional curvature, from two extra forwards.
 
     .. math:: \lambda_{\text{FD}} =
         \frac{L(\theta+\epsilon\Delta\theta) - 2L(\theta) + L(\theta-\epsilon\Delta\theta)}
@@ -151,24 +164,28 @@ def finite_difference_curvature(
         loss: L(θ), scalar.
         loss_minus: L(θ − εd), scalar.
         epsilon: ε > 0, in steps.
-        lr: η of the step; 1 gives the unit-free s.
+        lr: η of the step; 1 gives the unit-free s = ηλ, whose edge is 2.
         descent: gᵀd. Default: the first difference of the same pair.
 
     Returns:
-        λ_FD; NaN where gᵀd ≤ 0.
+        λ_FD, in units of 1/η; NaN where gᵀd ≤ 0.
 
     Raises:
         ValueError: if a plain number ε is not positive.
 
-    Source: P0 (directional curvature), eq. 5.
+    Source: Directional curvature (2026), eq. 5.
 
     Example:
         >>> finite_difference_curvature(loss_plus=1.5, loss=1.0, loss_minus=0.75, epsilon=0.5, lr=0.1)
         tensor(13.3333, dtype=torch.float64)
     """
-    if descent is None:
-        descent = finite_difference_descent(loss_plus, loss_minus, epsilon)
-    return directional_curvature(finite_difference_quadratic(loss_plus, loss, loss_minus, epsilon), descent, lr)
+    return directional_curvature(*finite_difference_forms(loss_plus, loss, loss_minus, epsilon, descent), lr)
+
+
+def divergence_quadratic(divergence: Tensor, epsilon: Scalar, scale: float = 1.0) -> Tensor:
+    """Return 2 · scale · KL/ε² = dᵀFd + O(ε) in the type of the divergence."""
+    check_epsilon(epsilon)
+    return 2.0 * scale * divergence / epsilon**2
 
 
 def kl_curvature(
@@ -181,7 +198,7 @@ def kl_curvature(
     weights: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    r"""KL estimate of the curvature, one forward.
+    r"""Return the KL estimate of the curvature, from one extra forward.
 
     .. math:: \lambda_{\text{KL}} =
         \frac{2\,\mathbb E_x\,\mathrm{KL}(p_\theta \| p_{\theta-\epsilon\Delta\theta})}{\epsilon^2\, g^\top\Delta\theta}
@@ -192,28 +209,27 @@ def kl_curvature(
         shifted_outputs: outputs at θ − εd, same shape.
         epsilon: ε > 0, in steps.
         descent: gᵀd, scalar.
-        lr: η of the step; 1 gives the unit-free s.
+        lr: η of the step; 1 gives the unit-free s = ηλ, whose edge is 2.
         likelihood: see :func:`~lightning_curvature.functional.kl_divergence`.
         weights: weight of each position, shape (...).
         scale: the loss as a multiple of the mean negative log-likelihood of a position; ``mse_loss`` with its mean
             reduction over (P, C) is 2/C times the Gaussian one.
 
     Returns:
-        λ_KL; NaN where gᵀd ≤ 0.
+        λ_KL, in units of 1/η; NaN where gᵀd ≤ 0.
 
     Raises:
         ValueError: if a plain number ε is not positive, for an unknown likelihood or shapes that do not agree.
 
-    Source: P0 (directional curvature), eq. 8.
+    Source: Directional curvature (2026), eq. 8.
 
     Example:
         >>> z, shifted = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.1, 0.0]])
         >>> kl_curvature(z, shifted, epsilon=1.0, descent=0.01)  # 2 KL = 0.1² p(1 − p) + …
         tensor(0.1936)
     """
-    check_epsilon(epsilon)
     divergence = kl_divergence(outputs, shifted_outputs, likelihood, weights)
-    return directional_curvature(2.0 * scale * divergence / epsilon**2, descent, lr)
+    return directional_curvature(divergence_quadratic(divergence, epsilon, scale), descent, lr)
 
 
 def gauss_newton_curvature(
@@ -225,7 +241,7 @@ def gauss_newton_curvature(
     weights: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    r"""Gauss–Newton curvature from one forward-mode product, without ε.
+    r"""Return the Gauss–Newton curvature from one forward-mode product, without ε.
 
     .. math:: \lambda_{\text{GN}} = \frac{\Delta\theta^\top G \Delta\theta}{g^\top \Delta\theta}, \quad
         d^\top G d = \mathbb E_x\, u^\top (\partial^2\ell/\partial z^2)\, u, \quad u = J d
@@ -234,18 +250,18 @@ def gauss_newton_curvature(
         outputs: outputs at θ, shape (..., C).
         tangent: u = J d, same shape.
         descent: gᵀd, scalar.
-        lr: η of the step; 1 gives the unit-free s.
+        lr: η of the step; 1 gives the unit-free s = ηλ, whose edge is 2.
         likelihood: see :func:`~lightning_curvature.functional.output_quadratic_form`.
         weights: weight of each position, shape (...).
         scale: as in :func:`kl_curvature`.
 
     Returns:
-        λ_GN; NaN where gᵀd ≤ 0.
+        λ_GN, in units of 1/η; NaN where gᵀd ≤ 0.
 
     Raises:
         ValueError: for an unknown likelihood or shapes that do not agree.
 
-    Source: P0 (directional curvature), eqs. 11-13.
+    Source: Directional curvature (2026), eqs. 11-13.
 
     Example:
         >>> z, tangent = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.1, 0.0]])
@@ -256,7 +272,7 @@ def gauss_newton_curvature(
 
 
 def critical_sharpness(critical_factor: Scalar, lr: Scalar = 1.0) -> Tensor:
-    r"""Critical sharpness :math:`2/\eta_c`, η_c the smallest learning rate at which the step would raise the loss.
+    r"""Return the critical sharpness :math:`2/\eta_c`; at the learning rate η_c the step would begin to raise the loss.
 
     Args:
         critical_factor: η_c/η, the length at which L(θ − c·d) first exceeds L(θ), in steps.

@@ -1,8 +1,10 @@
-"""A straight line through points, by least squares."""
+"""Straight lines through points by least squares, and the power law of a decay."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -10,7 +12,7 @@ class LineFit(NamedTuple):
     """A line y = slope · x + intercept.
 
     Attributes:
-        slope: NaN where there are fewer than two distinct x.
+        slope: NaN for fewer than two distinct x.
         standard_error: of the slope, from the scatter about the line; NaN for two points.
         intercept: y at x = 0.
     """
@@ -20,8 +22,15 @@ class LineFit(NamedTuple):
     intercept: float
 
 
+class DecaySlope(LineFit):
+    """A power law fitted to a decay: ``slope`` is the exponent of k + 1, ``intercept`` the log of the factor.
+
+    Squared criteria of independent samples have the exponent −2.
+    """
+
+
 def fit_line(x: Tensor, y: Tensor) -> LineFit:
-    """Fit a line to points, (n,) float64 each."""
+    """Return the line through points, (n,) float64 each."""
     centred = x - x.mean() if len(x) else x
     spread = float(centred.square().sum())
     # The mean of equal numbers may round: their spread need not be 0.
@@ -32,3 +41,27 @@ def fit_line(x: Tensor, y: Tensor) -> LineFit:
     freedom = len(x) - 2
     scatter = float((y - intercept - slope * x).square().sum())
     return LineFit(slope, math.sqrt(scatter / freedom / spread) if freedom else math.nan, intercept)
+
+
+def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySlope:
+    r"""Return the fit of :math:`\log \Delta = s \log(k+1) + \text{const}` by least squares.
+
+    Args:
+        sample_sizes: k.
+        values: Δ at each k; values that are not positive and finite are left out.
+
+    Returns:
+        The fit; all NaN if fewer than two values remain.
+
+    Source: Curvature-aligned probing (2026), figure 2, and theorem 2 for the exponent −2.
+
+    Example:
+        >>> round(decay_slope([1, 3, 7], [1.0, 0.25, 0.0625]).slope, 9)
+        -2.0
+    """
+    points = [
+        (math.log(k + 1), math.log(value))
+        for k, value in zip(sample_sizes, values, strict=True)
+        if value > 0.0 and math.isfinite(value)
+    ]
+    return DecaySlope(*fit_line(*torch.tensor(points, dtype=torch.float64).reshape(-1, 2).unbind(-1)))

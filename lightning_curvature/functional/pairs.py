@@ -1,4 +1,4 @@
-"""What the outputs at two mirrored points tell: second-order form, its truncation, the softmax's share of it.
+"""Statistics of the outputs at θ ± εd: second-order form, its truncation error, the softmax's share of that error.
 
 Legend: ``P`` positions, ``C`` components, ``z`` outputs at θ (P, C), ``z_±`` outputs at θ ± εd,
 ``δ = ½(z_+ − z_−)`` (odd orders of ε only), ``m = ½(z_+ + z_−) − z`` (even orders only).
@@ -6,17 +6,10 @@ Legend: ``P`` positions, ``C`` components, ``z`` outputs at θ (P, C), ``z_±`` 
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from lightning_curvature.functional.likelihoods import (
-    _ELEMENTS_PER_PIECE,
-    Likelihood,
-    _centred,
-    _check,
-    _rows,
-    _weighted,
-)
+from lightning_curvature.functional.likelihoods import Likelihood, centred, check_outputs
+from lightning_curvature.functional.positions import position_means
 
 
 class PairStatistics(NamedTuple):
@@ -42,7 +35,7 @@ def pair_statistics(
     likelihood: Likelihood = "categorical",
     weights: Tensor | None = None,
 ) -> PairStatistics:
-    """Evaluate :class:`PairStatistics` in one pass over the outputs.
+    """Return :class:`PairStatistics` in one pass over the outputs.
 
     Args:
         outputs: ``z``, shape (..., C).
@@ -63,22 +56,18 @@ def pair_statistics(
         >>> round(pair_statistics(z, z + change, z - change).signal.item(), 6)  # Var(±0.1)
         0.01
     """
-    _check(likelihood, outputs)
-    z, plus, w = _rows(outputs, outputs_plus, weights)
-    _, minus, _ = _rows(outputs, outputs_minus, weights)
-    rows = max(1, _ELEMENTS_PER_PIECE // max(1, z.shape[-1]))
-    totals = z.new_zeros(4)
-    pieces = zip(z.split(rows), plus.split(rows), minus.split(rows), w.split(rows), strict=True)
-    for base, up, down, weight in pieces:
+    check_outputs(likelihood, outputs)
+
+    def statistics(z: Tensor, plus: Tensor, minus: Tensor) -> tuple[Tensor, ...]:
         # Differences first: near convergence z is large and its changes are small.
-        up, down = up - base, down - base
-        found = _statistics(base, 0.5 * (up - down), 0.5 * (up + down), likelihood)
-        totals += torch.stack([_weighted(weight, values) for values in found])
-    return PairStatistics(*(totals / w.sum()).unbind())
+        plus, minus = plus - z, minus - z
+        return _statistics(z, 0.5 * (plus - minus), 0.5 * (plus + minus), likelihood)
+
+    return PairStatistics(*position_means(statistics, weights, outputs, outputs_plus, outputs_minus).unbind())
 
 
 def _statistics(z: Tensor, delta: Tensor, mean: Tensor, likelihood: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four of each position, (P,)."""
+    """Return the four statistics of each position, (P,)."""
     square = delta.square()
     if likelihood == "gaussian":
         zero = z.new_zeros(z.shape[0])
@@ -90,7 +79,7 @@ def _statistics(z: Tensor, delta: Tensor, mean: Tensor, likelihood: str) -> tupl
         fourth = (spread * (1.0 - 6.0 * spread) * square.square()).sum(-1)
         return (spread * square).sum(-1), (spread * mean.square()).sum(-1), third, fourth
     p = z.softmax(-1)
-    delta, mean = _centred(p, delta), _centred(p, mean)
+    delta, mean = centred(p, delta), centred(p, mean)
     square = delta.square()
     weighted = p * square
     variance = weighted.sum(-1)

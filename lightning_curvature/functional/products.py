@@ -9,14 +9,14 @@ from torch import Tensor
 def hessian_quadratic_form(
     loss: Tensor, parameters: Sequence[Tensor], direction: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    r"""First and second derivative of the loss along a direction, by double backward.
+    r"""Return the first and the second derivative of the loss along a direction, by double backward.
 
     .. math:: g^\top d = \sum_i \partial_{\theta_i} L \cdot d_i, \qquad
         d^\top H d = \partial_\theta (g^\top d) \cdot d
 
     Args:
-        loss: scalar with a graph to ``parameters``; the graph is consumed.
-        parameters: θ, leaves of that graph; those the loss does not depend on count as constants.
+        loss: scalar with a graph to ``parameters``, which is consumed.
+        parameters: θ, leaves of that graph; parameters that the loss does not depend on count as constants.
         direction: d, one tensor for each parameter, same shapes.
 
     Returns:
@@ -24,9 +24,9 @@ def hessian_quadratic_form(
 
     Raises:
         ValueError: if the loss has no graph to any of the parameters.
-        RuntimeError: if a part of its graph cannot be differentiated twice.
+        RuntimeError: if a function in its graph cannot be differentiated twice.
 
-    Source: P0 (directional curvature), eq. 1; Pearlmutter 1994.
+    Source: Directional curvature (2026), eq. 1; Pearlmutter 1994; see docs/references.md.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -50,7 +50,7 @@ def hessian_quadratic_form(
 
 
 def check_differentiable(gradients: Sequence[Tensor | None]) -> None:
-    """Refuse gradients with a part that cannot be differentiated: ``grad`` would silently take it for a constant.
+    """Raise unless gradients can be differentiated: ``grad`` silently takes what cannot for a constant.
 
     Args:
         gradients: made with ``create_graph=True``.
@@ -66,7 +66,7 @@ def check_differentiable(gradients: Sequence[Tensor | None]) -> None:
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        # The node that torch leaves there raises only where it is run, and asked for inputs alone it never is.
+        # The node that torch puts there raises only when it runs, and a call of ``grad`` for inputs never runs it.
         if node.name() == "torch::autograd::Error":
             raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
         for following, _ in node.next_functions:

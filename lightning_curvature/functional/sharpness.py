@@ -1,11 +1,11 @@
-"""Means over mini-batches: a ratio of two means with its standard error, and what it is for other batch sizes.
+"""Means over mini-batches: a ratio of two means with its standard error, and its value at other batch sizes.
 
 Legend: ``x``, ``y`` numerator and denominator of one draw, ``n`` draws or samples, ``b`` samples of a mini-batch B;
-g, H gradient and Hessian of the loss of all samples, g_B that of a mini-batch, Σ the covariance of the gradients of
-single samples (divisor n).
+g, H gradient and Hessian of the loss of all samples, g_B the gradient of a mini-batch, Σ the covariance of the
+gradients of single samples (divisor n).
 
-What has been drawn is kept as *moments*, a float64 tensor (6,): n, mean x, mean y, Sxx, Sxy, Syy, S sums of products of
-deviations from the means. They begin as zeros.
+*Moments* sum up the draws in a float64 tensor (6,): n, mean x, mean y, Sxx, Sxy, Syy, where S are sums of products of
+deviations from the means. They begin as zeros. Sources are cited by name: see docs/references.md.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ Scalar = Tensor | float
 
 
 def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0) -> Tensor:
-    r"""Return the moments with one draw more.
+    r"""Return the moments with one draw added.
 
     .. math:: \bar x' = \bar x + \frac{x - \bar x}{n + 1}, \qquad
         S_{xy}' = S_{xy} + \frac{n}{n + 1} (x - \bar x)(y - \bar y)
 
-    Draws that are all the same leave S at exactly 0.
+    Equal draws leave S at exactly 0.
 
     Args:
         moments: (6,) float64.
@@ -45,17 +45,17 @@ def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0
 
 
 def merge_moments(stacked: Tensor) -> Tensor:
-    r"""Return the moments of all draws together, from those of several parts of them.
+    r"""Return the moments of the union of several sets of draws.
 
     .. math:: S_{xy} = S^a_{xy} + S^b_{xy} + \frac{n_a n_b}{n_a + n_b} (\bar x_b - \bar x_a)(\bar y_b - \bar y_a)
 
-    One part after the other: a sum over all of them would round the mean of equal numbers.
+    Sets are merged one after the other: one sum over all of them rounds the mean of equal numbers.
 
     Args:
-        stacked: (parts, 6) float64; parts without draws are zeros.
+        stacked: (sets, 6) float64; a set without draws is zeros.
 
     Returns:
-        (6,) float64; the same bits wherever the parts come in the same order.
+        (6,) float64; the same bits for the same order of sets.
 
     Source: Chan, Golub and LeVeque 1983.
 
@@ -65,29 +65,28 @@ def merge_moments(stacked: Tensor) -> Tensor:
         [2.0, 2.0, 1.0, 2.0, 0.0, 0.0]
     """
     merged = stacked[0]
-    for part in stacked[1:]:
-        count = merged[0] + part[0]
-        share = part[0] / count.clamp(min=1.0)
-        deviations = part[1:3] - merged[1:3]
+    for added in stacked[1:]:
+        count = merged[0] + added[0]
+        share = added[0] / count.clamp(min=1.0)
+        deviations = added[1:3] - merged[1:3]
         x, y = deviations.unbind()
-        # Weighted before they are multiplied: nothing before the first draw, however large.
+        # The weight is multiplied in first: 0 before the first draw, which would else overflow where the draw is large.
         weighted_x, weighted_y = (merged[0] * share * deviations).unbind()
         products = torch.stack([weighted_x * x, weighted_x * y, weighted_y * y])
-        merged = torch.cat([count.reshape(1), merged[1:3] + share * deviations, merged[3:] + part[3:] + products])
+        merged = torch.cat([count.reshape(1), merged[1:3] + share * deviations, merged[3:] + added[3:] + products])
     return merged
 
 
 def ratio_of_means(moments: Tensor) -> Tensor:
     r"""Return :math:`r = \bar x / \bar y`.
 
-    Denominators estimate a positive number, a squared norm or the descent of an update: where their mean is not
-    positive, noise hides it, and the ratio is NaN. So it is where nothing has been drawn.
-
     Args:
         moments: (…, 6) float64.
 
     Returns:
-        (…) float64. Its bias as an estimate of E x / E y is of the order 1/n, below the standard error's 1/√n.
+        (…) float64. The bias as an estimate of E x / E y is of order 1/n, below the standard error's 1/√n. NaN without
+        draws, and where ȳ ≤ 0: denominators estimate a positive number (a squared norm, the descent of an update), and
+        noise hides it there.
 
     Example:
         >>> ratio_of_means(torch.tensor([2.0, 6.0, 3.0, 0.0, 0.0, 0.0], dtype=torch.float64))
@@ -103,8 +102,8 @@ def ratio_standard_error(moments: Tensor) -> Tensor:
     .. math:: \frac{1}{\bar y} \sqrt{\frac{1}{n (n-1)} \sum_i (x_i - r y_i)^2}
         = \frac{1}{\bar y} \sqrt{\frac{S_{xx} - 2 r S_{xy} + r^2 S_{yy}}{n (n-1)}}
 
-    With y = 1 it is the standard error of a mean. Draws that are all the same give exactly 0; where x is proportional
-    to y the terms cancel, down to a rounding of 1e-8 of the spread of x.
+    With y = 1 it is the standard error of a mean. Equal draws give exactly 0; if x is proportional to y, the terms
+    cancel down to a rounding of 1e-8 of the spread of x.
 
     Args:
         moments: (…, 6) float64.
@@ -120,20 +119,20 @@ def ratio_standard_error(moments: Tensor) -> Tensor:
     """
     n, _, y, xx, xy, yy = moments.unbind(-1)
     ratio = ratio_of_means(moments)
-    # Rounding may leave less than nothing; clamp keeps NaN.
+    # Rounding can make the sum negative; clamp keeps NaN.
     squares = (xx + ratio * (ratio * yy - 2.0 * xy)).clamp(min=0.0)
     return torch.where(n > 1.0, (squares / (n * (n - 1.0))).sqrt() / y, torch.nan)
 
 
 def batch_factor(batch_size: float, samples: int, replacement: bool = False) -> float:
-    r"""Return by how much the mean of b samples scatters, in units of the variance of one.
+    r"""Return the variance of the mean of b samples, in units of the variance of one sample.
 
     .. math:: \frac{1}{b} \text{ with replacement}, \qquad \frac{n - b}{b\,(n - 1)} \text{ without}
 
     Args:
-        batch_size: b; of batches of several sizes their harmonic mean, in which both are linear.
+        batch_size: b; for several sizes their harmonic mean, since both factors are linear in 1/b.
         samples: n.
-        replacement: whether a batch may hold a sample twice.
+        replacement: whether a batch can hold a sample twice.
 
     Raises:
         ValueError: if b is below 1, or above n without replacement.
@@ -148,8 +147,8 @@ def batch_factor(batch_size: float, samples: int, replacement: bool = False) -> 
         raise ValueError(f"batch_size must be at least 1, got {batch_size}: count the samples of a mini-batch.")
     if not replacement and batch_size > samples:
         raise ValueError(
-            f"batch_size must not be above the number of samples, {samples}, got {batch_size}: only with "
-            "replacement=True are there larger ones."
+            f"batch_size must not be above the number of samples, {samples}, got {batch_size}: larger batches need "
+            "replacement=True."
         )
     if replacement:
         return 1.0 / batch_size
@@ -158,7 +157,7 @@ def batch_factor(batch_size: float, samples: int, replacement: bool = False) -> 
 
 @dataclass(frozen=True)
 class NoiseTerms:
-    r"""What gradient and noise contribute to GNI and IAS, and with it both for every batch size.
+    r"""Contributions of gradient and noise to GNI and IAS, which give both for every batch size.
 
     .. math:: E_B[g_B^\top H g_B] = g^\top H g + f_b \operatorname{tr}(H\Sigma), \qquad
         E_B\lVert g_B\rVert^2 = \lVert g\rVert^2 + f_b \operatorname{tr}\Sigma
@@ -172,8 +171,8 @@ class NoiseTerms:
         noise_square: tr Σ.
         samples: n.
 
-    Source: the covariance of a mean of b samples (Cochran 1977, theorem 2.2), put into the definitions of P4, eq. 1 and
-    appendix C.
+    Source: the covariance of a mean of b samples (Cochran 1977, theorem 2.2) in the definitions of Edge of stochastic
+    stability (2025), eq. 1 and appendix C.
 
     Example:
         >>> terms = NoiseTerms(1.0, 2.0, 0.5, 4.0, samples=3)
@@ -199,19 +198,19 @@ class NoiseTerms:
         samples: int,
         replacement: bool = False,
     ) -> "NoiseTerms":
-        """Separate the terms of what was measured with batches of one size.
+        """Return the terms that belong to measurements with batches of one size.
 
         Args:
             batch_curvature: E_B[g_BᵀHg_B].
             batch_square: E_B‖g_B‖².
             gradient_curvature: gᵀHg.
             gradient_square: ‖g‖².
-            batch_size: b of the batches measured.
+            batch_size: b.
             samples: n.
-            replacement: whether they could hold a sample twice.
+            replacement: whether a batch can hold a sample twice.
 
         Raises:
-            ValueError: for a batch size out of range, or batches that hold all samples and so have no noise.
+            ValueError: for a batch size out of range, or batches of all samples, which have no noise.
         """
         factor = batch_factor(batch_size, samples, replacement)
         if factor == 0.0:
@@ -228,7 +227,7 @@ class NoiseTerms:
         )
 
     def gni(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
-        """GNI of one batch size, a scalar, or of several, (sizes,); float64.
+        """Return GNI at one batch size, a scalar, or at several, (sizes,); float64.
 
         Raises:
             ValueError: for a batch size out of range.
@@ -237,7 +236,7 @@ class NoiseTerms:
         return (self.gradient_curvature + factor * self.noise_curvature) / self.gradient_square
 
     def ias(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
-        """IAS of one batch size, a scalar, or of several, (sizes,); float64.
+        """Return IAS at one batch size, a scalar, or at several, (sizes,); float64.
 
         Raises:
             ValueError: for a batch size out of range.

@@ -1,33 +1,29 @@
-r"""How much one more sample changes the loss around a point: the increment, its quadratic model and its mean powers.
+r"""The change of the loss around a point by one more sample: the increment, its quadratic model and its mean square.
 
-Legend: L_k the mean loss of the first k samples, ℓ the loss of one more, w the point, U (N, D) an orthonormal basis of
-the directions that are probed, z ~ N(0, σ²I_D) the probe, so that the loss is looked at in w + Uz. In the full space U
-is the identity and D = N. The *increment* is
+Legend: L_k the mean loss of the first k samples, ℓ the loss of the next one, w the point, U (N, D) an orthonormal basis
+of D directions, z ~ N(0, σ²I_D) the perturbation: losses are evaluated at w + Uz. In the full space U is the identity
+and D = N. The *increment* is
 
 .. math:: f(z) = L_{k+1} - L_k = \frac{\ell - L_k}{k + 1} \approx a + c^\top z + \tfrac12 z^\top B z
 
-and the criterion of order p is Δ_p(k+1) = E|f(z)|^p. Coefficients and values are float64.
+and the criterion of order p is Δ_p(k+1) = E|f(z)|^p. Coefficients and values are float64. Sources are cited by name:
+see docs/references.md.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from lightning_curvature.functional.line_fit import fit_line
 
 Scalar = Tensor | float
 
 
 def increment(sample: Tensor, mean: Tensor, k: int) -> Tensor:
-    r"""Return what one more sample adds to a mean over k: of losses, of gradients, of Hessians.
+    r"""Return what one more sample adds to a mean over k samples: of losses, gradients or Hessians.
 
     .. math:: \frac{x_{k+1} - \bar x_k}{k + 1} = \bar x_{k+1} - \bar x_k
 
-    Exact, where the difference of two large means would lose its digits.
+    The left side keeps its digits where the difference of two large means loses them.
 
     Args:
         sample: x_{k+1}.
@@ -37,7 +33,7 @@ def increment(sample: Tensor, mean: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: if k is below 1.
 
-    Source: P1, eq. 5.
+    Source: Curvature-aligned probing (2026), eq. 5.
 
     Example:
         >>> increment(torch.tensor(5.0), torch.tensor(2.0), k=2)
@@ -50,19 +46,19 @@ def increment(sample: Tensor, mean: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class QuadraticIncrement:
-    r"""The quadratic model of the increment in D directions; of one sample, or of several along leading dimensions.
+    r"""The quadratic model of the increment in D directions, for one sample or for several along leading dimensions.
 
     .. math:: q(z) = a + c^\top z + \tfrac12 z^\top B z
 
     Attributes:
         a: (…) the increment at w.
-        c: (…, D) its gradient, U^T (∇L_{k+1} − ∇L_k). P1 leaves ∇L_k out, since its w is a minimum of L_k.
+        c: (…, D) its gradient, U^T (∇L_{k+1} − ∇L_k). The source drops ∇L_k, since its w is a minimum of L_k.
         b: (…, D, D) its Hessian, U^T (∇²L_{k+1} − ∇²L_k) U, symmetric.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not agree.
 
-    Source: P1, eqs. 7–9.
+    Source: Curvature-aligned probing (2026), eqs. 7–9.
 
     Example:
         >>> model = QuadraticIncrement(torch.tensor(1.0), torch.tensor([1.0, 0.0]), 2.0 * torch.eye(2))
@@ -90,15 +86,15 @@ class QuadraticIncrement:
         return self.c.shape[-1]
 
     def first(self, dimension: int) -> "QuadraticIncrement":
-        """Return the model in the first of the D directions alone."""
+        """Return the model in the first ``dimension`` directions."""
         return QuadraticIncrement(self.a, self.c[..., :dimension], self.b[..., :dimension, :dimension])
 
     def without_value(self) -> "QuadraticIncrement":
-        """Return the model of what the increment has beyond its value at w, q − a."""
+        """Return the model of the deformation q − a."""
         return QuadraticIncrement(torch.zeros_like(self.a), self.c, self.b)
 
     def at(self, z: Tensor) -> Tensor:
-        """Return q at each of S probes.
+        """Return q at each of S perturbations.
 
         Args:
             z: (S, D).
@@ -113,7 +109,7 @@ class QuadraticIncrement:
 
 
 def gaussian_moment(model: QuadraticIncrement, sigma: Scalar) -> Tensor:
-    r"""Return the mean square of the quadratic model under a Gaussian probe, in closed form (GM).
+    r"""Return the mean square of the quadratic model under Gaussian perturbations, in closed form.
 
     .. math:: E[q(z)^2] = a^2 + a \sigma^2 \operatorname{Tr} B + \sigma^2 \lVert c\rVert^2
         + \tfrac{\sigma^4}{4} \left(2 \operatorname{Tr} B^2 + (\operatorname{Tr} B)^2\right)
@@ -128,7 +124,7 @@ def gaussian_moment(model: QuadraticIncrement, sigma: Scalar) -> Tensor:
     Raises:
         ValueError: if σ is not positive.
 
-    Source: P1, eqs. 14 and 15.
+    Source: Curvature-aligned probing (2026), eqs. 14 and 15.
 
     Example:
         >>> model = QuadraticIncrement(torch.tensor(1.0), torch.tensor([2.0]), torch.tensor([[4.0]]))
@@ -151,13 +147,13 @@ def _moment(
 def sampled_gaussian_moment(
     a: Tensor, c_square: Tensor, forms: Tensor, squares: Tensor, sigma: Scalar
 ) -> tuple[Tensor, Tensor]:
-    r"""Return :func:`gaussian_moment` where B is known by its products with random vectors alone, as in the full space.
+    r"""Return :func:`gaussian_moment` from products of B with random vectors alone, as in the full space.
 
     .. math:: \operatorname{Tr} B = E[v^\top B v], \qquad \operatorname{Tr} B^2 = E\lVert Bv\rVert^2, \qquad
         (\operatorname{Tr} B)^2 = E[(v^\top B v)(u^\top B u)],
 
-    u and v independent vectors of independent signs; the last is the mean over all pairs of different vectors, so that
-    the estimate is unbiased.
+    u and v independent vectors of random signs. The last mean is over all pairs of different vectors, which makes the
+    estimate unbiased.
 
     Args:
         a: (…) increments.
@@ -172,7 +168,7 @@ def sampled_gaussian_moment(
     Raises:
         ValueError: if σ is not positive, or there are fewer than three vectors.
 
-    Source: P1, eq. 15, with Hutchinson 1990 for the traces; Efron 1982 for the jackknife.
+    Source: Curvature-aligned probing (2026), eq. 15, with Hutchinson 1990 for the traces; Efron 1982 for the jackknife.
 
     Example:
         >>> one = torch.ones(())
@@ -185,48 +181,16 @@ def sampled_gaussian_moment(
         raise ValueError(f"forms must hold three vectors or more, got {count}: pairs of all but one must be left.")
     a, c_square, forms, squares = (t.double() for t in (a, c_square, forms, squares))
 
-    def mean_without(left_out: Tensor | None) -> Tensor:
-        own = (forms.sum(0), forms.square().sum(0), squares.sum(0))
-        n = count
-        if left_out is not None:
-            n -= 1
-            own = tuple(total - part for total, part in zip(own, left_out.unbind(), strict=True))  # type: ignore[assignment]
-        form, form_square, square = own
+    def moment(sums: Tensor, n: int) -> Tensor:
+        form, form_square, square = sums
         pairs = (form**2 - form_square) / (n * (n - 1))
         return _moment(a, c_square, form / n, pairs, square / n, sigma).mean()
 
-    value = mean_without(None)
+    sums = torch.stack([forms.sum(0), forms.square().sum(0), squares.sum(0)])
     rows = torch.stack([forms, forms.square(), squares], dim=1)
-    others = torch.stack([mean_without(row) for row in rows])
-    variance = (count - 1) / count * (others - others.mean()).square().sum()
-    return value, variance.sqrt()
-
-
-def spectral_moment(increments: Tensor, sigma: Scalar) -> Tensor:
-    r"""Return the mean square where value and gradient do not change and both Hessians share their eigenvectors.
-
-    .. math:: \tfrac{\sigma^4}{4} \left(2 \sum_i \delta\lambda_i^2 + \left(\sum_i \delta\lambda_i\right)^2\right)
-
-    Args:
-        increments: (…, D) δλ, by how much each eigenvalue changes from L_k to L_{k+1}.
-        sigma: σ.
-
-    Returns:
-        (…) float64.
-
-    Raises:
-        ValueError: if σ is not positive.
-
-    Source: P1, corollary 4, eq. 16.
-
-    Example:
-        >>> spectral_moment(torch.tensor([1.0, 1.0]), 1.0)
-        tensor(2., dtype=torch.float64)
-    """
-    increments = increments.double()
-    zero = torch.zeros(increments.shape[:-1], dtype=torch.float64, device=increments.device)
-    trace = increments.sum(-1)
-    return _moment(zero, zero, trace, trace**2, increments.square().sum(-1), sigma)
+    left_out = torch.stack([moment(sums - row, count - 1) for row in rows])
+    variance = (count - 1) / count * (left_out - left_out.mean()).square().sum()
+    return moment(sums, count), variance.sqrt()
 
 
 def rate_bound(loss: float, gradient: float, hessian: float, *, k: int, dimension: int, sigma: float) -> float:
@@ -234,20 +198,20 @@ def rate_bound(loss: float, gradient: float, hessian: float, *, k: int, dimensio
 
     .. math:: \frac{12 M_\ell^2 + 3\sigma^2 M_g^2 + 3\sigma^4 (D^2 + 2D) M_H^2}{(k+1)^2}
 
-    It holds at a minimum of L_k (P1's setting), or with ``gradient`` a bound on ‖∇ℓ − ∇L_k‖ instead.
+    The bound holds at a minimum of L_k, the setting of the source; elsewhere take a bound on ‖∇ℓ − ∇L_k‖ for M_g.
 
     Args:
         loss: M_ℓ, the largest |ℓ| of a sample.
         gradient: M_g, the largest norm of a sample's gradient.
         hessian: M_H, the largest spectral norm of a sample's Hessian.
-        k: number of samples before.
+        k: number of samples in the mean.
         dimension: D.
         sigma: σ.
 
     Raises:
         ValueError: if k or D is below 1, or σ is not positive.
 
-    Source: P1, theorem 2.
+    Source: Curvature-aligned probing (2026), theorem 2.
 
     Example:
         >>> rate_bound(1.0, 1.0, 1.0, k=1, dimension=1, sigma=1.0)  # (12 + 3 + 9) / 4
@@ -260,103 +224,10 @@ def rate_bound(loss: float, gradient: float, hessian: float, *, k: int, dimensio
     return terms / (k + 1) ** 2
 
 
-def relative_model_error(true: Tensor, model: Tensor, rounding: float = 0.0) -> float:
-    r"""Return how far the quadratic model is from the increment, as root mean square over probes (and samples).
-
-    .. math:: r = \sqrt{\frac{\sum (f - q)^2}{\sum f^2}}, \qquad
-        \left|\sqrt{\Delta_2[f]} - \sqrt{\Delta_2[q]}\right| \le r \sqrt{\Delta_2[f]}
-
-    so that r bounds the relative error that the model brings into the root of the criterion.
-
-    Args:
-        true: f at the probes.
-        model: q at the same ones.
-        rounding: f that is no larger counts as zero.
-
-    Returns:
-        r; NaN where f is zero throughout, infinite where f or q is not finite.
-
-    Example:
-        >>> relative_model_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
-        0.1
-    """
-    true, model = true.double(), model.double()
-    square, off = float(true.square().sum()), float((true - model).square().sum())
-    if not math.isfinite(square + off):
-        return math.inf
-    return math.sqrt(off / square) if bool((true.abs() > rounding).any()) else math.nan
-
-
-def validated_sigma(sigmas: Sequence[float], errors: Sequence[float], tolerance: float = 0.1) -> float:
-    """Return the largest σ up to which the quadratic model holds: it, and every smaller one, is within the tolerance.
-
-    Args:
-        sigmas: σ at which the model was compared, in any order.
-        errors: :func:`relative_model_error` at each.
-        tolerance: largest relative error.
-
-    Returns:
-        One of ``sigmas``, or NaN where not even the smallest holds.
-
-    Raises:
-        ValueError: if there are not as many errors as σ.
-
-    Example:
-        >>> validated_sigma([1e-4, 1e-3, 1e-2], [0.001, 0.02, 3.0])
-        0.001
-    """
-    if len(sigmas) != len(errors):
-        raise ValueError(
-            f"errors must hold one for each σ, got {len(errors)} for {len(sigmas)}: measure both together."
-        )
-    valid = math.nan
-    for sigma, error in sorted(zip(sigmas, errors, strict=True)):
-        if not error <= tolerance:  # also NaN
-            break
-        valid = sigma
-    return valid
-
-
-class DecaySlope(NamedTuple):
-    """A power law fitted to a decay.
-
-    Attributes:
-        slope: exponent of k + 1; −2 for squared criteria of independent samples.
-        standard_error: of the slope, from the scatter about the line; NaN for two points.
-        intercept: log of the factor before the power.
-    """
-
-    slope: float
-    standard_error: float
-    intercept: float
-
-
-def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySlope:
-    r"""Fit :math:`\log \Delta = s \log(k+1) + \text{const}` by least squares.
-
-    Args:
-        sample_sizes: k.
-        values: Δ at each; those that are not positive and finite are left out.
-
-    Returns:
-        NaN throughout where fewer than two are left.
-
-    Source: P1, figure 2; theorem 2 for the exponent −2.
-
-    Example:
-        >>> round(decay_slope([1, 3, 7], [1.0, 0.25, 0.0625]).slope, 9)
-        -2.0
-    """
-    points = [
-        (math.log(k + 1), math.log(value))
-        for k, value in zip(sample_sizes, values, strict=True)
-        if value > 0.0 and math.isfinite(value)
-    ]
-    return DecaySlope(*fit_line(*torch.tensor(points, dtype=torch.float64).reshape(-1, 2).unbind(-1)))
-
-
 def check_sigma(sigma: Scalar) -> None:
-    """Raise unless σ is positive and finite."""
+    """Raise ValueError unless σ is positive and finite."""
     values = torch.as_tensor(sigma, dtype=torch.float64)
     if not bool(((values > 0.0) & values.isfinite()).all()):
-        raise ValueError(f"sigma must be positive, got {sigma}: 1e-3 is a usual width of the probe in parameter units.")
+        raise ValueError(
+            f"sigma must be positive, got {sigma}: 1e-3 is a usual width of the perturbation in parameter units."
+        )

@@ -1,11 +1,11 @@
-"""Choosing ε: the rounding of the forward pass against the truncation of the Taylor series."""
+"""The choice of ε: rounding of the forward pass against truncation of the Taylor series."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# One measured step lowers ε by at most the first factor and raises it by at most the second: the models are local,
-# and too far is worse than too near where the next step is a longer one.
+# One measured step lowers ε by at most the first factor and raises it by at most the second: the models are local, and
+# if the next step is longer, an ε that is too large does more harm than one that is too small.
 _LARGEST_CUT = 10.0
 _LARGEST_RISE = 4.0
 _GRID = 81
@@ -13,14 +13,14 @@ _GRID = 81
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """Relative error of one estimator as a function of ε, known at one ε.
+    """Relative error of one estimator as a function of ε, from its terms at one ε.
 
     Attributes:
         noise: relative error from rounding that adds to the signal; falls as ε⁻², since the signal grows as ε².
         truncation: relative error from higher derivatives; grows as ε to the ``order``.
         order: 1 for one-sided, 2 for symmetric estimates.
-        weight: how much this estimator counts when several share one ε.
-        crossed: relative error from rounding that multiplies the signal's root; falls as ε⁻¹.
+        weight: weight of this estimator among those that share the ε.
+        crossed: relative error from rounding that multiplies the root of the signal; falls as ε⁻¹.
     """
 
     noise: float
@@ -30,21 +30,21 @@ class ErrorModel:
     crossed: float = 0.0
 
     def total(self, factor: float = 1.0) -> float:
-        """Error expected at ``factor`` times the ε of the model."""
+        """Return the expected error at ``factor`` times the ε of the model."""
         return self.noise / factor**2 + self.crossed / factor + self.truncation * factor**self.order
 
 
 def choose_epsilon(epsilon: float, models: Sequence[ErrorModel]) -> float:
-    """Return the ε between a tenth and four times ``epsilon`` at which the weighted expected error is least.
+    """Return the ε between a tenth and four times ``epsilon`` at which the weighted expected error is smallest.
 
-    An error x counts as x/(1+x): an estimator that is lost either way does not outvote one that can be had.
+    An error x counts as x/(1+x): an estimator that fails at every ε does not outvote one that works at some.
 
     Args:
         epsilon: ε at which the models were measured, in steps.
         models: one error model for each estimator that uses this ε.
 
     Returns:
-        The next ε, in steps; ``epsilon`` itself where no model is finite.
+        The next ε, in steps; ``epsilon`` if no model is finite.
 
     Example:
         >>> from lightning_curvature.functional import ErrorModel

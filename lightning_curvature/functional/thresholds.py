@@ -1,8 +1,8 @@
-"""Where the step of an optimizer turns unstable: thresholds on the largest eigenvalue of the Hessian.
+"""Thresholds on the largest eigenvalue of the Hessian above which the step of an optimizer is unstable.
 
-On the quadratic ½ a θ² every optimizer here is a linear recursion of two terms. It is stable while the roots z of its
-characteristic polynomial lie inside the unit circle. As a grows from 0, one of them leaves through z = −1: the step
-begins to overshoot by more than it came from. The thresholds are the a at which z = −1 is a root.
+On the quadratic ½ a θ² every optimizer here is a linear recursion of two terms, stable while the roots z of its
+characteristic polynomial lie inside the unit circle. As a grows from 0, one root leaves through z = −1: each step
+overshoots by more than the one before. The threshold is the a at which z = −1 is a root.
 """
 
 import math
@@ -16,13 +16,13 @@ def momentum_threshold(
     nesterov: bool = False,
     weight_decay: float = 0.0,
 ) -> float:
-    r"""Eigenvalue of the Hessian at which gradient descent with momentum turns unstable.
+    r"""Return the eigenvalue of the Hessian at which gradient descent with momentum turns unstable.
 
     .. math:: \frac{2}{\eta}, \qquad \frac{2 + 2\beta}{(1 - \tau)\,\eta}, \qquad
         \frac{2 + 2\beta}{(1 + 2\beta)\,\eta}, \qquad \text{each minus } \lambda
 
-    for gradient descent, heavy-ball momentum β with dampening τ, and Nesterov momentum, as ``torch.optim.SGD`` has
-    them. Weight decay λ of this kind (in the gradient) adds λ to every eigenvalue.
+    for gradient descent, heavy-ball momentum β with dampening τ, and Nesterov momentum, as in ``torch.optim.SGD``.
+    Weight decay λ in the gradient adds λ to every eigenvalue.
 
     Derivation, with a the eigenvalue plus λ: b ← βb + (1−τ)aθ, θ ← θ − ηb has the characteristic polynomial
     (z−1)(z−β) + (1−τ)ηaz; at z = −1: 2(1+β) = (1−τ)ηa.
@@ -36,7 +36,7 @@ def momentum_threshold(
         weight_decay: λ ≥ 0.
 
     Returns:
-        The threshold, in units of 1/η; infinite at η = 0. Where it is negative, weight decay alone is unstable.
+        The threshold, in units of 1/η; infinite at η = 0, negative if weight decay alone is unstable.
 
     Raises:
         ValueError: for values outside these ranges, or Nesterov momentum with dampening.
@@ -53,7 +53,7 @@ def momentum_threshold(
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}: pass 0 for none.")
     if nesterov and dampening != 0.0:
         raise ValueError(
-            f"dampening must be 0 with Nesterov momentum, got {dampening}: torch.optim.SGD refuses it, too."
+            f"dampening must be 0 with Nesterov momentum, got {dampening}: torch.optim.SGD refuses it too."
         )
     if momentum == 0.0:
         dampening = 0.0  # torch keeps no buffer then
@@ -66,14 +66,14 @@ def momentum_threshold(
 def adaptive_threshold(
     lr: float, beta1: float = 0.0, *, decoupled_weight_decay: float = 0.0, bias_correction: float = 1.0
 ) -> float:
-    r"""Eigenvalue of the preconditioned Hessian at which Adam and its kin turn unstable.
+    r"""Return the eigenvalue of the preconditioned Hessian at which Adam and its variants turn unstable.
 
     .. math:: \frac{(2 - \eta\lambda)(1 + \beta_1)\, c}{(1 - \beta_1)\,\eta}, \quad
         \text{simply } \frac{2 + 2\beta_1}{(1 - \beta_1)\,\eta} \text{ for } \lambda = 0,\ c = 1,
 
-    on :math:`\lambda_{\max}(P^{-1/2} H P^{-1/2})` with the preconditioner P taken as constant. The first moment is a
-    moving average, which divides the gain of a heavy ball by 1/(1−β₁).
-    RMSprop's momentum is a heavy ball of g/P: its threshold is :func:`momentum_threshold`, on the same matrix.
+    on :math:`\lambda_{\max}(P^{-1/2} H P^{-1/2})` for a constant preconditioner P. The first moment is a moving
+    average, which multiplies the gain of a heavy ball by 1−β₁. The momentum of RMSprop is a heavy ball of g/P: its
+    threshold is :func:`momentum_threshold`, on the same matrix.
 
     Derivation, with a the eigenvalue: m ← β₁m + (1−β₁)aθ, θ ← (1−ηλ)θ − (η/c)m has the characteristic polynomial
     (z−1+ηλ)(z−β₁) + (1−β₁)(η/c)az; at z = −1: (2−ηλ)(1+β₁) = (1−β₁)(η/c)a.
@@ -85,7 +85,7 @@ def adaptive_threshold(
         bias_correction: c = 1 − β₁ᵗ of the first moment, in (0, 1]; 1 once t is large.
 
     Returns:
-        The threshold, in units of 1/η; infinite at η = 0. Where it is negative, weight decay alone is unstable.
+        The threshold, in units of 1/η; infinite at η = 0, negative if weight decay alone is unstable.
 
     Raises:
         ValueError: for values outside these ranges.

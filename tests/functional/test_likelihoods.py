@@ -14,9 +14,9 @@ from lightning_curvature.functional import (
     LIKELIHOODS,
     divergence_statistics,
     kl_divergence,
-    likelihoods,
     output_noise_gain,
     output_quadratic_form,
+    positions,
 )
 from lightning_curvature.functional.likelihoods import exponential_remainder
 
@@ -202,7 +202,7 @@ def test_pieces_add_up_to_the_whole(
     z, shifted = (t.double() for t in _outputs(2.0, 0.5, 7, 11, 3))
     weights = (torch.arange(77) % 4 != 0).reshape(7, 11)
     whole = function(z, shifted, likelihood, weights)
-    monkeypatch.setattr(likelihoods, "_ELEMENTS_PER_PIECE", 24)  # 8 rows of 3, and a last piece of 5
+    monkeypatch.setattr(positions, "_ELEMENTS_PER_PIECE", 24)  # 8 rows of 3, and a last piece of 5
     # Sums of 77 positive terms in another order.
     assert function(z, shifted, likelihood, weights).item() == pytest.approx(whole.item(), rel=77 * U64)
 

@@ -197,7 +197,7 @@ def test_bad_batch_sizes_are_explained() -> None:
         ValueError, match=r"^batch_size must be at least 1, got 0: count the samples of a mini-batch\.$"
     ):
         terms.gni([1, 0], replacement=True)
-    above = r"^batch_size must not be above the number of samples, 7, got 8: only with replacement=True are there"
+    above = r"^batch_size must not be above the number of samples, 7, got 8: larger batches need replacement=True"
     with pytest.raises(ValueError, match=above):
         terms.ias(8)
     assert terms.ias(8, replacement=True).isfinite()

@@ -15,7 +15,6 @@ from lightning_curvature.functional import (
     increment,
     rate_bound,
     relative_model_error,
-    spectral_moment,
     validated_sigma,
 )
 from tests.oracles.sample_growth import (
@@ -87,17 +86,24 @@ def test_of_several_samples_at_once() -> None:
     torch.testing.assert_close(model.first(2).at(z[:, :2]), model.at(cut), rtol=ROUNDING, atol=ROUNDING)
 
 
+def pure_quadratic(changes: torch.Tensor) -> QuadraticIncrement:
+    """Both Hessians share their eigenvectors; their eigenvalues differ by ``changes``, value and gradient are equal."""
+    return QuadraticIncrement(torch.zeros(()), torch.zeros(len(changes)), torch.diag(changes))
+
+
 def test_shared_eigenvectors_without_value_and_gradient() -> None:
+    """Curvature-aligned probing (2026), corollary 4."""
     changes = torch.tensor([0.7, -0.2, 0.1], dtype=torch.float64)
-    model = QuadraticIncrement(torch.zeros(()), torch.zeros(3), torch.diag(changes))
-    torch.testing.assert_close(spectral_moment(changes, 0.4), gaussian_moment(model, 0.4), rtol=ROUNDING, atol=0.0)
+    expected = 0.4**4 / 4 * (2.0 * changes.square().sum() + changes.sum() ** 2)
+    torch.testing.assert_close(gaussian_moment(pure_quadratic(changes), 0.4), expected, rtol=ROUNDING, atol=0.0)
 
 
 def test_top_directions_are_extremal() -> None:
-    """P1, lemma 5: among the subspaces of eigenvectors, where no eigenvalue falls."""
+    """Curvature-aligned probing (2026), lemma 5: among the subspaces of eigenvectors, where no eigenvalue falls."""
     changes = torch.tensor([0.9, 0.5, 0.4, 0.05, 0.0], dtype=torch.float64)
     values = {
-        chosen: float(spectral_moment(changes[list(chosen)], 1.0)) for chosen in itertools.combinations(range(5), 3)
+        chosen: float(gaussian_moment(pure_quadratic(changes[list(chosen)]), 1.0))
+        for chosen in itertools.combinations(range(5), 3)
     }
     assert max(values, key=values.__getitem__) == (0, 1, 2)
     assert len(set(values.values())) == len(values)
@@ -219,7 +225,7 @@ def test_validated_sigma() -> None:
             lambda: gaussian_moment(QuadraticIncrement(torch.zeros(()), torch.zeros(1), torch.zeros(1, 1)), 0.0),
             "sigma must be positive, got 0.0: 1e-3 is a usual width",
         ),
-        (lambda: spectral_moment(torch.ones(2), -1.0), "sigma must be positive, got -1.0"),
+        (lambda: gaussian_moment(pure_quadratic(torch.ones(2)), -1.0), "sigma must be positive, got -1.0"),
         (lambda: rate_bound(1, 1, 1, k=1, dimension=1, sigma=math.inf), "sigma must be positive, got inf"),
         (lambda: rate_bound(1, 1, 1, k=0, dimension=2, sigma=1), "k and dimension must be at least 1, got 0 and 2"),
         (lambda: validated_sigma([1.0], []), "errors must hold one for each σ, got 0 for 1"),

@@ -292,7 +292,7 @@ def test_bad_arguments_are_explained() -> None:
     with pytest.raises(ValueError, match=r"likelihood must be one of .* got 'poisson': name the one that is trained"):
         KLCurvature(likelihood="poisson")  # type: ignore[arg-type]
     z = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match=r"epsilon must be positive, got -1.0: 1.0 probes as far"):
+    with pytest.raises(ValueError, match=r"epsilon must be positive, got -1.0: 1.0 is the length of"):
         KLCurvature().update(z, z, epsilon=-1.0, descent=1.0)
-    with pytest.raises(ValueError, match=r"epsilon must be positive, got 0: 1.0 probes as far"):
+    with pytest.raises(ValueError, match=r"epsilon must be positive, got 0: 1.0 is the length of"):
         FiniteDifferenceCurvature().update(1.0, 1.0, 1.0, epsilon=0)

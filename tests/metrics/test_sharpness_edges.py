@@ -101,7 +101,7 @@ def test_errors_are_explained() -> None:
     with pytest.raises(ValueError, match=r"^batch_size must be below the number of samples, got 8\.0 of 8: batches of"):
         metric.over_batch_sizes(1)
     assert metric.over_batch_sizes(8, replacement=True).isfinite()
-    with pytest.raises(ValueError, match=r"^batch_size must not be above the number of samples, 8, got 9: only with"):
+    with pytest.raises(ValueError, match=r"^batch_size must not be above the number of samples, 8, got 9: larger"):
         metric.reset()
         metric.update(*DATA[0])
         metric.over_batch_sizes([1, 9])
