@@ -23,6 +23,7 @@ def relative_model_error(true: Tensor, model: Tensor, rounding: float = 0.0) -> 
         r; NaN if f is zero everywhere, infinite if f or q is not finite.
 
     Example:
+        >>> import torch
         >>> relative_model_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
         0.1
     """

@@ -51,6 +51,7 @@ def pair_statistics(
         ValueError: for an unknown likelihood or shapes that do not agree.
 
     Example:
+        >>> import torch
         >>> z = torch.zeros(1, 2)
         >>> change = torch.tensor([[0.1, -0.1]])
         >>> round(pair_statistics(z, z + change, z - change).signal.item(), 6)  # Var(±0.1)

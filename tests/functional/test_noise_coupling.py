@@ -116,7 +116,10 @@ def test_rotation_prefers_no_sign() -> None:
 
 
 def test_chance_is_what_theory_expects_of_many_spikes_in_more_directions() -> None:
-    """P2, eq. 40, for 1 ≪ M ≪ D; its leading corrections are 1/(4M), the diagonal's scatter, and −M/(2D)."""
+    """Zhang, Yang and Tu (2026), eq. 40, for 1 ≪ M ≪ D.
+
+    Its leading corrections are 1/(4M), the diagonal's scatter, and −M/(2D).
+    """
     size, count, directions, draws = 900, 30, 60, 200
     c, generator = spikes(count, size), torch.Generator().manual_seed(0)
     assert effective_spikes(c) == count

@@ -104,7 +104,7 @@ def test_in_basis_is_a_change_of_coordinates() -> None:
 
 
 def test_random_shifts_give_two_exactly() -> None:
-    """P2, eqs. 96–103: C = σ²H², of gradients whose shifts have the covariance σ²I."""
+    """Zhang, Yang and Tu (2026), eqs. 96–103: C = σ²H², of gradients whose shifts have the covariance σ²I."""
     values, basis, sigma = spread_spectrum(20), rotation(20), 0.3
     hessian = in_coordinates(values, basis)
     covariance = noise_covariance(shifted_gradients(hessian, sigma))

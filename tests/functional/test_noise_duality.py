@@ -1,4 +1,4 @@
-"""Activity–weight duality: the smallest change of a weight, its two terms, and the chain of approximations by loops."""
+"""Activity–weight duality: its two terms, and the chain of approximations by loops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lightning_curvature.functional.noise import (
     DualitySums,
     DualityTerms,
     duality_terms,
-    minimal_weight_change,
     noise_covariance,
 )
 from tests.oracles.noise import (
@@ -27,7 +26,6 @@ from tests.oracles.noise import (
     nearest_of_class,
     samples_of,
     two_terms,
-    weight_change,
 )
 
 # Of the largest entry: float64 sums of some hundred products.
@@ -73,28 +71,6 @@ class Case:
         return [
             nearest_of_class(self.x, self.y.tolist(), one, two) for one in batches for two in batches if one is not two
         ]
-
-
-def test_change_of_the_weight_does_what_the_change_of_the_input_does() -> None:
-    """And no smaller one does: what is added to it without effect is orthogonal to it."""
-    w, a, shift = random(3, 5), random(7, 5, seed=1), random(7, 5, seed=2)
-    found = minimal_weight_change(w, a, shift)
-    assert found.shape == (7, 3, 5)
-    for p in range(7):
-        torch.testing.assert_close((w + found[p]) @ a[p], w @ (a[p] + shift[p]), rtol=1e-12, atol=1e-12)
-        assert_same(found[p].flatten(), weight_change(w, a[p], shift[p]))
-        # Least squares by another way: the pseudo-inverse of a as a matrix of one column.
-        assert_same(found[p], (w @ shift[p])[:, None] @ torch.linalg.pinv(a[p][:, None]))
-        other = random(3, 5, seed=3 + p)
-        other -= torch.outer(other @ a[p], a[p]) / a[p].square().sum()
-        assert float((other * found[p]).sum()) == pytest.approx(0.0, abs=1e-12)
-        assert float((found[p] + other).norm()) > float(found[p].norm())
-
-
-def test_nothing_moves_an_input_of_zero() -> None:
-    found = minimal_weight_change(torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.ones(2, 2))
-    assert bool(found[0].isnan().all())
-    assert found[1].tolist() == [[1.0, 0.0], [1.0, 0.0]]
 
 
 def test_terms_are_those_of_the_definition() -> None:

@@ -26,7 +26,7 @@ SAME = 1e-10
 
 
 def squared_error_after_softmax(outputs: Tensor, targets: Tensor) -> Tensor:
-    """P2's other loss."""
+    """The other loss of Zhang, Yang and Tu (2026)."""
     return (outputs.softmax(-1) - F.one_hot(targets, outputs.shape[-1])).square().sum(-1).mean()
 
 
@@ -122,7 +122,7 @@ def test_a_dead_sample_has_no_curvature() -> None:
 
 
 def test_spectral_forms_equal_direct_ones() -> None:
-    """P2, eqs. 16 and 17, in the eigenbasis of H; and the sum over samples is that of parts."""
+    """Zhang, Yang and Tu (2026), eqs. 16 and 17, in the eigenbasis of H; and the sum over samples is that of parts."""
     model, (x, y) = network(nn.Tanh, False), data()
     dense: Samples = samples_of(model, F.cross_entropy, "0.weight", x, y)
     a, _, s = layer_derivatives(model, F.cross_entropy, "0.weight", x, y)

@@ -130,7 +130,7 @@ def test_random_error_of_what_no_rotation_changes() -> None:
 
 @pytest.mark.parametrize("size", [60, 240])
 def test_few_spikes_come_out_as_the_documentation_says(size: int) -> None:
-    """√(2/D), and √2 in P2's scale; tr CHCH is smaller than tr C²H² by (M_C + M_H)/D, for M_C = 2 and M_H = 3."""
+    """√(2/D), and √2 relative to CH; tr CHCH is smaller than tr C²H² by (M_C + M_H)/D, for M_C = 2 and M_H = 3."""
     c, h = torch.diag((torch.arange(size) < 2).double()), torch.diag((torch.arange(size) < 3).double())
     assert random_commutativity_error(c, h) == pytest.approx(math.sqrt(2.0 / size), rel=5.0 / size)
     q = haar(size, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Spectra of single samples: planted Hessians, the bounds of P2's theorem 5.1, and the suppression experiment."""
+"""Spectra of single samples: planted Hessians, the bounds of theorem 5.1, and the suppression experiment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from lightning_curvature.functional.noise import (
     SampleSpectra,
     cumulative_contribution,
-    dense_sample_spectra,
     linear_sample_spectra,
     power_law,
-    spectral_bounds,
-    spectral_covariance,
     spectral_moments,
     suppressed,
 )
@@ -42,6 +39,17 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+def dense_spectra(hessians: Tensor, basis: Tensor) -> SampleSpectra:
+    """All eigenpairs of each Hessian; Zhang, Yang and Tu (2026), eq. 23."""
+    values, vectors = torch.linalg.eigh(hessians.double())
+    return SampleSpectra(values.flip(-1), (vectors.flip(-1).mT @ basis.double().mT).square())
+
+
+def bounds(curvatures: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Of 2b C_ii/σ_w² where all h_p are positive semidefinite; Zhang, Yang and Tu (2026), eq. 19."""
+    return curvatures.square(), largest * curvatures
+
+
 def aligned(counts: list[int], curvatures: list[float]) -> SampleSpectra:
     """Samples of rank one: that many have that eigenvalue, in the direction of that number."""
     which = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
@@ -56,7 +64,7 @@ def exponent(spectra: SampleSpectra) -> float:
 def test_planted_spectra_are_found() -> None:
     samples, values, vectors = planted(positive=False)
     _, basis = samples.basis()
-    found = dense_sample_spectra(samples.hessians, basis)
+    found = dense_spectra(samples.hessians, basis)
     rank = torch.cat([values, torch.zeros(12, 6)], dim=1).sort(1, descending=True)
     assert_close(found.values, rank.values)
     overlaps = torch.einsum("nmd,id->nmi", vectors, basis).square()
@@ -72,28 +80,15 @@ def test_planted_spectra_are_found() -> None:
     assert_close(second, torch.einsum("nm,nmi->i", values.square(), overlaps) / 12)
 
 
-def test_covariance_of_the_duality_is_that_of_its_sum() -> None:
-    """P2, eqs. 15 and 71, entry by entry and off the diagonal, with the factor σ_w²/(2b)."""
-    samples, values, vectors = planted()
-    _, basis = samples.basis()
-    found = spectral_covariance(basis @ samples.second_moment() @ basis.T, weight_variance=0.3, batch_size=4)
-    for i, j in ((0, 0), (0, 3), (7, 2)):
-        expected = 0.0
-        for p in range(12):
-            for m in range(3):
-                expected += float(values[p, m] ** 2 * (vectors[p, m] @ basis[i]) * (vectors[p, m] @ basis[j]))
-        assert float(found[i, j]) == pytest.approx(0.3 / 8.0 * expected / 12, rel=1e-11)
-
-
 def test_bounds_hold_where_all_hessians_are_positive() -> None:
     samples, values, _ = planted()
     curvatures, basis = samples.basis()
-    variances = spectral_covariance((basis @ samples.second_moment() @ basis.T).diagonal(), 0.3, 4)
-    lower, upper = spectral_bounds(curvatures, float(values.max()), 0.3, 4)
+    variances = (basis @ samples.second_moment() @ basis.T).diagonal()
+    lower, upper = bounds(curvatures, float(values.max()))
     assert bool((lower <= variances).all())
     assert bool((variances <= upper).all())
     # They are not empty: half of κ_max is too little, and twice the lower one too much, somewhere.
-    assert not bool((variances <= spectral_bounds(curvatures, 0.5 * float(values.max()), 0.3, 4)[1]).all())
+    assert not bool((variances <= bounds(curvatures, 0.5 * float(values.max()))[1]).all())
 
 
 def test_bounds_hold_for_a_convex_loss() -> None:
@@ -104,9 +99,8 @@ def test_bounds_hold_for_a_convex_loss() -> None:
     a, _, s = layer_derivatives(model, F.cross_entropy, "0.weight", x, y)
     curvatures, basis = dense.basis()
     spectra = linear_sample_spectra(a, s, basis)
-    first, second = spectral_moments(spectra)
-    variances = spectral_covariance(second, 2.0)
-    lower, upper = spectral_bounds(first, float(spectra.values.max()), 2.0)
+    first, variances = spectral_moments(spectra)
+    lower, upper = bounds(first, float(spectra.values.max()))
     # (Σ π = 1 gives five directions without curvature, where all three are 0 up to rounding.)
     assert bool((lower <= variances + ROUNDING).all())
     assert bool((variances <= upper + ROUNDING).all())
@@ -116,15 +110,15 @@ def test_bounds_hold_for_a_convex_loss() -> None:
 def test_bounds_are_reached() -> None:
     """Below by a curvature that all samples share, above by samples of rank one with one eigenvalue."""
     values = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64)
-    shared = dense_sample_spectra(torch.diag(values).expand(4, 3, 3), torch.eye(3))
-    first, second = spectral_moments(shared)
-    assert_close(spectral_covariance(second, 0.7, 2), spectral_bounds(first, 3.0, 0.7, 2)[0])
+    first, second = spectral_moments(dense_spectra(torch.diag(values).expand(4, 3, 3), torch.eye(3)))
+    assert_close(second, bounds(first, 3.0)[0])
     first, second = spectral_moments(aligned([5, 3, 1], [2.0] * 3))
-    assert_close(spectral_covariance(second, 0.7, 2), spectral_bounds(first, 2.0, 0.7, 2)[1])
+    assert_close(second, bounds(first, 2.0)[1])
 
 
 def test_exponents_of_the_limits_of_the_theory() -> None:
-    # P2, proposition 5.3: common eigenvectors, and eigenvalues λ_i ξ_p whose scatter is in proportion to their mean.
+    # Zhang, Yang and Tu (2026), proposition 5.3: common eigenvectors, and eigenvalues λ_i ξ_p whose scatter is in
+    # proportion to their mean.
     scales, values = random(30, 1).exp(), torch.tensor([8.0, 4.0, 1.0, 0.1], dtype=torch.float64)
     stretched = SampleSpectra(scales * values, torch.eye(4, dtype=torch.float64).expand(30, 4, 4))
     assert exponent(stretched) == pytest.approx(2.0, abs=1e-12)
@@ -137,7 +131,7 @@ def test_exponents_of_the_limits_of_the_theory() -> None:
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.3, 0.99])
 @pytest.mark.parametrize("homogenize", [True, False])
 def test_suppression_by_cases(threshold: float, homogenize: bool) -> None:
-    """P2, eqs. 24–26, with samples of no positive eigenvalue among them."""
+    """Zhang, Yang and Tu (2026), eqs. 24–26, with samples of no positive eigenvalue among them."""
     values = random(14, 4).sort(1, descending=True).values - 0.5
     assert bool((values[:, 0] < 0.0).any())
     limit = threshold * max(row[0] for row in values.tolist())
@@ -156,7 +150,7 @@ def test_suppression_of_nothing_changes_nothing() -> None:
     assert suppressed(values, tail=1.0, background=1.0, homogenize=False).values.equal(values)
     suppressed(values)
     assert values.equal(before)
-    # P2's own factors.
+    # The factors of the source.
     found = suppressed(torch.tensor([[10.0, 4.0], [1.1, 1.0], [1.0, 1.0]], dtype=torch.float64))
     assert found.stiff.tolist() == [True, True, False]
     assert_close(found.values, torch.tensor([[5.55, 4e-5], [5.55, 1e-5], [1e-3, 1e-5]], dtype=torch.float64))
@@ -177,7 +171,7 @@ def test_suppression_is_the_same_for_all_eigenvalues_and_for_those_that_are_not_
     a, _, s = layer_derivatives(model, F.cross_entropy, "0.weight", x, y)
     _, basis = dense.basis()
     moments = []
-    for spectra in (linear_sample_spectra(a, s, basis), dense_sample_spectra(dense.hessians, basis)):
+    for spectra in (linear_sample_spectra(a, s, basis), dense_spectra(dense.hessians, basis)):
         changed = suppressed(spectra.values, threshold=0.3, tail=1e-2)
         assert 0 < int(changed.stiff.sum()) < 10
         moments.append(torch.stack(spectral_moments(SampleSpectra(changed.values, spectra.overlaps))))
@@ -186,7 +180,7 @@ def test_suppression_is_the_same_for_all_eigenvalues_and_for_those_that_are_not_
 
 def test_cumulative_contribution() -> None:
     samples, _, _ = planted()
-    spectra = dense_sample_spectra(samples.hessians, samples.basis()[1])
+    spectra = dense_spectra(samples.hessians, samples.basis()[1])
     found = cumulative_contribution(spectra)
     assert found.shape == (9, 9)
     for k in (0, 2, 8):
@@ -203,7 +197,7 @@ def test_cumulative_contribution() -> None:
     ("call", "message"),
     [
         (lambda: suppressed(-torch.ones(3, 2)), "largest eigenvalue is positive, got at most -1.0: take other samples"),
-        (lambda: suppressed(torch.ones(3, 2), threshold=1.0), "threshold must be below 1, got 1.0: P2 has 0.1"),
+        (lambda: suppressed(torch.ones(3, 2), threshold=1.0), "threshold must be below 1, got 1.0: 0.1 is usual"),
         (lambda: suppressed(torch.ones(3, 2), threshold=math.nan), "threshold must be below 1, got nan"),
     ],
 )

@@ -238,7 +238,7 @@ def quadratic(z: Tensor, a: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("lr", [0.1, 1.3])  # the edge is 2/1.5
 def test_where_sgd_is_stationary_gni_is_two_over_lr_and_batch_sharpness_the_curvature(lr: float, size: int) -> None:
-    r"""P4, figure 3: L(θ) = ½h E(θ − a_i)².
+    r"""Edge of stochastic stability (2025), figure 3: L(θ) = ½h E(θ − a_i)².
 
     With s² the variance of a batch's mean of a_i, θ ← θ − ηh(θ − ā_B) makes the variance v of θ − ā
     (1−ηh)²v + η²h²s², and v = ηhs²/(2−ηh) where it is stationary. There E[g_BHg_B]/E[g²] = h³(v+s²)/(h²v) = 2/η.

@@ -1,4 +1,7 @@
-"""The covariance of SGD's noise against the Hessian of the loss: pure functions."""
+"""The covariance of the gradient noise of SGD against the Hessian of the loss: pure functions.
+
+Sources are cited by name: see docs/references.md.
+"""
 
 from lightning_curvature.functional.noise.coupling import (
     CouplingTest,
@@ -24,7 +27,6 @@ from lightning_curvature.functional.noise.duality import (
     DualityTerms,
     duality_terms,
     matched_pairs,
-    minimal_weight_change,
 )
 from lightning_curvature.functional.noise.kronecker import KroneckerSum, kronecker_sums, linear_blocks, unpacked
 from lightning_curvature.functional.noise.relation import (
@@ -40,10 +42,7 @@ from lightning_curvature.functional.noise.spectra import (
     SampleSpectra,
     Suppressed,
     cumulative_contribution,
-    dense_sample_spectra,
     linear_sample_spectra,
-    spectral_bounds,
-    spectral_covariance,
     spectral_moments,
     suppressed,
 )
@@ -65,7 +64,6 @@ __all__ = [
     "cumulative_contribution",
     "curvature_basis",
     "default_top",
-    "dense_sample_spectra",
     "duality_terms",
     "effective_spikes",
     "eigen_alignment",
@@ -77,15 +75,12 @@ __all__ = [
     "linear_sample_spectra",
     "matched_pairs",
     "mean_coupling",
-    "minimal_weight_change",
     "noise_covariance",
     "power_law",
     "random_commutativity_error",
     "random_coupling",
     "relative_commutativity_error",
     "spearman_correlation",
-    "spectral_bounds",
-    "spectral_covariance",
     "spectral_moments",
     "suppressed",
     "unpacked",

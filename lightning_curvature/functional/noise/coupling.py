@@ -1,7 +1,7 @@
-r"""How strongly the noise couples the eigendirections of the Hessian, beside what chance would give.
+r"""The coupling of the eigendirections of the Hessian by the noise, and the coupling that chance gives.
 
-M is the number of spikes of C. P2 reads it off the spectrum; here it is the participation ratio (tr C)²/tr C², which is
-M for M equal spikes, and by which P2's derivation (eqs. 32–40) goes through for any spectrum.
+M is the number of spikes of C. Zhang, Yang and Tu (2026) read it off the spectrum; here it is the participation ratio
+(tr C)²/tr C², which is M for M equal spikes and makes their derivation (eqs. 32–40) hold for any spectrum.
 """
 
 import math
@@ -20,7 +20,7 @@ def coupling_matrix(covariance: Tensor) -> Tensor:
     Returns:
         R, (𝒩, 𝒩) float64; NaN in rows and columns whose diagonal entry is 0.
 
-    Source: P2, eq. 6.
+    Source: Zhang, Yang and Tu (2026), eq. 6.
 
     Example:
         >>> coupling_matrix(torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
@@ -34,15 +34,15 @@ def coupling_matrix(covariance: Tensor) -> Tensor:
 
 
 def mean_coupling(coupling: Tensor) -> float:
-    r"""Return :math:`\mu = \operatorname{mean}_{i \ne j} |R_{ij}|`, over entries that are defined.
+    r"""Return :math:`\mu = \operatorname{mean}_{i \ne j} |R_{ij}|`, over the entries that are not NaN.
 
     Args:
         coupling: R, (𝒩, 𝒩).
 
     Returns:
-        NaN where none is.
+        μ; NaN if all entries are.
 
-    Source: P2, eq. 7.
+    Source: Zhang, Yang and Tu (2026), eq. 7.
 
     Example:
         >>> mean_coupling(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
@@ -72,9 +72,9 @@ def effective_spikes(covariance: Tensor) -> float:
 
 
 def random_coupling(spikes: float) -> float:
-    r"""Return what theory expects of μ where C has nothing to do with H: :math:`\sqrt{2/\pi} / \sqrt M`.
+    r"""Return the expected μ for a C independent of H, :math:`\sqrt{2/\pi} / \sqrt M`.
 
-    Holds for 1 ≪ M ≪ D, where the diagonal of a rotated C hardly scatters; elsewhere :func:`haar_coupling` tells.
+    Valid for 1 ≪ M ≪ D, where the diagonal of a rotated C hardly scatters; elsewhere take :func:`haar_coupling`.
 
     Args:
         spikes: M.
@@ -82,7 +82,7 @@ def random_coupling(spikes: float) -> float:
     Raises:
         ValueError: if M is not positive.
 
-    Source: P2, eq. 40.
+    Source: Zhang, Yang and Tu (2026), eq. 40.
 
     Example:
         >>> round(random_coupling(20.0), 4)
@@ -94,14 +94,14 @@ def random_coupling(spikes: float) -> float:
 
 
 class CouplingTest(NamedTuple):
-    """How unlikely the observed coupling is by chance.
+    """The observed coupling against chance.
 
     Attributes:
-        baseline: μ₀, what is expected by chance.
+        baseline: μ₀, expected by chance.
         standard_error: SE.
         z: (μ − μ₀) / SE.
-        p: one-sided, P(Z ≤ z); 0 where it is too small for a float.
-        log10_p: its decimal logarithm, also where p is 0.
+        p: one-sided, P(Z ≤ z); 0 if too small for a float.
+        log10_p: decimal logarithm of p, finite also where p is 0.
     """
 
     baseline: float
@@ -112,14 +112,14 @@ class CouplingTest(NamedTuple):
 
 
 def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTest:
-    r"""Test whether μ is below what chance gives.
+    r"""Return a test of whether μ is below what chance gives.
 
     .. math:: Z = \frac{\mu - \mu_0}{SE}, \qquad \mu_0 = \sqrt{\frac{2}{\pi M}}, \qquad
         SE = \frac1{\mathcal N} \sqrt{\frac{1 - 2/\pi}{M}}
 
-    A number to compare runs by rather than a probability. SE falls with 𝒩, while μ₀ is off by a share of about 1/(4M)
-    − M/(2D) whatever 𝒩 is, and SE takes the entries of R for independent, which they are where the spikes are equal:
-    for C rotated at random, D = 𝒩 = 400, Z came out between −87 and 68. :func:`haar_coupling` has mean and scatter.
+    Z compares runs; it is no probability. SE falls with 𝒩, while μ₀ has a relative error of about 1/(4M) − M/(2D) at
+    every 𝒩, and SE assumes independent entries of R, which holds for equal spikes only: for C rotated at random,
+    D = 𝒩 = 400, Z was between −87 and 68. :func:`haar_coupling` gives the true mean and scatter.
 
     Args:
         coupling: μ.
@@ -129,10 +129,10 @@ def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTe
     Raises:
         ValueError: if M is not positive, or 𝒩 below 2.
 
-    Source: P2, eqs. 42–46.
+    Source: Zhang, Yang and Tu (2026), eqs. 42–46.
 
     Example:
-        >>> round(coupling_test(0.066, 20.0, 2560).z)  # P2's own arithmetic, eq. 50, has −3378
+        >>> round(coupling_test(0.066, 20.0, 2560).z)  # eq. 50 of the source has −3378, by a slip
         -2135
     """
     if directions < 2:
@@ -150,7 +150,7 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
     Args:
         covariance: C, (D, D).
         directions: 𝒩.
-        generator: of the rotation, on C's device.
+        generator: source of the rotation, on the device of C.
 
     Returns:
         (𝒩, 𝒩) float64, with the law of the leading block of QΛQᵀ for Haar-distributed Q.
@@ -158,10 +158,10 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
     Raises:
         ValueError: if 𝒩 is not between 1 and D.
 
-    Source: P2, section 2.2 and eq. 29.
+    Source: Zhang, Yang and Tu (2026), section 2.2 and eq. 29.
 
     Example:
-        >>> haar_rotated(torch.eye(5), 3).round(decimals=9).abs()  # C = 1 has no directions
+        >>> haar_rotated(torch.eye(5), 3).round(decimals=9).abs()  # no rotation changes the identity
         tensor([[1., 0., 0.],
                 [0., 1., 0.],
                 [0., 0., 1.]], dtype=torch.float64)
@@ -171,19 +171,19 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
         raise ValueError(f"directions must be between 1 and D = {len(c)}, got {directions}: take as many as R has.")
     normal = torch.randn(len(c), directions, dtype=c.dtype, device=c.device, generator=generator)
     q, r = torch.linalg.qr(normal)
-    # The factor whose diagonal is positive is unique, and by that Haar-distributed.
+    # The factor with a positive diagonal is unique and therefore Haar-distributed.
     q = q * r.diagonal().sign()
     return q.mT @ c @ q
 
 
 def haar_coupling(covariance: Tensor, directions: int, draws: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return μ of C rotated at random: see :func:`haar_rotated`.
+    """Return μ of C after random rotations: see :func:`haar_rotated`.
 
     Args:
         covariance: C, (D, D).
         directions: 𝒩.
         draws: number of rotations.
-        generator: of the rotations, on C's device.
+        generator: source of the rotations, on the device of C.
 
     Returns:
         (draws,) float64.
@@ -192,5 +192,5 @@ def haar_coupling(covariance: Tensor, directions: int, draws: int, generator: to
         >>> haar_coupling(torch.diag(torch.tensor([1.0, 0.0, 0.0])), 3, draws=2)  # rank one: |R_ij| = 1
         tensor([1., 1.], dtype=torch.float64)
     """
-    found = [mean_coupling(coupling_matrix(haar_rotated(covariance, directions, generator))) for _ in range(draws)]
-    return torch.tensor(found, dtype=torch.float64)
+    rotated = (haar_rotated(covariance, directions, generator) for _ in range(draws))
+    return torch.tensor([mean_coupling(coupling_matrix(c)) for c in rotated], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The covariance of the gradient noise of SGD, and the eigenbasis of the Hessian in which it is looked at."""
+"""The covariance of the gradient noise of SGD, and the eigenbasis of the Hessian in which it is compared."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def noise_covariance(gradients: Tensor, batch_size: int = 1) -> Tensor:
-    r"""Return the covariance of the gradient of a mini-batch, drawn from the samples that are given.
+    r"""Return the covariance of the gradient of a mini-batch that is drawn from the given samples.
 
     .. math:: C = \frac1b \left( \frac1n \sum_i g_i g_i^\top - \bar g \bar g^\top \right)
 
@@ -22,7 +22,7 @@ def noise_covariance(gradients: Tensor, batch_size: int = 1) -> Tensor:
     Raises:
         ValueError: if there is no sample, or b is below 1.
 
-    Source: P2, eq. 2 (drawn with replacement).
+    Source: Zhang, Yang and Tu (2026), eq. 2 (drawn with replacement).
 
     Example:
         >>> noise_covariance(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), batch_size=2)
@@ -32,13 +32,13 @@ def noise_covariance(gradients: Tensor, batch_size: int = 1) -> Tensor:
     if gradients.ndim != 2 or not len(gradients):
         raise ValueError(f"gradients must be (n, D) with n ≥ 1, got {tuple(gradients.shape)}: give one row a sample.")
     gradients = gradients.double()
-    # About the mean: a difference of second moments loses the digits of what is small beside it.
+    # About the mean: a difference of second moments loses the digits of a scatter that is small beside the mean.
     gradients = gradients - gradients.mean(0)
     return covariance_of_sums(gradients.mT @ gradients, gradients.sum(0), len(gradients), batch_size)
 
 
 def covariance_of_sums(products: Tensor, gradient: Tensor, samples: int, batch_size: int = 1) -> Tensor:
-    """Return the covariance from sums over samples, which merge by addition.
+    """Return the covariance of :func:`noise_covariance` from sums over samples, which merge by addition.
 
     Args:
         products: Σ g gᵀ, (D, D) float64.
@@ -61,7 +61,7 @@ def covariance_of_sums(products: Tensor, gradient: Tensor, samples: int, batch_s
 
 
 class CurvatureBasis(NamedTuple):
-    """The leading part of the eigenbasis of a Hessian.
+    """The leading eigenvectors of a Hessian.
 
     Attributes:
         values: H_ii, descending (algebraically), (𝒩,) float64.
@@ -73,10 +73,10 @@ class CurvatureBasis(NamedTuple):
 
 
 def default_top(size: int) -> int:
-    """𝒩 where nothing is said: 40 % of the directions, as P2 takes 1000 of 2500 for ten classes (table 2).
+    """Return the default 𝒩: 40 % of the directions, 1000 of 2500 in table 2 of Zhang, Yang and Tu (2026).
 
     Example:
-        >>> default_top(2500), default_top(4)  # three at least, as a power law needs
+        >>> default_top(2500), default_top(4)  # at least three, for a power law
         (1000, 3)
     """
     return max(math.ceil(0.4 * size), min(3, size))
@@ -87,7 +87,7 @@ def curvature_basis(hessian: Tensor, top: int | None = None) -> CurvatureBasis:
 
     Args:
         hessian: H, (D, D) symmetric.
-        top: 𝒩, how many; None for 40 % of them.
+        top: 𝒩, number of eigenvectors; None for 40 % of D.
 
     Raises:
         ValueError: if H is not square, or 𝒩 is not between 1 and D.

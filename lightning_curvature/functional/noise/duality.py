@@ -1,13 +1,14 @@
-r"""Activity–weight duality: the noise between two mini-batches as changes of the weight, sample by sample.
+r"""Activity–weight duality: the noise between two mini-batches as a change of the weight for each sample.
 
-Each sample p of one mini-batch is paired with the nearest sample p' of its class in another one. What differs at the
-input of the layer, Δa = a' − a, does to z = W a what the smallest change ΔW* of the weight would do. To first order,
+Each sample p of one mini-batch is paired with the nearest sample p' of its class in another one. The change of the
+input of the layer, Δa = a' − a, has the same effect on z = W a as ΔW* = (W Δa) aᵀ/‖a‖², the smallest change of the
+weight that has it (Zhang, Yang and Tu, 2026, eqs. 8 and 9). To first order,
 
 .. math:: g_{p'} - g_p \approx \underbrace{h_p\, \Delta w_p}_{\text{I}}
     + \underbrace{(\nabla \Delta w_p)^\top \nabla \ell_p}_{\text{II}}
     = (S W \Delta a)\, a^\top + \delta\, \Delta a^\top,
 
-since h = S ⊗ a aᵀ and ∇ℓ = δ aᵀ: the norm of a cancels in both.
+since h = S ⊗ a aᵀ and ∇ℓ = δ aᵀ: the norm of a cancels in both terms.
 """
 
 from typing import NamedTuple
@@ -17,13 +18,12 @@ from torch import Tensor
 
 from lightning_curvature.functional.noise.kronecker import kronecker_sums, unpacked
 
-# Approximations of C in the order in which P2 makes them, and its parts.
+# Approximations of C in the order in which the source makes them.
 CHAIN = ("raw", "hh", "hh_sd", "hh_sd_wd", "hh_sd_wd_li")
-PARTS = ("hg", "gg")
 
 
 def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_labels: Tensor) -> Tensor:
-    r"""Return for each sample the nearest one of its class in another mini-batch.
+    r"""Return for each sample the nearest sample of its class in another mini-batch.
 
     .. math:: p' = \arg\min_{k:\, y_k = y_p} \lVert x_k - x_p\rVert_2
 
@@ -34,10 +34,10 @@ def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_la
         other_labels: y_k, (n',).
 
     Returns:
-        Indices into the other mini-batch, (n,); −1 where it has no sample of the class. Of several at the same
-        distance the first. Two samples may get the same one.
+        Indices into the other mini-batch, (n,), the first of several at the same distance; −1 if it has no sample of
+        the class. Two samples can have the same partner.
 
-    Source: P2, section 3.1.
+    Source: Zhang, Yang and Tu (2026), section 3.1.
 
     Example:
         >>> inputs, others = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.1], [0.2]])
@@ -53,32 +53,8 @@ def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_la
     return torch.where(nearest.isfinite(), index, -1)
 
 
-def minimal_weight_change(weight: Tensor, activations: Tensor, shifts: Tensor) -> Tensor:
-    r"""Return the smallest ΔW with (W + ΔW) a = W (a + Δa).
-
-    .. math:: \Delta W^* = \frac{(W \Delta a)\, a^\top}{\lVert a\rVert^2}
-
-    Args:
-        weight: W, (out, in).
-        activations: a, (n, in).
-        shifts: Δa, (n, in).
-
-    Returns:
-        (n, out, in) float64; NaN where a = 0, which no change of W can move.
-
-    Source: P2, eqs. 8 and 9.
-
-    Example:
-        >>> minimal_weight_change(torch.eye(2), torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
-        tensor([[[0.0000, 0.0000],
-                 [0.5000, 0.0000]]], dtype=torch.float64)
-    """
-    a, moved = activations.double(), shifts.double() @ weight.double().mT
-    return moved[:, :, None] * a[:, None, :] / a.square().sum(-1)[:, None, None]
-
-
 class DualityTerms(NamedTuple):
-    """The two terms of P2's eq. 12 of each sample, each a matrix of rank one in the shape of W.
+    """The two terms of the change of each sample's gradient, each a matrix of rank one in the shape of W.
 
     Attributes:
         hessian: S W Δa, (n, out): term I is hessian · aᵀ.
@@ -97,18 +73,18 @@ class DualityTerms(NamedTuple):
     curvatures: Tensor
 
     def term_one(self) -> Tensor:
-        """Hessian–weight terms h_p Δw_p, (n, out, in)."""
+        """Return the Hessian–weight terms h_p Δw_p, (n, out, in)."""
         return self.hessian[:, :, None] * self.activations[:, None, :]
 
     def term_two(self) -> Tensor:
-        """Gradient–activity terms, (n, out, in)."""
+        """Return the gradient–activity terms, (n, out, in)."""
         return self.gradients[:, :, None] * self.shifts[:, None, :]
 
 
 def duality_terms(
     weight: Tensor, activations: Tensor, gradients: Tensor, curvatures: Tensor, shifts: Tensor
 ) -> DualityTerms:
-    """Return the terms of the change of each sample's gradient.
+    """Return :class:`DualityTerms` of n samples.
 
     Args:
         weight: W, (out, in).
@@ -117,7 +93,7 @@ def duality_terms(
         curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
         shifts: Δa, (n, in).
 
-    Source: P2, eqs. 11, 12 and 57.
+    Source: Zhang, Yang and Tu (2026), eqs. 11, 12 and 57.
 
     Example:
         >>> one, two = torch.ones(1, 1), torch.full((1, 1), 2.0)
@@ -133,19 +109,19 @@ def duality_terms(
 
 
 class DualitySums:
-    """Sums over pairs of mini-batches from which the approximations of C follow; they merge by addition.
+    """Sums over pairs of mini-batches, from which the approximations of C follow; they merge by addition.
 
-    A pair of mini-batches of B samples gives g_μν = (1/B) Σ_p (I_p + II_p), and counts as B/2 g_μν g_μνᵀ, so that C is
-    that of single samples whatever B is.
+    A pair of mini-batches of B samples has g_μν = (1/B) Σ_p (I_p + II_p) and adds B/2 g_μν g_μνᵀ, which makes C that of
+    single samples at every B.
 
     Args:
         out: rows of W.
-        into: its columns.
-        device: where the sums are kept.
+        into: columns of W.
+        device: device of the sums.
     """
 
-    # Gradients of that many mini-batches are multiplied at once: one by one, each would go through all of D × D.
-    _AT_ONCE = 64
+    # Gradients of this many mini-batches are multiplied in one product: each product writes all of D × D.
+    _BATCHED = 64
 
     def __init__(self, out: int, into: int, device: torch.device | str = "cpu") -> None:
         self.out, self.into = out, into
@@ -156,10 +132,7 @@ class DualitySums:
 
     @property
     def state(self) -> Tensor:
-        """All sums in one vector, float64: those of several sets of pairs add up.
-
-        What is set is taken over, not copied.
-        """
+        """All sums in one float64 vector; the vectors of several sets of pairs add up. Setting it does not copy."""
         self._multiply()
         return self._state
 
@@ -173,17 +146,17 @@ class DualitySums:
             return
         one, two = (torch.stack(side) for side in zip(*self._waiting, strict=True))
         self._waiting.clear()
-        for total, left, right in zip(self._parts()[0], (one, one, two), (one, two, two), strict=True):
+        for total, left, right in zip(self._views()[0], (one, one, two), (one, two, two), strict=True):
             total.addmm_(left.mT, right)
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _views(self) -> tuple[Tensor, Tensor, Tensor]:
         size = self.out * self.into
         batches, samples, counts = self._state.split(self._sizes)
         return batches.view(3, size, size), samples.view(2, self.out * (self.out + 1) // 2, -1), counts
 
     def add(self, terms: DualityTerms) -> None:
-        """Add the samples of one mini-batch with what they have become in another."""
-        _, samples, counts = self._parts()
+        """Add the samples of one mini-batch, paired with those of another."""
+        _, samples, counts = self._views()
         count = len(terms.moved)
         if not count:
             return
@@ -192,44 +165,44 @@ class DualitySums:
         one = (terms.hessian.mT @ terms.activations).flatten() * scale
         two = (terms.gradients.mT @ terms.shifts).flatten() * scale
         self._waiting.append((one, two))
-        if len(self._waiting) == self._AT_ONCE:
+        if len(self._waiting) == self._BATCHED:
             self._multiply()
         sigma, directions = torch.linalg.eigh(terms.curvatures)
         along = (directions.mT @ terms.moved[:, :, None]).squeeze(-1)
         rotated = directions * (sigma * along)[:, None, :]
-        own = torch.stack([terms.hessian[:, :, None] * terms.hessian[:, None, :], rotated @ rotated.mT], dim=1)
-        kronecker_sums(0.5 / count * own, terms.activations, samples)
+        blocks = torch.stack([terms.hessian[:, :, None] * terms.hessian[:, None, :], rotated @ rotated.mT], dim=1)
+        kronecker_sums(0.5 / count * blocks, terms.activations, samples)
         length = terms.activations.square().sum(-1)
-        seen = length > 0.0
-        squares = (terms.moved.square().sum(-1)[seen] / length[seen]).sum()
-        counts += torch.stack([squares, seen.sum().double(), torch.ones_like(squares)])
+        alive = length > 0.0
+        squares = (terms.moved.square().sum(-1)[alive] / length[alive]).sum()
+        counts += torch.stack([squares, alive.sum().double(), torch.ones_like(squares)])
 
     @property
     def batches(self) -> int:
         """Number of ordered pairs of mini-batches."""
-        return int(self._parts()[2][2])
+        return int(self._views()[2][2])
 
     @property
     def weight_variance(self) -> float:
-        r"""σ_w² = E‖ΔW*‖²/out: the mean square of Δw along the directions s ⊗ a/‖a‖, in which all of it lies."""
-        squares, count, _ = self._parts()[2].tolist()
+        r"""σ_w² = E‖ΔW*‖²/out, the mean square of Δw along the directions s ⊗ a/‖a‖, in which all of Δw lies."""
+        squares, count, _ = self._views()[2].tolist()
         return squares / count / self.out if count else float("nan")
 
     def matrices(self, second_moment: Tensor | None = None) -> dict[str, Tensor]:
         r"""Return the approximations of the covariance of single samples, (D, D) float64 each.
 
-        "raw" = "hh" + "hg" + "gg" with both cross terms in "hg"; "hh_sd" leaves out products of different samples,
-        "hh_sd_wd" those of different eigendirections of h_p as well, and "hh_sd_wd_li", given E_p[h_p²], takes σ_w² for
-        the variance of Δw along all of them. NaN where nothing was added.
+        "raw" = "hh" + "hg" + "gg" with both cross terms in "hg"; "hh_sd" drops products of different samples,
+        "hh_sd_wd" also those of different eigendirections of h_p; "hh_sd_wd_li" = σ_w²/2 E_p[h_p²], for a
+        ``second_moment`` E_p[h_p²], takes σ_w² for the variance of Δw in every direction. NaN if nothing was added.
 
-        Source: P2, eqs. 58, 59, 61, 64, 67 and 70.
+        Source: Zhang, Yang and Tu (2026), eqs. 58, 59, 61, 64, 67 and 70.
         """
         self._multiply()
-        batches, samples, counts = self._parts()
+        batches, samples, counts = self._views()
         hh, cross, gg = batches / counts[2]
         sd, wd = unpacked(samples / counts[2], self.out, self.into)
         hg = cross + cross.mT
-        found = {"raw": hh + hg + gg, "hh": hh, "hg": hg, "gg": gg, "hh_sd": sd, "hh_sd_wd": wd}
+        matrices = {"raw": hh + hg + gg, "hh": hh, "hg": hg, "gg": gg, "hh_sd": sd, "hh_sd_wd": wd}
         if second_moment is not None:
-            found["hh_sd_wd_li"] = 0.5 * self.weight_variance * second_moment
-        return found
+            matrices["hh_sd_wd_li"] = 0.5 * self.weight_variance * second_moment
+        return matrices

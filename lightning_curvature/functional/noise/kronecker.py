@@ -1,34 +1,34 @@
-r"""Sums over samples of Kronecker products B_p ⊗ a_p a_pᵀ, in which all second-order statistics of a linear layer lie.
+r"""Sums over samples of Kronecker products B_p ⊗ a_p a_pᵀ, the form of all second-order statistics of a linear layer.
 
 A weight W (out, in) that enters the loss of a sample once, as z = W a, has, with δ = ∂ℓ/∂z and S = ∂²ℓ/∂z∂zᵀ,
 
 .. math:: g = \delta \otimes a, \qquad g g^\top = \delta\delta^\top \otimes a a^\top, \qquad
     h = S \otimes a a^\top, \qquad h^2 = \lVert a\rVert^2 S^2 \otimes a a^\top .
 
-Both factors are symmetric: their upper triangles are all there is to sum, a quarter of the work, by one matrix product
-for all samples. Entries of W are in row-major order: W[o, i] is number o · in + i of D = out · in.
+Both factors are symmetric: one matrix product over all samples sums their upper triangles, a quarter of the work.
+Entries of W are in row-major order: W[o, i] is number o · in + i of D = out · in.
 """
 
 import torch
 from torch import Tensor
 
-# Numbers of the intermediate a aᵀ that are made at a time: 64 MB in float64.
+# Numbers of a aᵀ in memory at a time: 64 MB in float64.
 _PIECE = 2**23
 
 
 def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = None) -> Tensor:
-    r"""Return :math:`\sum_p B_p \otimes a_p a_p^\top` in packed form, which merges by addition.
+    r"""Return :math:`\sum_p B_p \otimes a_p a_p^\top` in packed form; packed sums merge by addition.
 
     Args:
         blocks: B, (n, q, out, out): q symmetric matrices of each sample.
         activations: a, (n, in).
-        total: packed sums, to which these are added in place.
+        total: packed sums to add to, in place.
 
     Returns:
         (q, out (out + 1) / 2, in (in + 1) / 2) float64; see :func:`unpacked`.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not agree.
 
     Example:
         >>> sums = kronecker_sums(torch.ones(1, 1, 1, 1), torch.tensor([[1.0, 2.0]]))
@@ -51,26 +51,23 @@ def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = N
     flat = total.view(-1, width)
     piece = max(1, _PIECE // max(width, len(flat)))
     for first in range(0, count, piece):
-        own = blocks[first : first + piece].double()
-        a = activations[first : first + piece].double()
-        packed = own[:, :, rows[0], rows[1]].flatten(1)
+        b, a = (t[first : first + piece].double() for t in (blocks, activations))
+        packed = b[:, :, rows[0], rows[1]].flatten(1)
         flat.addmm_(packed.mT, a[:, columns[0]] * a[:, columns[1]])
     return total
 
 
 class KroneckerSum:
-    """A sum as of :func:`kronecker_sums`, over small batches.
-
-    They are multiplied when there are enough of them: each product goes through all of the sum.
+    """The sum of :func:`kronecker_sums` over small batches, collected before they are multiplied.
 
     Args:
         kinds: q.
         out: rows of the weight.
-        into: its columns.
-        device: where the sum is.
+        into: columns of the weight.
+        device: device of the sum.
     """
 
-    # Numbers that wait: 32 MB.
+    # Numbers that are collected, 32 MB: each product writes all of the sum.
     _MOST = 2**22
 
     def __init__(self, kinds: int, out: int, into: int, device: torch.device | str = "cpu") -> None:
@@ -81,7 +78,7 @@ class KroneckerSum:
     def add(self, blocks: Tensor, activations: Tensor) -> None:
         """Add samples: (n, q, out, out) and (n, in)."""
         self._waiting.append((blocks, activations))
-        if sum(own.numel() for own, _ in self._waiting) >= self._MOST:
+        if sum(b.numel() for b, _ in self._waiting) >= self._MOST:
             self.packed()
 
     def packed(self) -> Tensor:
@@ -94,12 +91,12 @@ class KroneckerSum:
 
 
 def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
-    """Return what :func:`kronecker_sums` gave as full matrices, (q, D, D).
+    """Return packed sums of :func:`kronecker_sums` as full matrices, (q, D, D).
 
     Args:
-        sums: packed sums, (q, out (out + 1) / 2, in (in + 1) / 2).
+        sums: (q, out (out + 1) / 2, in (in + 1) / 2).
         out: rows of the weight.
-        into: its columns.
+        into: columns of the weight.
 
     Example:
         >>> unpacked(torch.tensor([[[1.0, 2.0, 4.0]]]), 1, 2)  # (1, 1), (1, 2), (2, 2)
@@ -115,7 +112,7 @@ def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
 
 
 def _places(size: int, device: torch.device) -> Tensor:
-    """Where each entry of a symmetric matrix lies in its packed upper triangle, (size, size)."""
+    """Return the place of each entry of a symmetric matrix in its packed upper triangle, (size, size)."""
     rows, columns = torch.triu_indices(size, size, device=device)
     places = torch.zeros(size, size, dtype=torch.long, device=device)
     places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)

@@ -1,4 +1,4 @@
-r"""Spectra of the Hessians of single samples, and what the noise and the curvature owe to them.
+r"""Spectra of the Hessians of single samples, and the noise and curvature that follow from them.
 
 Legend: h_p the Hessian of sample p, κ_m its eigenvalues and u_m its eigenvectors, descending; v_i the eigenvectors of
 H = E_p[h_p], as rows.
@@ -27,8 +27,8 @@ def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tens
 
     .. math:: \kappa_m = \sigma_m \lVert a\rVert^2, \qquad u_m = s_m \otimes a / \lVert a\rVert
 
-    All other eigenvalues are zero: an out × out problem in place of one of out · in. They are left out also where they
-    would come first, for a negative definite S.
+    All other eigenvalues are zero: an out × out problem replaces one of size out · in. The zeros are left out, also
+    where they would come first, for a negative definite S.
 
     Args:
         activations: a, (n, in).
@@ -38,7 +38,7 @@ def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tens
     Returns:
         m = out eigenpairs a sample.
 
-    Source: exact for a weight that enters once, as z = W a; P2 decomposes h_p itself (eq. 23).
+    Source: exact for a weight that enters once, as z = W a; Zhang, Yang and Tu (2026) decompose h_p (eq. 23).
 
     Example:
         >>> spectra = linear_sample_spectra(torch.tensor([[2.0]]), torch.tensor([[[3.0]]]), torch.ones(1, 1))
@@ -56,23 +56,6 @@ def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tens
     return SampleSpectra(sigma * length.square(), (directions.mT @ reached).square())
 
 
-def dense_sample_spectra(hessians: Tensor, vectors: Tensor) -> SampleSpectra:
-    """Return the eigenpairs of given Hessians, all D of each.
-
-    Args:
-        hessians: h, (n, D, D).
-        vectors: v_i, (𝒩, D).
-
-    Source: P2, eq. 23.
-
-    Example:
-        >>> dense_sample_spectra(torch.tensor([[[2.0, 0.0], [0.0, 5.0]]]), torch.tensor([[0.0, 1.0]])).values
-        tensor([[5., 2.]], dtype=torch.float64)
-    """
-    values, own = torch.linalg.eigh(hessians.double())
-    return SampleSpectra(values.flip(-1), (own.flip(-1).mT @ vectors.double().mT).square())
-
-
 def spectral_moments(spectra: SampleSpectra) -> tuple[Tensor, Tensor]:
     r"""Return H_ii and 2b C_ii/σ_w² from eigenpairs of single samples, (𝒩,) float64 each.
 
@@ -80,13 +63,14 @@ def spectral_moments(spectra: SampleSpectra) -> tuple[Tensor, Tensor]:
         \frac{2b}{\sigma_w^2} C_{ii} = E_p \sum_m \kappa_m^2 (u_m \cdot v_i)^2
 
     Args:
-        spectra: of the samples; changed values as of :func:`suppressed` give those of the changed landscape.
+        spectra: of the samples; with values changed by :func:`suppressed`, the moments of the changed landscape.
 
-    Source: P2, eqs. 15–17 and 27.
+    Source: Zhang, Yang and Tu (2026), eqs. 15–17 and 27. Where all h_p are positive semidefinite, the second moment
+    lies between H_ii² and κ_max H_ii (eq. 19).
 
     Example:
-        >>> spectral_moments(dense_sample_spectra(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.eye(2)))
-        (tensor([3., 1.], dtype=torch.float64), tensor([9., 1.], dtype=torch.float64))
+        >>> spectral_moments(SampleSpectra(torch.tensor([[3.0, 1.0]]), torch.eye(2)[None]))
+        (tensor([3., 1.]), tensor([9., 1.]))
     """
     values, overlaps = spectra
     count = len(values)
@@ -96,56 +80,8 @@ def spectral_moments(spectra: SampleSpectra) -> tuple[Tensor, Tensor]:
     )
 
 
-def spectral_covariance(second_moment: Tensor, weight_variance: float, batch_size: int = 1) -> Tensor:
-    r"""Return the noise covariance that the activity–weight duality gives.
-
-    .. math:: C = \frac{\sigma_w^2}{2b} E_p[h_p^2], \qquad
-        C_{ij} = \frac{\sigma_w^2}{2b} E_p \sum_m \kappa_m^2 (u_m \cdot v_i)(u_m \cdot v_j)
-
-    Args:
-        second_moment: E_p[h_p²], in any basis, (D, D), or its diagonal.
-        weight_variance: σ_w².
-        batch_size: b.
-
-    Source: P2, eq. 15.
-
-    Example:
-        >>> spectral_covariance(torch.tensor([9.0, 1.0]), weight_variance=0.5, batch_size=5)
-        tensor([0.4500, 0.0500])
-    """
-    return 0.5 * weight_variance / batch_size * second_moment
-
-
-def spectral_bounds(
-    curvatures: Tensor, largest: float, weight_variance: float, batch_size: int = 1
-) -> tuple[Tensor, Tensor]:
-    r"""Return the bounds of C_ii where the Hessians of all samples are positive semidefinite.
-
-    .. math:: \frac{\sigma_w^2}{2b} H_{ii}^2 \le C_{ii} \le \frac{\sigma_w^2 \kappa_{\max}}{2b} H_{ii}
-
-    Args:
-        curvatures: H_ii, (𝒩,).
-        largest: κ_max, over all samples.
-        weight_variance: σ_w².
-        batch_size: b.
-
-    Source: P2, eq. 19.
-
-    Example:
-        >>> spectral_bounds(torch.tensor([2.0]), largest=3.0, weight_variance=0.5)
-        (tensor([1.]), tensor([1.5000]))
-    """
-    factor = 0.5 * weight_variance / batch_size
-    return factor * curvatures.square(), factor * largest * curvatures
-
-
 class Suppressed(NamedTuple):
-    """Changed spectra.
-
-    Attributes:
-        values: κ̃, (n, m).
-        stiff: which samples are stiff, (n,) bool.
-    """
+    """Changed eigenvalues κ̃, (n, m), and which samples are stiff, (n,) bool."""
 
     values: Tensor
     stiff: Tensor
@@ -154,29 +90,29 @@ class Suppressed(NamedTuple):
 def suppressed(
     values: Tensor, *, threshold: float = 0.1, tail: float = 1e-5, background: float = 1e-3, homogenize: bool = True
 ) -> Suppressed:
-    r"""Return eigenvalues after the suppression experiment, which asks what the leading ones alone account for.
+    r"""Return the eigenvalues of the suppression experiment, which isolates the effect of the leading ones.
 
-    A sample is stiff where κ_1 > θ · max_p κ_1. Its κ_1 becomes the mean over the stiff samples; that of others is
-    scaled down, and so are all κ_m with m > 1.
+    A sample is stiff if κ_1 > θ · max_p κ_1. The mean over the stiff samples replaces their κ_1; the κ_1 of the others
+    and every κ_m with m > 1 are scaled down.
 
     Args:
         values: κ, (n, m), descending.
-        threshold: θ, below 1; negative, all samples are stiff.
+        threshold: θ, below 1; a negative one makes all samples stiff.
         tail: factor of κ_m, m > 1.
         background: factor of κ_1 of samples that are not stiff.
-        homogenize: put the mean in place of κ_1; False leaves it (rows 2 and 3 of P2's figure 13).
+        homogenize: replace κ_1 by the mean; False keeps it (rows 2 and 3 of figure 13 of the source).
 
     Raises:
         ValueError: if no sample is stiff, or θ is not below 1.
 
-    Source: P2, eqs. 24–26.
+    Source: Zhang, Yang and Tu (2026), eqs. 24–26.
 
     Example:
         >>> suppressed(torch.tensor([[4.0, 1.0], [2.0, 1.0], [0.1, 0.0]])).values[:, 0]
         tensor([3.0000e+00, 3.0000e+00, 1.0000e-04], dtype=torch.float64)
     """
     if not threshold < 1.0:
-        raise ValueError(f"threshold must be below 1, got {threshold}: P2 has 0.1, and 0.05 or 0.001 for its figures.")
+        raise ValueError(f"threshold must be below 1, got {threshold}: 0.1 is usual.")
     values = values.double()
     first = values[:, 0]
     stiff = first > threshold * first.max() if threshold >= 0.0 else torch.ones_like(first, dtype=torch.bool)
@@ -192,20 +128,20 @@ def suppressed(
 
 
 def cumulative_contribution(spectra: SampleSpectra) -> Tensor:
-    r"""Return which share of 2b C_ii/σ_w² the first k eigenvalues of all samples give, (m, 𝒩), for k = 1 … m.
+    r"""Return the share of 2b C_ii/σ_w² from the first k eigenvalues of all samples, (m, 𝒩), for k = 1 … m.
 
     Args:
         spectra: of the samples.
 
     Returns:
-        NaN in directions where all of them give nothing.
+        The shares; NaN in directions without noise.
 
-    Source: P2, figure 13, column 2.
+    Source: Zhang, Yang and Tu (2026), figure 13, column 2.
 
     Example:
-        >>> cumulative_contribution(dense_sample_spectra(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.eye(2)))
+        >>> cumulative_contribution(SampleSpectra(torch.tensor([[3.0, 1.0]]), torch.eye(2)[None]))
         tensor([[1., 0.],
-                [1., 1.]], dtype=torch.float64)
+                [1., 1.]])
     """
     terms = torch.einsum("nm,nmi->mi", spectra.values.square(), spectra.overlaps).cumsum(0)
     return terms / torch.where(terms[-1] > 0.0, terms[-1], torch.nan)
