@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import NoiseCovarianceMonitor
-from lightning_curvature.functional.noise import power_law, spectral_moments, suppressed
+from lightning_curvature.functional.noise import cumulative_contribution, power_law, spectral_moments, suppressed
 from lightning_curvature.noise.linear_layer import linear_statistics
 from lightning_curvature.noise.problem import QUANTITIES
 from lightning_curvature.noise.result import NoiseCurvature
@@ -177,8 +177,13 @@ def accuracy(model: Classifier, data: TensorDataset) -> float:
     return float((found == labels).float().mean())
 
 
-def suppression(model: Classifier, data: TensorDataset, relation: NoiseCurvature) -> dict[str, tuple[Tensor, Tensor]]:
-    """H_ii and C_ii (up to a factor) from eigenpairs of single samples: as they are, and with changed eigenvalues."""
+def suppression(
+    model: Classifier, data: TensorDataset, relation: NoiseCurvature
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """H_ii and C_ii (up to a factor) from eigenpairs of single samples: as they are, and with changed eigenvalues.
+
+    Also the share of C_ii that the first k eigenvalues contribute, (k, directions).
+    """
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(data), generator=generator)[:SUPPRESSION_SAMPLES]
     inputs, labels = (tensor[chosen] for tensor in data.tensors)
@@ -192,7 +197,8 @@ def suppression(model: Classifier, data: TensorDataset, relation: NoiseCurvature
         "… of stiff samples": suppressed(spectra.values, threshold=0.001, homogenize=False).values,
         "… all alike": suppressed(spectra.values, threshold=0.001).values,
     }
-    return {name: spectral_moments(spectra._replace(values=values)) for name, values in changed.items()}
+    moments = {name: spectral_moments(spectra._replace(values=values)) for name, values in changed.items()}
+    return moments, cumulative_contribution(spectra)
 
 
 def spread(values: list[float]) -> str:
@@ -252,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     for classes in args.classes:
         data = subset(args, classes)
         name = f"{args.dataset} {args.model.upper()}"
-        histories, experiments = {}, {}
+        histories, experiments, shares = {}, {}, {}
         for loss in args.loss:
             runs, accuracies = [], []
             for seed in range(args.seed, args.seed + args.seeds):
@@ -260,13 +266,14 @@ def main(arguments: list[str] | None = None) -> None:
                 runs.append(history[-1][1])
                 accuracies.append(accuracy(model, data))
                 if seed == args.seed:
-                    histories[loss], experiments[loss] = history, suppression(model, data, history[-1][1])
+                    histories[loss] = history
+                    experiments[loss], shares[loss] = suppression(model, data, history[-1][1])
                     print(f"\n{LOSSES[loss]}, {classes} classes, {len(data):,} samples\n{history[-1][1]}", flush=True)
             lines.append(row(name, classes, loss, runs, accuracies))
         subject = f"{name}, {classes} classes, {len(data):,} samples, first of {args.seeds} runs"
         suffix = f"_{classes}" if len(args.classes) > 1 else ""
         draw(histories, args.out / f"noise_and_curvature{suffix}.png", subject=subject)
-        draw_suppression(experiments, args.out / f"suppression{suffix}.png", subject=subject)
+        draw_suppression(experiments, shares, args.out / f"suppression{suffix}.png", subject=subject)
         for loss, experiment in experiments.items():
             exponents = [f"{how} {power_law(h, c).exponent:.2f}" for how, (h, c) in experiment.items()]
             lines.append(f"    {loss}, γ of {SUPPRESSION_SAMPLES} samples' spectra: {', '.join(exponents)}")

@@ -104,14 +104,20 @@ def _draw_matrices(figure: Any, panels: Any, result: NoiseCurvature, name: str) 
         figure.colorbar(image, ax=axes, shrink=0.8)
 
 
-def draw_suppression(experiments: dict[str, dict[str, tuple[Tensor, Tensor]]], path: Path, *, subject: str) -> None:
-    """Write a picture of C_ii against H_ii from changed spectra of single samples: a row for each loss."""
-    columns = max(len(experiment) for experiment in experiments.values())
+def draw_suppression(
+    experiments: dict[str, dict[str, tuple[Tensor, Tensor]]], shares: dict[str, Tensor], path: Path, *, subject: str
+) -> None:
+    """Write a picture of C_ii against H_ii from changed spectra of single samples: a row for each loss.
+
+    The last column is the share of C_ii that the first k eigenvalues of all samples contribute: a line for each
+    direction, and their mean.
+    """
+    columns = 1 + max(len(experiment) for experiment in experiments.values())
     figure = plt.figure(figsize=(3.4 * columns, 3.3 * len(experiments) + 0.7), layout="constrained")
     figure.suptitle(f"What the largest eigenvalues of single samples account for\n{subject}", fontsize=12)
     panels = figure.subplots(len(experiments), columns, squeeze=False)
     for line, (loss, experiment) in zip(panels, experiments.items(), strict=True):
-        for axes, (how, (curvatures, variances)) in zip(line, experiment.items(), strict=True):
+        for axes, (how, (curvatures, variances)) in zip(line[:-1], experiment.items(), strict=True):
             used = (curvatures > 0.0) & (variances > 0.0)
             exponent = power_law(curvatures, variances).exponent
             axes.scatter(curvatures[used], variances[used], s=4, alpha=0.4, color=COLORS[loss], linewidths=0)
@@ -119,6 +125,13 @@ def draw_suppression(experiments: dict[str, dict[str, tuple[Tensor, Tensor]]], p
             axes.set_title(f"{how}: γ = {exponent:.2f}", fontsize=9)
             tidy(axes)
         line[0].set_ylabel(f"{NAMES[loss]}\n$2b\\,C_{{ii}}/\\sigma_w^2$")
+        share = shares[loss].numpy()
+        numbers = np.arange(1, len(share) + 1)
+        line[-1].plot(numbers, share, color=COLORS[loss], alpha=0.1, linewidth=0.5)
+        line[-1].plot(numbers, np.nanmean(share, axis=1), "k--")
+        line[-1].set(xlabel="k", ylim=(0.0, 1.05))
+        line[-1].set_title("share of the first k in $C_{ii}$", fontsize=9)
+        tidy(line[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
