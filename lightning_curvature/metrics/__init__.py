@@ -1,4 +1,7 @@
-"""torchmetrics classes, one for each quantity. They need no Trainer: README shows them in a plain PyTorch loop."""
+"""torchmetrics classes, one for each quantity, for any PyTorch loop: see README.
+
+Sources are cited by name: see docs/references.md.
+"""
 
 from lightning_curvature.metrics.directional import (
     CriticalSharpness,

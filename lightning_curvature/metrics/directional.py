@@ -1,34 +1,26 @@
 """Metrics of the curvature along the true update."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_curvature.functional import (
-    Likelihood,
-    directional_curvature,
-    finite_difference_descent,
-    finite_difference_quadratic,
-    kl_divergence,
-    output_quadratic_form,
-)
+from lightning_curvature.functional import Likelihood, directional_curvature, kl_divergence, output_quadratic_form
 from lightning_curvature.functional import headroom as _headroom
-from lightning_curvature.functional.directional import check_epsilon
+from lightning_curvature.functional.directional import divergence_quadratic, finite_difference_forms
 from lightning_curvature.functional.likelihoods import check_likelihood
+from lightning_curvature.metrics.model import CurvatureMetric
 
 Scalar = Tensor | float
 
 
-class DirectionalCurvature(Metric):
+class DirectionalCurvature(CurvatureMetric):
     r"""Curvature along the optimizer's steps as a ratio of weighted sums.
 
     .. math:: \lambda = \frac{\sum w\, d^\top H d / \eta^2}{\sum w\, g^\top d / \eta}
 
-    Reset after every step it is λ_dir of that step (merged over the ranks, each with its own share of the data). Not
-    reset, it is along the trajectory the generalized directional curvature
+    Reset after every step, it is λ_dir of that step, merged over the ranks, each with its share of the data. Without a
+    reset it is the generalized directional curvature along the trajectory,
 
     .. math:: \lambda_{\text{gen}} =
         \frac{\operatorname{tr}(H\, \mathbb E[\Delta\theta\Delta\theta^\top])}{g^\top \mathbb E[\Delta\theta]}
@@ -36,7 +28,7 @@ class DirectionalCurvature(Metric):
     ``update`` takes ``quadratic`` (dᵀHd), ``descent`` (gᵀd), ``lr`` (η; 1 gives the unit-free s with edge 2) and
     ``weight``; ``compute`` gives λ, in units of 1/η with the edge 2/η, NaN where Σ gᵀd ≤ 0.
 
-    Source: P0 (directional curvature), eqs. 1 and 10.
+    Source: Directional curvature (2026), eqs. 1 and 10.
 
     Example:
         >>> metric = DirectionalCurvature()
@@ -44,10 +36,6 @@ class DirectionalCurvature(Metric):
         >>> metric.compute()
         tensor(2., dtype=torch.float64)
     """
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
 
     numerator: Tensor
     denominator: Tensor
@@ -57,7 +45,7 @@ class DirectionalCurvature(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("numerator", "denominator", "weight", "lr_sum"):
-            # float64: differences of losses keep their digits, sums over a trajectory too.
+            # float64 keeps the digits of differences of losses and of sums over a trajectory.
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _accumulate(self, quadratic: Scalar, descent: Scalar, lr: Scalar, weight: Scalar) -> None:
@@ -79,29 +67,17 @@ class DirectionalCurvature(Metric):
         return directional_curvature(self.numerator, self.denominator)
 
     def headroom(self) -> Tensor:
-        """(2/η)/λ at the mean learning rate of the steps seen: 1 is the edge."""
+        """Return (2/η)/λ at the mean learning rate of the steps; 1 is the edge."""
         return _headroom(self.numerator * self.lr_sum / self.weight, self.denominator)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot one value or several.
-
-        Args:
-            val: a value of ``compute`` or a sequence of them; default: ``compute()`` now.
-            ax: matplotlib axes to draw into.
-
-        Returns:
-            Figure and axes.
-        """
-        return self._plot(val, ax)
 
 
 class FiniteDifferenceCurvature(DirectionalCurvature):
-    r"""Finite-difference estimate λ_FD of the directional curvature; two forwards a step.
+    r"""Finite-difference estimate λ_FD of the directional curvature; two extra forwards a step.
 
-    ``update`` takes the losses at θ+εd, θ, θ−εd, ε, and optionally ``descent`` (gᵀd; default: the first difference
-    of the pair). See :func:`~lightning_curvature.functional.finite_difference_curvature`.
+    ``update`` takes the arguments of :func:`~lightning_curvature.functional.finite_difference_curvature` and a
+    ``weight``.
 
-    Source: P0 (directional curvature), eq. 5.
+    Source: Directional curvature (2026), eq. 5.
 
     Example:
         >>> metric = FiniteDifferenceCurvature()
@@ -121,16 +97,14 @@ class FiniteDifferenceCurvature(DirectionalCurvature):
         weight: Scalar = 1.0,
     ) -> None:
         """Add one step."""
-        if descent is None:
-            descent = finite_difference_descent(loss_plus, loss_minus, epsilon)
-        self._accumulate(finite_difference_quadratic(loss_plus, loss, loss_minus, epsilon), descent, lr, weight)
+        self._accumulate(*finite_difference_forms(loss_plus, loss, loss_minus, epsilon, descent), lr, weight)
 
 
 class KLCurvature(DirectionalCurvature):
-    r"""KL estimate λ_KL of the curvature; one forward a step.
+    r"""KL estimate λ_KL of the curvature; one extra forward a step.
 
-    ``update`` takes the outputs at θ and at θ−εd (shape (..., C)), ε, ``descent`` and η. See
-    :func:`~lightning_curvature.functional.kl_curvature`.
+    ``update`` takes the outputs at θ and at θ−εd, (..., C), ε, ``descent`` and η of
+    :func:`~lightning_curvature.functional.kl_curvature`, a ``mask`` of the positions, (...), and a ``weight``.
 
     Args:
         likelihood: "categorical", "gaussian" or "bernoulli".
@@ -140,7 +114,7 @@ class KLCurvature(DirectionalCurvature):
     Raises:
         ValueError: for an unknown likelihood.
 
-    Source: P0 (directional curvature), eq. 8.
+    Source: Directional curvature (2026), eq. 8.
 
     Example:
         >>> metric = KLCurvature(likelihood="gaussian")
@@ -166,18 +140,18 @@ class KLCurvature(DirectionalCurvature):
         weight: Scalar = 1.0,
     ) -> None:
         """Add one step."""
-        check_epsilon(epsilon)
         divergence = kl_divergence(outputs, shifted_outputs, self.likelihood, mask).double()
-        self._accumulate(2.0 * self.scale * divergence / epsilon**2, descent, lr, weight)
+        self._accumulate(divergence_quadratic(divergence, epsilon, self.scale), descent, lr, weight)
 
 
 class GaussNewtonCurvature(KLCurvature):
     r"""Gauss–Newton curvature λ_GN from the tangent u = J d of the outputs; no ε.
 
-    ``update`` takes outputs and tangent (shape (..., C)), ``descent`` and η. See
-    :func:`~lightning_curvature.functional.gauss_newton_curvature`.
+    ``update`` takes outputs and tangent, (..., C), ``descent`` and η of
+    :func:`~lightning_curvature.functional.gauss_newton_curvature`, a ``mask`` and a ``weight``. Arguments as for
+    :class:`KLCurvature`.
 
-    Source: P0 (directional curvature), eqs. 11-13.
+    Source: Directional curvature (2026), eqs. 11-13.
 
     Example:
         >>> metric = GaussNewtonCurvature(likelihood="gaussian")
@@ -201,10 +175,10 @@ class GaussNewtonCurvature(KLCurvature):
 
 
 class CriticalSharpness(DirectionalCurvature):
-    r"""Critical sharpness 2/η_c, η_c the learning rate at which a step would first raise the loss.
+    r"""Critical sharpness 2/η_c; at the learning rate η_c a step would begin to raise the loss.
 
-    ``update`` takes ``critical_factor`` (η_c/η), η and a weight; over several steps the value is
-    :math:`2 \sum w / \sum w\, \eta_c`. A NaN factor (no boundary was found) makes the value NaN.
+    ``update`` takes ``critical_factor`` (η_c/η), η and a ``weight``; over several steps the value is
+    :math:`2 \sum w / \sum w\, \eta_c`. A NaN factor, of a step without a boundary, makes the value NaN.
 
     Source: Kalra et al. 2026 (arXiv 2601.16979).
 

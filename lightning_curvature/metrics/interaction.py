@@ -19,22 +19,16 @@ Batch = tuple[Any, Any]
 
 
 class FullCurvatureMetric(MiniBatchMetric):
-    r"""Base of :class:`InteractionAwareSharpness` and :class:`GradientNoiseInteraction`, whose numerator is the same.
+    r"""Base of :class:`InteractionAwareSharpness` and :class:`GradientNoiseInteraction`, which share the numerator.
 
-    With ``data`` it is :math:`g_B^\top H g_B`, by a product with all of them. Without, two mini-batches that come one
-    after the other are a pair, and a draw is :math:`\frac12 (g_B^\top H_{B'} g_B + g_{B'}^\top H_B\, g_{B'})`, the same
-    in the mean: B and B' are independent, and H the mean of H_B.
-
-    Args:
-        model: see :class:`InteractionAwareSharpness`.
-        loss_function: see :class:`InteractionAwareSharpness`.
-        data: see :class:`InteractionAwareSharpness`.
-        curvature: see :class:`InteractionAwareSharpness`.
-        keep_graph: see :class:`InteractionAwareSharpness`.
-        **kwargs: of ``torchmetrics.Metric``.
+    With ``data`` it is :math:`g_B^\top H g_B`, by a product with all samples. Without, two consecutive mini-batches are
+    a pair, and a draw is :math:`\frac12 (g_B^\top H_{B'} g_B + g_{B'}^\top H_B\, g_{B'})`, which has the same mean: B
+    and B' are independent, and H is the mean of H_B. Arguments as for :class:`InteractionAwareSharpness`.
     """
 
     _shared: ClassVar[tuple[str, ...]] = ("_model", "_data")
+    # The ratio at other batch sizes.
+    _at_batch_sizes: ClassVar[Callable[[NoiseTerms, int | Sequence[int], bool], Tensor]]
 
     noise_moments: Tensor
 
@@ -56,15 +50,15 @@ class FullCurvatureMetric(MiniBatchMetric):
         self._data = list(data) if data is not None else None
         self._keep_graph = keep_graph
         self._waiting: Batch | None = None
-        # What other batch sizes need beside the moments: the means of ‖g_B‖² and of n/b.
+        # For other batch sizes, beside the moments: the means of ‖g_B‖² and of n/b.
         self.add_state("noise_moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
-        """Add a mini-batch; without ``data``, the first of a pair waits, and is evaluated with the second."""
+        """Add a mini-batch; without ``data`` the metric keeps the first of a pair and evaluates it with the second."""
         if self._data is not None:
             self._add_exact(inputs, targets, self._data)
         elif self._waiting is None:
-            # A copy: whoever gives it may write into it before the other one comes.
+            # A copy: the caller can write into the mini-batch before the second one comes.
             self._waiting = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (inputs, targets))
         else:
             with closing(self._mini_batch(*self._waiting)) as first, closing(self._mini_batch(inputs, targets)) as last:
@@ -73,15 +67,15 @@ class FullCurvatureMetric(MiniBatchMetric):
             self._waiting = None
 
     def _add_exact(self, inputs: Any, targets: Any, data: Sequence[Batch]) -> None:
-        # Only the gradient of the mini-batch: no graph of it is needed.
-        batch = MiniBatch(CurvatureOperator(self._parts([(inputs, targets)]), self._trained()))
+        # The gradient alone of the mini-batch, without its graph.
+        batch = MiniBatch(CurvatureOperator(self._micro_batches([(inputs, targets)]), self._trained()))
         with closing(self._whole(data)) as whole:
             self._add(whole.curvature_along(batch.gradient), self._denominator(batch, whole))
         share = _samples(data) / sample_count(targets)
         self.noise_moments = add_to_moments(self.noise_moments, batch.squared_norm, share)
 
     def _whole(self, data: Sequence[Batch]) -> MiniBatch:
-        return MiniBatch(self._operator_type(self._parts(data), self._trained(), keep_graph=self._keep_graph))
+        return MiniBatch(self._operator_type(self._micro_batches(data), self._trained(), keep_graph=self._keep_graph))
 
     def _denominator_of_pair(self, first: MiniBatch, last: MiniBatch) -> float:
         raise NotImplementedError
@@ -90,25 +84,24 @@ class FullCurvatureMetric(MiniBatchMetric):
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget the mini-batches, also one that waits."""
+        """Forget the mini-batches, also the first of a pair."""
         super().reset()
         self._waiting = None
 
     def noise_terms(self, replacement: bool = False) -> NoiseTerms:
-        """Separate gradient and noise in what the mini-batches gave; needs ``data``, and one more product with it.
+        """Return the contributions of gradient and noise; takes ``data``, and one more product with it.
 
         Mini-batches of several sizes count with their harmonic mean. All ranks must call it.
 
         Args:
-            replacement: whether the mini-batches could hold a sample twice.
+            replacement: whether a mini-batch can hold a sample twice.
 
         Raises:
-            ValueError: without ``data``, without mini-batches, or where these hold all samples.
+            ValueError: without ``data``, without mini-batches, or for mini-batches of all samples.
         """
         if self._data is None:
             raise ValueError(
-                "data must be given where other batch sizes are wanted, got none: pass all samples as "
-                "data=[(inputs, targets), …]."
+                "data must be given for other batch sizes, got none: pass all samples as data=[(inputs, targets), …]."
             )
         with self._over_ranks():
             count, curvature = self.moments[:2].tolist()
@@ -118,7 +111,7 @@ class FullCurvatureMetric(MiniBatchMetric):
             raise ValueError("mini-batches must be given first, got none: call update with each of them.")
         with closing(self._whole(self._data)) as whole:
             return NoiseTerms.from_batches(
-                # Mini-batches that were left out have a curvature of 0.
+                # Skipped mini-batches have a curvature of 0.
                 batch_curvature=curvature * count / drawn,
                 batch_square=square,
                 gradient_curvature=whole.self_curvature,
@@ -127,6 +120,15 @@ class FullCurvatureMetric(MiniBatchMetric):
                 samples=samples,
                 replacement=replacement,
             )
+
+    def over_batch_sizes(self, sizes: int | Sequence[int], replacement: bool = False) -> Tensor:
+        """Return the value at one batch size, a scalar, or at several, (sizes,), from :meth:`noise_terms`; float64.
+
+        Args:
+            sizes: one batch size or several.
+            replacement: whether a mini-batch, measured or asked for, can hold a sample twice.
+        """
+        return type(self)._at_batch_sizes(self.noise_terms(replacement), sizes, replacement)
 
 
 class InteractionAwareSharpness(FullCurvatureMetric):
@@ -137,22 +139,22 @@ class InteractionAwareSharpness(FullCurvatureMetric):
     It stays below 2/η. ``update`` takes ``inputs`` and ``targets`` of a mini-batch, drawn as training draws them;
     ``compute`` gives the ratio, a float64 scalar; see :class:`RatioOfMeans` for ``standard_error`` and ``count``.
 
-    With ``data`` each mini-batch is a draw: its gradient, and a gradient with its graph and one Hessian–vector product
-    of the whole data. Without, each *pair* of consecutive mini-batches is one, evaluated when the second is there: of
-    each its gradient with its graph and one product, as much as batch sharpness takes.
+    With ``data`` each mini-batch is a draw: it takes the mini-batch's gradient, and a gradient with its graph and one
+    Hessian–vector product of all of ``data``. Without, each *pair* of consecutive mini-batches is a draw: it takes a
+    gradient with its graph and one product of each, the cost of batch sharpness.
 
-    Pairs scatter more: with 200 mini-batches of 32 on a fitted perceptron (1,797 digits) five times as much, and of 60
-    such values 10 lay more than two standard errors below the exact one, none above. Few draws that miss the rare large
-    ones give too small a value and too small an error.
+    Pairs scatter more: with 200 mini-batches of 32 on a fitted perceptron (1,797 digits) five times as much; of 60 such
+    values 10 lay more than two standard errors below the exact one, none above. Few draws that miss the rare large ones
+    give too small a value and too small an error.
 
-    H in a pair is that of the other mini-batch, so the two must be independent. Consecutive mini-batches of an epoch
-    are not, they have no sample in common: the numerator is then off by b/(n−b) of its distance to
+    A pair takes H from the other mini-batch: the two must be independent. Consecutive mini-batches of an epoch are not,
+    since they share no sample: the numerator is then off by b/(n−b) of its distance to
     :math:`E_B[g_B^\top H_B\, g_B]`.
 
     Args:
-        model: maps inputs to outputs; in the mode in which its curvature is wanted, without dropout.
+        model: maps inputs to outputs, in training or eval mode as you set it, without dropout.
         loss_function: mean loss of (outputs, targets).
-        data: batches of any sizes that together are all samples, on every rank the same; None for pairs.
+        data: batches of any sizes that make up all samples, the same on every rank; None for pairs.
         curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of H.
         keep_graph: for ``data``; see :class:`~lightning_curvature.operators.HessianOperator`.
         **kwargs: of ``torchmetrics.Metric``.
@@ -160,7 +162,7 @@ class InteractionAwareSharpness(FullCurvatureMetric):
     Raises:
         ValueError: for an unknown ``curvature``, or ``data`` without a batch.
 
-    Source: Lee and Jang 2023; P4, appendix C.
+    Source: Lee and Jang 2023; Edge of stochastic stability (2025), appendix C.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -172,14 +174,7 @@ class InteractionAwareSharpness(FullCurvatureMetric):
         tensor(5., dtype=torch.float64)
     """
 
-    def over_batch_sizes(self, sizes: int | Sequence[int], replacement: bool = False) -> Tensor:
-        """Return IAS of other batch sizes, (sizes,) float64, from :meth:`noise_terms`.
-
-        Args:
-            sizes: one batch size or several.
-            replacement: whether mini-batches, given and meant, may hold a sample twice.
-        """
-        return self.noise_terms(replacement).ias(sizes, replacement)
+    _at_batch_sizes = NoiseTerms.ias
 
     def _denominator_of_pair(self, first: MiniBatch, last: MiniBatch) -> float:
         return 0.5 * (first.squared_norm + last.squared_norm)
@@ -189,32 +184,21 @@ class InteractionAwareSharpness(FullCurvatureMetric):
 
 
 class GradientNoiseInteraction(FullCurvatureMetric):
-    r"""Gradient–noise interaction (GNI): where it is 2/η, the loss oscillates.
+    r"""Gradient–noise interaction (GNI): at 2/η the loss oscillates.
 
     .. math:: \frac{E_B[g_B^\top H\, g_B]}{\lVert g\rVert^2}
 
-    ``update``, ``compute`` and cost as in :class:`InteractionAwareSharpness`; g is the gradient of the same ``data``.
-    Give ``data`` unless the mini-batches are drawn independently of each other and of the parameters. Without, a pair
-    gives :math:`g_B^\top g_{B'}` for the denominator, which is ‖g‖² in the mean for independent mini-batches. Those of
-    one epoch have no sample in common: theirs is :math:`\lVert g\rVert^2 - \operatorname{tr}\Sigma / (n - 1)`, which
-    near a minimum is negative, and so is that of mini-batches that were just trained on. The value is NaN, and said to
-    be, where the mean is not positive.
+    Arguments, ``update``, ``compute``, errors and cost as for :class:`InteractionAwareSharpness`; g is the gradient of
+    the same ``data``. Give ``data`` unless the mini-batches are independent of each other and of the parameters.
+    Without, the denominator of a pair is :math:`g_B^\top g_{B'}`, whose mean is ‖g‖² for independent mini-batches.
+    Mini-batches of one epoch share no sample, and the mean is :math:`\lVert g\rVert^2 - \operatorname{tr}\Sigma/(n-1)`,
+    negative near a minimum; so is that of mini-batches from the last training steps. Where the mean is not positive,
+    the value is NaN, with a warning.
 
-    With ``data`` and not reset while the parameters move, it is the ratio of the means over a trajectory, exactly 2/η
-    where SGD is stationary on a quadratic.
+    With ``data`` and without a reset while the parameters move, it is the ratio of the means over a trajectory, exactly
+    2/η where SGD is stationary on a quadratic.
 
-    Args:
-        model: see :class:`InteractionAwareSharpness`.
-        loss_function: see :class:`InteractionAwareSharpness`.
-        data: see :class:`InteractionAwareSharpness`.
-        curvature: see :class:`InteractionAwareSharpness`.
-        keep_graph: see :class:`InteractionAwareSharpness`.
-        **kwargs: of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: see :class:`InteractionAwareSharpness`.
-
-    Source: P4, definition 2 and proposition 3; Lee and Jang 2023.
+    Source: Edge of stochastic stability (2025), definition 2 and proposition 3; Lee and Jang 2023.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -226,17 +210,10 @@ class GradientNoiseInteraction(FullCurvatureMetric):
         (tensor(6.8000, dtype=torch.float64), tensor([6.8000, 5.0000], dtype=torch.float64))
     """
 
-    def over_batch_sizes(self, sizes: int | Sequence[int], replacement: bool = False) -> Tensor:
-        """Return GNI of other batch sizes, (sizes,) float64, from :meth:`noise_terms`.
-
-        Args:
-            sizes: one batch size or several.
-            replacement: whether mini-batches, given and meant, may hold a sample twice.
-        """
-        return self.noise_terms(replacement).gni(sizes, replacement)
+    _at_batch_sizes = NoiseTerms.gni
 
     def compute(self) -> Tensor:
-        """Return the ratio; NaN, with a warning, where pairs have not seen g through the noise."""
+        """Return the ratio; NaN, with a warning, where noise hides g in the pairs."""
         if self._data is None and self.moments[0] and not self.moments[2] > 0.0:
             warn(
                 "GradientNoiseInteraction must find a positive mean of the denominators g_B·g_B', got "

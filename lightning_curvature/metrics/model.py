@@ -1,4 +1,4 @@
-"""Base of the metrics that differentiate a model themselves."""
+"""Bases of the metrics: flags for torchmetrics, and a model that the metric differentiates itself."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,8 +10,28 @@ from torchmetrics import Metric
 from lightning_curvature.operators import Curvature, MicroBatch, micro_batches, operator_type
 
 
-class ModelMetric(Metric):
-    """Keeps a model and its loss, and what kind of curvature is meant.
+class CurvatureMetric(Metric):
+    """Base of all metrics here: values have no gradient, and none is better than another."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several.
+
+        Args:
+            val: a value of ``compute`` or a sequence of them; default: ``compute()`` now.
+            ax: matplotlib axes to draw into.
+
+        Returns:
+            Figure and axes.
+        """
+        return self._plot(val, ax)
+
+
+class ModelMetric(CurvatureMetric):
+    """A metric that keeps a model and its loss, and differentiates them at the parameters as they are.
 
     Args:
         model: maps inputs to outputs.
@@ -23,7 +43,7 @@ class ModelMetric(Metric):
         ValueError: for an unknown ``curvature``.
     """
 
-    # Attributes that a copy has in common with the original.
+    # Attributes that a copy shares with the original.
     _shared: ClassVar[tuple[str, ...]] = ("_model",)
 
     def __init__(
@@ -35,19 +55,19 @@ class ModelMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        # In a list: the model is no part of the metric, which is moved and reset by itself.
+        # A list hides the model from ``nn.Module``: moving or resetting the metric leaves it alone.
         self._model = [model]
         self._loss_function = loss_function
         self._operator_type = operator_type(curvature)
 
-    def _parts(self, batches: Sequence[tuple[Any, Any]]) -> list[MicroBatch]:
+    def _micro_batches(self, batches: Sequence[tuple[Any, Any]]) -> list[MicroBatch]:
         return micro_batches(self._model[0], self._loss_function, batches)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self._model[0].parameters() if p.requires_grad]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelMetric":
-        """Copy all but the model: a clone measures the model that is trained, not what it was."""
+        """Copy all but the model: a clone measures the model in training, not a snapshot of it."""
         for name in self._shared:
             memo[id(getattr(self, name))] = getattr(self, name)
         copied = type(self).__new__(type(self))

@@ -1,14 +1,13 @@
-"""Metrics of SGD's gradient noise: sums over samples, which merge, and what follows from them."""
+"""Metrics of the gradient noise of SGD: sums over samples, which merge over ranks, and the relation to curvature."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
-from lightning_curvature.metrics.model import ModelMetric
+from lightning_curvature.metrics.model import CurvatureMetric, ModelMetric
 from lightning_curvature.noise.linear_layer import linear_statistics
 from lightning_curvature.noise.measurement import relation
 from lightning_curvature.noise.problem import QUANTITIES, Block, NoiseOptions, Quantity
@@ -16,17 +15,17 @@ from lightning_curvature.noise.result import NoiseCurvature
 from lightning_curvature.noise.sums import moments_of
 from lightning_curvature.operators.micro_batches import sample_count
 
-# Sums in another order: a few units in the seventh digit of float32.
+# Sums in another order differ by a few units in the seventh digit of float32.
 _AGREEMENT = 1e-4
 
 
-class NoiseCovariance(Metric):
+class NoiseCovariance(CurvatureMetric):
     r"""The covariance of the gradient of a mini-batch, from gradients of single samples.
 
     .. math:: C = \frac1b \left( \frac1n \sum_i g_i g_i^\top - \bar g \bar g^\top \right)
 
     ``update`` takes ``gradients`` (n, D), one row a sample; ``compute`` gives C, (D, D) float64. States are sums over
-    samples: those of several ranks merge to that of all samples.
+    samples, which merge over ranks.
 
     Args:
         size: D.
@@ -36,7 +35,7 @@ class NoiseCovariance(Metric):
     Raises:
         ValueError: if ``size`` or ``batch_size`` is below 1, or gradients have another length.
 
-    Source: P2, eq. 2.
+    Source: Zhang, Yang and Tu (2026), eq. 2.
 
     Example:
         >>> metric = NoiseCovariance(2)
@@ -47,9 +46,6 @@ class NoiseCovariance(Metric):
                 [0., 0.]], dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
     products: Tensor
     gradient: Tensor
     samples: Tensor
@@ -83,28 +79,29 @@ class NoiseCovariance(Metric):
 
 
 class NoiseCurvatureRelation(ModelMetric):
-    r"""How the noise covariance C of a linear layer's weight relates to the Hessian H of the loss.
+    r"""The relation of the noise covariance C of a linear layer's weight to the Hessian H of the loss.
 
     ``update`` takes ``inputs`` and ``targets`` of a batch and differentiates the model at its parameters as they are;
     ``compute`` gives a dict of floats, with the keys of :class:`~lightning_curvature.NoiseCovarianceMonitor` that
-    belong to ``quantities``. ``relation`` then holds all of it, as a
+    belong to ``quantities``. ``relation`` then holds the whole result, a
     :class:`~lightning_curvature.noise.result.NoiseCurvature`. The weight must enter once for each sample, as
     z = W a; no Hessian of a single sample is formed. States are sums over samples, which merge over ranks.
 
     Args:
-        model: maps inputs to outputs; in eval mode, without dropout.
+        model: maps inputs to outputs, in eval mode, without dropout.
         loss_function: mean loss of (outputs, targets).
         parameter: name of the weight of a ``torch.nn.Linear``.
         batch_size: b of C.
         quantities: names of values.
-        top: 𝒩, leading directions of H; None for 40 % of them.
+        top: 𝒩, number of leading directions of H; None for 40 % of D.
         haar_draws: random rotations for the baseline of the coupling.
         **kwargs: of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: if there is no such weight, it is used otherwise, or nothing was added.
+        ValueError: if there is no such weight, it enters in another way, the loss is not a mean over samples, or
+            ``compute`` has no samples.
 
-    Source: P2, eqs. 2, 6, 7, 15, 18 and 46.
+    Source: Zhang, Yang and Tu (2026), eqs. 2, 6, 7, 15, 18 and 46.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -115,9 +112,6 @@ class NoiseCurvatureRelation(ModelMetric):
         ['noise_alignment', 'noise_commutativity', 'noise_commutativity_random']
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
     kronecker: Tensor
     gradient: Tensor
     samples: Tensor
@@ -164,16 +158,17 @@ class NoiseCurvatureRelation(ModelMetric):
         model, count, first = self._model[0], sample_count(targets), not int(self.samples)
         if first:
             self._check_mean(model(inputs), targets, count)
-        found = linear_statistics(self._layer, lambda: self._loss_function(model(inputs), targets), count, check=first)
-        device = self.gradient.device
-        a, delta, s = (t.to(device, torch.float64) for t in (found.activations, found.gradients, found.curvatures))
+        factors = linear_statistics(
+            self._layer, lambda: self._loss_function(model(inputs), targets), count, check=first
+        )
+        a, delta, s = (t.to(self.gradient) for t in (factors.activations, factors.gradients, factors.curvatures))
         self.kronecker = self.kronecker + kronecker_sums(linear_blocks(a, delta, s), a)
         self.gradient = self.gradient + (delta.mT @ a).flatten()
         self.samples = self.samples + count
 
     @torch.no_grad()
     def _check_mean(self, outputs: Any, targets: Any, count: int) -> None:
-        """Raise where the loss of a batch is not the mean of those of its samples; seen where both are tensors."""
+        """Raise unless the loss of a batch of tensors is the mean over its samples."""
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or len(outputs) != count:
             return
         rows = range(count)
@@ -188,7 +183,7 @@ class NoiseCurvatureRelation(ModelMetric):
     def compute(self) -> dict[str, float]:
         """Return values by key."""
         if not int(self.samples):
-            raise ValueError("samples must be added before there is anything to compute, got none: call update first.")
+            raise ValueError("samples must be added before compute, got none: call update first.")
         layer = self._layer
         block = Block(self.parameter, layer.weight, layer, self.batch_size, seed=0)
         sums = {

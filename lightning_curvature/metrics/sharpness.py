@@ -1,4 +1,4 @@
-"""Metrics of mini-batch sharpness: means over mini-batches that the caller draws, and their standard errors."""
+"""Metrics of mini-batch sharpness: means over mini-batches that the caller draws, with standard errors."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
@@ -6,25 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.linalg import Eigenpairs
-from lightning_curvature.metrics.model import ModelMetric
+from lightning_curvature.metrics.model import CurvatureMetric, ModelMetric
 from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.mini_batch import MiniBatch
 
 Scalar = Tensor | float
 
 
-class RatioOfMeans(Metric):
+class RatioOfMeans(CurvatureMetric):
     r"""The ratio of two means over independent draws, with its standard error.
 
     .. math:: r = \frac{\sum_i x_i}{\sum_i y_i}
 
     ``update`` takes a ``numerator`` x and a ``denominator`` y, 1 for a plain mean; ``compute`` gives r, a float64
-    scalar, NaN where Σy ≤ 0. ``compute``, ``standard_error`` and ``count`` are over the draws of all ranks, so that
-    all ranks must call them.
+    scalar, NaN where Σy ≤ 0. ``compute``, ``standard_error`` and ``count`` cover the draws of all ranks: all ranks must
+    call them.
 
     Source: Cochran 1977, chapter 6.
 
@@ -35,10 +34,6 @@ class RatioOfMeans(Metric):
         >>> metric.compute(), metric.standard_error()
         (tensor(2., dtype=torch.float64), tensor(0.6667, dtype=torch.float64))
     """
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
 
     moments: Tensor
 
@@ -66,33 +61,24 @@ class RatioOfMeans(Metric):
 
     @contextmanager
     def _over_ranks(self) -> Generator[None, None, None]:
-        """States of all ranks together, as ``compute`` sees them."""
+        """Hold the states merged over all ranks, as in ``compute``."""
         with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync):
             yield
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one value or several: see ``torchmetrics.Metric.plot``."""
-        return self._plot(val, ax)
-
 
 class MiniBatchMetric(ModelMetric, RatioOfMeans):
-    """Base: a ratio of means of which each mini-batch gives one draw, evaluated when it is given.
+    """Base: a ratio of means; ``update`` evaluates a mini-batch, which gives one draw.
 
-    Draws that are 0/0 say nothing of the ratio: they are left out, lest few others pass for many, and counted in the
-    state ``skipped``.
-
-    Args:
-        model: see :class:`ModelMetric`.
-        loss_function: see :class:`ModelMetric`.
-        **options: of :class:`ModelMetric`.
+    A draw of 0/0 has no information on the ratio: it is left out of the count, and counted in the state ``skipped``.
+    Arguments as for :class:`~lightning_curvature.metrics.model.ModelMetric`.
     """
 
     skipped: Tensor
 
     def __init__(self, model: nn.Module, loss_function: Callable[[Tensor, Any], Tensor], **options: Any) -> None:
         super().__init__(model, loss_function, **options)
-        # MetricCollection takes metrics for one whose states are close after the first batch, and then updates only one
-        # of them. NaN is close to nothing.
+        # MetricCollection merges metrics whose states are close after the first batch, and updates only one of them.
+        # NaN is close to nothing.
         self.add_state("apart", torch.tensor(torch.nan, dtype=torch.float64), dist_reduce_fx="max")
         self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -101,16 +87,16 @@ class MiniBatchMetric(ModelMetric, RatioOfMeans):
         raise NotImplementedError
 
     def forward(self, inputs: Any, targets: Any) -> Any:
-        """Add a mini-batch, and return the value of what it alone has added; NaN where that is nothing."""
+        """Add a mini-batch, and return the value of its draw alone; NaN if it gave none."""
         before, self.moments = self.moments, torch.zeros_like(self.moments)
         try:
             self.update(inputs, targets)
         finally:
-            own, self.moments = self.moments, merge_moments(torch.stack([before, self.moments]))
-        return self._shown(ratio_of_means(own))
+            added, self.moments = self.moments, merge_moments(torch.stack([before, self.moments]))
+        return self._shown(ratio_of_means(added))
 
     def _shown(self, value: Tensor) -> Tensor:
-        """The value, which Lightning's self.log will show for the step."""
+        """Return the value, and let Lightning's ``self.log`` show it for the step."""
         self._forward_cache: Any = value
         return value
 
@@ -121,7 +107,7 @@ class MiniBatchMetric(ModelMetric, RatioOfMeans):
             self.moments = add_to_moments(self.moments, numerator, denominator)
 
     def _mini_batch(self, inputs: Any, targets: Any) -> MiniBatch:
-        return MiniBatch(self._operator_type(self._parts([(inputs, targets)]), self._trained()))
+        return MiniBatch(self._operator_type(self._micro_batches([(inputs, targets)]), self._trained()))
 
 
 class BatchSharpness(MiniBatchMetric):
@@ -129,15 +115,15 @@ class BatchSharpness(MiniBatchMetric):
 
     .. math:: E_B\left[\frac{g_B^\top H_B\, g_B}{\lVert g_B\rVert^2}\right]
 
-    SGD with learning rate η hovers where it is 2/η: the edge of stochastic stability.
+    SGD with learning rate η hovers at 2/η: the edge of stochastic stability.
 
     ``update`` takes ``inputs`` and ``targets`` of a mini-batch, drawn as training draws them, and evaluates it at the
     parameters as they are: a forward, a backward with its graph, one Hessian–vector product of the mini-batch. A
-    mini-batch whose gradient is zero is left out, and counted in the state ``skipped``. ``compute`` gives the mean, a
+    mini-batch with a zero gradient is left out, and counted in the state ``skipped``. ``compute`` gives the mean, a
     float64 scalar; see :class:`RatioOfMeans` for ``standard_error`` and ``count``.
 
     Args:
-        model: maps inputs to outputs; in the mode in which its curvature is wanted, without dropout.
+        model: maps inputs to outputs, in training or eval mode as you set it, without dropout.
         loss_function: mean loss of (outputs, targets).
         curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of H_B.
         **kwargs: of ``torchmetrics.Metric``.
@@ -145,7 +131,7 @@ class BatchSharpness(MiniBatchMetric):
     Raises:
         ValueError: for an unknown ``curvature``.
 
-    Source: P4 (edge of stochastic stability), definition 3.
+    Source: Edge of stochastic stability (2025), definition 3.
 
     Example:
         >>> metric = BatchSharpness(nn.Linear(1, 1, bias=False), nn.functional.mse_loss)
@@ -170,16 +156,11 @@ class StepSharpness(BatchSharpness):
 
     .. math:: \frac{g_B^\top H_B\, g_B}{\lVert g_B\rVert^2}
 
-    Its average over time is about batch sharpness. As :class:`BatchSharpness`, but ``update`` forgets the mini-batches
-    before. One draw has no standard error: NaN. Of several ranks it is the mean over their mini-batches.
+    Its average over time is about batch sharpness. ``update`` forgets earlier mini-batches; ``standard_error`` is NaN,
+    of one draw. Over several ranks it is the mean over their mini-batches. Arguments, units and errors as for
+    :class:`BatchSharpness`.
 
-    Args:
-        model: see :class:`BatchSharpness`.
-        loss_function: see :class:`BatchSharpness`.
-        curvature: see :class:`BatchSharpness`.
-        **kwargs: of ``torchmetrics.Metric``.
-
-    Source: P4, appendix M.
+    Source: Edge of stochastic stability (2025), appendix M.
 
     Example:
         >>> metric = StepSharpness(nn.Linear(1, 1, bias=False), nn.functional.mse_loss)
@@ -201,19 +182,13 @@ class StepSharpness(BatchSharpness):
 
 
 class ModifiedBatchSharpness(MiniBatchMetric):
-    r"""Modified batch sharpness: as batch sharpness, but a ratio of means.
+    r"""Modified batch sharpness: a ratio of means in place of a mean of ratios.
 
     .. math:: \frac{E_B[g_B^\top H_B\, g_B]}{E_B\lVert g_B\rVert^2}
 
-    It settles above 2/η. ``update`` and ``compute`` as in :class:`BatchSharpness`, at the same cost.
+    It settles above 2/η. Arguments, ``update``, ``compute``, errors and cost as for :class:`BatchSharpness`.
 
-    Args:
-        model: see :class:`BatchSharpness`.
-        loss_function: see :class:`BatchSharpness`.
-        curvature: see :class:`BatchSharpness`.
-        **kwargs: of ``torchmetrics.Metric``.
-
-    Source: P4, appendix M.
+    Source: Edge of stochastic stability (2025), appendix M.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -235,19 +210,15 @@ class BatchLambdaMax(MiniBatchMetric):
 
     .. math:: E_B[\lambda_{\max}(H_B)]
 
-    It lies between 2/η and 4/η at the edge. ``update`` and ``compute`` as in :class:`BatchSharpness`; an eigenvalue
-    takes some ten Hessian–vector products of the mini-batch. The search begins with the last mini-batch's eigenvector,
-    also after a ``reset``; ``pairs`` holds what it found, and whether it converged.
+    It lies between 2/η and 4/η at the edge. Arguments, ``update``, ``compute`` and errors as for
+    :class:`BatchSharpness`; an eigenvalue takes about ten Hessian–vector products of the mini-batch. The search begins
+    with the eigenvector of the last mini-batch, also after a ``reset``; ``pairs`` holds its result.
 
     Args:
-        model: see :class:`BatchSharpness`.
-        loss_function: see :class:`BatchSharpness`.
-        curvature: see :class:`BatchSharpness`.
-        tolerance: relative residual ‖H_B v − λv‖/|λ|. The value is off by about its square: far less than 1e-2 scatters
-            over mini-batches.
-        **kwargs: of ``torchmetrics.Metric``.
+        tolerance: relative residual ‖H_B v − λv‖/|λ|. The relative error of the value is about its square: at 1e-2 far
+            below the scatter over mini-batches.
 
-    Source: P4, section 4 and appendix I.
+    Source: Edge of stochastic stability (2025), section 4 and appendix I.
 
     Example:
         >>> metric = BatchLambdaMax(nn.Linear(2, 1, bias=False), nn.functional.mse_loss)

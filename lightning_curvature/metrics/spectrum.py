@@ -1,4 +1,4 @@
-"""Metrics of the Hessian's spectrum: they collect data, and compute on all of it at once."""
+"""Metrics of the spectrum of the Hessian: ``update`` collects data, ``compute`` evaluates all of it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -17,15 +17,11 @@ from lightning_curvature.operators.micro_batches import sample_count
 
 
 class _OperatorMetric(ModelMetric):
-    """Base: keeps the batches it is given, and makes an operator of the loss on all of them, over all ranks.
+    """Base: collects batches, and makes the operator of the mean loss over the samples of all ranks.
 
-    Batches stay where they are: each rank multiplies with its own, and the products are summed. They are therefore no
-    metric state, which torchmetrics would gather.
+    Batches are no metric state, which torchmetrics would gather: each rank multiplies with its batches, and the
+    products are summed.
     """
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
 
     def __init__(
         self,
@@ -41,39 +37,35 @@ class _OperatorMetric(ModelMetric):
         self._batches: list[tuple[Any, Any]] = []
 
     def update(self, inputs: Any, targets: Any) -> None:
-        """Add a batch; it is kept until ``reset``."""
+        """Add a batch, until ``reset``."""
         self._batches.append((inputs, targets))
 
     def forward(self, inputs: Any, targets: Any) -> Any:
-        """Add a batch, and compute on it alone."""
+        """Add a batch, and return the value on this batch alone."""
         self.update(inputs, targets)
-        every, self._batches = self._batches, [(inputs, targets)]
+        batches, self._batches = self._batches, [(inputs, targets)]
         try:
             return type(self).compute(self)
         finally:
-            self._batches = every
+            self._batches = batches
 
     def reset(self) -> None:
-        """Let go of the batches."""
+        """Forget the batches."""
         super().reset()
         self._batches = []
 
     def operator(self) -> CurvatureOperator:
-        """The operator of the mean loss over all samples of all ranks, at the parameters as they are."""
-        parts = self._parts(self._batches)
+        """Return the operator of the mean loss over the samples of all ranks, at the parameters as they are."""
+        micro_batches = self._micro_batches(self._batches)
         reduce, processes = None, 1
         if has_group() and dist.get_world_size() > 1:
             processes, reduce = dist.get_world_size(), sum_in_group
             count = torch.tensor(float(sum(sample_count(y) for _, y in self._batches)), device=self.device)
             share = float(count / sum_in_group(count))
-            parts = [replace(part, weight=part.weight * share) for part in parts]
+            micro_batches = [replace(one, weight=one.weight * share) for one in micro_batches]
         return self._operator_type(
-            parts, self._trained(), reduce=reduce, keep_graph=self._keep_graph, processes=processes
+            micro_batches, self._trained(), reduce=reduce, keep_graph=self._keep_graph, processes=processes
         )
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one value or several: see ``torchmetrics.Metric.plot``."""
-        return self._plot(val, ax)
 
 
 class HessianEigenvalues(_OperatorMetric):
@@ -86,16 +78,16 @@ class HessianEigenvalues(_OperatorMetric):
     vectors, also after a ``reset``.
 
     Args:
-        model: maps inputs to outputs; in the mode in which its curvature is wanted, without dropout.
+        model: maps inputs to outputs, in training or eval mode as you set it, without dropout.
         loss_function: mean loss of (outputs, targets).
-        k: how many.
+        k: number of eigenvalues.
         tolerance: relative residual ‖Hv−λv‖/|λ|.
         curvature: "hessian" or "gauss_newton".
         keep_graph: see :class:`~lightning_curvature.operators.HessianOperator`.
         **kwargs: of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: for an unknown ``curvature``, and when computed without any batch.
+        ValueError: for an unknown ``curvature``, and from ``compute`` without a batch.
 
     Source: Cohen et al. 2021.
 
@@ -128,7 +120,7 @@ class HessianEigenvalues(_OperatorMetric):
         """Return λ_1 … λ_k."""
         start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
         with closing(self.operator()) as operator:
-            # Other random vectors each time: what one draw has missed the next one sees.
+            # Other random vectors at each search: the next one sees an eigenvector that one draw missed.
             generator = torch.Generator(operator.space.device).manual_seed(self._searches)
             self._searches += 1
             self.pairs = eigenpairs(
@@ -146,15 +138,11 @@ class HessianTrace(_OperatorMetric):
     r"""The trace of the Hessian, or of the Gauss–Newton matrix, of a model's loss.
 
     ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives tr H, a float64 scalar. ``estimate`` then
-    holds its standard error. See :func:`~lightning_curvature.linalg.trace`.
+    holds its standard error; see :func:`~lightning_curvature.linalg.trace`. Other arguments as for
+    :class:`HessianEigenvalues`.
 
     Args:
-        model: see :class:`HessianEigenvalues`.
-        loss_function: see :class:`HessianEigenvalues`.
-        relative_error: relative standard error.
-        curvature: "hessian" or "gauss_newton".
-        keep_graph: see :class:`~lightning_curvature.operators.HessianOperator`.
-        **kwargs: of ``torchmetrics.Metric``.
+        relative_error: relative standard error of the estimate.
 
     Source: Meyer et al. 2021; Chen and Hallman 2022.
 
@@ -190,17 +178,12 @@ class HessianDensity(_OperatorMetric):
     r"""The spectral density of the Hessian, or of the Gauss–Newton matrix, of a model's loss.
 
     ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives the density on a grid, (2, points)
-    float64: places and values. ``density`` then holds nodes, weights and moments. See
-    :func:`~lightning_curvature.linalg.spectral_density`.
+    float64: places and values. ``density`` then holds nodes, weights and moments; see
+    :func:`~lightning_curvature.linalg.spectral_density`. Other arguments as for :class:`HessianEigenvalues`.
 
     Args:
-        model: see :class:`HessianEigenvalues`.
-        loss_function: see :class:`HessianEigenvalues`.
-        starts: random starts.
-        steps: products for each.
-        curvature: "hessian" or "gauss_newton".
-        keep_graph: see :class:`~lightning_curvature.operators.HessianOperator`.
-        **kwargs: of ``torchmetrics.Metric``.
+        starts: number of random starts.
+        steps: products for each start.
 
     Source: Ghorbani, Krishnan and Xiao 2019.
 
@@ -235,15 +218,7 @@ class HessianDensity(_OperatorMetric):
         return torch.stack([grid, self.density.evaluate(grid)])
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Plot the density on a logarithmic scale.
-
-        Args:
-            val: a value of ``compute``; default: ``compute()`` now.
-            ax: matplotlib axes to draw into.
-
-        Returns:
-            Figure and axes.
-        """
+        """Plot the density on a logarithmic scale; arguments as for the other metrics, ``val`` is one value."""
         import matplotlib.pyplot as plt
 
         places, values = self.compute() if val is None else val

@@ -91,7 +91,7 @@ def test_errors_are_explained() -> None:
             METRICS[name](network, F.cross_entropy, curvature="fisher")
     with pytest.raises(ValueError, match=r"^data must hold at least one batch, got none: give a list of \(inputs, ta"):
         InteractionAwareSharpness(network, F.cross_entropy, data=[])
-    with pytest.raises(ValueError, match=r"^data must be given where other batch sizes are wanted, got none: pass all"):
+    with pytest.raises(ValueError, match=r"^data must be given for other batch sizes, got none: pass all"):
         GradientNoiseInteraction(network, F.cross_entropy).over_batch_sizes(1)
     metric = GradientNoiseInteraction(network, F.cross_entropy, data=DATA)
     with pytest.raises(ValueError, match=r"^mini-batches must be given first, got none: call update with each of them"):

@@ -65,6 +65,6 @@ def test_float32_increments_of_any_size() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="order must be positive, got 0: 2 is the mean square"):
         StabilizationCriterion(0)
-    with pytest.raises(ValueError, match="increments must have a dimension of probes, got a scalar: give"):
+    with pytest.raises(ValueError, match="increments must have a dimension of draws, got a scalar: give"):
         StabilizationCriterion().update(torch.tensor(1.0))
     assert math.isnan(float(StabilizationCriterion().compute()))
