@@ -115,16 +115,7 @@ def finite_difference_descent(loss_plus: Scalar, loss_minus: Scalar, epsilon: Sc
 
     .. math:: [L(\theta+\epsilon d) - L(\theta-\epsilon d)] / (2\epsilon) = g^\top d + O(\epsilon^2)
 
-    Args:
-        loss_plus: L(θ + εd), scalar.
-        loss_minus: L(θ − εd), scalar.
-        epsilon: ε > 0, in steps.
-
-    Returns:
-        gᵀd + O(ε²) in float64.
-
-    Raises:
-        ValueError: if a plain number ε is not positive.
+    In float64; arguments and errors as for :func:`finite_difference_quadratic`.
 
     Example:
         >>> finite_difference_descent(loss_plus=1.5, loss_minus=0.75, epsilon=0.5)
@@ -157,21 +148,9 @@ def finite_difference_curvature(
         \frac{L(\theta+\epsilon\Delta\theta) - 2L(\theta) + L(\theta-\epsilon\Delta\theta)}
              {\epsilon^2\, g^\top \Delta\theta}
 
-    with ε counted here in steps (εd in place of εΔθ).
-
-    Args:
-        loss_plus: L(θ + εd), scalar.
-        loss: L(θ), scalar.
-        loss_minus: L(θ − εd), scalar.
-        epsilon: ε > 0, in steps.
-        lr: η of the step; 1 gives the unit-free s = ηλ, whose edge is 2.
-        descent: gᵀd. Default: the first difference of the same pair.
-
-    Returns:
-        λ_FD, in units of 1/η; NaN where gᵀd ≤ 0.
-
-    Raises:
-        ValueError: if a plain number ε is not positive.
+    with ε counted here in steps (εd in place of εΔθ). Losses, ε and errors as for :func:`finite_difference_quadratic`,
+    ``lr`` and units as for :func:`directional_curvature`; ``descent`` is gᵀd, by default the first difference of the
+    same pair.
 
     Source: Directional curvature (2026), eq. 5.
 
@@ -210,7 +189,7 @@ def kl_curvature(
         epsilon: ε > 0, in steps.
         descent: gᵀd, scalar.
         lr: η of the step; 1 gives the unit-free s = ηλ, whose edge is 2.
-        likelihood: see :func:`~lightning_curvature.functional.kl_divergence`.
+        likelihood: "categorical", "gaussian" or "bernoulli".
         weights: weight of each position, shape (...).
         scale: the loss as a multiple of the mean negative log-likelihood of a position; ``mse_loss`` with its mean
             reduction over (P, C) is 2/C times the Gaussian one.
@@ -246,20 +225,7 @@ def gauss_newton_curvature(
     .. math:: \lambda_{\text{GN}} = \frac{\Delta\theta^\top G \Delta\theta}{g^\top \Delta\theta}, \quad
         d^\top G d = \mathbb E_x\, u^\top (\partial^2\ell/\partial z^2)\, u, \quad u = J d
 
-    Args:
-        outputs: outputs at θ, shape (..., C).
-        tangent: u = J d, same shape.
-        descent: gᵀd, scalar.
-        lr: η of the step; 1 gives the unit-free s = ηλ, whose edge is 2.
-        likelihood: see :func:`~lightning_curvature.functional.output_quadratic_form`.
-        weights: weight of each position, shape (...).
-        scale: as in :func:`kl_curvature`.
-
-    Returns:
-        λ_GN, in units of 1/η; NaN where gᵀd ≤ 0.
-
-    Raises:
-        ValueError: for an unknown likelihood or shapes that do not agree.
+    ``tangent`` is u, of the shape of the outputs. Other arguments, units and errors as for :func:`kl_curvature`.
 
     Source: Directional curvature (2026), eqs. 11-13.
 

@@ -185,17 +185,7 @@ def output_quadratic_form(
     With δ = J d this is dᵀGd, G the Gauss–Newton matrix. The second derivative of the loss is the covariance of the
     outcome: diag(p) − ppᵀ, the identity, or diag(p(1−p)).
 
-    Args:
-        outputs: ``z``, shape (..., C).
-        change: ``δ``, same shape.
-        likelihood: as in :func:`divergence_statistics`.
-        weights: as in :func:`divergence_statistics`.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: for an unknown likelihood, shapes that do not agree, or categorical outputs of one component.
+    Outputs are z and ``change`` is δ, (..., C) each. Other arguments and errors as for :func:`divergence_statistics`.
 
     Source: Directional curvature (2026), eqs. 11-13.
 
@@ -218,16 +208,7 @@ def output_noise_gain(outputs: Tensor, likelihood: Likelihood = "categorical", w
     they add to :func:`output_quadratic_form`. For the categorical case Var_p of independent errors of variance σ² is
     σ²(1 − Σp²).
 
-    Args:
-        outputs: ``z``, shape (..., C).
-        likelihood: as in :func:`divergence_statistics`.
-        weights: as in :func:`divergence_statistics`.
-
-    Returns:
-        A scalar in the units of :func:`output_quadratic_form`.
-
-    Raises:
-        ValueError: as in :func:`output_quadratic_form`.
+    Arguments, units and errors as for :func:`output_quadratic_form`.
 
     Example:
         >>> output_noise_gain(torch.tensor([[3.0, 4.0]]), likelihood="gaussian")

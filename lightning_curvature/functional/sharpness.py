@@ -198,7 +198,7 @@ class NoiseTerms:
         samples: int,
         replacement: bool = False,
     ) -> "NoiseTerms":
-        """Return the terms that belong to measurements with batches of one size.
+        """Return the terms from measurements with batches of one size.
 
         Args:
             batch_curvature: E_B[g_BᵀHg_B].
@@ -227,20 +227,12 @@ class NoiseTerms:
         )
 
     def gni(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
-        """Return GNI at one batch size, a scalar, or at several, (sizes,); float64.
-
-        Raises:
-            ValueError: for a batch size out of range.
-        """
+        """Return GNI at one batch size, a scalar, or at several, (sizes,), float64; errors of :func:`batch_factor`."""
         factor = self._factors(batch_size, replacement)
         return (self.gradient_curvature + factor * self.noise_curvature) / self.gradient_square
 
     def ias(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
-        """Return IAS at one batch size, a scalar, or at several, (sizes,); float64.
-
-        Raises:
-            ValueError: for a batch size out of range.
-        """
+        """Return IAS at one batch size, a scalar, or at several, (sizes,), float64; errors of :func:`batch_factor`."""
         factor = self._factors(batch_size, replacement)
         curvature = self.gradient_curvature + factor * self.noise_curvature
         return curvature / (self.gradient_square + factor * self.noise_square)

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from lightning_curvature.functional import Likelihood, directional_curvature, kl_divergence, output_quadratic_form
 from lightning_curvature.functional import headroom as _headroom
-from lightning_curvature.functional.directional import divergence_quadratic, finite_difference_forms
+from lightning_curvature.functional.directional import Scalar, divergence_quadratic, finite_difference_forms
 from lightning_curvature.functional.likelihoods import check_likelihood
 from lightning_curvature.metrics.model import CurvatureMetric
-
-Scalar = Tensor | float
 
 
 class DirectionalCurvature(CurvatureMetric):
@@ -48,7 +46,8 @@ class DirectionalCurvature(CurvatureMetric):
             # float64 keeps the digits of differences of losses and of sums over a trajectory.
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _accumulate(self, quadratic: Scalar, descent: Scalar, lr: Scalar, weight: Scalar) -> None:
+    def update(self, quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:
+        """Add one step: dᵀHd, gᵀd, η and the weight of its data."""
         quadratic, descent, lr, weight = (
             torch.as_tensor(value, dtype=torch.float64, device=self.device)
             for value in (quadratic, descent, lr, weight)
@@ -57,10 +56,6 @@ class DirectionalCurvature(CurvatureMetric):
         self.denominator += weight * descent / lr
         self.weight += weight
         self.lr_sum += weight * lr
-
-    def update(self, quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:
-        """Add one step: dᵀHd, gᵀd, η and the weight of its data."""
-        self._accumulate(quadratic, descent, lr, weight)
 
     def compute(self) -> Tensor:
         """Return λ."""
@@ -97,7 +92,7 @@ class FiniteDifferenceCurvature(DirectionalCurvature):
         weight: Scalar = 1.0,
     ) -> None:
         """Add one step."""
-        self._accumulate(*finite_difference_forms(loss_plus, loss, loss_minus, epsilon, descent), lr, weight)
+        super().update(*finite_difference_forms(loss_plus, loss, loss_minus, epsilon, descent), lr, weight)
 
 
 class KLCurvature(DirectionalCurvature):
@@ -141,7 +136,7 @@ class KLCurvature(DirectionalCurvature):
     ) -> None:
         """Add one step."""
         divergence = kl_divergence(outputs, shifted_outputs, self.likelihood, mask).double()
-        self._accumulate(divergence_quadratic(divergence, epsilon, self.scale), descent, lr, weight)
+        super().update(divergence_quadratic(divergence, epsilon, self.scale), descent, lr, weight)
 
 
 class GaussNewtonCurvature(KLCurvature):
@@ -171,7 +166,7 @@ class GaussNewtonCurvature(KLCurvature):
     ) -> None:
         """Add one step."""
         quadratic = output_quadratic_form(outputs, tangent, self.likelihood, mask).double()
-        self._accumulate(self.scale * quadratic, descent, lr, weight)
+        DirectionalCurvature.update(self, self.scale * quadratic, descent, lr, weight)
 
 
 class CriticalSharpness(DirectionalCurvature):
@@ -193,4 +188,4 @@ class CriticalSharpness(DirectionalCurvature):
         """Add one step."""
         # With dᵀHd = 2η² and gᵀd = η·η_c the ratio of the base class is Σ 2w / Σ w η_c.
         lr, factor = (torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (lr, critical_factor))
-        self._accumulate(2.0 * lr**2, factor * lr**2, lr, weight)
+        super().update(2.0 * lr**2, factor * lr**2, lr, weight)

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
+from lightning_curvature.functional.sharpness import Scalar
 from lightning_curvature.linalg import Eigenpairs
 from lightning_curvature.metrics.model import CurvatureMetric, ModelMetric
 from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.mini_batch import MiniBatch
-
-Scalar = Tensor | float
 
 
 class RatioOfMeans(CurvatureMetric):

@@ -60,7 +60,7 @@ def effective_spikes(covariance: Tensor) -> float:
         covariance: C, (D, D), in any basis.
 
     Returns:
-        Between 1 and D for a positive semidefinite C; NaN for C = 0.
+        M, between 1 and D for a positive semidefinite C; NaN for C = 0.
 
     Example:
         >>> effective_spikes(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0])))
@@ -177,16 +177,9 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
 
 
 def haar_coupling(covariance: Tensor, directions: int, draws: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return μ of C after random rotations: see :func:`haar_rotated`.
+    """Return μ of C after each of ``draws`` random rotations, (draws,) float64.
 
-    Args:
-        covariance: C, (D, D).
-        directions: 𝒩.
-        draws: number of rotations.
-        generator: source of the rotations, on the device of C.
-
-    Returns:
-        (draws,) float64.
+    Other arguments and errors as for :func:`haar_rotated`.
 
     Example:
         >>> haar_coupling(torch.diag(torch.tensor([1.0, 0.0, 0.0])), 3, draws=2)  # rank one: |R_ij| = 1

@@ -101,17 +101,8 @@ def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
 def relative_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     r"""Return :math:`\lVert CH - HC\rVert_F / \lVert CH\rVert_F`.
 
-    It is near √2 for unrelated matrices with a few large eigenvalues, and at most 2.
-
-    Args:
-        covariance: C, (D, D).
-        hessian: H, (D, D).
-
-    Returns:
-        The error; NaN if CH = 0.
-
-    Raises:
-        ValueError: if the shapes differ.
+    It is near √2 for unrelated matrices with a few large eigenvalues, at most 2, and NaN if CH = 0. Arguments and
+    errors as for :func:`commutativity_error`.
 
     Source: Zhang, Yang and Tu (2026), figure 4(b).
 
@@ -131,19 +122,10 @@ def random_commutativity_error(covariance: Tensor, hessian: Tensor, relative: bo
 
     The means of both traces in :math:`\lVert CH-HC\rVert_F^2 = 2 \operatorname{tr} C^2H^2 - 2 \operatorname{tr} CHCH`
     over the Haar measure of the orthogonal group follow from the traces of C, C², H and H², by the second and fourth
-    moments of the entries of a random orthogonal matrix: nothing is sampled.
+    moments of the entries of a random orthogonal matrix: nothing is sampled. It is 0 for D = 1.
 
-    Args:
-        covariance: C, (D, D).
-        hessian: H, (D, D).
-        relative: use the scale of :func:`relative_commutativity_error`, root mean square of the numerator over that
-            of the denominator.
-
-    Returns:
-        The error; NaN if a matrix is zero, 0 for D = 1.
-
-    Raises:
-        ValueError: if the shapes differ.
+    With ``relative`` the scale is that of :func:`relative_commutativity_error`: root mean square of the numerator over
+    that of the denominator. Other arguments and errors as for :func:`commutativity_error`.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, -1.0]))
@@ -196,7 +178,7 @@ def spearman_correlation(a: Tensor, b: Tensor) -> float:
         b: (𝒩,).
 
     Returns:
-        The correlation in float64; NaN if a sequence is constant or holds a NaN, which has no rank.
+        The correlation; NaN if a sequence is constant or holds a NaN, which has no rank.
 
     Raises:
         ValueError: if the lengths differ.

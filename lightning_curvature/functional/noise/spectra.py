@@ -57,7 +57,7 @@ def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tens
 
 
 def spectral_moments(spectra: SampleSpectra) -> tuple[Tensor, Tensor]:
-    r"""Return H_ii and 2b C_ii/σ_w² from eigenpairs of single samples, (𝒩,) float64 each.
+    r"""Return H_ii and 2b C_ii/σ_w² from eigenpairs of single samples, (𝒩,) each.
 
     .. math:: H_{ii} = E_p \sum_m \kappa_m (u_m \cdot v_i)^2, \qquad
         \frac{2b}{\sigma_w^2} C_{ii} = E_p \sum_m \kappa_m^2 (u_m \cdot v_i)^2
