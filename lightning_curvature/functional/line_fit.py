@@ -33,7 +33,7 @@ def fit_line(x: Tensor, y: Tensor) -> LineFit:
     """Return the line through points, (n,) float64 each."""
     centred = x - x.mean() if len(x) else x
     spread = float(centred.square().sum())
-    # The mean of equal numbers may round: their spread need not be 0.
+    # The mean of equal numbers can round: their spread need not be 0.
     if len(x) < 2 or not spread or bool((x == x[0]).all()):
         return LineFit(math.nan, math.nan, math.nan)
     slope = float(centred @ (y - y.mean())) / spread

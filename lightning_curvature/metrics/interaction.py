@@ -143,9 +143,9 @@ class InteractionAwareSharpness(FullCurvatureMetric):
     Hessian–vector product of all of ``data``. Without, each *pair* of consecutive mini-batches is a draw: it takes a
     gradient with its graph and one product of each, the cost of batch sharpness.
 
-    Pairs scatter more: with 200 mini-batches of 32 on a fitted perceptron (1,797 digits) five times as much; of 60 such
-    values 10 lay more than two standard errors below the exact one, none above. Few draws that miss the rare large ones
-    give too small a value and too small an error.
+    Pairs scatter more: with 200 mini-batches of 32 on a fitted perceptron (1,797 digits) five times as much; of 60
+    values, 10 lay more than two standard errors below the exact one, none above. A few draws without the rare large
+    ones give too small a value and too small an error.
 
     A pair takes H from the other mini-batch: the two must be independent. Consecutive mini-batches of an epoch are not,
     since they share no sample: the numerator is then off by b/(n−b) of its distance to

@@ -98,7 +98,7 @@ class NoiseCurvatureRelation(ModelMetric):
         **kwargs: of ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: if there is no such weight, it enters in another way, the loss is not a mean over samples, or
+        ValueError: for an unknown weight, or one that enters in another way, if the loss is not a mean over samples, or
             ``compute`` has no samples.
 
     Source: Zhang, Yang and Tu (2026), eqs. 2, 6, 7, 15, 18 and 46.
