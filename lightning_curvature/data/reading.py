@@ -1,35 +1,22 @@
-"""One rank's share of the samples of a loader: by their indices where the loader has such, else in its order."""
+"""This rank's share of a loader's samples: by index where the loader has indices, else in the loader's order."""
 
 import itertools
 import math
-import operator
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size, warning_cache
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import BatchSampler, DistributedSampler
 
+from lightning_curvature.data import samplers
 from lightning_curvature.data.copies import DataRandomness, mixed
 from lightning_curvature.replay.batches import copied
-
-# Samplers that give each sample of their dataset, on every rank, when nobody has made them distributed.
-_WHOLE = (SequentialSampler, RandomSampler)
 
 
 @dataclass(frozen=True)
@@ -37,226 +24,149 @@ class ProbeBatch:
     """A batch as the loader hands it out, before Lightning moves it to the device.
 
     Attributes:
-        batch: the collated samples.
-        size: how many samples are in it, or how much it counts beside others.
-        seed: of what the batch hooks draw (see :func:`~.data.probe_set.to_device`).
-        group: number of the group of batches that it belongs to.
-        spread: whether other ranks hold batches of that group, too.
+        batch: the collated samples; in :meth:`Reading.shares` their indices.
+        size: number of samples in it, or its weight relative to other batches.
+        seed: seed of the batch hooks (see :func:`~.data.probe_set.to_device`).
+        group: number of the group of batches to which it belongs.
+        spread: number of groups of which several ranks hold batches; None where each group lies on one rank.
     """
 
     batch: Any
     size: int
     seed: int
     group: int = 0
-    spread: bool = False
+    spread: int | None = None
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One reading of a probe set, as :func:`~.data.probe_set.read_probe_set` describes it.
+    """One reading of a loader by this rank, under the rules of :mod:`~lightning_curvature.data`.
 
-    Args:
-        trainer: its ranks, and how much of an epoch it takes.
-        loader: a fresh copy of the loader: it is used up.
-        own: whether the loader is the Trainer's, which has shared it out over the ranks.
-        samples: the most samples to take, over all ranks; None for all.
-        batch_size: size of a batch; None for that of the loader.
-        group_size: how many consecutive batches make a group.
-        seed: of the draw of samples and of the random augmentations in them.
-        randomness: the generators of the loader.
+    Attributes not listed are the arguments of :func:`~.data.probe_set.read_probe_set`.
+
+    Attributes:
+        loader: a fresh copy of the loader, which the reading uses up.
+        of_trainer: whether it is the Trainer's loader, which is sharded over ranks.
+        shaped: gives a batch the form of the Trainer's batches.
+        randomness: the generators of the loader, already seeded.
     """
 
     trainer: pl.Trainer
     loader: Any
-    own: bool
+    of_trainer: bool
+    shaped: Callable[[Any], Any]
+    randomness: DataRandomness
+    seed: int
     samples: int | None
     batch_size: int | None
     group_size: int
-    seed: int
-    randomness: DataRandomness
-
-    def batches(self) -> Iterator[ProbeBatch]:
-        """Read this rank's share."""
-        self.randomness.seed(self.seed)
-        indices = self.indices()
-        return self.in_order() if indices is None else self.by_index(self.chosen(indices))
 
     @property
-    def _sampler(self) -> Any:
-        batch_sampler = getattr(self.loader, "batch_sampler", None)
-        return getattr(self.loader if batch_sampler is None else batch_sampler, "sampler", None)
+    def size(self) -> int:
+        """Return the size of a batch, where torch cuts the batches."""
+        return self.batch_size or self.loader.batch_sampler.batch_size
 
-    @property
-    def _iterable(self) -> bool:
-        return isinstance(getattr(self.loader, "dataset", None), IterableDataset)
+    def check_sizes(self, **sizes: int | None) -> None:
+        """Raise unless the loader can cut batches of the given sizes."""
+        for name, value in sizes.items():
+            if value is not None and not samplers.cuts_batches(self.loader):
+                raise MisconfigurationException(
+                    f"{name} must be left to a dataloader that hands out whole batches, got {value}: leave it out."
+                )
 
-    @property
-    def source_sampler(self) -> Any:
-        """The sampler that says which samples there are, inside of one that shares them out over ranks."""
-        sampler = self._sampler
-        # Lightning shows another sampler to its distributed one as if it were a dataset.
-        inner = getattr(sampler.dataset, "_sampler", None) if isinstance(sampler, DistributedSampler) else None
-        return sampler if inner is None else inner
-
-    @property
-    def cuts_batches(self) -> bool:
-        """Whether torch makes the batches of single samples."""
-        kind = type(self.loader)
-        return (
-            isinstance(self.loader, DataLoader)
-            and type(self.loader.batch_sampler) is BatchSampler
-            and (kind.__iter__, kind._get_iterator) == (DataLoader.__iter__, DataLoader._get_iterator)
-        )
+    def indices(self) -> Sequence[int] | None:
+        """Return the indices of the training samples in the dataset; None where batches are read in order."""
+        sampler = samplers.sampler_of(self.loader)
+        sharded = isinstance(sampler, DistributedSampler)
+        if not samplers.cuts_batches(self.loader) or samplers.is_iterable(self.loader):
+            return None
+        if self.of_trainer and self.trainer.world_size > 1 and not sharded and type(sampler) not in samplers.WHOLE:
+            return None  # Trainer(use_distributed_sampler=False): the sampler gives this rank's samples
+        indices = samplers.indices_of(samplers.source_sampler(self.loader))
+        seen = self._epoch_batches() * self.loader.batch_sampler.batch_size * (sampler.num_replicas if sharded else 1)
+        return indices if indices is None or seen >= len(indices) else indices[: int(seen)]
 
     def _epoch_batches(self) -> float:
-        """How many batches of a rank training sees at all: those of one epoch, unless the next epoch has others."""
-        ordered = not isinstance(self.loader, DataLoader) or self._iterable or _is_sequential(self._sampler)
-        if self.own and (ordered or self.trainer.overfit_batches > 0):  # type: ignore[attr-defined]
+        """Return how many batches training ever sees on a rank: infinity where each epoch has different ones."""
+        if self.of_trainer and (samplers.is_ordered(self.loader) or self.trainer.overfit_batches > 0):  # type: ignore[attr-defined]
             return self.trainer.num_training_batches
         return math.inf
 
-    def indices(self) -> Sequence[int] | None:
-        """Indices of the training samples in the dataset, or None where batches are taken as they come."""
-        sampler = self._sampler
-        if not self.cuts_batches or self._iterable:
-            return None
-        if isinstance(sampler, DistributedSampler):
-            inner = self.source_sampler
-            indices = _length_range(sampler.dataset) if inner is sampler else _one_epoch(inner)
-        elif self.own and self.trainer.world_size > 1 and type(sampler) not in _WHOLE:
-            return None  # Trainer(use_distributed_sampler=False): what it gives is this rank's
-        else:
-            indices = _one_epoch(sampler)
-        shards = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
-        seen = self._epoch_batches() * self.loader.batch_sampler.batch_size * shards
-        return indices if indices is None or seen >= len(indices) else indices[: int(seen)]
-
     def chosen(self, indices: Sequence[int]) -> Sequence[int]:
-        """Those of the indices that are in the set."""
+        """Return ``samples`` of the indices in ascending order, without a last batch that training would drop."""
         if self.samples is not None and len(indices) > self.samples:
-            # Not torch.randperm, which takes memory for all indices of the dataset.
-            drawn = random.Random(self.seed).sample(range(len(indices)), self.samples)
-            indices = [indices[position] for position in sorted(drawn)]
-        size = self._size
-        if self.loader.drop_last and len(indices) > size:
-            indices = indices[: len(indices) // size * size]  # the model may not be made for the rest
+            # torch.randperm would take memory for all indices of the dataset.
+            indices = sorted(random.Random(self.seed).sample(indices, self.samples))
+        if self.loader.drop_last and len(indices) > self.size:
+            indices = indices[: len(indices) // self.size * self.size]  # the model may require full batches
         return indices
 
     def by_index(self, indices: Sequence[int]) -> Iterator[ProbeBatch]:
-        """Read this rank's share of the samples with these indices, in their order."""
+        """Yield this rank's batches of the samples with these indices, in their order."""
         for share in self.shares(indices):
             rows = [self.sample(index) for index in share.batch]
-            # A copy, as the samples may be the dataset's own tensors.
-            yield replace(share, batch=copied(self.loader.collate_fn(rows)))
+            # A copy, because the samples may be the dataset's memory.
+            yield replace(share, batch=self.shaped(copied(self.loader.collate_fn(rows))))
 
     def shares(self, indices: Sequence[int]) -> Iterator[ProbeBatch]:
-        """Batches of this rank, with the indices of their samples in place of these."""
-        for group, spread, chunk in self._share(indices):
-            yield ProbeBatch(chunk, len(chunk), mixed(self.seed, chunk[0], 1), group, spread)
+        """Yield this rank's batches with the indices of their samples in place of data.
 
-    @property
-    def _size(self) -> int:
-        return self.batch_size or self.loader.batch_sampler.batch_size
-
-    def _share(self, indices: Sequence[int]) -> Iterator[tuple[int, bool, Sequence[int]]]:
-        """Batches of this rank: number of the group, whether other ranks share it, indices.
-
-        They are cut before they are dealt out, so that they are the same on any number of ranks.
+        Rank r of W takes every W-th group from the r-th on; every W-th batch where there are fewer groups than ranks;
+        every W-th sample where there are fewer batches than ranks. Batches are the same on any number of ranks.
         """
-        rank, ranks, of_group = self.trainer.global_rank, self.trainer.world_size, self.group_size
-        size = self._size
-        chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
-        groups = math.ceil(len(chunks) / of_group)
-        if groups >= ranks:
-            for group in range(rank, groups, ranks):
-                for chunk in chunks[group * of_group : (group + 1) * of_group]:
-                    yield group, False, chunk
-        elif len(chunks) >= ranks:
-            for number in range(rank, len(chunks), ranks):
-                yield number // of_group, True, chunks[number]
-        else:
-            # Fewer batches than ranks: each is cut once more.
-            for number, chunk in enumerate(chunks):
-                own = chunk[(rank - number * size) % ranks :: ranks]
-                if own:
-                    yield number // of_group, True, own
+        rank, ranks, size = self.trainer.global_rank, self.trainer.world_size, self.size
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        groups = math.ceil(len(batches) / self.group_size)
+        spread = groups if groups < ranks else None
+        for number, batch in enumerate(batches):
+            group = number // self.group_size
+            if len(batches) < ranks:
+                batch = batch[(rank - number * size) % ranks :: ranks]
+            elif (group if spread is None else number) % ranks != rank:
+                continue
+            if batch:
+                yield ProbeBatch(batch, len(batch), mixed(self.seed, batch[0], 1), group, spread)
 
     def sample(self, index: int) -> Any:
-        """Read one sample by itself: its augmentation must not depend on the ranks and the size of a batch."""
+        """Return one sample, read alone: its augmentation must not depend on the ranks or on the size of a batch."""
         self.randomness.seed(self.seed, index)
         dataset = self.loader.dataset
         return dataset.__getitems__([index])[0] if getattr(dataset, "__getitems__", None) else dataset[index]
 
     def in_order(self) -> Iterator[ProbeBatch]:
-        """Batches of this rank as the loader gives them."""
-        loader, sampler, rank, ranks = self.loader, self._sampler, self.trainer.global_rank, self.trainer.world_size
-        limit = self._epoch_batches()
+        """Yield this rank's batches as the loader gives them."""
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        loader, sampler, limit = self.loader, samplers.sampler_of(self.loader), self._epoch_batches()
         if self.samples is None and limit == math.inf and sized_len(loader) is None:
             raise MisconfigurationException(
                 "samples must be a number where the dataloader has no length, got None: say how many to measure on."
             )
+        self.check_sizes(batch_size=self.batch_size)
         if self.batch_size is not None:
-            limit *= self._set_batch_size(self.batch_size)
-        batches: Iterable[Any] = loader
+            limit *= loader.batch_sampler.batch_size / self.batch_size
+            cut = BatchSampler(sampler, self.batch_size, loader.drop_last)
+            vars(loader).update(batch_size=self.batch_size, batch_sampler=cut)  # the loader forbids setting attributes
+        batches: Iterator[Any] = iter(loader)
         if isinstance(sampler, DistributedSampler):
             if loader.batch_sampler is None:
-                # What comes after these repeats the first ones, to give all ranks as many.
-                batches = itertools.islice(loader, len(_length_range(sampler.dataset)[sampler.rank :: ranks]))
-        elif not self.own and not self._iterable:
-            batches = itertools.islice(loader, rank, None, ranks)
-        if limit != math.inf:
-            batches = itertools.islice(batches, math.ceil(limit))
+                # The sampler repeats its first batches so that all ranks have the same number.
+                distinct = range(sampler.rank, len(sampler.dataset), ranks)  # type: ignore[arg-type]
+                batches = itertools.islice(batches, len(distinct))
+        elif not self.of_trainer and not samplers.is_iterable(loader):
+            batches = itertools.islice(batches, rank, None, ranks)
+        batches = itertools.islice(batches, None if limit == math.inf else math.ceil(limit))
         wanted = math.inf if self.samples is None else math.ceil(self.samples / ranks)
         for position, batch in enumerate(batches):
-            # A copy, as whole batches are the dataset's own tensors.
-            group = position // self.group_size
-            probe = ProbeBatch(copied(batch), sample_count(batch), mixed(self.seed, position, rank, 1), group)
-            yield probe
-            wanted -= probe.size
+            size, seed = sample_count(batch), mixed(self.seed, position, rank, 1)
+            # A copy, because the batch may be the dataset's memory.
+            yield ProbeBatch(self.shaped(copied(batch)), size, seed, position // self.group_size)
+            wanted -= size
             if wanted <= 0:
                 return
 
-    def _set_batch_size(self, batch_size: int) -> float:
-        """Make the loader cut batches of that size; return by what factor there are more of them."""
-        if not self.cuts_batches:
-            raise MisconfigurationException(
-                f"batch_size must be left to a dataloader that hands out whole batches, got {batch_size}: leave it out."
-            )
-        sampler = BatchSampler(self._sampler, batch_size, self.loader.drop_last)
-        factor = self.loader.batch_sampler.batch_size / batch_size
-        self.loader.__dict__.update(batch_size=batch_size, batch_sampler=sampler)
-        return float(factor)
-
-
-def _is_sequential(sampler: Any) -> bool:
-    if isinstance(sampler, DistributedSampler):
-        return not sampler.shuffle and not hasattr(sampler.dataset, "_sampler")
-    return type(sampler) is SequentialSampler
-
-
-def _length_range(dataset: Any) -> range:
-    return range(len(dataset))
-
-
-def _one_epoch(sampler: Any) -> Sequence[int] | None:
-    """Indices of the samples that a sampler draws from, in ascending order; None for one without an end."""
-    if type(sampler) in _WHOLE:
-        return _length_range(sampler.data_source)
-    if type(sampler) is SubsetRandomSampler:
-        return sorted(int(index) for index in sampler.indices)
-    if type(sampler) is WeightedRandomSampler:
-        return torch.nonzero(sampler.weights).flatten().tolist()
-    length = sized_len(sampler)
-    if length is None:
-        return None
-    try:
-        return sorted({operator.index(index) for index in itertools.islice(sampler, length)})
-    except TypeError:  # it draws something else than indices
-        return None
-
 
 def sample_count(batch: Any) -> int:
-    """Return the number of samples in a batch as Lightning counts them, leaving its warning to the run itself."""
+    """Return the number of samples in a batch as Lightning counts them, and leave its warning to the run."""
     given = set(warning_cache)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Mini-batches that are drawn from the samples of a map-style dataset: which, how large, by what probabilities."""
+"""Mini-batches drawn from the samples of a map-style dataset: their samples, sizes and probabilities."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.data.test_probe_set import NUMBERS, Odd, Plain
 from tests.data.test_probe_set_states import LOADERS
 from tests.runs import make_trainer
 
-# A right draw fails a test of frequencies with at most this probability; the seeds are fixed.
+# A correct draw fails a test of frequencies with at most this probability; the seeds are fixed.
 FAILURE = 1e-6
-# Loaders that torch makes the batches of by indices.
+# Loaders with indices.
 BY_INDEX = ["in order", "shuffled", "generator", "subset", "sampler", "worker"]
 
 
@@ -38,7 +38,7 @@ class Populator(pl.Callback):
 
 
 def populate(loader: Any, trainer_options: dict[str, Any] | None = None, **options: Any) -> Population:
-    """The population of a loader as that of a run."""
+    """Return the population of a run that trains on the loader."""
     reader = Populator(**options)
     make_trainer(reader, max_steps=1, **(trainer_options or {})).fit(Plain(), loader)
     assert reader.population is not None
@@ -46,18 +46,18 @@ def populate(loader: Any, trainer_options: dict[str, Any] | None = None, **optio
 
 
 def given(loader: Any, **options: Any) -> Population:
-    """The population of a loader that is given for the measurement."""
+    """Return the population of a given loader."""
     return read_population(make_trainer(), loader, **({"samples": None} | options))
 
 
 def numbers(parts: Sequence[ProbeBatch]) -> list[int]:
-    """Samples of a mini-batch of numbers."""
+    """Return the samples of a mini-batch of numbers."""
     assert all(part.size in (len(part.batch), 1) for part in parts)
     return [int(number) for part in parts for number in part.batch]
 
 
 def assert_frequencies(counts: Sequence[int], probabilities: Sequence[float], scale: float = 1.0) -> None:
-    """Compare how often each of several cases came with how often it should, by χ².
+    """Compare the frequencies of several cases with their probabilities, by χ².
 
     P(χ²_k ≥ k + 2√(kx) + 2x) ≤ exp(−x) (Laurent & Massart 2000, lemma 1).
     """
@@ -67,11 +67,11 @@ def assert_frequencies(counts: Sequence[int], probabilities: Sequence[float], sc
     assert found < freedom + 2 * math.sqrt(freedom * x) + 2 * x
 
 
-def assert_same(one: ProbeSet, other: ProbeSet, alike: bool = False) -> None:
-    """All of it; with ``alike``, batches of ``one`` count alike."""
-    assert (one.total, one.rounds, one.spread) == (other.count if alike else other.total, other.rounds, other.spread)
+def assert_same(one: ProbeSet, other: ProbeSet, equal: bool = False) -> None:
+    """Compare all values; with ``equal``, the batches of ``one`` have equal weight."""
+    assert (one.total, one.rounds, one.spread) == (other.count if equal else other.total, other.rounds, other.spread)
     for a, b in zip(one.batches, other.batches, strict=True):
-        assert (a.size, a.seed, a.group, a.spread) == (1 if alike else b.size, b.seed, b.group, b.spread)
+        assert (a.size, a.seed, a.group, a.spread) == (1 if equal else b.size, b.seed, b.group, b.spread)
         assert a.batch.dtype == b.batch.dtype
         assert torch.equal(a.batch, b.batch)
 
@@ -82,7 +82,7 @@ def test_the_whole_is_the_probe_set(name: str, samples: int) -> None:
     trainer = make_trainer()
     population = read_population(trainer, LOADERS[name](), samples=samples, seed=5)
     read = read_probe_set(trainer, LOADERS[name](), samples=samples, seed=5)
-    assert_same(population.whole(), read, alike=name not in BY_INDEX)
+    assert_same(population.whole(), read, equal=name not in BY_INDEX)
     assert population.total == read.total
     if name in BY_INDEX:
         population = read_population(trainer, LOADERS[name](), samples=samples, micro_batch_size=2, batch_size=5)
@@ -90,7 +90,7 @@ def test_the_whole_is_the_probe_set(name: str, samples: int) -> None:
 
 
 @pytest.mark.parametrize("name", BY_INDEX)
-def test_mini_batches_hold_samples_of_the_set_with_the_augmentation_they_have_there(name: str) -> None:
+def test_mini_batches_hold_samples_of_the_set_with_the_same_augmentation(name: str) -> None:
     population = given(LOADERS[name](), samples=9, batch_size=7, micro_batch_size=3)
     held = {tuple(row) for part in population.whole().batches for row in part.batch.tolist()}
     for number in range(10):
@@ -110,7 +110,7 @@ def test_a_draw_follows_from_seed_key_and_number_alone() -> None:
         assert [(part.seed, numbers([part])) for part in again.draw(*place)] == [
             (part.seed, numbers([part])) for part in drawn[place]
         ]
-    # 25 of the 5040 ordered draws of 4 from 10: the same twice with 6 %, three pairs of them with less than 1e-4.
+    # 25 of the 5040 ordered draws of 4 from 10: two are equal with 6 %, three pairs are with less than 1e-4.
     assert len({tuple(numbers(parts)) for parts in drawn.values()}) > 22
     seeds = [part.seed for parts in drawn.values() for part in parts]
     seeds += [part.seed for place in places for part in other.draw(*place)]
@@ -118,7 +118,7 @@ def test_a_draw_follows_from_seed_key_and_number_alone() -> None:
     assert len(set(seeds)) == len(seeds) == 25 * 2 * 2 + 5
 
 
-def test_every_sample_is_in_a_mini_batch_as_often() -> None:
+def test_all_samples_are_drawn_equally_often() -> None:
     population = given(DataLoader(NUMBERS, batch_size=4))
     assert not population.replacement
     drawn = [numbers(population.draw(0, number)) for number in range(2000)]
@@ -130,7 +130,7 @@ def test_every_sample_is_in_a_mini_batch_as_often() -> None:
 
 @pytest.mark.parametrize("kind", ["samples", "batches"])
 def test_two_draws_are_independent(kind: str) -> None:
-    # So that for two batches the mean of g_Bᵀ H_B' g_B has the full Hessian in it: B' is B as often as any other.
+    # The mean of g_Bᵀ H_B' g_B over draws then contains the full Hessian: B' equals B as often as any other batch.
     loader = DataLoader(NUMBERS[:4], batch_size=1) if kind == "samples" else [torch.tensor([i]) for i in range(4)]
     population = given(loader)
     counts = [0] * 16
@@ -159,7 +159,7 @@ def test_by_weights_with_replacement() -> None:
     assert (population.replacement, population.batch_size, population.total) == (True, 8, 3)
     drawn = torch.tensor([numbers(population.draw(0, number)) for number in range(250)])
     assert_frequencies(torch.bincount(drawn.flatten(), minlength=5)[[1, 3, 4]].tolist(), [0.3, 0.1, 0.6])
-    # Of a part of the samples, by their weights.
+    # The same for a subset of the samples.
     part = given(DataLoader(NUMBERS, batch_size=8, sampler=sampler), samples=2, seed=1)
     left = numbers(part.whole().batches)
     drawn = torch.tensor([numbers(part.draw(0, number)) for number in range(250)])
@@ -175,7 +175,7 @@ def test_by_weights_without_replacement() -> None:
     drawn = [tuple(sorted(numbers(population.draw(0, number)))) for number in range(1200)]
     pairs = [(0, 2), (0, 3), (2, 3)]
     assert set(drawn) <= set(pairs)
-    # One after the other, each by the weights of those that are left.
+    # Samples are drawn one after the other, by the weights of those that remain.
     total = sum(weights)
     probabilities = [
         weights[a] / total * weights[b] / (total - weights[a]) + weights[b] / total * weights[a] / (total - weights[b])
@@ -202,7 +202,7 @@ def test_only_what_a_sampler_draws_from(sampler: Any, held: set[int]) -> None:
         (lambda: DataLoader(NUMBERS, batch_size=2), {"accumulate_grad_batches": 3}, {"batch_size": 5}, [2, 2, 1]),
         (lambda: DataLoader(NUMBERS, batch_size=8), {}, {"micro_batch_size": 3}, [3, 3, 2]),
         (lambda: DataLoader(NUMBERS, batch_size=8), {}, {"samples": 9}, [8]),
-        # Where an epoch is no longer.
+        # The epoch is shorter than a step.
         (lambda: DataLoader(NUMBERS, batch_size=4), {"accumulate_grad_batches": 4}, {"samples": 10}, [4, 4, 2]),
         (lambda: DataLoader(NUMBERS, 4, True, drop_last=True), {"accumulate_grad_batches": 4}, {}, [4, 4]),
         (lambda: DataLoader(NUMBERS, 4), {"limit_train_batches": 1, "accumulate_grad_batches": 2}, {}, [4]),
@@ -225,7 +225,7 @@ def test_a_mini_batch_of_a_given_loader_is_one_batch() -> None:
     assert population.batch_size == len(numbers(population.draw(0, 0))) == 4
 
 
-def test_in_the_form_of_the_trainers_batches() -> None:
+def test_batches_have_the_form_of_the_trainers() -> None:
     data = [{"x": torch.full((3,), float(i)), "name": str(i)} for i in range(3)]
     population = populate({"only": DataLoader(data, batch_size=2)})
     for parts in (population.whole().batches, population.draw(0, 0)):
@@ -234,7 +234,7 @@ def test_in_the_form_of_the_trainers_batches() -> None:
 
 
 class Collation:
-    """Writes into the samples that it gets, and gives the same memory each time."""
+    """Writes into its samples, and returns the same memory each time."""
 
     def __init__(self) -> None:
         self.buffer: dict[str, Tensor] = {}
@@ -260,7 +260,7 @@ def test_samples_are_safe_from_collate_and_batches_from_each_other(replacement: 
     assert all(set(one) <= set(range(6)) for one in held)
     assert any(len(set(one)) < 6 for one in held) is replacement
     assert [one.item() for one in data] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    # Nor do they change when the dataset's own memory does.
+    # They do not change when the dataset's memory does.
     for one in data:
         one.fill_(-1.0)
     assert population.whole().batches[0].batch["x"].tolist() == [100.0, 101.0]

@@ -1,4 +1,4 @@
-"""Mini-batches of the batches that a loader gives as a whole; what cannot be drawn is said in one sentence."""
+"""Mini-batches of whole batches of a loader, and the errors of populations: one sentence each."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ ACCUMULATION = {"accumulate_grad_batches": 2}
         (DataLoader(NUMBERS, batch_sampler=Growing()), {}, None, [[0], [1, 2], [3, 4, 5], [6, 7, 8, 9]]),
         (Doubled(NUMBERS[:8], batch_size=4), {}, None, [[0, 2, 4, 6], [8, 10, 12, 14]]),
         (DataLoader(Stream(), batch_size=2), {"samples": 7}, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        # But for an incomplete batch.
+        # Without the incomplete batch.
         (DataLoader(Stream(5), batch_size=2), {"samples": 9}, 4, [[0, 1], [2, 3]]),
-        # Cut so that they make up a mini-batch.
+        # Cut into divisors of a mini-batch.
         (DataLoader(Stream(12), batch_size=6), {"samples": 12, "micro_batch_size": 4, "batch_size": 6}, 6,
          [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]),
         (DataLoader(Stream(12), batch_size=3), {"samples": 12, "batch_size": 4}, 4,
@@ -46,7 +46,7 @@ def test_a_mini_batch_is_as_many_batches_as_make_up_a_step(
     places = {id(part.batch): place for place, part in enumerate(whole.batches)}
     assert [part.batch.tolist() for part in whole.batches] == drawn
     assert population.total == sum(map(len, drawn))
-    # They count alike, as in the steps of training, whatever their sizes are.
+    # Batches of any sizes have equal weight, as in the steps of training.
     assert [part.size for part in whole.batches] == [1] * len(drawn)
     assert whole.total == len(drawn)
     found = set()
@@ -60,7 +60,7 @@ def test_a_mini_batch_is_as_many_batches_as_make_up_a_step(
     assert found == set(range(len(drawn)))
 
 
-def test_every_pair_of_batches_makes_up_a_mini_batch_as_often() -> None:
+def test_all_pairs_of_batches_are_drawn_equally_often() -> None:
     population = populate(DataLoader(WHOLE, batch_size=None), ACCUMULATION)
     pairs = list(itertools.permutations([0, 3, 7, 8], 2))
     # Batches by their first number.
@@ -119,13 +119,13 @@ def test_a_single_incomplete_batch_is_better_than_nothing() -> None:
         (DataLoader(Stream(), batch_size=2), {}, r"samples must be a number where the dataloader has no length, got N"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_one_sentence(loader: Any, options: dict[str, Any], sentence: str) -> None:
+def test_errors_are_one_sentence_with_a_remedy(loader: Any, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises((ValueError, MisconfigurationException), match=sentence) as caught:
         read_population(make_trainer(), loader, **({"samples": None} | options))
     assert str(caught.value).count(". ") == 0
 
 
-def test_the_data_of_whole_batches_is_not_the_loaders() -> None:
+def test_batches_do_not_share_memory_with_the_loader() -> None:
     data = [torch.ones(2) * i for i in range(3)]
     population = given(data)
     held = {part.batch.data_ptr() for number in range(9) for part in population.draw(0, number)}

@@ -1,61 +1,23 @@
-"""What several ranks draw: the same mini-batches of samples on any number of them, of whole batches each its own."""
+"""Draws of several ranks: the same mini-batches of samples on any number of ranks; of batches, each draws from its."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from torch import Tensor
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_curvature.data.population import read_population
 from tests.data.test_population import assert_same, numbers
-from tests.data.test_probe_set_ranks import NUMBERS, WHOLE, Noisy, Noticed, Sharded, distributed, read_all
+from tests.data.test_probe_set_ranks import NUMBERS, WHOLE, Noisy, Sharded, distributed, read_all
 
 
 def populate_all(ranks: int, make: Callable[[int], Any], given: Any = False, **options: Any) -> list[Any]:
-    """The population or the error of each rank: all are read once for what they send, then again with their sum."""
-    sent: list[Tensor] = []
-
-    def send(values: Tensor, reduce_op: str) -> Tensor:
-        sent.append(values)
-        raise Noticed
-
-    def receive(values: Tensor, reduce_op: str) -> Tensor:
-        return torch.stack(sent).mean(0)
-
-    def read(rank: int, reduce: Any) -> Any:
-        loader = make(rank)
-        probed = given if isinstance(given, DataLoader) else loader if given else None
-        trainer: Any = SimpleNamespace(
-            world_size=ranks,
-            global_rank=rank,
-            strategy=SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce),
-            train_dataloader=loader,
-            num_training_batches=9,
-            overfit_batches=0,
-            accumulate_grad_batches=2,
-        )
-        try:
-            return read_population(
-                trainer,
-                probed,
-                **({"samples": None} | options),
-            )
-        except Exception as error:
-            return error
-
-    if ranks == 1:
-        return [read(0, send)]
-    for rank in range(ranks):
-        read(rank, send)
-    # One that leaves alone would leave the others waiting.
-    assert len(sent) == ranks
-    return [read(rank, receive) for rank in range(ranks)]
+    """Return the population or the error of each rank."""
+    return read_all(ranks, make, given, epoch=9, reader=read_population, **options)
 
 
 def augmented(rank: int) -> Any:
@@ -69,7 +31,7 @@ def test_the_same_mini_batches_on_any_number_of_ranks() -> None:
     for ranks in (2, 3, 4):
         for rank, population in enumerate(populate_all(ranks, augmented, **options)):
             assert (population.total, population.batch_size) == (9, 5)
-            # Each takes numbers of its own.
+            # Ranks take different numbers.
             for number in range(rank, 6, ranks):
                 for one, other in zip(population.draw(3, number), expected[number], strict=True):
                     assert (one.size, one.seed) == (other.size, other.seed)
@@ -95,19 +57,19 @@ def test_a_mini_batch_is_as_large_as_the_data_of_all_ranks() -> None:
     assert first.batch_size == second.batch_size == 2 * 2 * 2
     assert [part.size for part in first.draw(0, 4)] == [2, 2, 2, 2]
     assert numbers(first.draw(0, 4)) == numbers(second.draw(0, 4))
-    # Also of a given loader, whatever its own batch size is.
+    # Also with a given loader of another batch size.
     larger = DataLoader(NUMBERS, batch_size=5)
     assert populate_all(2, make, given=larger)[0].batch_size == 8
 
 
-def test_by_the_weights_of_a_sampler_that_lightning_has_shared_out() -> None:
+def test_by_the_weights_of_a_sampler_that_lightning_has_sharded() -> None:
     def make(rank: int) -> Any:
         sampler = WeightedRandomSampler([0.0, 1.0, 0.0, 1e9, 0.0], num_samples=20)
         return DataLoader(NUMBERS, 2, sampler=DistributedSamplerWrapper(sampler, num_replicas=2, rank=rank))
 
     for population in populate_all(2, make):
         assert (population.total, population.replacement, population.batch_size) == (2, True, 8)
-        # Another one is among them with probability 8e-9.
+        # Another sample is among them with probability 8e-9.
         assert numbers(population.draw(0, 0)) == [3] * 8
 
 
@@ -130,7 +92,7 @@ def test_each_rank_draws_from_the_batches_it_has(
     for rank, (population, expected) in enumerate(zip(populations, held, strict=True)):
         assert (population.total, population.batch_size) == (size, batch_size)
         drawn = [population.draw(0, number) for number in range(rank, 100, 2)]
-        # Accumulation and ranks: four batches, of a given loader one.
+        # Accumulation and ranks make four batches; a given loader one.
         assert {len(parts) for parts in drawn} == {1 if given else 4}
         scale = 1 if options else 2  # WHOLE has two samples in a batch
         # Each of at most five is missing with probability at most (1 − 1/5)^50.

@@ -1,4 +1,4 @@
-"""Reading a population and drawing from it leaves the run as it was, and gives the same bits again."""
+"""Reading a population and drawing from it leaves the run unchanged, and gives the same bits each time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Drawer(pl.Callback):
 
 
 class Noisy:
-    """Adds what it draws, from generators of its own and from the global ones, to each sample."""
+    """Adds numbers from its generators and from the global ones to each sample."""
 
     def __init__(self, fails: bool = False) -> None:
         self.augment = Augment()
@@ -83,7 +83,7 @@ def states(collate: Noisy) -> list[Any]:
     ]
 
 
-def test_what_collate_draws_is_of_each_micro_batch_and_moves_nothing() -> None:
+def test_collate_draws_anew_for_each_micro_batch_and_moves_no_state() -> None:
     collate = Noisy()
     population = given(DataLoader(Samples(), batch_size=6, collate_fn=collate), micro_batch_size=3)
     before = states(collate)
@@ -99,7 +99,7 @@ def test_what_collate_draws_is_of_each_micro_batch_and_moves_nothing() -> None:
     moved = states(collate)
     assert_equal(draws(), first)
     assert states(collate) == moved
-    # Each of seven generators gives each sample of each micro-batch a draw of its own; torch's global one 24 bits.
+    # Each of seven generators gives each sample of each micro-batch another number; torch's global one has 24 bits.
     assert [len(batch) for batch in first] == [3] * 10
     for column in torch.cat(first).T:
         assert len(column.unique()) == 30
@@ -115,7 +115,7 @@ def test_states_are_put_back_when_collate_fails() -> None:
     assert states(collate) == before
 
 
-def test_what_workers_start_from_has_opened_no_file() -> None:
+def test_the_dataset_of_the_workers_has_opened_no_file() -> None:
     loader = LOADERS["worker"]()
     assert len(given(loader).draw(0, 0)[0].batch) == 3
     assert loader.dataset.dataset.file is None

@@ -1,4 +1,4 @@
-"""Which samples a probe set holds, read off all kinds of loaders on one process."""
+"""Samples of a probe set, from all kinds of loaders on one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WHOLE = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5, 6]), torch.tensor([7]),
 
 
 class Plain(pl.LightningModule):
-    """Trains on numbers of any batch form."""
+    """Trains on numbers in batches of any form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Reader(pl.Callback):
 
 
 class Odd(Sampler[int]):
-    """A sampler of the user's."""
+    """A custom sampler."""
 
     def __iter__(self) -> Iterator[int]:
         return iter([7, 3, 9, 3, 1])
@@ -74,7 +74,7 @@ class Endless(Sampler[int]):
 
 
 class Growing:
-    """A batch sampler of the user's: batches of 1, 2, 3 and 4 samples."""
+    """A custom batch sampler: batches of 1, 2, 3 and 4 samples."""
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter([[0], [1, 2], [3, 4, 5], [6, 7, 8, 9]])
@@ -92,7 +92,7 @@ class Stream(IterableDataset[int]):
 
 
 class Doubled(DataLoader[Any]):
-    """A loader class that does something to its batches."""
+    """A loader class that changes its batches."""
 
     def __iter__(self) -> Any:
         return (2 * batch for batch in super().__iter__())
@@ -130,7 +130,7 @@ def test_all_samples_once_in_batches_of_the_loader(loader: Any) -> None:
 def test_a_ragged_batch_that_training_never_sees_is_left_out() -> None:
     loader = DataLoader(NUMBERS, batch_size=4, shuffle=True, drop_last=True)
     assert values(read(loader, samples=10)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    # Where it is all there is, it is better than nothing.
+    # A single incomplete batch is kept.
     assert len(values(read(loader, samples=3, batch_size=4))[0]) == 3
 
 
@@ -167,7 +167,7 @@ def test_a_part_of_the_samples_is_drawn_by_seed() -> None:
     ],
     ids=["subset", "weighted", "of the user"],
 )
-def test_only_what_a_sampler_draws_from(sampler: Any, expected: list[list[int]]) -> None:
+def test_only_samples_that_the_sampler_gives(sampler: Any, expected: list[list[int]]) -> None:
     assert values(read(DataLoader(NUMBERS, batch_size=2, sampler=sampler), samples=8)) == expected
 
 

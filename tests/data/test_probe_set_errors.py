@@ -1,4 +1,4 @@
-"""Loaders and arguments of which no probe set can be read: said in one sentence, with the remedy."""
+"""Errors of loaders and arguments from which no probe set can be read: one sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Stream(IterableDataset[int]):
         (["text"], {}, r"must show how many samples it holds by a tensor in it, got a str without: give probe_data"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_sentence(loader: Any, options: dict[str, Any], sentence: str) -> None:
+def test_errors_are_one_sentence_with_a_remedy(loader: Any, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises((ValueError, MisconfigurationException), match=sentence) as caught:
         read_probe_set(make_trainer(), loader, **({"samples": None} | options))
     assert str(caught.value).count(". ") == 0

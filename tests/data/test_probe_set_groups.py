@@ -1,4 +1,4 @@
-"""Groups of batches of a probe set: whole on one rank, or shared by several that know it."""
+"""Groups of batches of a probe set: whole on one rank, or shared by several ranks, which all ranks know."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_groups_of_batches_stay_whole_on_one_rank(
 @pytest.mark.parametrize(
     ("ranks", "batch_size", "group_size", "expected", "spread"),
     [
-        # Two groups for three ranks: whole batches are dealt out.
+        # Two groups for three ranks: ranks take whole batches.
         (3, 2, 4, [[(0, [0, 1]), (0, [6, 7])], [(0, [2, 3]), (1, [8, 9])], [(0, [4, 5]), (1, [10])]], 2),
         # One group for two.
         (2, 4, 9, [[(0, [0, 1, 2, 3]), (0, [8, 9, 10])], [(0, [4, 5, 6, 7])]], 1),
-        # Three batches for four ranks, one for two: each is cut once more.
+        # Three batches for four ranks, one for two: ranks take samples of each batch.
         (4, 4, 1, [[(0, [0]), (1, [4]), (2, [8])], [(0, [1]), (1, [5]), (2, [9])], [(0, [2]), (1, [6]), (2, [10])],
                    [(0, [3]), (1, [7])]], 3),
         (2, 11, 3, [[(0, NUMBERS[::2])], [(0, NUMBERS[1::2])]], 1),
@@ -57,7 +57,7 @@ def test_groups_that_ranks_share(
     assert sorted(itertools.chain(*shares(sets))) == NUMBERS
     assert [[(probe.group, probe.batch.tolist()) for probe in one.batches] for one in sets] == expected
     assert all(probe.spread for one in sets for probe in one.batches)
-    # Also on a rank that has nothing of the last group.
+    # Also on a rank that holds nothing of the last group.
     assert [one.spread for one in sets] == [spread] * ranks
 
 
@@ -70,7 +70,7 @@ def test_every_rank_has_samples_where_there_are_as_many(ranks: int, batch_size: 
     found = shares(sets)
     assert sorted(itertools.chain(*found)) == NUMBERS
     assert all(found)
-    # Those of a group are on one rank, or it is said that they are not.
+    # A group lies on one rank, or the set counts it as spread.
     holders: dict[int, set[int]] = {}
     for rank, one in enumerate(sets):
         for probe in one.batches:
@@ -82,7 +82,7 @@ def test_every_rank_has_samples_where_there_are_as_many(ranks: int, batch_size: 
     assert not shared or sets[0].spread == len(holders)
 
 
-def test_groups_of_what_comes_in_order_are_of_each_rank() -> None:
+def test_without_indices_each_rank_has_its_groups() -> None:
     sets = read_all(2, lambda rank: WHOLE, True, group_size=2)
     assert batches(sets) == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7]]]
     assert [[probe.group for probe in one.batches] for one in sets] == [[0, 0, 1], [0, 0]]

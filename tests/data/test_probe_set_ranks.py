@@ -1,4 +1,4 @@
-"""How ranks share a probe set: together they hold each sample once, in the same batches on any number of ranks."""
+"""Shares of a probe set: each sample lies on one rank, and batches are the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,22 @@ FIVES = [[NUMBERS[:5], NUMBERS[10:]], [NUMBERS[5:10]]]
 
 
 class Noticed(Exception):
-    """Ends a reading where the ranks would wait for each other."""
+    """Ends a reading at its collective."""
 
 
 def read_all(
-    ranks: int, make: Callable[[int], Any], given: bool = False, epoch: float = math.inf, **options: Any
+    ranks: int,
+    make: Callable[[int], Any],
+    given: Any = False,
+    epoch: float = math.inf,
+    reader: Callable[..., Any] = read_probe_set,
+    **options: Any,
 ) -> list[Any]:
-    """The probe set or the error of each rank: all are read once for what they send, then again with their sum."""
+    """Return what the reader returns or raises on each rank.
+
+    Each rank reads twice: first to collect what the ranks send, then with the sum. ``given`` is a loader, or whether
+    that of the Trainer is given.
+    """
     sent: list[Tensor] = []
 
     def send(values: Tensor, reduce_op: str) -> Tensor:
@@ -40,6 +49,7 @@ def read_all(
     def read(rank: int, reduce: Any) -> Any:
         strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
         loader = make(rank)
+        probed = given if isinstance(given, DataLoader) else loader if given else None
         trainer: Any = SimpleNamespace(
             world_size=ranks,
             global_rank=rank,
@@ -47,14 +57,15 @@ def read_all(
             train_dataloader=loader,
             num_training_batches=epoch,
             overfit_batches=0,
+            accumulate_grad_batches=2,
         )
         try:
-            return read_probe_set(trainer, loader if given else None, **({"samples": None} | options))
+            return reader(trainer, probed, **({"samples": None} | options))
         except Exception as error:
             return error
 
     first = [read(rank, send) for rank in range(ranks)]
-    # One that leaves alone would leave the others waiting.
+    # A rank that leaves alone would leave the others waiting.
     assert len(sent) in (0, ranks)
     if not sent:
         return first
@@ -62,7 +73,7 @@ def read_all(
 
 
 def shares(sets: list[ProbeSet]) -> list[list[int]]:
-    """Samples of each rank; what the ranks say of all of them is checked."""
+    """Return the samples of each rank; check the counts over all ranks."""
     for probes in sets:
         assert all(probe.size == len(probe.batch) for probe in probes.batches)
         assert probes.total == sum(probe.size for one in sets for probe in one.batches)
@@ -79,7 +90,7 @@ def wrapped(rank: int) -> Any:
 
 
 def batches(sets: list[ProbeSet]) -> list[list[list[int]]]:
-    """Samples of each batch of each rank."""
+    """Return the samples of each batch of each rank."""
     shares(sets)
     return [[probe.batch.tolist() for probe in one.batches] for one in sets]
 
@@ -100,11 +111,11 @@ def batches(sets: list[ProbeSet]) -> list[list[list[int]]]:
     ids=["shuffled", "distributed", "distributed subset"],
 )
 @pytest.mark.parametrize("given", [False, True])
-def test_whole_batches_are_dealt_out(make: Callable[[int], Any], expected: list[list[list[int]]], given: bool) -> None:
+def test_ranks_share_whole_batches(make: Callable[[int], Any], expected: list[list[list[int]]], given: bool) -> None:
     assert batches(read_all(2, make, given)) == expected
 
 
-def test_an_epoch_that_is_cut_short_is_that_of_all_ranks() -> None:
+def test_a_limited_epoch_is_that_of_all_ranks() -> None:
     def make(rank: int) -> Any:
         return DataLoader(NUMBERS, batch_size=2, sampler=distributed(rank, shuffle=False))
 
@@ -126,7 +137,7 @@ def test_the_same_batches_on_any_number_of_ranks() -> None:
 
 
 class Noisy(Dataset[Tensor]):
-    """Random augmentation."""
+    """Augments its samples at random."""
 
     def __len__(self) -> int:
         return 11
@@ -136,7 +147,7 @@ class Noisy(Dataset[Tensor]):
 
 
 class Sharded(IterableDataset[int]):
-    """An iterable dataset that shares itself out, rank 0 getting more."""
+    """An iterable dataset that shards itself; rank 0 gets more samples."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -157,7 +168,7 @@ def whole(rank: int) -> Any:
     [
         (lambda rank: WHOLE, True, None, [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7]]),
         (lambda rank: WHOLE, True, 6, [[0, 1, 4, 5], [2, 3, 6, 7]]),
-        # The sampler itself gives rank 1 the first batch, too.
+        # The sampler also gives rank 1 the first batch.
         (whole, False, None, [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7]]),
         (whole, True, None, [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7]]),
         (lambda rank: DataLoader(WHOLE[rank * 2 : 4 - rank], batch_size=None), False, None, [[*range(8)], [4, 5]]),
@@ -166,13 +177,13 @@ def whole(rank: int) -> Any:
     ],
     ids=["given", "given, some", "distributed", "given distributed", "own of each", "iterable", "given iterable"],
 )
-def test_batches_are_dealt_out_or_each_rank_has_its_own(
+def test_ranks_share_a_given_loader_or_read_different_ones(
     make: Callable[[int], Any], given: bool, samples: int | None, expected: list[list[int]]
 ) -> None:
     assert shares(read_all(2, make, given, samples=samples)) == expected
 
 
-def test_what_a_sampler_of_the_user_gives_is_of_its_rank() -> None:
+def test_a_custom_sampler_gives_the_samples_of_its_rank() -> None:
     def make(rank: int) -> Any:
         return DataLoader(NUMBERS, batch_size=2, sampler=[rank, 5 + rank, 2 + rank])
 

@@ -1,4 +1,4 @@
-"""Reading a probe set leaves the run as it was, and gives the same bits again."""
+"""Reading a probe set leaves the run unchanged, and gives the same bits each time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 from lightning_curvature.data.probe_set import ProbeSet, read_probe_set
 from tests.runs import make_trainer
 
-# numpy's global generator, as older transforms use it.
+# numpy's global generator, which older transforms use.
 GLOBAL: Any = np.random
 
 
 class Augment:
-    """Draws from three generators of its own and from the three global ones."""
+    """Draws from the four generators that it holds and from the three global ones."""
 
     def __init__(self, first_draws: int = 0) -> None:
         self.parts = [random.Random(1), {"numpy": np.random.default_rng(2)}, np.random.RandomState(3)]
@@ -41,10 +41,10 @@ class Augment:
 
 
 class Samples(Dataset[Tensor]):
-    """Opens a file on first use; raises at one index where it is told to."""
+    """Opens a file on first use; raises at the index ``bad``."""
 
     def __init__(self, first_draws: int = 0, bad: int | None = None) -> None:
-        # Functions of a module, a partial and a list of transforms on the way.
+        # The generators lie inside a module, a list and a partial.
         self.transform = nn.ModuleDict()
         self.transform.steps = [functools.partial(_apply, Augment(first_draws))]
         self.bad = bad
@@ -109,7 +109,7 @@ IN_PROCESS = [name for name in LOADERS if name != "worker"]
 
 
 class Watched(pl.LightningModule):
-    """Keeps what it is given, then writes into it."""
+    """Records its batches, then writes into them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Reader(pl.Callback):
 
 
 def fit(loader: Any, *callbacks: pl.Callback) -> list[Tensor]:
-    """What two epochs trained on, and where the global generators stand afterwards."""
+    """Return the batches of two epochs, and draws from the global generators afterwards."""
     pl.seed_everything(6)
     module = Watched()
     make_trainer(*callbacks, max_epochs=2).fit(module, loader)
@@ -177,7 +177,7 @@ def test_a_later_process_reads_the_same_bits(name: str) -> None:
     assert not set(torch.cat(drawn[0]).flatten().tolist()) & set(torch.cat(drawn[1]).flatten().tolist())
 
 
-def test_each_sample_has_draws_of_its_own_whatever_its_batch() -> None:
+def test_each_sample_has_different_draws_that_do_not_depend_on_its_batch() -> None:
     trainer = make_trainer()
     sets = [read_probe_set(trainer, LOADERS["subset"](), samples=None, batch_size=size) for size in (1, 4, 11)]
     whole = [torch.cat(bits(one)) for one in sets]
@@ -212,7 +212,7 @@ def test_states_are_put_back_when_reading_fails(name: str) -> None:
 
 
 class Cursor:
-    """A loader of the user's that goes on where the last epoch ended."""
+    """A custom loader that continues where the last epoch ended."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -223,16 +223,16 @@ class Cursor:
             yield torch.full((2,), float(self.position))
 
 
-def test_a_loader_of_the_user_is_read_from_a_copy() -> None:
+def test_a_custom_loader_is_read_from_a_copy() -> None:
     reader, read, alone = Reader(), Cursor(), Cursor()
     assert_equal(fit(read, reader), fit(alone))
     assert read.position == alone.position == 8
-    # Lightning has fetched one batch more than it hands out.
+    # Lightning prefetches one batch.
     assert [batch.tolist() for batch in bits(reader.sets[0])] == [[3.0] * 2, [4.0] * 2, [5.0] * 2, [6.0] * 2]
 
 
 class Origin(IterableDataset[Tensor]):
-    """Tells which process reads it."""
+    """Gives the number of the process that reads it."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter([torch.tensor(os.getpid())])
@@ -244,14 +244,14 @@ def test_data_is_read_in_this_process() -> None:
     assert probe.batch.tolist() == [os.getpid()]
 
 
-def test_what_workers_start_from_has_opened_no_file() -> None:
+def test_the_dataset_of_the_workers_has_opened_no_file() -> None:
     loader = LOADERS["worker"]()
     probes = read_probe_set(make_trainer(), loader, samples=None)
     assert torch.cat(bits(probes))[:, 0].tolist() == list(range(12))
     assert loader.dataset.dataset.file is None
 
 
-def test_batches_are_not_the_memory_of_the_dataset() -> None:
+def test_batches_do_not_share_memory_with_the_dataset() -> None:
     data = [torch.ones(2) * i for i in range(4)]
     for loader in (data, DataLoader(data, batch_size=None), DataLoader(data, batch_size=2, collate_fn=tuple)):
         probes = read_probe_set(make_trainer(), loader, samples=None)

@@ -1,4 +1,4 @@
-"""A probe batch on its way to the device: the hooks of training, on a copy, with the same draws each time."""
+"""The transfer of a probe batch to the device: the hooks of training, on a copy, with the same draws each time."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class BeforeInData(pl.LightningDataModule):
 @pytest.mark.filterwarnings("ignore:You have overridden")
 def test_a_batch_reaches_the_device_as_in_training(in_data: bool) -> None:
     sets: list[Any] = []
-    # Of float64 the Trainer's conversion makes no copy.
+    # The Trainer's conversion does not copy float64.
     data = BeforeInData(torch.float64 if in_data else torch.float32)
     make_trainer().fit(
         Hooked(sets), **({"datamodule": data} if in_data else {"train_dataloaders": data.train_dataloader()})
     )
     ((trained, moved, probes, same_state),) = sets
     factor = 100.0 if in_data else 10.0
-    # As precision "64-true" converts them; the hooks wrote into a copy.
+    # Precision "64-true" converts them; the hooks wrote into a copy.
     assert [probe.batch.tolist() for probe in probes.batches] == [[0.0, 1.0], [2.0, 3.0]]
     assert {batch.dtype for batch in (trained, *moved)} == {torch.float64}
     assert torch.equal(moved[0][0], trained[0])
