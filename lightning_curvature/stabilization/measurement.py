@@ -1,9 +1,8 @@
-"""One measurement of sample growth: the estimators of each criterion at each k, put into a table."""
+"""One stabilization measurement: the estimators of each criterion at each k, put into a table."""
 
 import contextlib
 import itertools
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,208 +16,191 @@ from lightning_curvature.functional import (
     sampled_gaussian_moment,
 )
 from lightning_curvature.operators.differentiation import differentiable
-from lightning_curvature.stabilization.increments import increment_model, increments_at, subspace_at
-from lightning_curvature.stabilization.options import GrowthOptions, GrowthProblem, Quantity
+from lightning_curvature.stabilization.increments import increment_model, increments_at
+from lightning_curvature.stabilization.options import Quantity
 from lightning_curvature.stabilization.perturbed import (
     DirectionalTerms,
     increments_in,
     losses_around,
-    probe_terms,
     rounding_of,
-    trace_terms,
+    terms_along,
 )
-from lightning_curvature.stabilization.problem import GrowthTools
-from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth, mean_and_error
-from lightning_curvature.stabilization.subspace import Subspace
+from lightning_curvature.stabilization.problem import StabilizationProblem
+from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
+from lightning_curvature.stabilization.subspace import Subspace, subspace_at
 
 # Quantity, k, D and σ of a row.
 Place = tuple[Quantity, int, int, float]
+# Of one estimator: the value for each new sample, its standard error over draws, and the value without that at w.
+Moments = tuple[Tensor, float, Tensor]
 
 
-def measure_growth(options: GrowthOptions, problem: GrowthProblem, at_once: int) -> SampleGrowth:
-    """Measure all criteria at the parameters as they are. Called on every rank.
-
-    Args:
-        options: what is measured.
-        problem: on what.
-        at_once: vectors that are multiplied at once, the same on every rank.
-
-    Raises:
-        Exception: what a loss, or a rank, could not give.
-    """
-    # Also what is not differentiated: compiled code would be compiled anew, for single samples, and the run's with it.
+def measure_stabilization(problem: StabilizationProblem) -> SampleGrowth:
+    """Measure all criteria at the parameters as they are; raise on all ranks where a loss fails on one."""
+    # Also for losses without derivatives: a compiled module would be compiled anew for single samples, and the run's
+    # code with it.
     with differentiable():
-        return _Measurement(GrowthTools(options, problem, at_once), problem.directions).run()
-
-
-@dataclass
-class _FullSpace:
-    """What is known of the full space for all k.
-
-    Attributes:
-        losses: of all samples around the parameters, by σ, (draws, samples).
-        probes: the model along the directions of these draws, by k.
-        traces: the model along random signs, by k.
-        compared: on how many draws the model is compared.
-    """
-
-    losses: dict[float, Tensor] = field(default_factory=dict)
-    probes: dict[int, DirectionalTerms] = field(default_factory=dict)
-    traces: dict[int, DirectionalTerms] = field(default_factory=dict)
-    compared: int = 0
+        return _Measurement(problem).result()
 
 
 class _Measurement:
-    """Adds rows to a table, k by k."""
+    """Collects rows, k by k."""
 
-    def __init__(self, tools: GrowthTools, directions: Tensor | None) -> None:
-        self._tools, self._options, self._directions = tools, tools.options, directions
-        self._result = SampleGrowth(tolerance=tools.options.model_tolerance, seconds=tools.seconds)
+    def __init__(self, problem: StabilizationProblem) -> None:
+        self._problem, self._options = problem, problem.options
+        self._rows: list[CriterionRow] = []
+        self._subspaces: dict[int, Subspace] = {}
+        # The full space: losses of all samples at perturbed parameters, by σ, (draws, samples); by k, the model along
+        # the directions of these draws, and along random signs.
+        self._losses: dict[float, Tensor] = {}
+        self._draws: dict[int, DirectionalTerms] = {}
+        self._traces: dict[int, DirectionalTerms] = {}
 
-    def run(self) -> SampleGrowth:
-        tools = self._tools
-        full, subspace = _FullSpace(), None
-        if "delta_2" in self._options.quantities:
-            full = self._full_space()
-        for k in self._options.sample_sizes:
+    def result(self) -> SampleGrowth:
+        options, problem = self._options, self._problem
+        if "delta_2" in options.quantities:
+            self._explore_full_space()
+        for k in options.sample_sizes:
             squares = None
-            if full.traces or "delta_2_subspace" in self._options.quantities:
-                model, squares, subspace = self._model_at(k, subspace)
+            if self._traces or "delta_2_subspace" in options.quantities:
+                model, squares = self._model_at(k)
                 a = model.a
-                if subspace is not None:
-                    self._add_subspace(k, model, subspace)
+                if k in self._subspaces:
+                    self._add_subspace(k, model, self._subspaces[k])
             else:
-                a = increments_at(tools, k)
-            if "delta_1" in self._options.quantities:
+                a = increments_at(problem, k)
+            if "delta_1" in options.quantities:
                 self._add(("delta_1", k, 0, 0.0), "exact", a.abs(), 0.0, torch.zeros_like(a))
-            if "delta_2" in self._options.quantities:
-                self._add_full_space(k, a, squares, full)
-        self._result.rows.sort(key=self._rank)
-        return self._result
+            if "delta_2" in options.quantities:
+                self._add_full_space(k, a, squares)
+        return SampleGrowth(
+            rows=tuple(sorted(self._rows, key=self._rank)),
+            seconds=problem.seconds,
+            products=sum(subspace.products for subspace in self._subspaces.values()),
+            residuals={k: subspace.residual for k, subspace in self._subspaces.items()},
+            tolerance=options.model_tolerance,
+            validity_keys=options.validity_keys(),
+        )
 
     def _rank(self, row: CriterionRow) -> tuple[int, ...]:
-        """Place of a row in the table: in the orders in which things were asked for."""
+        """Return the place of a row in the table: in the order of the options."""
         options = self._options
         names = [options.name(quantity) for quantity in options.quantities]
         sigma = options.sigmas.index(row.sigma) if row.sigma else 0
-        return (
-            row.k,
-            names.index(row.criterion),
-            -row.dimension,
-            sigma,
-            ("exact", *options.estimators).index(row.estimator),
-        )
+        estimator = ("exact", *options.estimators).index(row.estimator)
+        return row.k, names.index(row.criterion), -row.dimension, sigma, estimator
 
-    def _model_at(self, k: int, before: Subspace | None) -> tuple[QuadraticIncrement, Tensor, Subspace | None]:
-        """The quadratic model, ‖c‖² in the full space, and the subspace, where it is asked for."""
-        tools, subspace = self._tools, None
-        with contextlib.closing(tools.operator(range(k), k)) as operator, tools.products(operator):
+    def _model_at(self, k: int) -> tuple[QuadraticIncrement, Tensor]:
+        """Return the quadratic model in the subspace of k, and ‖c‖² in the full space."""
+        problem = self._problem
+        with contextlib.closing(problem.operator(range(k), k)) as operator, problem.fail_together(operator):
             if "delta_2_subspace" in self._options.quantities:
-                with tools.timed("subspace"):
-                    subspace = subspace_at(tools, k, operator, self._directions, before)
-                self._result.products += subspace.products
-                self._result.residuals[k] = subspace.residual
-            with tools.timed("coefficients"):
-                return *increment_model(tools, k, operator, subspace), subspace
+                before = next(reversed(self._subspaces.values()), None)
+                with problem.timed("subspace"):
+                    self._subspaces[k] = subspace_at(problem, k, operator, before)
+            with problem.timed("coefficients"):
+                return increment_model(problem, k, operator, self._subspaces.get(k))
 
     def _add_subspace(self, k: int, model: QuadraticIncrement, subspace: Subspace) -> None:
-        """Add all estimators of the subspace; the same probes serve them, every D and every σ."""
-        options, tools = self._options, self._tools
-        direct = "direct" in options.estimators
-        compared = options.draws if direct else options.validation_draws
-        generator = torch.Generator("cpu").manual_seed(tools.seed + 1)
+        """Add all estimators of the subspace; the same draws serve them, every D and every σ."""
+        options, problem = self._options, self._problem
+        direct, compared = "direct" in options.estimators, options.compared_in_subspace
+        generator = torch.Generator("cpu").manual_seed(options.seed + 1)
         shape = (max(options.draws, compared), len(subspace.basis))
-        z = torch.randn(shape, generator=generator, dtype=torch.float64).to(tools.space.device)
+        z = torch.randn(shape, generator=generator, dtype=torch.float64).to(problem.space.device)
         for dimension, sigma in itertools.product(options.subspace_dims, options.sigmas):
-            place: Place = ("delta_2_subspace", k, dimension, sigma)
-            part, probes, error = model.first(dimension), sigma * z[:, :dimension], math.nan
+            part, draws = model.first(dimension), sigma * z[:, :dimension]
+            error, true, modelled, closed = math.nan, None, None, None
             if compared and (direct or dimension == len(subspace.basis)):
-                with tools.timed("direct" if direct else "validation"):
-                    true, rounding = increments_in(tools, k, subspace.basis[:dimension], probes[:compared])
-                error = relative_model_error(true, part.at(probes[:compared]), rounding)
-            known = {"model_error": error, "converged": subspace.converged}
-            if direct:
-                self._add_draws(place, "direct", true, model.a, **known)
+                with problem.timed("direct" if direct else "validation"):
+                    true, rounding = increments_in(problem, k, subspace.basis[:dimension], draws[:compared])
+                error = relative_model_error(true, part.at(draws[:compared]), rounding)
             if "quadratic" in options.estimators:
-                with tools.timed("quadratic"):
-                    modelled = part.at(probes[: options.draws])
-                self._add_draws(place, "quadratic", modelled, model.a, **known)
+                with problem.timed("quadratic"):
+                    modelled = part.at(draws[: options.draws])
             if "gaussian_moment" in options.estimators:
-                with tools.timed("gaussian_moment"):
+                with problem.timed("gaussian_moment"):
                     moments = gaussian_moment(part, sigma)
-                beyond = gaussian_moment(part.without_value(), sigma)
-                self._add(place, "gaussian_moment", moments, 0.0, beyond, **known)
+                closed = moments, 0.0, gaussian_moment(part.without_value(), sigma)
+            place: Place = ("delta_2_subspace", k, dimension, sigma)
+            known = {"model_error": error, "converged": subspace.converged}
+            self._add_estimators(place, model.a, true, modelled, closed, **known)
 
-    def _full_space(self) -> _FullSpace:
-        """What all k have in common: losses around the parameters, and terms of the model along random directions."""
-        options, tools = self._options, self._tools
-        modelled = options.draws if "quadratic" in options.estimators else 0
-        compared = options.validation_draws if set(options.estimators) - {"direct"} else 0
-        moved = max(compared, options.draws if "direct" in options.estimators else 0)
-        full = _FullSpace(compared=compared)
-        if moved:
-            with tools.timed("direct, full space"):
-                full.losses.update({sigma: losses_around(tools, moved, sigma) for sigma in options.sigmas})
-        if modelled or compared:
-            with tools.timed("quadratic, full space"):
-                full.probes.update(probe_terms(tools, max(modelled, compared)))
+    def _explore_full_space(self) -> None:
+        """Evaluate the losses at perturbed parameters, and the terms of the model along random directions."""
+        options, problem, compared = self._options, self._problem, self._options.compared_in_full_space
+        modelled = max(compared, options.draws if "quadratic" in options.estimators else 0)
+        perturbed = max(compared, options.draws if "direct" in options.estimators else 0)
+        if perturbed:
+            with problem.timed("direct, full space"):
+                self._losses = {sigma: losses_around(problem, perturbed, sigma) for sigma in options.sigmas}
+        if modelled:
+            with problem.timed("quadratic, full space"):
+                self._draws = terms_along(problem, modelled, "draws")
         if "gaussian_moment" in options.estimators:
-            with tools.timed("traces, full space"):
-                full.traces.update(trace_terms(tools))
-        return full
+            with problem.timed("traces, full space"):
+                self._traces = terms_along(problem, options.trace_vectors, "signs")
 
-    def _add_full_space(self, k: int, a: Tensor, squares: Tensor | None, full: _FullSpace) -> None:
-        options, tools = self._options, self._tools
-        for sigma in options.sigmas:
-            place: Place = ("delta_2", k, tools.space.dimension, sigma)
-            error, true, modelled = math.nan, None, None
-            if sigma in full.losses:
-                losses = full.losses[sigma]
-                true = increment(losses[:, list(tools.new(k))], losses[:, :k].mean(1, keepdim=True), k)
-            if full.probes:
-                modelled = full.probes[k].at(a, sigma)
-            if true is not None and modelled is not None and full.compared:
-                first = slice(full.compared)
-                error = relative_model_error(true[first], modelled[first], rounding_of(tools, losses, k))
-            if true is not None and "direct" in options.estimators:
-                self._add_draws(place, "direct", true[: options.draws], a, model_error=error)
-            if modelled is not None and "quadratic" in options.estimators:
-                self._add_draws(place, "quadratic", modelled[: options.draws], a, model_error=error)
-            if full.traces:
-                assert squares is not None
-                self._add_traces(place, a, squares, full.traces[k], error)
+    def _add_full_space(self, k: int, a: Tensor, squares: Tensor | None) -> None:
+        """Add all estimators of the full space."""
+        problem, compared = self._problem, self._options.compared_in_full_space
+        for sigma in self._options.sigmas:
+            error, true, modelled, closed = math.nan, None, None, None
+            if sigma in self._losses:
+                losses = self._losses[sigma]
+                true = increment(losses[:, list(problem.new(k))], losses[:, :k].mean(1, keepdim=True), k)
+            if self._draws:
+                modelled = self._draws[k].at(a, sigma)
+            if true is not None and modelled is not None and compared:
+                error = relative_model_error(true[:compared], modelled[:compared], rounding_of(problem, losses, k))
+            if self._traces and squares is not None:
+                closed = _of_traces(a, squares, self._traces[k], sigma)
+            place: Place = ("delta_2", k, problem.space.dimension, sigma)
+            self._add_estimators(place, a, true, modelled, closed, model_error=error)
 
-    def _add_traces(self, place: Place, a: Tensor, squares: Tensor, terms: DirectionalTerms, error: float) -> None:
-        """Add the closed form in the full space, of sampled traces."""
-        forms, lengths, sigma = terms.forms, terms.lengths, place[-1]
-        _, over_draws = sampled_gaussian_moment(a, squares, forms, lengths, sigma)
-        columns = list(zip(a, squares, forms.T, lengths.T, strict=True))
-        values = torch.stack([sampled_gaussian_moment(*column, sigma)[0] for column in columns])
-        beyond, _ = sampled_gaussian_moment(torch.zeros_like(a), squares, forms, lengths, sigma)
-        self._add(place, "gaussian_moment", values, float(over_draws), beyond, model_error=error)
-
-    def _add_draws(self, place: Place, estimator: str, increments: Tensor, a: Tensor, **known: Any) -> None:
-        """Add the mean of |f|^p over draws and new samples; ``increments`` (S, candidates), at the parameters ``a``."""
-        powers, beyond = (part.abs() ** self._options.order for part in (increments, increments - a))
-        _, over_draws = mean_and_error(powers.mean(1).tolist())
-        self._add(place, estimator, powers.mean(0), over_draws, beyond, **known)
+    def _add_estimators(
+        self,
+        place: Place,
+        a: Tensor,
+        true: Tensor | None,
+        modelled: Tensor | None,
+        closed: Moments | None,
+        **known: Any,
+    ) -> None:
+        """Add a row for each estimator: of true and modelled increments (S, candidates), a at w; of a closed form."""
+        for estimator, increments in (("direct", true), ("quadratic", modelled)):
+            if estimator in self._options.estimators and increments is not None:
+                drawn = increments[: self._options.draws]
+                powers, beyond = (values.abs() ** self._options.order for values in (drawn, drawn - a))
+                _, over_draws = _mean_and_error(powers.mean(1).tolist())
+                self._add(place, estimator, powers.mean(0), over_draws, beyond, **known)
+        if closed is not None:
+            self._add(place, "gaussian_moment", *closed, **known)
 
     def _add(
         self, place: Place, estimator: str, values: Tensor, over_draws: float, beyond: Tensor, **known: Any
     ) -> None:
         """Add a row, of the values for each new sample, (candidates,)."""
         quantity, k, dimension, sigma = place
-        value, over_samples = mean_and_error(values.tolist())
-        row = CriterionRow(
-            k=k,
-            criterion=self._options.name(quantity),
-            estimator=estimator,
-            dimension=dimension,
-            sigma=sigma,
-            value=value,
-            stderr_samples=over_samples,
-            stderr_draws=over_draws,
-            deformation=float(beyond.mean()),
-            **known,
-        )
-        self._result.rows.append(row)
+        value, over_samples = _mean_and_error(values.tolist())
+        numbers = (value, over_samples, over_draws, float(beyond.mean()))
+        self._rows.append(CriterionRow(k, self._options.name(quantity), estimator, dimension, sigma, *numbers, **known))
+
+
+def _of_traces(a: Tensor, squares: Tensor, terms: DirectionalTerms, sigma: float) -> Moments:
+    """Return the closed form in the full space, of sampled traces."""
+    forms, lengths = terms.forms, terms.lengths
+    _, over_draws = sampled_gaussian_moment(a, squares, forms, lengths, sigma)
+    columns = zip(a, squares, forms.T, lengths.T, strict=True)
+    values = torch.stack([sampled_gaussian_moment(*column, sigma)[0] for column in columns])
+    beyond, _ = sampled_gaussian_moment(torch.zeros_like(a), squares, forms, lengths, sigma)
+    return values, float(over_draws), beyond
+
+
+def _mean_and_error(numbers: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error; NaN for the error of one number."""
+    mean = math.fsum(numbers) / len(numbers)
+    if len(numbers) < 2:
+        return mean, math.nan
+    square = math.fsum((number - mean) ** 2 for number in numbers)
+    return mean, math.sqrt(square / (len(numbers) - 1) / len(numbers))

@@ -1,43 +1,36 @@
-"""The monitor of how the loss around a point settles as samples are added."""
+"""The monitor of stabilization: how much one more sample changes the loss around a point."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_curvature.data.ordered import OrderedSamples, read_ordered_samples
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.samples import SampleLosses
-from lightning_curvature.monitors.base import OnError
 from lightning_curvature.monitors.occasional import OccasionalMonitor
+from lightning_curvature.monitors.options import OnError
+from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.operators.graphs import products_at_once
 from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.reporting.progress import Progress
-from lightning_curvature.stabilization.checks import check_directions, growth_options
-from lightning_curvature.stabilization.measurement import measure_growth
-from lightning_curvature.stabilization.options import (
-    QUANTITIES,
-    Estimator,
-    GrowthProblem,
-    Law,
-    Quantity,
-)
-from lightning_curvature.stabilization.result import SampleGrowth, report_growth
+from lightning_curvature.stabilization.measurement import measure_stabilization
+from lightning_curvature.stabilization.options import Directions, Estimator, Law, Quantity, StabilizationOptions
+from lightning_curvature.stabilization.pictures import report_table
+from lightning_curvature.stabilization.problem import StabilizationProblem, check_directions
+from lightning_curvature.stabilization.result import SampleGrowth
 
-Directions = Callable[[pl.LightningModule], Tensor]
-
-# Samples evaluated at once where nothing else is said.
+# Samples evaluated at once where micro_batch_size is None.
 _MICRO_BATCH = 16
 
 
-class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
+class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]):
     r"""Measure how much one more sample changes the loss around the parameters, for several numbers of samples.
 
     L_k is the mean loss of the first k of a fixed order of training samples, w the parameters as they are. Quantities:
@@ -48,18 +41,19 @@ class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
       with the largest eigenvalues (or other directions: ``law``).
 
     Estimators: "gaussian_moment" evaluates a quadratic model of the increment in closed form, "quadratic" by Monte
-    Carlo, "direct" perturbs the parameters and evaluates the losses. The model is compared with
-    the true increment on some probes, and where it is not within ``model_tolerance`` at a σ, a warning says so.
+    Carlo, "direct" perturbs the parameters and evaluates the losses. The monitor compares the model with the true
+    increment on some draws, and warns where the model is not within ``model_tolerance`` at a σ.
 
     A sample is what the training step gives a loss for when it is alone in its batch: an example, or a sequence. Each
     of ``candidates`` samples that follow the first k stands for the next one, so that every criterion is a mean with
     its standard error.
 
-    Written are, for the largest k, the largest D and the first σ and estimator, ``<prefix>/<quantity>`` and
-    ``<quantity>_stderr``, over samples and draws together; ``validated_sigma``, of the subspace, and
-    ``validated_sigma_full_space``; to TensorBoard all values against k in place of the step,
-    ``<prefix>_by_samples/…``, and a picture; into the logger's folder the whole table, ``…-stabilization-step=….csv``,
-    and the picture as PNG. ``result`` holds them as a :class:`~lightning_curvature.stabilization.result.SampleGrowth`.
+    The monitor writes ``<prefix>/<quantity>`` and ``<quantity>_stderr`` (over samples and draws) for the largest k and
+    D and the first σ and estimator; ``validated_sigma``, the largest σ up to which the model holds in the subspace, and
+    ``validated_sigma_full_space``. TensorBoard gets all values against k in place of the step,
+    ``<prefix>_by_samples/…``, and a picture; the logger's folder gets the whole table,
+    ``…-stabilization-step=….csv``, and the picture as PNG. ``result`` holds them as a
+    :class:`~lightning_curvature.stabilization.result.SampleGrowth`.
 
     Cost, for each k: an eigensolver's products with the first k samples (3 to 15 for each of the D directions, most
     where k or D is small), D products with each candidate; "direct" S forwards of k + candidates samples for each D and
@@ -68,18 +62,18 @@ class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
     vectors of N numbers during the search.
 
     Args:
-        sample_sizes: k, each a sample size.
-        subspace_dim: D, or several, of which the largest is searched for.
+        sample_sizes: k, or several.
+        subspace_dim: D, or several; the search for eigenvectors finds the largest.
         sigma: σ, or several, in units of the parameters.
         quantities: which of the above.
         estimators: which of the above.
-        candidates: how many samples stand for the next one.
+        candidates: number of samples that stand for the next one.
         draws: S, Monte-Carlo draws.
         trace_vectors: random vectors for the traces that "gaussian_moment" needs in the full space.
-        validation_draws: probes on which the model is compared, in the subspace where "direct" is not asked for; 0 for
+        validation_draws: draws on which the model is compared, in the subspace where "direct" is not asked for; 0 for
             none.
         model_tolerance: relative error (root mean square) up to which the model counts as valid.
-        order: p of :math:`E|L_{k+1} - L_k|^p`; the closed form knows 2 alone.
+        order: p of :math:`E|L_{k+1} - L_k|^p`; the closed form exists for 2 alone.
         law: "top" and "bottom" eigenvectors, "random" directions, "gradients" of the D samples with the longest ones.
         directions: callable module → (D, N) vectors to span the subspace, in place of ``law``; their rows are made
             orthonormal one after the other.
@@ -91,10 +85,10 @@ class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
         tolerance: relative residual of eigenvectors.
         max_products: products after which a search for eigenvectors ends; default: 20 for each, and 20 more.
         objective: callable (module, batch of one sample) → loss, in place of training_step.
-        optimizer_index: whose parameters are moved, where there are several optimizers.
+        optimizer_index: whose parameters are perturbed, where there are several optimizers.
         probe_mode: "eval" switches the module for the measurement, "train" leaves it in its modes.
         probe_precision: "32-true" runs without autocast; None in the precision of the run.
-        seed: of the order of samples, probes and random vectors.
+        seed: of the order of samples, perturbations and random vectors.
         prefix: prefix of the keys.
         on_error: "warn" logs NaN and warns when a measurement fails; "raise" raises.
 
@@ -103,80 +97,45 @@ class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
         MisconfigurationException: at the start of fit or of the first measurement, for what the module, the data or the
             strategy cannot give.
 
-    Source: P1 (curvature-aligned probing), eqs. 1–4 and 11–15.
+    Source: Curvature-aligned probing (2026), eqs. 1–4 and 11–15; see docs/references.md.
     """
 
+    options: StabilizationOptions
+    capacities = ("vectors_at_once",)
     _batch_norm_note = "a sample alone has no statistics of a batch, and most layers refuse it"
 
     def __init__(
         self,
         *,
-        sample_sizes: Sequence[int] = (4, 8, 16, 32, 64),
-        subspace_dim: int | Sequence[int] = 8,
-        sigma: float | Sequence[float] = 1e-3,
-        quantities: Sequence[Quantity] = QUANTITIES,
-        estimators: Sequence[Estimator] = ("gaussian_moment",),
-        candidates: int = 8,
-        draws: int = 64,
-        trace_vectors: int = 16,
-        validation_draws: int = 8,
-        model_tolerance: float = 0.1,
-        order: float = 2.0,
-        law: Law = "top",
-        directions: Directions | None = None,
-        at_end: bool = True,
-        at_steps: Sequence[int] = (),
-        every_n_train_steps: int | None = None,
-        probe_dataloader: Any = None,
-        micro_batch_size: int | None = None,
-        tolerance: float = 1e-3,
-        max_products: int | None = None,
-        objective: ObjectiveFunction | None = None,
-        optimizer_index: int = 0,
-        probe_mode: Literal["train", "eval"] = "eval",
-        probe_precision: Literal["32-true"] | None = "32-true",
-        seed: int = 0,
-        prefix: str = "curvature",
-        on_error: OnError = "warn",
+        sample_sizes: Sequence[int] = StabilizationOptions.sample_sizes,
+        subspace_dim: int | Sequence[int] = StabilizationOptions.subspace_dim,
+        sigma: float | Sequence[float] = StabilizationOptions.sigma,
+        quantities: Sequence[Quantity] = StabilizationOptions.quantities,
+        estimators: Sequence[Estimator] = StabilizationOptions.estimators,
+        candidates: int = StabilizationOptions.candidates,
+        draws: int = StabilizationOptions.draws,
+        trace_vectors: int = StabilizationOptions.trace_vectors,
+        validation_draws: int = StabilizationOptions.validation_draws,
+        model_tolerance: float = StabilizationOptions.model_tolerance,
+        order: float = StabilizationOptions.order,
+        law: Law = StabilizationOptions.law,
+        directions: Directions | None = StabilizationOptions.directions,
+        at_end: bool = StabilizationOptions.at_end,
+        at_steps: Sequence[int] = StabilizationOptions.at_steps,
+        every_n_train_steps: int | None = StabilizationOptions.every_n_train_steps,
+        probe_dataloader: Any = StabilizationOptions.probe_dataloader,
+        micro_batch_size: int | None = StabilizationOptions.micro_batch_size,
+        tolerance: float = StabilizationOptions.tolerance,
+        max_products: int | None = StabilizationOptions.max_products,
+        objective: ObjectiveFunction | None = StabilizationOptions.objective,
+        optimizer_index: int = StabilizationOptions.optimizer_index,
+        probe_mode: Literal["train", "eval"] = StabilizationOptions.probe_mode,
+        probe_precision: Literal["32-true"] | None = StabilizationOptions.probe_precision,
+        seed: int = StabilizationOptions.seed,
+        prefix: str = StabilizationOptions.prefix,
+        on_error: OnError = StabilizationOptions.on_error,
     ) -> None:
-        super().__init__(
-            at_end=at_end,
-            at_steps=at_steps,
-            every_n_train_steps=every_n_train_steps,
-            probe_samples=None,
-            probe_dataloader=probe_dataloader,
-            micro_batch_size=micro_batch_size,
-            probe_mode=probe_mode,
-            probe_precision=probe_precision,
-            seed=seed,
-            objective=objective,
-            outputs=None,
-            optimizer_index=optimizer_index,
-            prefix=prefix,
-            on_error=on_error,
-        )
-        self.options = growth_options(
-            quantities=quantities,
-            sample_sizes=sample_sizes,
-            candidates=candidates,
-            subspace_dim=subspace_dim,
-            sigma=sigma,
-            estimators=estimators,
-            draws=draws,
-            trace_vectors=trace_vectors,
-            validation_draws=validation_draws,
-            order=order,
-            law=law if directions is None else "top",
-            tolerance=tolerance,
-            max_products=max_products,
-            model_tolerance=model_tolerance,
-        )
-        if directions is not None and not callable(directions):
-            raise ValueError(
-                f"directions must be a callable, got a {type(directions).__name__}: give one that returns (D, N) "
-                "vectors for a module."
-            )
-        self.directions = directions
+        super().__init__(StabilizationOptions.of(locals()))
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise where there are too few parameters."""
@@ -186,63 +145,47 @@ class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
                 f"subspace_dim must be below the number of parameters, got {largest} of {size}: ask for fewer."
             )
 
-    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, errors: list[Exception]) -> OrderedSamples:
+    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None) -> OrderedSamples:
         count = self.options.sample_sizes[-1] + self.options.candidates
-        return read_ordered_samples(trainer, loader, samples=count, seed=self.seed, errors=errors)
+        return read_ordered_samples(trainer, loader, samples=count, seed=self.options.seed, failure=failure)
 
-    def prepare(
-        self, trainer: pl.Trainer, loss: ProbeLoss, probe_set: OrderedSamples
-    ) -> tuple[tuple[GrowthProblem, Progress], float]:
-        """Return what is measured with what shows that it is, and how many vectors are multiplied at once."""
-        progress = Progress(trainer, "sample growth")
-        parameters = self._parameters(trainer)
-        losses = SampleLosses(loss, probe_set, self.micro_batch_size or _MICRO_BATCH)
+    def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: OrderedSamples) -> Prepared[StabilizationProblem]:
+        """Return losses of single samples and parameters, and how many vectors this rank can multiply at once."""
+        options, parameters = self.options, self._parameters(trainer)
+        losses = SampleLosses(loss, data, options.micro_batch_size or _MICRO_BATCH)
         if trainer.world_size > 1:
             losses.check_local()
-        directions, shape = None, (self.options.subspace_dims[0], sum(p.numel() for p in parameters))
-        if self.directions is not None:
-            directions = check_directions(self.directions(trainer.lightning_module), shape)
-        problem = GrowthProblem(
-            trainer=trainer,
-            losses=losses,
-            parameters=parameters,
-            directions=directions,
-            seed=self.seed,
-            on_product=progress.tick,
+        directions, shape = None, (options.subspace_dims[0], sum(p.numel() for p in parameters))
+        if options.directions is not None:
+            directions = check_directions(options.directions(trainer.lightning_module), shape)
+        at_once = products_at_once(VectorSpace(parameters), trainer.num_devices)
+        progress = Progress(trainer, "stabilization")
+        problem = StabilizationProblem(
+            options, trainer, losses, parameters, directions, on_product=progress.tick, vectors_at_once=at_once
         )
-        return (problem, progress), float(products_at_once(VectorSpace(parameters), trainer.num_devices))
+        return Prepared(problem, progress, {"vectors_at_once": at_once})
 
-    def measured(self, trainer: pl.Trainer, prepared: tuple[GrowthProblem, Progress], least: float) -> SampleGrowth:
-        """Measure at the parameters as they are."""
-        problem, progress = prepared
-        try:
-            result = measure_growth(self.options, problem, int(least))
-        finally:
-            progress.close()
+    def measure(self, trainer: pl.Trainer, prepared: Prepared[StabilizationProblem]) -> SampleGrowth:
+        """Measure at the parameters as they are, and warn of values that cannot be trusted."""
+        at_once = int(prepared.capacities["vectors_at_once"])
+        result = measure_stabilization(replace(prepared.problem, vectors_at_once=at_once))
         self._warn_of(result)
         return result
 
-    def report_result(self, trainer: pl.Trainer, result: SampleGrowth) -> None:
-        """Write headlines, curves, table and picture."""
-        valid = {key: getattr(result, key) for key in self._validity_keys()}
-        self._write(trainer, result.headline() | valid)
-        report_growth(trainer, self.prefix, result)
+    def keys(self) -> list[str]:
+        """Return the keys of all values, the same for every measurement."""
+        return self.options.keys()
 
-    def _validity_keys(self) -> list[str]:
-        """Keys of where the model holds: of the subspace, and of the full space."""
-        options, keys = self.options, list[str]()
-        if "delta_2_subspace" in options.quantities and ("direct" in options.estimators or options.validation_draws):
-            keys.append("validated_sigma")
-        if "delta_2" in options.quantities and set(options.estimators) - {"direct"} and options.validation_draws:
-            keys.append("validated_sigma_full_space")
-        return keys
+    def draw(self, trainer: pl.Trainer, result: SampleGrowth) -> None:
+        """Write curves, table and picture."""
+        report_table(trainer, self.options.prefix, result)
 
     def _warn_of(self, result: SampleGrowth) -> None:
-        """Say what in a measurement cannot be trusted."""
+        """Warn of values that cannot be trusted."""
         for where, in_subspace in (("subspace", True), ("full space", False)):
             errors, valid = result.model_errors(in_subspace), result.validated(in_subspace)
             beyond = [sigma for sigma in self.options.sigmas if sigma in errors and not sigma <= valid]
-            if beyond and set(self.options.estimators) - {"direct"}:
+            if beyond and self.options.uses_model:
                 warn(
                     f"sigma must be small enough for a quadratic model of the loss in the {where}, got {beyond[0]:g}, "
                     f"where it is off by up to {errors[beyond[0]]:.0%}: trust 'direct' alone there, or a smaller sigma."
@@ -254,12 +197,6 @@ class StabilizationMonitor(OccasionalMonitor[SampleGrowth]):
             )
         if not all(row.converged for row in result.rows):
             warn(
-                f"eigenvectors had not converged after max_products={self.options.max_products} products: rows of the "
+                f"eigenvectors did not converge within max_products={self.options.product_limit} products: rows of the "
                 "table say where. Raise max_products or tolerance, or lower subspace_dim."
             )
-
-    def report_nothing(self, trainer: pl.Trainer) -> None:
-        """Write NaN for all values."""
-        names = [self.options.name(quantity) for quantity in self.options.quantities]
-        keys = [*names, *(f"{name}_stderr" for name in names), *self._validity_keys()]
-        self._write(trainer, dict.fromkeys(keys, math.nan))

@@ -1,8 +1,8 @@
-"""Losses with the parameters moved, and traces of the increment's Hessian in the full space."""
+"""Losses at perturbed parameters, and the quadratic model of the increment along directions of the full space."""
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,69 +11,55 @@ from lightning_curvature.functional import increment
 from lightning_curvature.linalg.space import Distribution
 from lightning_curvature.operators.graphs import products_with
 from lightning_curvature.operators.micro_batches import building_graphs
-from lightning_curvature.stabilization.problem import GrowthTools
+from lightning_curvature.stabilization.problem import StabilizationProblem
 
-# What random vectors are for.
-_PROBES, _TRACES = 2, 3
+# Random vectors: the use of random numbers, and their distribution.
+_USES: dict[str, tuple[int, Distribution]] = {"draws": (2, "normal"), "signs": (3, "rademacher")}
 # Losses of equal samples differ by a few roundings, by how they were batched.
 _ROUNDING = 8.0
 
 
-def increments_in(tools: GrowthTools, k: int, basis: Tensor, probes: Tensor) -> tuple[Tensor, float]:
-    """Return the true increments at w + Uz.
+def increments_in(problem: StabilizationProblem, k: int, basis: Tensor, draws: Tensor) -> tuple[Tensor, float]:
+    """Return the true increments at w + Uz, (S, candidates) float64, and the largest that rounding alone may make.
 
-    Args:
-        tools: of the measurement.
-        k: samples before the new one.
-        basis: U as rows, (D, n).
-        probes: z, (S, D).
-
-    Returns:
-        (S, candidates) float64, and how large an increment rounding alone may make.
+    U has the rows of ``basis``, (D, n), and z those of ``draws``, (S, D).
     """
-    new = tools.new(k)
-    own = tools.samples.among(new)
-    moves = (z.to(basis.dtype) @ basis for z in probes)
+    new = problem.new(k)
+    held = problem.losses.samples.among(new)
 
-    def own_part() -> Tensor:
-        table = tools.numbers(len(probes), 1 + len(new))
-        for row in tools.moved(moves):
-            table[row, 0] = tools.mean_loss(k)
-            if own:
-                table[row, [1 + number - k for number in own]] = tools.losses.each(own).double()
-        return table
+    def fill(table: Tensor) -> None:
+        for row in problem.moved(z.to(basis.dtype) @ basis for z in draws):
+            table[row, 0] = problem.mean_loss(k)
+            if held:
+                table[row, [1 + number - k for number in held]] = problem.losses.each(held).double()
 
-    table = tools.together(own_part, tools.numbers(len(probes), 1 + len(new)))
-    return increment(table[:, 1:], table[:, :1], k), rounding_of(tools, table, k)
+    table = problem.together(problem.zeros(len(draws), 1 + len(new)), fill)
+    return increment(table[:, 1:], table[:, :1], k), rounding_of(problem, table, k)
 
 
-def rounding_of(tools: GrowthTools, losses: Tensor, k: int) -> float:
-    """How large an increment the rounding of losses alone may make."""
-    return _ROUNDING * torch.finfo(tools.space.dtype).eps * float(losses.abs().max()) / (k + 1)
+def rounding_of(problem: StabilizationProblem, losses: Tensor, k: int) -> float:
+    """Return the largest increment that the rounding of losses alone may make."""
+    return _ROUNDING * torch.finfo(problem.space.dtype).eps * float(losses.abs().max()) / (k + 1)
 
 
-def losses_around(tools: GrowthTools, count: int, sigma: float) -> Tensor:
-    """Return the losses of all samples at w + ε, ε ~ N(0, σ²I_N): one pass serves every k.
+def losses_around(problem: StabilizationProblem, count: int, sigma: float) -> Tensor:
+    """Return the losses of all samples at w + ε, ε ~ N(0, σ²I_N), (count, samples) float64: they serve every k.
 
-    Returns:
-        (count, samples) float64; the directions of ε are the same at every σ.
+    The directions of ε are the same at every σ.
     """
-    total = tools.samples.total
-    own, generator = tools.samples.among(range(total)), tools.generator(_PROBES)
-    moves: Iterable[Tensor] = (tools.space.random(generator).mul_(sigma) for _ in range(count))
+    total, generator = problem.losses.samples.total, problem.generator(_USES["draws"][0])
+    held = problem.losses.samples.among(range(total))
 
-    def own_part() -> Tensor:
-        table = tools.numbers(count, total)
-        for row in tools.moved(moves):
-            table[row, own] = tools.losses.each(own).double()
-        return table
+    def fill(table: Tensor) -> None:
+        for row in problem.moved(problem.space.random(generator).mul_(sigma) for _ in range(count)):
+            table[row, held] = problem.losses.each(held).double()
 
-    return tools.together(own_part, tools.numbers(count, total))
+    return problem.together(problem.zeros(count, total), fill)
 
 
 @dataclass(frozen=True)
 class DirectionalTerms:
-    r"""What the quadratic model of the full space is along random directions v.
+    r"""Terms of the quadratic model of the full space along random directions v.
 
     Attributes:
         slopes: cᵀv with c = ∇L_{k+1} − ∇L_k, (vectors, candidates) float64.
@@ -86,66 +72,58 @@ class DirectionalTerms:
     lengths: Tensor
 
     def at(self, a: Tensor, sigma: float) -> Tensor:
-        """The model at w + σv, (vectors, candidates)."""
+        """Return the model at w + σv, (vectors, candidates)."""
         return a + sigma * self.slopes + 0.5 * sigma**2 * self.forms
 
 
-def trace_terms(tools: GrowthTools) -> dict[int, DirectionalTerms]:
-    """Return terms along vectors of random signs, by k: for traces."""
-    return _terms_along(tools, tools.options.trace_vectors, _TRACES, "rademacher")
+def terms_along(
+    problem: StabilizationProblem, left: int, vectors_are: Literal["draws", "signs"]
+) -> dict[int, DirectionalTerms]:
+    """Return terms by k, along the directions of the first draws of :func:`losses_around` or along random signs.
 
-
-def probe_terms(tools: GrowthTools, count: int) -> dict[int, DirectionalTerms]:
-    """Return terms along the directions of the first probes of :func:`losses_around`, by k."""
-    return _terms_along(tools, count, _PROBES, "normal")
-
-
-def _terms_along(tools: GrowthTools, left: int, use: int, distribution: Distribution) -> dict[int, DirectionalTerms]:
-    """Sums over the first k samples are those before and the samples since: each takes part once in a vector."""
-    space, sizes, generator = tools.space, tools.options.sample_sizes, tools.generator(use)
-    found: dict[int, list[Tensor]] = {k: [] for k in sizes}
+    Sums over the first k samples go on from those over the k before: a vector is multiplied with each sample once.
+    """
+    use, distribution = _USES[vectors_are]
+    space, sizes, generator = problem.space, problem.options.sample_sizes, problem.generator(use)
+    terms: dict[int, list[Tensor]] = {k: [] for k in sizes}
     while left:
-        count = min(left, tools.at_once)
+        count = min(left, problem.vectors_at_once)
         left -= count
         vectors = torch.stack([space.random(generator, distribution) for _ in range(count)])
         # In the last row the gradient.
         running = space.zeros(count + 1)
         for before, k in zip((0, *sizes), sizes, strict=False):
-            running += _summed(tools, range(before, k), vectors)
-            found[k].append(_terms(tools, k, vectors, running / k))
-    return {k: DirectionalTerms(*torch.cat(parts).unbind(-1)) for k, parts in found.items()}
+            running += _summed(problem, range(before, k), vectors)
+            terms[k].append(_terms(problem, k, vectors, running / k))
+    return {k: DirectionalTerms(*torch.cat(blocks).unbind(-1)) for k, blocks in terms.items()}
 
 
-def _summed(tools: GrowthTools, numbers: range, vectors: Tensor) -> Tensor:
-    """Products of vectors with the sum of the Hessians of samples, and that of their gradients; one collective."""
+def _summed(problem: StabilizationProblem, numbers: range, vectors: Tensor) -> Tensor:
+    """Return the products of vectors with the sum of the samples' Hessians, and the sum of their gradients."""
 
-    def own_part() -> Tensor:
-        with contextlib.closing(tools.operator(numbers, 1)) as operator:
-            rows = []
-            for vector in vectors:
-                rows.append(operator.local_product(vector))
-                tools.on_product()
-            return torch.stack([*rows, operator.local_gradient()])
+    def fill(rows: Tensor) -> None:
+        with contextlib.closing(problem.operator(numbers, 1)) as operator:
+            for row, vector in zip(rows, vectors, strict=False):
+                row.copy_(operator.local_product(vector))
+                problem.on_product()
+            rows[-1] = operator.local_gradient()
 
-    return tools.together(own_part, tools.space.zeros(len(vectors) + 1))
+    return problem.together(problem.space.zeros(len(vectors) + 1), fill)
 
 
-def _terms(tools: GrowthTools, k: int, vectors: Tensor, means: Tensor) -> Tensor:
-    """(vectors, candidates, 3)."""
-    new, space = tools.new(k), tools.space
+def _terms(problem: StabilizationProblem, k: int, vectors: Tensor, means: Tensor) -> Tensor:
+    """Return slopes, forms and lengths, (vectors, candidates, 3)."""
+    new, space = problem.new(k), problem.space
 
-    def own_part() -> Tensor:
-        table = tools.numbers(len(vectors), len(new), 3)
-        for column, number in enumerate(new):
-            if number in tools.samples.own:
-                _, gradients = tools.gradients(number, graph=True)
-                with building_graphs():
-                    products = products_with(gradients, tools.parameters, space, vectors)
-                change = increment(space.pack(gradients), means[-1], k)
-                table[:, column, 0] = space.dots([vectors], change)
-                for row, product in enumerate(increment(products, means[:-1], k)):
-                    table[row, column, 1] = space.dot(vectors[row], product)
-                    table[row, column, 2] = space.squared_norm(product)[0]
-        return table
+    def fill(table: Tensor) -> None:
+        for number in problem.losses.samples.among(new):
+            _, gradients = problem.gradients(number, graph=True)
+            with building_graphs():
+                products = products_with(gradients, problem.parameters, space, vectors)
+            of_sample = table[:, number - k]
+            of_sample[:, 0] = space.dots([vectors], increment(space.pack(gradients), means[-1], k))
+            for row, product in enumerate(increment(products, means[:-1], k)):
+                of_sample[row, 1] = space.dot(vectors[row], product)
+                of_sample[row, 2] = space.squared_norm(product)[0]
 
-    return tools.together(own_part, tools.numbers(len(vectors), len(new), 3))
+    return problem.together(problem.zeros(len(vectors), len(new), 3), fill)

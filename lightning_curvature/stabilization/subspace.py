@@ -1,6 +1,5 @@
-"""The directions in which the loss is probed: an orthonormal basis, and the Hessian of the first k samples in it."""
+"""The subspace in which the loss is perturbed: an orthonormal basis, and the mean Hessian of k samples in it."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +7,11 @@ from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace, eigenpairs
 from lightning_curvature.linalg.space import pairwise_dots
-from lightning_curvature.operators import CurvatureOperator
-from lightning_curvature.stabilization.options import Law
+from lightning_curvature.operators import HessianOperator
+from lightning_curvature.stabilization.problem import StabilizationProblem
 
+# Uses of random numbers.
+_DIRECTIONS, _SIGNS = 0, 4
 # Random vectors that a search without start vectors begins with. One finds every eigenvalue once; with more, the basis
 # grows wider and less deep: a GPT took 1.3 times the products for 16 pairs with a block of 16.
 _BLOCK = 2
@@ -18,14 +19,14 @@ _BLOCK = 2
 
 @dataclass(frozen=True)
 class Subspace:
-    """Directions that are probed.
+    """Directions of the perturbations.
 
     Attributes:
         basis: U as rows, (D, n).
         curvature: UᵀHU of the mean over the first k samples, (D, D) float64.
-        converged: whether the directions are what was asked for.
+        converged: whether the search for eigenvectors converged; True for given directions.
         residual: largest ‖Hu − λu‖ over the largest |λ|, of eigenvectors; 0 for given directions.
-        products: how many products they took.
+        products: number of products that the subspace took.
     """
 
     basis: Tensor
@@ -35,75 +36,65 @@ class Subspace:
     products: int
 
 
-def eigen_subspace(
-    operator: CurvatureOperator,
-    dimension: int,
-    law: Law,
-    *,
-    tolerance: float,
-    max_products: int,
-    start: Sequence[Tensor],
-    generator: torch.Generator,
-    on_product: Callable[[], None],
-) -> Subspace:
-    """Return the eigenvectors of the largest eigenvalues, or of the smallest: algebraically, the first first.
+def subspace_at(problem: StabilizationProblem, k: int, operator: HessianOperator, before: Subspace | None) -> Subspace:
+    """Return the subspace at k, of the operator of L_k's Hessian; a search goes on from the subspace ``before``.
 
-    A dominant negative eigenvalue is not among the largest.
-
-    Args:
-        operator: products with the mean Hessian.
-        dimension: D.
-        law: "top" or "bottom".
-        tolerance: relative residual.
-        max_products: give up after as many.
-        start: eigenvectors of a neighbouring Hessian.
-        generator: of random vectors.
-        on_product: called after every product.
+    The mean over more samples has nearly the same eigenvectors.
     """
+    space, law = problem.space, problem.options.law
+    if problem.directions is not None:
+        return _span(problem, operator, problem.directions.to(space.device))
+    if law in ("top", "bottom"):
+        return _eigen_subspace(problem, operator, before)
+    if law == "random":
+        generator, count = problem.generator(_DIRECTIONS), problem.options.subspace_dims[0]
+        return _span(problem, operator, torch.stack([space.random(generator) for _ in range(count)]))
+    return _span(problem, operator, _longest_gradients(problem, k))
+
+
+def _eigen_subspace(problem: StabilizationProblem, operator: HessianOperator, before: Subspace | None) -> Subspace:
+    """Return the eigenvectors of the algebraically largest or smallest eigenvalues, the outermost first."""
+    options = problem.options
+    dimension = options.subspace_dims[0]
 
     def matvec(vector: Tensor) -> Tensor:
         product = operator(vector)
-        on_product()
+        problem.on_product()
         return product
 
     pairs = eigenpairs(
         matvec,
-        operator.space,
-        largest=dimension * (law == "top"),
-        smallest=dimension * (law == "bottom"),
-        tolerance=tolerance,
-        max_matvecs=max_products,
+        problem.space,
+        largest=dimension * (options.law == "top"),
+        smallest=dimension * (options.law == "bottom"),
+        tolerance=options.tolerance,
+        max_matvecs=options.product_limit,
         max_basis=3 * dimension + 16,
-        start=start,
+        start=[] if before is None else list(before.basis),
         block_size=min(_BLOCK, dimension),
-        generator=generator,
+        generator=problem.generator(_DIRECTIONS),
     )
-    # Ritz vectors: UᵀHU is diagonal and known, whether they have converged or not.
+    basis = torch.stack(pairs.vectors)
+    # Rounding decides the signs of eigenvectors, and draws depend on them.
+    basis.mul_(problem.space.dots([basis], problem.space.random(problem.generator(_SIGNS))).sign()[:, None])
+    # Ritz vectors: UᵀHU is diagonal and known, also where they did not converge.
     residual = float(pairs.residuals.max() / pairs.values.abs().max())
-    return Subspace(torch.stack(pairs.vectors), torch.diag(pairs.values), all(pairs.converged), residual, pairs.matvecs)
+    return Subspace(basis, torch.diag(pairs.values), all(pairs.converged), residual, pairs.matvecs)
 
 
-def given_subspace(operator: CurvatureOperator, vectors: Tensor, on_product: Callable[[], None]) -> Subspace:
-    """Return the span of vectors (D, n), one after the other, with D products for the Hessian in it.
-
-    Raises:
-        ValueError: if they are linearly dependent.
-    """
-    basis = orthonormal(operator.space, vectors)
+def _span(problem: StabilizationProblem, operator: HessianOperator, vectors: Tensor) -> Subspace:
+    """Return the span of vectors (D, n), which takes D products for the Hessian in it."""
+    basis = _orthonormal(problem.space, vectors)
     products = []
     for row in basis:
         products.append(operator(row))
-        on_product()
+        problem.on_product()
     curvature = pairwise_dots(basis, torch.stack(products))
     return Subspace(basis, 0.5 * (curvature + curvature.mT), True, 0.0, len(basis))
 
 
-def orthonormal(space: VectorSpace, vectors: Tensor) -> Tensor:
-    """Orthonormalize the rows, each against those before it, twice; (D, n).
-
-    Raises:
-        ValueError: if one is (nearly) a combination of those before it.
-    """
+def _orthonormal(space: VectorSpace, vectors: Tensor) -> Tensor:
+    """Orthonormalize the rows, each against those before it, twice; raise where they are linearly dependent."""
     rows = vectors.to(space.dtype).clone()
     rounding = 64.0 * torch.finfo(space.dtype).eps
     for index, row in enumerate(rows):
@@ -119,3 +110,21 @@ def orthonormal(space: VectorSpace, vectors: Tensor) -> Tensor:
             row /= length
             before = 1.0
     return rows
+
+
+def _longest_gradients(problem: StabilizationProblem, k: int) -> Tensor:
+    """Return the gradients of the D samples among the first k that have the longest ones, (D, n)."""
+    space, dimension = problem.space, problem.options.subspace_dims[0]
+
+    def fill_lengths(lengths: Tensor) -> None:
+        for number in problem.losses.samples.among(range(k)):
+            lengths[number] = space.squared_norm(space.pack(problem.gradients(number)[1]))[0]
+
+    lengths = problem.together(problem.zeros(k), fill_lengths)
+    chosen = lengths.argsort(descending=True, stable=True)[:dimension].tolist()
+
+    def fill_gradients(rows: Tensor) -> None:
+        for number in problem.losses.samples.among(chosen):
+            rows[chosen.index(number)] = space.pack(problem.gradients(number)[1])
+
+    return problem.together(space.zeros(dimension), fill_gradients)

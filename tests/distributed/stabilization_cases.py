@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS
-from lightning_curvature.stabilization.problem import GrowthTools
+from lightning_curvature.stabilization.problem import StabilizationProblem
 from lightning_curvature.stabilization.result import SampleGrowth
 from tests.distributed.occasional_cases import OccasionalCase, Outcome
 from tests.distributed.spectrum_cases import dataset
@@ -25,14 +25,14 @@ class Stage:
     now: str | None = None
 
 
-_timed = GrowthTools.timed
+_timed = StabilizationProblem.timed
 
 
 @contextlib.contextmanager
-def _noted(tools: GrowthTools, stage: str) -> Generator[None, None, None]:
+def _noted(problem: StabilizationProblem, stage: str) -> Generator[None, None, None]:
     Stage.now = stage
     try:
-        with _timed(tools, stage):
+        with _timed(problem, stage):
             yield
     finally:
         Stage.now = None
@@ -71,11 +71,11 @@ class StabilizationCase(OccasionalCase):
     @contextlib.contextmanager
     def running(self) -> Generator[None, None, None]:
         """Stages are noted."""
-        GrowthTools.timed = _noted  # type: ignore[method-assign]
+        StabilizationProblem.timed = _noted  # type: ignore[method-assign]
         try:
             yield
         finally:
-            GrowthTools.timed = _timed  # type: ignore[method-assign]
+            StabilizationProblem.timed = _timed  # type: ignore[method-assign]
 
 
 def assert_same_table(found: SampleGrowth | None, expected: SampleGrowth | None, tolerance: float) -> None:

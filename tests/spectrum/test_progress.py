@@ -152,7 +152,7 @@ def test_what_is_measured_now_and_then_tells_too(pace: float, monkeypatch: pytes
     assert len(notes.left) == 2 * 2
     told = [re.fullmatch(r"(.*): the first measurement took \d+ (products|batches), \d+ s\.", text) for text in said]
     found = [(one[1], one[2]) for one in told if one]
-    assert found == ([("sample growth", "products"), ("noise covariance", "batches")] if pace == 1.0 else [])
+    assert found == ([("stabilization", "products"), ("noise covariance", "batches")] if pace == 1.0 else [])
 
 
 def test_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,13 +48,16 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         ({"sigma": value}, r"sigma must be positive, got .*: 1e-3 is a usual width in units of the parameters")
         for value in (0.0, -1e-3, math.inf, math.nan, (), (1e-3, 0.0), "1e-3", None)
     ),
-    ({"candidates": 0}, rf"candidates {WHOLE} 1, got 0: 8 tell how much samples differ"),
+    ({"candidates": 0}, rf"candidates {WHOLE} 1, got 0: 8 show how much samples differ"),
     ({"draws": 1}, rf"draws {WHOLE} 2, got 1: 64 make a standard error that can be trusted"),
     ({"trace_vectors": 2}, rf"trace_vectors {WHOLE} 3, got 2: 16 give the traces to a few per cent"),
     ({"validation_draws": -1}, rf"validation_draws {WHOLE} 0, got -1: 0 leaves the model unchecked"),
     ({"max_products": 8}, rf"max_products {WHOLE} 9, or None, got 8: None allows 20 for each direction"),
     ({"tolerance": 0.0}, r"tolerance must lie between 0 and 1, got 0\.0: 1e-3 gives eigenvectors to three digits"),
-    ({"model_tolerance": 1.0}, r"model_tolerance must lie between 0 and 1, got 1\.0: 0\.1 takes a model that is right"),
+    (
+        {"model_tolerance": 1.0},
+        r"model_tolerance must lie between 0 and 1, got 1\.0: 0\.1 accepts a model that is right",
+    ),
     *(
         ({"order": value, "estimators": ["direct"]}, r"order must be positive, got .*: 2 is the mean square")
         for value in (0.0, -2, math.inf, math.nan, "2")
@@ -276,7 +279,7 @@ def test_samples_that_are_all_alike() -> None:
 def test_eigenvectors_that_were_not_found() -> None:
     follow = monitor(max_products=3, tolerance=1e-9, subspace_dim=2)
     assert warned(lambda: follow.evaluate(Plain(), samples(), make_trainer())) == [
-        "eigenvectors had not converged after max_products=3 products: rows of the table say where. Raise max_products "
+        "eigenvectors did not converge within max_products=3 products: rows of the table say where. Raise max_products "
         "or tolerance, or lower subspace_dim."
     ]
     assert follow.result is not None
@@ -400,9 +403,9 @@ def test_a_step_that_is_passed_over_is_made_up_for() -> None:
     measured: list[int] = []
 
     class Noting(StabilizationMonitor):
-        def measure(self, trainer: Any, *args: Any) -> None:
+        def measure(self, trainer: Any, *args: Any) -> Any:
             measured.append(trainer.global_step)
-            super().measure(trainer, *args)
+            return super().measure(trainer, *args)
 
     options: dict[str, Any] = {"sample_sizes": (2,), "subspace_dim": 1, "at_steps": (0, 3, 8), "on_error": "raise"}
     follow = Noting(objective=objective, optimizer_index=1, at_end=False, quantities=("delta_1",), **options)

@@ -242,7 +242,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(sys.modules, name, None)
     logger, follow = TensorBoardLogger(tmp_path, name="run"), monitor(at_steps=(1,))
     said = warned(lambda: fit(follow, logger=logger))
-    assert said == ["sample growth comes without a picture: install matplotlib to have one."]
+    assert said == ["the stabilization table comes without a picture: install matplotlib to have one."]
     assert follow.result is not None
     assert follow.result.draw() is None
     logger.experiment.flush()
@@ -375,7 +375,7 @@ def test_a_text_of_the_table_names_every_curve() -> None:
     assert len(lines) == 1 + len(follow.result.curves()) + 4
     assert "k=2" in lines[0]
     assert "k=5" in lines[0]
-    assert "eigenvectors not found to the tolerance at k = 2, 5" in lines
+    assert "eigenvectors did not converge to the tolerance at k = 2, 5" in lines
     for where in ("subspace", "full space"):
         assert f"quadratic model in the {where} within 10% up to σ = 0.001" in lines
     assert lines[-1].startswith("seconds: ")

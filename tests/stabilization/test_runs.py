@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_curvature import CurvatureWarning, StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS, QUANTITIES
-from lightning_curvature.stabilization.problem import GrowthTools
+from lightning_curvature.stabilization.problem import StabilizationProblem
 from tests.directional.test_no_observer_effect import SETUPS, Measured, sgd, with_batchnorm, with_dropout
 from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
 from tests.runs import Classifier, classification
@@ -177,11 +177,11 @@ class Trap:
 @pytest.fixture
 def trapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], Trapped]:
     """Makes a module that fails in a stage of the first measurement."""
-    timed, made = GrowthTools.timed, list[Trapped]()
+    timed, made = StabilizationProblem.timed, list[Trapped]()
 
     @contextlib.contextmanager
-    def noted(tools: GrowthTools, stage: str) -> Generator[None, None, None]:
-        with timed(tools, stage):
+    def noted(problem: StabilizationProblem, stage: str) -> Generator[None, None, None]:
+        with timed(problem, stage):
             made[-1].trap()[0] = int(stage == Trap.stage)
             yield
 
@@ -190,7 +190,7 @@ def trapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], Trapped]:
         made.append(Trapped())
         return made[-1]
 
-    monkeypatch.setattr(GrowthTools, "timed", noted)
+    monkeypatch.setattr(StabilizationProblem, "timed", noted)
     return make
 
 
