@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class _Measurement:
     def __init__(self, problem: StabilizationProblem) -> None:
         self._problem, self._options = problem, problem.options
         self._rows: list[CriterionRow] = []
-        self._subspaces: dict[int, Subspace] = {}
+        self._subspace: Subspace | None = None  # of the last k alone: its basis is large
+        self._products, self._residuals = 0, dict[int, float]()
         # The full space: losses of all samples at perturbed parameters, by σ, (draws, samples); by k, the model along
         # the directions of these draws, and along random signs.
         self._losses: dict[float, Tensor] = {}
@@ -57,27 +59,20 @@ class _Measurement:
         self._traces: dict[int, DirectionalTerms] = {}
 
     def result(self) -> SampleGrowth:
-        options, problem = self._options, self._problem
+        options = self._options
         if "delta_2" in options.quantities:
             self._explore_full_space()
         for k in options.sample_sizes:
-            squares = None
-            if self._traces or "delta_2_subspace" in options.quantities:
-                model, squares = self._model_at(k)
-                a = model.a
-                if k in self._subspaces:
-                    self._add_subspace(k, model, self._subspaces[k])
-            else:
-                a = increments_at(problem, k)
+            a, squares = self._increments_at(k)
             if "delta_1" in options.quantities:
                 self._add(("delta_1", k, 0, 0.0), "exact", a.abs(), 0.0, torch.zeros_like(a))
             if "delta_2" in options.quantities:
                 self._add_full_space(k, a, squares)
         return SampleGrowth(
             rows=tuple(sorted(self._rows, key=self._rank)),
-            seconds=problem.seconds,
-            products=sum(subspace.products for subspace in self._subspaces.values()),
-            residuals={k: subspace.residual for k, subspace in self._subspaces.items()},
+            seconds=self._problem.seconds,
+            products=self._products,
+            residuals=self._residuals,
             tolerance=options.model_tolerance,
             validity_keys=options.validity_keys(),
         )
@@ -90,16 +85,22 @@ class _Measurement:
         estimator = ("exact", *options.estimators).index(row.estimator)
         return row.k, names.index(row.criterion), -row.dimension, sigma, estimator
 
-    def _model_at(self, k: int) -> tuple[QuadraticIncrement, Tensor]:
-        """Return the quadratic model in the subspace of k, and ‖c‖² in the full space."""
-        problem = self._problem
+    def _increments_at(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """Return a of each new sample and, where it is needed, ‖c‖² in the full space; add the rows of the subspace."""
+        problem, in_subspace = self._problem, "delta_2_subspace" in self._options.quantities
+        if not (in_subspace or self._traces):
+            return increments_at(problem, k), None
         with contextlib.closing(problem.operator(range(k), k)) as operator, problem.fail_together(operator):
-            if "delta_2_subspace" in self._options.quantities:
-                before = next(reversed(self._subspaces.values()), None)
+            if in_subspace:
                 with problem.timed("subspace"):
-                    self._subspaces[k] = subspace_at(problem, k, operator, before)
+                    self._subspace = subspace_at(problem, k, operator, self._subspace)
+                self._products += self._subspace.products
+                self._residuals[k] = self._subspace.residual
             with problem.timed("coefficients"):
-                return increment_model(problem, k, operator, self._subspaces.get(k))
+                model, squares = increment_model(problem, k, operator, self._subspace)
+        if self._subspace is not None:
+            self._add_subspace(k, model, self._subspace)
+        return model.a, squares
 
     def _add_subspace(self, k: int, model: QuadraticIncrement, subspace: Subspace) -> None:
         """Add all estimators of the subspace; the same draws serve them, every D and every σ."""
@@ -124,7 +125,7 @@ class _Measurement:
                 closed = moments, 0.0, gaussian_moment(part.without_value(), sigma)
             place: Place = ("delta_2_subspace", k, dimension, sigma)
             known = {"model_error": error, "converged": subspace.converged}
-            self._add_estimators(place, model.a, true, modelled, closed, **known)
+            self._add_estimators(place, model.a, {"direct": true, "quadratic": modelled}, closed, **known)
 
     def _explore_full_space(self) -> None:
         """Evaluate the losses at perturbed parameters, and the terms of the model along random directions."""
@@ -156,22 +157,17 @@ class _Measurement:
             if self._traces and squares is not None:
                 closed = _of_traces(a, squares, self._traces[k], sigma)
             place: Place = ("delta_2", k, problem.space.dimension, sigma)
-            self._add_estimators(place, a, true, modelled, closed, model_error=error)
+            drawn = {"direct": true, "quadratic": modelled}
+            self._add_estimators(place, a, drawn, closed, model_error=error)
 
     def _add_estimators(
-        self,
-        place: Place,
-        a: Tensor,
-        true: Tensor | None,
-        modelled: Tensor | None,
-        closed: Moments | None,
-        **known: Any,
+        self, place: Place, a: Tensor, drawn: Mapping[str, Tensor | None], closed: Moments | None, **known: Any
     ) -> None:
-        """Add a row for each estimator: of true and modelled increments (S, candidates), a at w; of a closed form."""
-        for estimator, increments in (("direct", true), ("quadratic", modelled)):
+        """Add a row for each estimator: of increments at draws, (S, candidates), beside a at w; of a closed form."""
+        for estimator, increments in drawn.items():
             if estimator in self._options.estimators and increments is not None:
-                drawn = increments[: self._options.draws]
-                powers, beyond = (values.abs() ** self._options.order for values in (drawn, drawn - a))
+                increments = increments[: self._options.draws]
+                powers, beyond = (f.abs() ** self._options.order for f in (increments, increments - a))
                 _, over_draws = _mean_and_error(powers.mean(1).tolist())
                 self._add(place, estimator, powers.mean(0), over_draws, beyond, **known)
         if closed is not None:

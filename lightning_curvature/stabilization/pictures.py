@@ -37,14 +37,15 @@ def _draw_panel(axes: Any, result: SampleGrowth, sigma: float) -> None:
         if curve_sigma not in (0.0, sigma):
             continue
         rows = [row for row in curve.values() if row.value > 0.0]
-        errors = [_combined(row.stderr_samples, row.stderr_draws) for row in rows]
+        # An error that is not known (of one new sample) is left out.
+        errors = [math.hypot(*(e for e in (r.stderr_samples, r.stderr_draws) if not math.isnan(e))) for r in rows]
         at_point, first = criterion == "delta_1", (criterion, dimension) not in lines
         lines.add((criterion, dimension))
         label = f"{_LABELS.get(criterion, criterion)}{f', D = {dimension:,}' * bool(dimension)}"
         axes.errorbar(
             [row.k + 1 for row in rows],
             [row.value for row in rows],
-            [0.0 if math.isnan(e) else min(e, 0.9 * row.value) for e, row in zip(errors, rows, strict=True)],
+            [min(error, 0.9 * row.value) for error, row in zip(errors, rows, strict=True)],
             label=f"{label}: slope {slopes[name].slope:.2f}" if first else f"… {estimator.replace('_', ' ')}",
             color="black" if at_point else f"C{len(lines) % 10}",
             marker=_MARKERS[estimator],
@@ -62,13 +63,6 @@ def _draw_panel(axes: Any, result: SampleGrowth, sigma: float) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, loc="lower left")
-
-
-def _combined(*errors: float) -> float:
-    """Return the standard error of independent errors without those that are NaN; NaN where these are all there is."""
-    known = [error for error in errors if not math.isnan(error)]
-    total = math.hypot(*known)
-    return total if total or len(known) == len(errors) else math.nan
 
 
 def report_table(trainer: pl.Trainer, prefix: str, result: SampleGrowth) -> None:

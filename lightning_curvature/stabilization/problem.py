@@ -97,10 +97,7 @@ class StabilizationProblem:
         return torch.zeros(shape, dtype=torch.float64, device=self.space.device)
 
     def together(self, table: Tensor, fill: Callable[[Tensor], None]) -> Tensor:
-        """Return the sum over the ranks of a table of zeros that each fills in place; where one fails, all raise.
-
-        One collective.
-        """
+        """Return the sum over ranks of a table that each fills in place, one collective; where one fails, all raise."""
 
         def make() -> dict[str, Tensor]:
             fill(table)

@@ -104,10 +104,8 @@ class SampleGrowth:
 
     def slopes(self) -> dict[Curve, DecaySlope]:
         """Return the exponent of k + 1 for each curve, see :func:`~.functional.decay_slope`."""
-        return {
-            name: decay_slope(list(curve), [row.value for row in curve.values()])
-            for name, curve in self.curves().items()
-        }
+        curves = self.curves().items()
+        return {name: decay_slope(list(curve), [row.value for row in curve.values()]) for name, curve in curves}
 
     def headline(self) -> dict[str, float]:
         """Return each criterion at the largest k and D, the first σ and estimator, with its standard error."""

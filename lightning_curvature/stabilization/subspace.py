@@ -37,10 +37,7 @@ class Subspace:
 
 
 def subspace_at(problem: StabilizationProblem, k: int, operator: HessianOperator, before: Subspace | None) -> Subspace:
-    """Return the subspace at k, of the operator of L_k's Hessian; a search goes on from the subspace ``before``.
-
-    The mean over more samples has nearly the same eigenvectors.
-    """
+    """Return the subspace at k; a search for eigenvectors starts from those ``before``, of a smaller k."""
     space, law = problem.space, problem.options.law
     if problem.directions is not None:
         return _span(problem, operator, problem.directions.to(space.device))

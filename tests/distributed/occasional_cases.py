@@ -1,4 +1,4 @@
-"""Runs, by one process or two, that a monitor watches which measures now and then; what a process has after one."""
+"""Runs, by one process or two, that an occasional monitor watches, and the outcome of each process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STEPS = 2
 
 @dataclass
 class Outcome:
-    """What a process has after a run; lists are by measurement, the last of them after the last step.
+    """Outcome of a run in one process; lists are by measurement, the last of them after the last step.
 
     Attributes:
         rows: what the monitor wrote, by step, keys without prefix.
-        results: what was found.
+        results: the monitor's results.
         collectives: those that the monitor took part in.
         intact: whether the state after the monitor's hook was that before it.
         said: warnings of the package.
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def observed(kind: type[Any]) -> type[Any]:
-    """A monitor's class, and what can be seen from around its measurements."""
+    """Return a subclass of a monitor that notes collectives, results and state around its measurements."""
 
     class Observed(kind):  # type: ignore[misc]
         def __init__(self, outcome: Outcome, **options: Any) -> None:
@@ -123,8 +123,8 @@ class OccasionalCase:
         outcome.said = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
         cut = len("curvature/")
         for step, row in sorted(capture.rows.items()):
-            if found := {key[cut:]: v for key, v in row.items() if key.startswith("curvature/")}:
-                outcome.rows[step] = found
+            if values := {key[cut:]: v for key, v in row.items() if key.startswith("curvature/")}:
+                outcome.rows[step] = values
         outcome.state = state_of(module, trainer)
         assert trainer.global_step == self.steps
         return outcome

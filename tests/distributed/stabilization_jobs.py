@@ -1,4 +1,4 @@
-"""Runs under DDP in which sample growth is measured."""
+"""Runs under DDP that StabilizationMonitor watches."""
 
 from __future__ import annotations
 

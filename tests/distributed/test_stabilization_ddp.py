@@ -1,4 +1,4 @@
-"""Sample growth under DDP: two processes against one with the same data, and failures on one of them."""
+"""Stabilization under DDP: two processes against one with the same data, and failures on one of them."""
 
 from __future__ import annotations
 

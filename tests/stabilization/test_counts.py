@@ -1,4 +1,4 @@
-"""What a measurement of sample growth costs: products, forwards, and vectors that are kept."""
+"""Cost of a stabilization measurement: products, forwards, and vectors that are kept."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"directions": torch.eye(3)}, r"directions must be a callable, got a Tensor: give one that returns \(D, N\) vect"),
     ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
     ({"at_steps": "end"}, rf"at_steps {WHOLE} 0, got 'end'"),
-    ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, got 0: 1 measures every optimizer step"),
+    ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, or None, got 0: 1 measures every optimizer step"),
     ({"micro_batch_size": 0}, rf"micro_batch_size {WHOLE} 1, or None, got 0"),
     ({"probe_mode": "test"}, r"probe_mode must be 'train' or 'eval', got 'test'"),
     ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64'"),

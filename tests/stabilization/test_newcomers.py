@@ -109,3 +109,33 @@ def test_one_new_sample_has_no_standard_error() -> None:
     )
     values = growth.headline()
     assert all(np.isnan(value) == key.endswith("_stderr") for key, value in values.items())
+    validated = {key: getattr(growth, key) for key in ("validated_sigma", "validated_sigma_full_space")}
+    assert growth.values() == pytest.approx(values | validated, rel=0.0, abs=0.0, nan_ok=True)
+    assert growth.reasons == {
+        key: "one new sample has no standard error: raise candidates" for key in values if key.endswith("_stderr")
+    }
+
+
+def test_a_value_that_is_nan_has_a_reason() -> None:
+    wide = StabilizationMonitor(**(QUICK | {"sigma": 30.0}))
+    with pytest.warns(CurvatureWarning, match="sigma must be small enough"):
+        growth = wide.evaluate(module(), DataLoader(data(), batch_size=4), make_trainer())
+    reason = "the quadratic model is within 10% at no sigma: lower sigma"
+    assert growth.reasons == dict.fromkeys(("validated_sigma", "validated_sigma_full_space"), reason)
+    assert list(growth.reasons) == [key for key, value in growth.values().items() if np.isnan(value)]
+
+    class Infinite(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * torch.inf
+
+    alone = StabilizationMonitor(**(QUICK | {"quantities": ("delta_1",)}))
+    infinite = Infinite(mlp(4, 5, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    growth = alone.evaluate(infinite, DataLoader(data(), batch_size=4), make_trainer())
+    assert growth.reasons == dict.fromkeys(("delta_1", "delta_1_stderr"), "a loss is not finite")
+
+
+def test_results_are_frozen() -> None:
+    growth = StabilizationMonitor(**QUICK).evaluate(module(), DataLoader(data(), batch_size=4), make_trainer())
+    assert type(growth.rows) is tuple
+    with pytest.raises(AttributeError, match="cannot assign to field 'rows'"):
+        growth.rows = ()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Criteria of sample growth against dense derivatives, quadrature, and losses that are exactly quadratic."""
+"""Stabilization criteria against dense derivatives, quadrature, and losses that are exactly quadratic."""
 
 from __future__ import annotations
 
