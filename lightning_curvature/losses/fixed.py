@@ -40,11 +40,11 @@ class StepCall:
 class ProbeLoss:
     """Repeats the training step on batches that were read, each time from the same states.
 
-    Random numbers are those that follow from the seed of each batch: dropout has one mask for a batch, in every product
-    and at every measured step. In "train" mode BatchNorm normalizes each micro-batch by its own statistics; in "eval"
-    mode by the running ones, which are constants.
+    The seed of a batch sets its random numbers: dropout has one mask a batch, in every product and at every measured
+    step. BatchNorm normalizes each micro-batch by its own statistics in "train" mode, by the running ones, which are
+    constants, in "eval" mode.
 
-    Make and use it inside :func:`~.replay.isolation.untouched`.
+    To be made and used inside :func:`~.replay.isolation.untouched`.
 
     Args:
         trainer: the Trainer.
@@ -60,38 +60,38 @@ class ProbeLoss:
         self._state = ModuleState(objective.module, objective.bystanders.saved)
 
     def parts(self, probe_set: ProbeSet) -> list[MicroBatch]:
-        """This rank's micro-batches of a set that ranks share.
+        """Return this rank's micro-batches of a set that ranks share.
 
-        As many on every rank: a forward may communicate (a step that gathers, sharded parameters). Where there are too
-        few, the last is repeated with weight 0.
+        Every rank has the same number, since a forward may communicate (a step that gathers, sharded parameters): a
+        rank with fewer repeats its last one with weight 0.
         """
         parts = self.parts_of(probe_set.batches, probe_set.total)
         return parts + [replace(parts[-1], weight=0.0)] * (probe_set.rounds - len(parts))
 
     def parts_of(self, batches: Sequence[ProbeBatch], total: int) -> list[MicroBatch]:
-        """Micro-batches, each weighted by its share of ``total`` samples."""
+        """Return micro-batches, each weighted by its share of ``total`` samples."""
         return [
             MicroBatch(functools.partial(self.evaluate, probe, index), probe.size / total)
             for index, probe in enumerate(batches)
         ]
 
     def evaluate(self, probe: ProbeBatch, index: int) -> Evaluation:
-        """Loss and outputs of one micro-batch at the parameters as they are now; ``index`` is its ``batch_idx``."""
+        """Return loss and outputs of a micro-batch, ``index`` its ``batch_idx``, at the parameters as they are."""
         (batch,) = self.moved([probe])
         return self._repeat(batch, index, self._seeded(probe.seed))
 
     def parts_of_many(
         self, draws: Sequence[Sequence[ProbeBatch]], parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> list[MicroBatch]:
-        """Micro-batches of several mini-batches at once, each at its own copy of the parameters.
+        """Return micro-batches of several mini-batches, batched, each mini-batch at its own copy of the parameters.
 
         Args:
-            draws: micro-batches of each mini-batch, as many and as large in all of them.
+            draws: micro-batches of each mini-batch, of equal number and sizes.
             parameters: those that have copies.
             copies: of each, (mini-batches, shape).
 
         Raises:
-            ValueError: if they are not alike.
+            ValueError: if numbers or sizes differ.
         """
         sizes = [[probe.size for probe in draw] for draw in draws]
         if any(one != sizes[0] for one in sizes):
@@ -123,19 +123,19 @@ class ProbeLoss:
     def losses_of_many(
         self, stacked: Stacked, seed: int, parameters: Sequence[Tensor] = (), copies: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Losses of batches that were moved and stacked, (batches,).
+        """Return the losses of batches that were moved and stacked, (batches,).
 
         Args:
             stacked: the batches.
             seed: of their random numbers.
-            parameters: those that have a copy for each batch; all others are as they are.
-            copies: of each, (batches, shape).
+            parameters: see :func:`~.losses.stacked.stacked_losses`.
+            copies: see there.
 
         Raises:
-            Exception: see :func:`~.losses.stacked.stacked_losses`.
+            Exception: see there.
         """
         self._state.restore(gently=True)
-        # Fused attention has no rule for ``vmap`` on a CPU, which would go through it sample by sample.
+        # On a CPU fused attention has no rule for ``vmap``, which would evaluate it sample by sample.
         with differentiable():
             return self._stacked(stacked, 0, seed, parameters, copies)[0]
 
@@ -156,7 +156,7 @@ class ProbeLoss:
             return stacked_losses(self._objective, record, stacked, parameters, copies)
 
     def loss_of(self, batch: Any, seed: int) -> Tensor:
-        """Loss of one batch that was moved, at the parameters as they are."""
+        """Return the loss of one batch that was moved, at the parameters as they are."""
         return self._repeat(batch, 0, self._seeded(seed)).loss
 
     def parts_of_step(self, calls: Sequence[StepCall], ranks: int) -> list[MicroBatch]:

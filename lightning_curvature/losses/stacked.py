@@ -12,15 +12,15 @@ from lightning_curvature.operators.differentiation import differentiable
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import RecordedBatch, StepObjective
 
-# Tensors of batches that are alike, and what makes a batch of one row of each.
+# Tensors of batches of one form, stacked, and a function that makes a batch of one row of each.
 Stacked = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Any]]
 
 
 def copies_of(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return each parameter ``count`` times, (count, shape): leaves to differentiate by, which share its memory.
 
-    Losses of different mini-batches at different copies have a Hessian of blocks, one for each mini-batch, so that one
-    product multiplies a vector of each.
+    The Hessian of losses of several mini-batches, each at its copy, has one block for each of them: one product
+    multiplies a vector for each.
     """
     return [p.detach().expand(count, *p.shape).requires_grad_() for p in parameters]
 
@@ -32,39 +32,39 @@ def stacked_losses(
     parameters: Sequence[Tensor] = (),
     copies: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
-    """Evaluate the training step on every batch, at its own copy of some parameters, or at those that there are.
+    """Return the losses of the training step on several batches, each at its own copy of some parameters.
 
     Args:
         objective: the training step.
         record: makes the record of a step from its batch.
         stacked: the batches, by :func:`stack`.
-        parameters: those that have copies; all others are as they are.
+        parameters: those that have copies.
         copies: of each, (batches, shape).
 
     Returns:
         The losses, (batches,), and the outputs, (batches, B, …), or None.
 
     Raises:
-        Exception: whatever ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers, reads
+        Exception: any that ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers, reads
             a value (``loss.item()``), or writes to a buffer.
     """
     tensors, rebuild = stacked
 
-    def evaluate(own: tuple[Tensor, ...], of_batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        values = {id(p): value for p, value in zip(parameters, own, strict=True)}
+    def evaluate(copy: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        values = {id(p): value for p, value in zip(parameters, copy, strict=True)}
         with parameters_replaced(objective.module, values):
-            found = objective.evaluate(record(rebuild(of_batch)))
-        return (found.loss,) if found.outputs is None else (found.loss, found.outputs)
+            evaluation = objective.evaluate(record(rebuild(batch)))
+        return (evaluation.loss,) if evaluation.outputs is None else (evaluation.loss, evaluation.outputs)
 
     losses, *outputs = torch.vmap(evaluate, randomness="error")(tuple(copies), tensors)
     return losses, outputs[0] if outputs else None
 
 
 def stack(batches: Sequence[Any]) -> Stacked:
-    """Stack the tensors of batches that are alike; returns them with what makes a batch of tensors again.
+    """Return the tensors of batches of one form, stacked, and a function that makes a batch of one row of each.
 
     Raises:
-        ValueError: where they differ in structure, in shapes, or in anything that is no tensor; or hold none.
+        ValueError: if they differ in structure, in shapes, or in anything that is no tensor; or hold none.
     """
     leaves, structures = zip(*map(tree_flatten, batches), strict=True)
     if any(structure != structures[0] for structure in structures):
@@ -91,11 +91,11 @@ def stack(batches: Sequence[Any]) -> Stacked:
 
 
 def single_samples(batch: Any, size: int) -> Stacked:
-    """Take a batch apart into batches of one sample, stacked: its tensors with that many rows, and all else as it is.
+    """Return the samples of a batch, stacked, each as a batch of one.
 
     Args:
-        batch: any collection.
-        size: samples in it.
+        batch: any collection: its tensors of ``size`` rows are cut, all else is that of every sample.
+        size: number of samples.
 
     Raises:
         ValueError: if no tensor has as many rows.
@@ -106,16 +106,16 @@ def single_samples(batch: Any, size: int) -> Stacked:
         raise ValueError(f"a batch must hold a tensor with a row for each of its {size} samples, got none")
 
     def rebuild(of_sample: Sequence[Tensor]) -> Any:
-        own = list(leaves)
+        sample = list(leaves)
         for place, tensor in zip(places, of_sample, strict=True):
-            own[place] = tensor
-        return tree_unflatten(own, structure)
+            sample[place] = tensor
+        return tree_unflatten(sample, structure)
 
     return tuple(leaves[place].unsqueeze(1) for place in places), rebuild
 
 
 def forward_operations(evaluate: Callable[[], object]) -> int:
-    """Count the floating-point operations of the matrix products and convolutions of one evaluation."""
+    """Return the number of floating-point operations in matrix products and convolutions of one evaluation."""
     # As it will be differentiated: the counter does not see into compiled code.
     with torch.no_grad(), differentiable(), FlopCounterMode(display=False) as counter:
         evaluate()
