@@ -130,16 +130,14 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
     ) -> None:
         super().__init__(NoiseOptions.of(locals()))
 
-    def charts(self) -> dict[str, list[str]]:
-        """Return TensorBoard charts: all exponents, and numbers beside those of chance."""
+    def charted(self) -> dict[str, list[str]]:
+        """Return charts of all exponents, and of numbers beside those of chance."""
         keys = [key for key in self.keys() if not key.endswith("_stderr")]
-        charts = {
+        return {
             "noise exponent γ": [key for key in keys if key.startswith("noise_gamma")],
             "noise commutativity and chance": [k for k in keys if k.startswith("noise_commutativity_")],
             "noise coupling and chance": [k for k in keys if k.startswith("noise_coupling") and not k.endswith("_z")],
         }
-        prefix = self.options.prefix
-        return {f"{prefix}: {title}": [f"{prefix}/{k}" for k in names] for title, names in charts.items() if names}
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise where the module has no such parameter, or one that is too large."""
