@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_curvature.data.copies import DataRandomness
 from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, to_device
-from lightning_curvature.losses.stacked import Stacked, stack, stacked_losses
+from lightning_curvature.losses.stacked import Stacked, stack
 from lightning_curvature.operators import MicroBatch
 from lightning_curvature.operators.differentiation import differentiable, same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.module_state import ModuleState, RandomState
-from lightning_curvature.replay.objective import RecordedBatch, StepObjective
+from lightning_curvature.replay.objective import StepObjective
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
@@ -83,15 +85,15 @@ class ProbeLoss:
     def parts_of_many(
         self, draws: Sequence[Sequence[ProbeBatch]], parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> list[MicroBatch]:
-        """Return micro-batches of several mini-batches, batched, each mini-batch at its own copy of the parameters.
+        """Return micro-batches of several mini-batches, each mini-batch at its own copy of the parameters.
 
         Args:
-            draws: micro-batches of each mini-batch, of equal number and sizes.
-            parameters: those that have copies.
-            copies: of each, (mini-batches, shape).
+            draws: micro-batches of each mini-batch.
+            parameters: see :meth:`losses_of_many`.
+            copies: see :meth:`losses_of_many`.
 
         Raises:
-            ValueError: if numbers or sizes differ.
+            ValueError: if mini-batches differ in number or sizes of their micro-batches.
         """
         sizes = [[probe.size for probe in draw] for draw in draws]
         if any(one != sizes[0] for one in sizes):
@@ -108,7 +110,7 @@ class ProbeLoss:
         self, probes: Sequence[ProbeBatch], index: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> Evaluation:
         stacked = stack(self.moved(probes))
-        losses, outputs = self._stacked(stacked, index, probes[0].seed, parameters, copies)
+        losses, outputs = self._evaluate_stacked(stacked, index, probes[0].seed, parameters, copies)
         return Evaluation(losses.sum(), outputs)
 
     def moved(self, probes: Sequence[ProbeBatch]) -> list[Any]:
@@ -123,37 +125,39 @@ class ProbeLoss:
     def losses_of_many(
         self, stacked: Stacked, seed: int, parameters: Sequence[Tensor] = (), copies: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Return the losses of batches that were moved and stacked, (batches,).
+        """Return the losses of stacked batches, (batches,), each at its own copy of some parameters.
 
         Args:
-            stacked: the batches.
+            stacked: batches that were moved, by :func:`~.losses.stacked.stack`.
             seed: of their random numbers.
-            parameters: see :func:`~.losses.stacked.stacked_losses`.
-            copies: see there.
+            parameters: those that have copies.
+            copies: of each, (batches, shape).
 
         Raises:
-            Exception: see there.
+            Exception: any that ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers,
+                reads a value (``loss.item()``), or writes to a buffer.
         """
         self._state.restore(gently=True)
         # On a CPU fused attention has no rule for ``vmap``, which would evaluate it sample by sample.
         with differentiable():
-            return self._stacked(stacked, 0, seed, parameters, copies)[0]
+            return self._evaluate_stacked(stacked, 0, seed, parameters, copies)[0]
 
-    def _stacked(
-        self,
-        stacked: Stacked,
-        index: int,
-        seed: int,
-        parameters: Sequence[Tensor] = (),
-        copies: Sequence[Tensor] = (),
+    def _evaluate_stacked(
+        self, stacked: Stacked, index: int, seed: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        randomness = self._seeded(seed)
+        """Losses, (batches,), and outputs, (batches, B, …), or None."""
+        objective, randomness, (tensors, rebuild) = self._objective, self._seeded(seed), stacked
 
-        def record(batch: Any) -> RecordedBatch:
-            return self._objective.prepare(batch, index, randomness, self._state)
+        def evaluate(copy: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            values = {id(p): value for p, value in zip(parameters, copy, strict=True)}
+            with parameters_replaced(objective.module, values):
+                record = objective.prepare(rebuild(batch), index, randomness, self._state)
+                evaluation = objective.evaluate(record)
+            return (evaluation.loss,) if evaluation.outputs is None else (evaluation.loss, evaluation.outputs)
 
-        with self._precision(), same_attention(self._objective.module):
-            return stacked_losses(self._objective, record, stacked, parameters, copies)
+        with self._precision(), same_attention(objective.module):
+            losses, *outputs = torch.vmap(evaluate, randomness="error")(tuple(copies), tensors)
+        return losses, outputs[0] if outputs else None
 
     def loss_of(self, batch: Any, seed: int) -> Tensor:
         """Return the loss of one batch that was moved, at the parameters as they are."""

@@ -1,5 +1,6 @@
 """Losses of single samples: batched by ``torch.vmap`` where it can follow the training step, else one by one."""
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,11 +35,7 @@ alike = equal_up_to_rounding  # until no importer is left
 
 
 class ForbidCollectives(TorchDispatchMode):
-    """Raise before ranks communicate: each rank evaluates other samples, and some ranks none.
-
-    Raises:
-        MisconfigurationException: if the training step communicates.
-    """
+    """Raise a MisconfigurationException before ranks communicate: each evaluates other samples, and some none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "c10d" in func.namespace:
@@ -50,20 +47,15 @@ class ForbidCollectives(TorchDispatchMode):
 
 
 class SampleBatch:
-    """Samples as batches of one, whose losses are theirs, and all of them as one batch.
-
-    Args:
-        loss: repeats the training step.
-        singles: each sample as a batch of one.
-        seeds: seed of each sample's random numbers.
-    """
+    """Samples as batches of one, whose losses are theirs, with their seeds; and all of them as one batch."""
 
     def __init__(self, loss: ProbeLoss, singles: Sequence[Any], seeds: Sequence[int]) -> None:
-        self._loss, self._singles, self._seeds, self._is_checked = loss, singles, seeds, False
+        self._loss, self._singles, self._seeds, self.size = loss, singles, seeds, len(seeds)
+        self._is_checked = False
 
     @functools.cached_property
     def stacked(self) -> Stacked:
-        """The samples, stacked."""
+        """The batches of one, stacked."""
         return stack(self._singles)
 
     @functools.cached_property
@@ -86,7 +78,7 @@ class SampleBatch:
         """Return the loss of each sample, (n,); where batched, each at its copy of some parameters."""
         if batched:
             return self._loss.losses_of_many(self.stacked, self._seeds[0], parameters, copies)
-        return torch.stack([self.one(index) for index in range(len(self._singles))])
+        return torch.stack([self.one(index) for index in range(self.size)])
 
     def batched_losses(self) -> Tensor | None:
         """Return the loss of each sample, batched; None where ``torch.vmap`` cannot follow the step.
@@ -106,9 +98,8 @@ class SampleLosses:
     """Losses ℓ_i of single samples, and means of them, at the parameters as they are.
 
     Where the loss of a batch is the mean of its samples' (checked once for each batch), means come from whole batches;
-    else from single samples, batched where supported.
-
-    To be made for each measurement, inside :func:`~.replay.isolation.untouched`.
+    else from single samples, batched where supported. To be made for each measurement, inside
+    :func:`~.replay.isolation.untouched`.
 
     Args:
         loss: repeats the training step.
@@ -142,25 +133,19 @@ class SampleLosses:
 
     def parts(self, numbers: Sequence[int], total: int) -> list[MicroBatch]:
         """Return micro-batches of those of the numbers that this rank holds, weighted by their share of ``total``."""
-        return [
-            MicroBatch(functools.partial(self._evaluate, chunk), len(chunk) / total)
-            for chunk in self._chunks(self.samples.among(numbers))
-        ]
+        chunks = self._chunks(self.samples.among(numbers))
+        return [MicroBatch(functools.partial(self._evaluate, chunk), len(chunk) / total) for chunk in chunks]
 
     def _evaluate(self, chunk: tuple[int, ...]) -> Evaluation:
-        if len(chunk) > 1 and chunk not in self._is_mean:
-            with torch.no_grad():
-                self._is_mean[chunk] = self._check_mean(chunk)
-        whole = len(chunk) > 1 and self._is_mean[chunk]
-        return Evaluation(self._batch(chunk).whole() if whole else self._losses(chunk).mean())
-
-    def _check_mean(self, chunk: tuple[int, ...]) -> bool:
-        """Whether the loss of a chunk as one batch is the mean of its samples'."""
-        try:
-            whole = self._batch(chunk).whole()
-        except Exception:  # of samples that make no batch, or a step for single samples
-            return False
-        return equal_up_to_rounding(whole, self._losses(chunk).mean())
+        batch = self._batch(chunk)
+        if len(chunk) == 1:
+            return Evaluation(batch.one(0))
+        if chunk not in self._is_mean:
+            self._is_mean[chunk] = False
+            # Samples may make no batch, and a step may be for single samples.
+            with torch.no_grad(), contextlib.suppress(Exception):
+                self._is_mean[chunk] = equal_up_to_rounding(batch.whole(), self._losses(chunk).mean())
+        return Evaluation(batch.whole() if self._is_mean[chunk] else self._losses(chunk).mean())
 
     def _losses(self, chunk: tuple[int, ...]) -> Tensor:
         """Losses of samples of one form."""
@@ -176,11 +161,8 @@ class SampleLosses:
         by_form: dict[Any, list[int]] = {}
         for number in numbers:
             by_form.setdefault(self._sample(number)[1], []).append(number)
-        return [
-            tuple(of_form[first : first + self._size])
-            for of_form in by_form.values()
-            for first in range(0, len(of_form), self._size)
-        ]
+        size = self._size
+        return [tuple(of[at : at + size]) for of in by_form.values() for at in range(0, len(of), size)]
 
     def _batch(self, chunk: tuple[int, ...]) -> SampleBatch:
         if chunk not in self._batches:
@@ -202,12 +184,7 @@ class SampleLosses:
 
 @dataclass(frozen=True)
 class SampleGraphs:
-    """Gradients of m samples by copies of the block, one copy a sample, with their graph.
-
-    Attributes:
-        gradients: (m, D).
-        copies: (m, …).
-    """
+    """Gradients of m samples, (m, D), by copies of the block, (m, …), one copy a sample, with their graph."""
 
     gradients: Tensor
     copies: Tensor
@@ -218,16 +195,14 @@ class SampleGraphs:
         rows = vectors.to(self.gradients.dtype)[:, None, :].expand(-1, count, -1)
         with building_graphs():
             products = pull_back_rows(self.gradients, self.copies, rows)
-        if products is None:
-            return rows.new_zeros(len(vectors), count, size)
-        return products.reshape(len(vectors), count, size)
+        shape = len(vectors), count, size
+        return rows.new_zeros(shape) if products is None else products.reshape(shape)
 
 
 class BlockSamples(SampleBatch):
     """The samples of a micro-batch, and derivatives of their losses by a block of parameters.
 
-    To be made for each measurement, inside :func:`~.replay.isolation.untouched`. Without gradients too, forwards run
-    the code that can be differentiated twice, so that nothing is compiled for them.
+    Without gradients too, forwards run the code that can be differentiated twice: nothing is compiled for them.
 
     Args:
         loss: repeats the training step.
@@ -235,10 +210,9 @@ class BlockSamples(SampleBatch):
     """
 
     def __init__(self, loss: ProbeLoss, probe: ProbeBatch) -> None:
-        (self.batch,), self.size = loss.moved([probe]), probe.size
-        self.stacked = tensors, rebuild = single_samples(self.batch, self.size)
-        singles = [rebuild([t[index] for t in tensors]) for index in range(self.size)]
-        super().__init__(loss, singles, [probe.seed] * self.size)
+        super().__init__(loss, (), [probe.seed] * probe.size)
+        (self.batch,) = loss.moved([probe])
+        self.stacked = single_samples(self.batch, self.size)
 
     def whole(self) -> Tensor:
         """Return the loss of the whole micro-batch."""
@@ -246,9 +220,10 @@ class BlockSamples(SampleBatch):
             return super().whole()
 
     def one(self, index: int) -> Tensor:
-        """Return the loss of one sample."""
+        """Return the loss of one sample, which is cut out of the micro-batch."""
+        tensors, rebuild = self.stacked
         with differentiable():
-            return super().one(index)
+            return self._loss.loss_of(rebuild([t[index] for t in tensors]), self._seeds[index])
 
     def mean(self, batched: bool) -> Tensor:
         """Return the mean of the samples' losses, by the whole micro-batch where its loss is that mean."""
@@ -268,7 +243,7 @@ class BlockSamples(SampleBatch):
         try:
             (graphs,) = self.graphs(parameter, batched=True)
             graphs.products(torch.zeros(1, parameter.numel(), device=parameter.device))
-        except Exception:  # of any kind: whatever ``torch.vmap`` makes of the user's code
+        except Exception:  # see ``batched_losses``
             return False
         return True
 
