@@ -189,5 +189,5 @@ class NoiseCurvatureRelation(ModelMetric):
             "counts": self.gradient.new_tensor([float(self.samples), 0.0]),
         }
         moments = moments_of(sums, weight.shape)
-        self.relation = relation(self.options, moments, dtype=weight.dtype, batch_size=self.batch_size)
+        self.relation = relation(self.options, moments, self.batch_size, weight.dtype, "kronecker")
         return self.relation.values()

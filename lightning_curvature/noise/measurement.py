@@ -8,26 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.distributed.together import together
-from lightning_curvature.functional.noise import (
-    CHAIN,
-    DualitySums,
-    PowerLaw,
-    commutativity_error,
-    coupling_matrix,
-    coupling_test,
-    covariance_of_sums,
-    curvature_basis,
-    effective_spikes,
-    eigen_alignment,
-    haar_coupling,
-    haar_rotated,
-    in_basis,
-    mean_coupling,
-    power_law,
-    random_commutativity_error,
-    relative_commutativity_error,
-    spearman_correlation,
-)
+from lightning_curvature.functional import noise as formulas
 from lightning_curvature.noise.linear_layer import NotSeparableError
 from lightning_curvature.noise.options import NoiseOptions
 from lightning_curvature.noise.problem import ON_ANOTHER_RANK, NoiseProblem, Route
@@ -44,10 +25,8 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
     Raises:
         NotSeparableError: on all ranks, if the samples of one of them cannot take the Kronecker route.
         ValueError: if gradients or Hessians are not finite.
-        Exception: any that a training step raises on this rank, or one that says that another rank failed.
     """
-    trainer, what = problem.trainer, "summing over samples"
-    empty, why_not = no_sums(problem), ""
+    what, empty, why_not = "summing over samples", no_sums(problem), ""
 
     def make() -> Sums:
         nonlocal why_not
@@ -57,34 +36,26 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
             why_not = str(error)
         return empty | {"counts": torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=problem.device)}
 
-    sums = together(trainer, make, empty, what)
+    sums = together(problem.trainer, make, empty, what)
     if float(sums["counts"][2]):
         raise NotSeparableError(why_not or ON_ANOTHER_RANK)
     moments = moments_of(sums, problem.parameter.shape)
 
     def squares(vectors: Tensor) -> Tensor:
-        nothing = vectors.new_zeros(len(vectors))
-        total = together(trainer, lambda: {"": squared_products(problem, vectors)}, {"": nothing}, what)[""]
-        return total / moments.samples
+        nothing = {"": vectors.new_zeros(len(vectors))}
+        total = together(problem.trainer, lambda: {"": squared_products(problem, vectors)}, nothing, what)
+        return total[""] / moments.samples
 
-    return relation(
-        options,
-        moments,
-        dtype=problem.parameter.dtype,
-        batch_size=problem.batch_size,
-        route=problem.route,
-        squares=squares,
-        why_unpaired=problem.why_unpaired,
-    )
+    batch_size, dtype = problem.batch_size, problem.parameter.dtype
+    return relation(options, moments, batch_size, dtype, problem.route, squares, problem.why_unpaired)
 
 
 def relation(
     options: NoiseOptions,
     moments: NoiseMoments,
-    *,
-    dtype: torch.dtype,
     batch_size: int,
-    route: Route = "kronecker",
+    dtype: torch.dtype,
+    route: Route,
     squares: Callable[[Tensor], Tensor] | None = None,
     why_unpaired: str = "",
 ) -> NoiseCurvature:
@@ -93,11 +64,11 @@ def relation(
     Args:
         options: name the block and the quantities.
         moments: means over all samples.
-        dtype: type of the block.
         batch_size: b.
+        dtype: type of the block.
         route: the route to the moments.
         squares: returns the diagonal of E[h²] in a basis (𝒩, D), where the moments lack E[h²].
-        why_unpaired: why no samples are paired, where the block could be.
+        why_unpaired: why no samples are paired, where those of a linear layer could be.
 
     Raises:
         ValueError: if gradients or Hessians are not finite.
@@ -108,35 +79,38 @@ def relation(
             f"gradients and Hessians by {options.parameter!r} must be finite, got others: the loss overflows, or has a "
             "kink where a derivative is not defined (a square root at 0)."
         )
-    covariance = covariance_of_sums(moments.products, moments.gradient, 1, batch_size)
-    if not float(covariance.trace()) > _rounding(moments, dtype, batch_size, 1):
+    # C is a difference of two means, summed in double precision, of gradients in the precision of the run, whose
+    # roundings go in all directions.
+    unit, double, size = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps, len(hessian)
+    scale = float(moments.products.trace()) / batch_size
+    whole, single = (scale * (16.0 * double + 4.0 * unit**2 / directions) for directions in (1, size))
+    covariance = formulas.covariance_of_sums(moments.products, moments.gradient, 1, batch_size)
+    if not float(covariance.trace()) > whole:
         covariance.zero_()
-    values, vectors = curvature_basis(hessian, options.top)
+    values, vectors = formulas.curvature_basis(hessian, options.top)
     second = None
     if "noise_gamma_awd" in asked:
         if moments.second is not None:
             second = (vectors @ moments.second * vectors).sum(1)
         elif squares is not None:
             second = squares(vectors)
-    projected = in_basis(covariance, vectors)
+    projected = formulas.in_basis(covariance, vectors)
     # Where there is no noise, there is none to be coupled, or fitted.
-    silent = projected.diagonal() <= _rounding(moments, dtype, batch_size, len(covariance))
+    silent = projected.diagonal() <= single
     projected[silent] = projected[:, silent] = 0.0
     variances = projected.diagonal()
     # H is a mean of numbers in the precision of the run: eigenvalues below its rounding are none, and the directions of
     # rounding say nothing about C.
-    unit = torch.finfo(dtype).eps
     floor = unit * float(values.abs().max())
     curved = values.abs() > floor
-    within = projected[curved][:, curved]
-    shown = min(_SHOWN, len(values))
+    within, shown = projected[curved][:, curved], min(_SHOWN, len(values))
 
     numbers: dict[str, Any] = {}
     reasons: dict[str, str] = {}
 
-    def law(key: str, heights: Tensor) -> PowerLaw | None:
+    def law(key: str, heights: Tensor) -> formulas.PowerLaw | None:
         try:
-            return power_law(values, heights, floor)
+            return formulas.power_law(values, heights, floor)
         except ValueError as error:
             reasons[key] = str(error)
         return None
@@ -144,15 +118,15 @@ def relation(
     if "noise_gamma" in asked:
         numbers["gamma"] = law("noise_gamma", variances)
     if second is not None:
-        numbers["gamma_awd"] = law("noise_gamma_awd", second)
+        numbers |= {"gamma_awd": law("noise_gamma_awd", second), "second_moments": second.cpu()}
     if "noise_commutativity" in asked:
-        numbers["commutativity"] = commutativity_error(covariance, hessian)
-        numbers["relative_commutativity"] = relative_commutativity_error(covariance, hessian)
-        numbers["random_commutativity"] = random_commutativity_error(covariance, hessian, relative=True)
+        numbers["commutativity"] = formulas.commutativity_error(covariance, hessian)
+        numbers["relative_commutativity"] = formulas.relative_commutativity_error(covariance, hessian)
+        numbers["random_commutativity"] = formulas.random_commutativity_error(covariance, hessian, relative=True)
     if "noise_alignment" in asked:
-        numbers["alignment"] = eigen_alignment(within)
+        numbers["alignment"] = formulas.eigen_alignment(within)
     if "noise_spearman" in asked:
-        numbers["spearman"] = spearman_correlation(values[curved], within.diagonal())
+        numbers["spearman"] = formulas.spearman_correlation(values[curved], within.diagonal())
     if "noise_coupling" in asked:
         numbers |= _coupling(options, covariance, within, shown)
     why = _why_incomparable(covariance, hessian, values)
@@ -160,20 +134,24 @@ def relation(
     if "noise_coupling" in reasons and bool(covariance.any()) and len(within):
         reasons["noise_coupling"] = "there must be two directions with noise in them."
     if "noise_awd_chain" in asked:
-        why = why_unpaired or _why_no_chain(moments.duality)
-        if why:
-            reasons["noise_awd_chain"] = why
-        elif moments.duality is not None:
+        if moments.duality is None:
+            linear = "it exists for the weight of a linear layer that is used once for each sample."
+            reasons["noise_awd_chain"] = why_unpaired or linear
+        elif not moments.duality.batches:
+            reasons["noise_awd_chain"] = (
+                "no sample has a partner of its class in the other half of its batch: give larger micro-batches, or "
+                "fewer classes."
+            )
+        else:
             numbers["weight_variance"] = moments.duality.weight_variance
-            numbers["chain"] = chain = {}
-            norm = float(covariance.norm())
+            numbers["chain"], norm = {}, float(covariance.norm())
             for name, matrix in moments.duality.matrices(moments.second).items():
-                scaled = matrix / batch_size
+                scaled, key = matrix / batch_size, f"noise_gamma_awd_{name}"
                 diagonal = (vectors @ scaled * vectors).sum(1)
                 distance = float((scaled - covariance).norm()) / norm if norm else math.nan
-                key = f"noise_gamma_awd_{name}"
-                chain[name] = ChainLink(law(key, diagonal), float(scaled.norm()), distance, diagonal.cpu())
-                if name not in CHAIN:
+                link = ChainLink(law(key, diagonal), float(scaled.norm()), distance, diagonal.cpu())
+                numbers["chain"][name] = link
+                if name not in formulas.CHAIN:
                     reasons.pop(key, None)  # it has no key, and "hg" is indefinite
     return NoiseCurvature(
         parameter=options.parameter,
@@ -181,11 +159,10 @@ def relation(
         route=route,
         samples=moments.samples,
         batch_size=batch_size,
-        dimension=len(covariance),
+        dimension=size,
         curved=int(curved.sum()),
         curvatures=values.cpu(),
         variances=variances.cpu(),
-        second_moments=None if second is None else second.cpu(),
         vectors=vectors.cpu(),
         shown=projected[:shown, :shown].cpu(),
         degenerate=_degenerate(values[curved], unit),
@@ -193,16 +170,6 @@ def relation(
         reasons=reasons,
         **numbers,
     )
-
-
-def _rounding(moments: NoiseMoments, dtype: torch.dtype, batch_size: int, directions: int) -> float:
-    """What rounding may leave of C in one of so many directions, where there is no noise.
-
-    C is a difference of two means, summed in double precision, of gradients in the precision of the run, whose
-    roundings go in all directions.
-    """
-    single, double = (torch.finfo(one).eps for one in (dtype, torch.float64))
-    return (16.0 * double + 4.0 * single**2 / directions) * float(moments.products.trace()) / batch_size
 
 
 def _degenerate(values: Tensor, unit: float) -> float:
@@ -230,23 +197,12 @@ def _why_incomparable(covariance: Tensor, hessian: Tensor, curvatures: Tensor) -
 
 def _coupling(options: NoiseOptions, covariance: Tensor, within: Tensor, shown: int) -> dict[str, Any]:
     """Coupling of the directions, beside that of rotated noise."""
-    coupling, spikes = mean_coupling(coupling_matrix(within)), effective_spikes(covariance)
+    coupling = formulas.mean_coupling(formulas.coupling_matrix(within))
+    spikes = formulas.effective_spikes(covariance)
     numbers: dict[str, Any] = {"coupling": coupling, "spikes": spikes}
     if not (math.isnan(coupling) or math.isnan(spikes)):
         generator = torch.Generator(covariance.device).manual_seed(options.seed)
-        numbers["test"] = coupling_test(coupling, spikes, len(within))
-        numbers["haar"] = haar_coupling(covariance, len(within), options.haar_draws, generator)
-        numbers["shown_random"] = haar_rotated(covariance, shown, generator).cpu()
+        numbers["test"] = formulas.coupling_test(coupling, spikes, len(within))
+        numbers["haar"] = formulas.haar_coupling(covariance, len(within), options.haar_draws, generator)
+        numbers["shown_random"] = formulas.haar_rotated(covariance, shown, generator).cpu()
     return numbers
-
-
-def _why_no_chain(pairs: DualitySums | None) -> str:
-    """Why there are no approximations of C by duality; empty if there are."""
-    if pairs is None:
-        return "it exists for the weight of a linear layer that is used once for each sample."
-    if not pairs.batches:
-        return (
-            "no sample has a partner of its class in the other half of its batch: give larger micro-batches, or fewer "
-            "classes."
-        )
-    return ""

@@ -93,9 +93,9 @@ class NoiseCurvature:
     curved: int
     curvatures: Tensor
     variances: Tensor
-    second_moments: Tensor | None
     vectors: Tensor
     shown: Tensor
+    second_moments: Tensor | None = None
     shown_random: Tensor | None = None
     gamma: PowerLaw | None = None
     gamma_awd: PowerLaw | None = None
