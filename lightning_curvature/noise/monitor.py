@@ -47,42 +47,41 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
 
     * "noise_gamma": ``noise_gamma``, γ of :math:`C_{ii} \propto H_{ii}^\gamma`, fitted to positive entries above the
       rounding of H, with ``noise_gamma_stderr``. Theory has 1 ≤ γ ≤ 2 near a minimum.
-    * "noise_gamma_awd": ``noise_gamma_awd`` (and ``_stderr``), the same for what activity–weight duality puts in the
-      place of C, :math:`E_p[h_p^2]` up to a factor.
-    * "noise_commutativity": ``noise_commutativity`` = ‖CH − HC‖_F / (‖C‖_F ‖H‖_F); ``noise_commutativity_relative`` =
-      ‖CH − HC‖_F / ‖CH‖_F, beside ``noise_commutativity_random``, what this would be for a C with random eigenvectors
-      (up to √2, exact). The first is small for matrices that have little to do with each other as well.
+    * "noise_gamma_awd": ``noise_gamma_awd`` (and ``_stderr``), γ of :math:`E_i[h_i^2]`, which activity–weight duality
+      puts in the place of C, up to a factor.
+    * "noise_commutativity": ``noise_commutativity`` = ‖CH − HC‖_F / (‖C‖_F ‖H‖_F), which is small for unrelated
+      matrices as well; ``noise_commutativity_relative`` = ‖CH − HC‖_F / ‖CH‖_F, beside ``noise_commutativity_random``,
+      its exact value for a C with random eigenvectors (up to √2).
     * "noise_alignment": ``noise_alignment``, the share of the energy of C that is on its diagonal.
     * "noise_spearman": ``noise_spearman``, rank correlation of C_ii and H_ii.
     * "noise_coupling": ``noise_coupling`` = mean of |C_ij| / √|C_ii C_jj|, i ≠ j; ``noise_coupling_random``, the same
-      with random eigenvectors; ``noise_coupling_z``, its distance from theory for such ones in standard errors.
-    * "noise_awd_chain": ``noise_gamma_awd_raw``, ``_hh``, ``_hh_sd``, ``_hh_sd_wd`` and ``_hh_sd_wd_li``: γ of P2's
-      approximations of C one after the other, from pairs of mini-batches (linear layers with class labels only).
+      with random eigenvectors; ``noise_coupling_z``, its distance from theory for random ones in standard errors.
+    * "noise_awd_chain": ``noise_gamma_awd_raw``, ``_hh``, ``_hh_sd``, ``_hh_sd_wd`` and ``_hh_sd_wd_li``: γ of the
+      source's successive approximations of C, from pairs of mini-batches (linear layers with class labels only).
 
-    TensorBoard gets pictures: ``noise_scatter``, C_ii against H_ii with the fit, and ``noise_matrices``, C in the
-    eigenbasis and the coupling beside that of random eigenvectors. ``result`` holds everything as a
-    :class:`~lightning_curvature.noise.result.NoiseCurvature`.
+    TensorBoard shows ``noise_scatter``, C_ii against H_ii with the fit, and ``noise_matrices``, C in the eigenbasis and
+    its coupling beside that of random eigenvectors. ``result`` is a :class:`~lightning_curvature.NoiseCurvature`.
 
     Two routes lead to C and H; the first measurement says which one it takes. *Kronecker*: the weight of a linear layer
-    that is used once for each sample, of which no per-sample Hessian is formed; costs, for each micro-batch, two
-    forwards (one of single samples, to see that their mean is the loss of the batch), and a backward of what comes
-    after the layer for each of its outputs. *General*: any other parameter, or a loss that is no such mean; costs a
-    gradient of each sample, D products with each micro-batch, and 𝒩 products with each sample for ``noise_gamma_awd``.
-    Both need D × D matrices in memory, ten of them (0.5 GB for D = 2500), and one eigenvalue problem of that size.
+    that is used once for each sample. No Hessian of a sample is formed; a micro-batch costs two forwards (one of single
+    samples, whose mean must be the loss of the batch), and for each output of the layer a backward through what follows
+    it. *General*: any other parameter, or a loss that is no such mean; costs a gradient of each sample, D products with
+    each micro-batch, and for "noise_gamma_awd" 𝒩 products with each sample. Both need ten D × D matrices in memory
+    (0.5 GB for D = 2500) and one eigenvalue problem of that size.
 
     Args:
-        parameter: name of the block, as ``named_parameters()`` has it; ``_orig_mod`` of compiled parts may be left out.
+        parameter: name of the block, as ``named_parameters()`` has it; ``_orig_mod`` of compiled modules is optional.
         quantities: which of the above.
-        top: 𝒩; None for 40 % of D, as P2 takes.
+        top: 𝒩; None for 40 % of D, as in the source.
         batch_size: b; default: samples of an optimizer step.
         haar_draws: random rotations for ``noise_coupling_random``.
-        pictures: draw them, about a second each time; for TensorBoard.
+        pictures: draw them for TensorBoard, about a second each time.
         pairing: callable batch → (inputs, labels) for "noise_awd_chain"; default: the batch is such a pair.
         at_end: measure when fit ends.
         at_steps: measure before these optimizer steps.
-        every_n_train_steps: measure before steps 0, n, 2n, …; None for not.
+        every_n_train_steps: measure before steps 0, n, 2n, …; default: not.
         probe_samples: the most samples; None for all training data.
-        probe_dataloader: where to take them from; default: the Trainer's train dataloader.
+        probe_dataloader: source of the samples; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size, with "noise_awd_chain" twice
             that: its halves are the mini-batches that are paired.
         objective: callable (module, batch) → mean loss, in place of training_step.
@@ -95,9 +94,9 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
 
     Raises:
         ValueError: for an argument outside its rule.
-        MisconfigurationException: at the start of fit, for what the module, the data or the strategy cannot give.
+        MisconfigurationException: at the start of fit, for a module, data or a strategy that cannot be measured.
 
-    Source: P2, eqs. 2, 6, 7, 15, 18 and 46.
+    Source: Zhang, Yang and Tu (2026), eqs. 2, 6, 7, 15, 18 and 46; see docs/references.md.
     """
 
     options: NoiseOptions
@@ -143,12 +142,10 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         """Raise where the module has no such parameter, or one that is too large."""
         check_block(self.options, named_parameters(module), trainer.num_devices)
 
-    def _read_from(
-        self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None
-    ) -> tuple[ProbeSet, int]:
+    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None) -> Any:
         """Read the samples, and return them with the size of a batch of their loader."""
-        samples, size = super()._read_from(trainer, loader, batch, failure), batch_size_of(trainer, loader)
-        return samples, size or samples.batches[0].size
+        samples = super()._read_from(trainer, loader, batch, failure)
+        return samples, batch_size_of(trainer, loader) or samples.batches[0].size
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
         size = batch_size_of(trainer, loader)
@@ -157,8 +154,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: tuple[ProbeSet, int]) -> Prepared[NoiseProblem]:
         """Return the block, its samples, and whether this rank can take the Kronecker route and pair samples."""
-        samples, size = data
-        module, options = trainer.lightning_module, self.options
+        (samples, size), module, options = data, trainer.lightning_module, self.options
         progress = Progress(trainer, "noise covariance", unit="batches")
         name, parameter = named_parameters(module)[options.parameter]
         first = BlockSamples(loss, samples.batches[0])
@@ -202,24 +198,21 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
 
     def _inform_of_route(self, problem: NoiseProblem) -> None:
         """Say once in a fit which route it takes."""
-        if (route := problem.route) in self._warned:
+        if problem.route in self._warned:
             return
-        self._warned.add(route)
-        name = f"noise covariance of {self.options.parameter!r}"
-        if route == "kronecker":
-            inform(f"{name}: Kronecker route, no Hessian of a single sample is formed.")
-        else:
+        self._warned.add(problem.route)
+        route = "Kronecker route, no Hessian of a single sample is formed"
+        if problem.layer is None:
             turn = "at once" if problem.batched else "one by one, which is slow: torch.vmap cannot follow the step"
-            inform(f"{name}: general route, samples {turn}; {problem.why_general}.")
+            route = f"general route, samples {turn}; {problem.why_general}"
+        inform(f"noise covariance of {self.options.parameter!r}: {route}.")
 
     def _warn_of_reasons(self, result: NoiseCurvature) -> None:
         """Warn once in a fit of each number that is NaN."""
-        keys_by_reason: dict[str, list[str]] = {}
-        for key, reason in result.reasons.items():
-            if key not in self._warned:
-                keys_by_reason.setdefault(reason, []).append(key)
-        self._warned.update(result.reasons)
-        for reason, keys in keys_by_reason.items():
+        reasons = {key: reason for key, reason in result.reasons.items() if key not in self._warned}
+        self._warned.update(reasons)
+        for reason in dict.fromkeys(reasons.values()):
+            keys = [key for key in reasons if reasons[key] == reason]
             warn(f"{', '.join(keys)} {'is' if len(keys) == 1 else 'are'} NaN: {reason}")
 
     def _warn_of_limits(self, problem: NoiseProblem, result: NoiseCurvature) -> None:

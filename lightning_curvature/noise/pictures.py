@@ -13,12 +13,8 @@ from lightning_curvature.reporting.pictures import new_figure
 def draw_scatter(title: str, curvatures: Tensor, laws: Sequence[tuple[str, PowerLaw, Tensor]], slopes: bool) -> Any:
     """Return a figure of heights against H_ii with fitted lines, or None without matplotlib.
 
-    Args:
-        title: of the figure.
-        curvatures: H_ii, (𝒩,).
-        laws: label, fitted line and heights, (𝒩,). All go through the middle of the first, since heights by duality
-            lack the factor σ_w²/2b.
-        slopes: draw lines of slopes 1 and 2 beside the first.
+    ``laws`` are label, fitted line and heights, (𝒩,). All are drawn through the middle of the first, since heights by
+    duality lack the factor σ_w²/2b. ``slopes`` adds lines of slopes 1 and 2.
     """
     figure = new_figure(figsize=(5.4, 4.4), dpi=110)
     if figure is None:
@@ -35,8 +31,8 @@ def draw_scatter(title: str, curvatures: Tensor, laws: Sequence[tuple[str, Power
     if slopes:
         first = laws[0][1]
         for slope, style in ((1, ":"), (2, "--")):
-            text = f"slope {slope}"
-            _draw_line(axes, first, _middle(first), slope, color="grey", linestyle=style, linewidth=0.9, label=text)
+            look = {"color": "grey", "linestyle": style, "linewidth": 0.9, "label": f"slope {slope}"}
+            _draw_line(axes, first, _middle(first), slope, **look)
     axes.set(xscale="log", yscale="log", xlabel="curvature $H_{ii}$", ylabel="noise $C_{ii}$")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
@@ -58,13 +54,7 @@ def _draw_line(axes: Any, law: PowerLaw, middle: float, slope: float, **style: A
 
 
 def draw_matrices(title: str, covariance: Tensor, rotated: Tensor | None) -> Any:
-    """Return a figure of C in the eigenbasis of H and of its coupling, or None without matplotlib.
-
-    Args:
-        title: of the figure.
-        covariance: C in the eigenbasis.
-        rotated: C with random eigenvectors, whose coupling is drawn beside it.
-    """
+    """Return a figure of C in the eigenbasis of H, its coupling and that of rotated C, or None without matplotlib."""
     couplings = {
         name: coupling_matrix(matrix).abs()
         for name, matrix in (("coupling $|R_{ij}|$", covariance), ("rotated at random", rotated))

@@ -50,7 +50,7 @@ class NoiseProblem:
 
     @property
     def route(self) -> Route:
-        """The route to C and H."""
+        """Route to C and H."""
         return "general" if self.layer is None else "kronecker"
 
     def general(self, why: str) -> "NoiseProblem":
@@ -61,7 +61,8 @@ class NoiseProblem:
         """Return the same inputs for the route that all ranks can take, paired if all ranks can pair."""
         if not capacities["kronecker"]:
             return self.general(self.why_general or ON_ANOTHER_RANK)
-        if not capacities["paired"]:
-            why = self.why_unpaired or "batches of another rank cannot be paired."
-            return replace(self, pairing=None, why_unpaired=why)
-        return self
+        if capacities["paired"]:
+            return self
+        return replace(
+            self, pairing=None, why_unpaired=self.why_unpaired or "batches of another rank cannot be paired."
+        )

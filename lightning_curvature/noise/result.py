@@ -163,10 +163,9 @@ class NoiseCurvature:
                 f"{'commutativity':<16}{self.commutativity:7.4f}, relative to CH {self.relative_commutativity:.3f}, by "
                 f"chance {self.random_commutativity:.3f}"
             )
-        if not math.isnan(self.alignment):
-            lines.append(f"{'alignment':<16}{self.alignment:7.3f}")
-        if not math.isnan(self.spearman):
-            lines.append(f"{'Spearman':<16}{self.spearman:7.3f}")
+        for title, value in (("alignment", self.alignment), ("Spearman", self.spearman)):
+            if not math.isnan(value):
+                lines.append(f"{title:<16}{value:7.3f}")
         if self.test is not None and self.haar is not None:
             lines.append(
                 f"{'coupling':<16}{self.coupling:7.4f}, by chance {float(self.haar.mean()):.4f} (rotated), "

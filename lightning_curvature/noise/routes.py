@@ -31,16 +31,7 @@ def named_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
 
 
 def check_block(options: NoiseOptions, named: Mapping[str, tuple[str, nn.Parameter]], processes: int) -> None:
-    """Raise unless the block exists, is trained, and has matrices that fit into memory.
-
-    Args:
-        options: name the block.
-        named: see :func:`named_parameters`.
-        processes: how many share the machine's memory.
-
-    Raises:
-        MisconfigurationException: if not.
-    """
+    """Raise unless the block exists, is trained, and has matrices that fit into the memory that processes share."""
     name, top = options.parameter, options.top
     if name not in named:
         near = difflib.get_close_matches(name, named, n=_NEAREST, cutoff=0.3) or list(named)[:_NEAREST]
@@ -66,9 +57,8 @@ def check_block(options: NoiseOptions, named: Mapping[str, tuple[str, nn.Paramet
     entry = 8 * (_MATRICES + options.pairs * _PAIR_MATRICES)
     if entry * size**2 > limit:
         most = math.isqrt(int(limit) // entry)
-        sizes = ((p.numel(), n) for n, (_, p) in named.items())
-        fitting = sorted((one for one in sizes if FEWEST_POINTS <= one[0] <= most), reverse=True)
-        others = ", ".join(f"{other!r} ({count:,})" for count, other in fitting[:_NEAREST])
+        fitting = [(p.numel(), other) for other, (_, p) in named.items() if FEWEST_POINTS <= p.numel() <= most]
+        others = ", ".join(f"{other!r} ({count:,})" for count, other in sorted(fitting, reverse=True)[:_NEAREST])
         raise MisconfigurationException(
             f"parameter must be a block of at most {most:,} entries, whose square matrices fit into the "
             f"{limit / 2**30:.1f} GiB that there are for them, got {name!r} with {size:,} "
@@ -100,20 +90,16 @@ def pairing_of(options: NoiseOptions, batch: Any) -> tuple[Pairing | None, str]:
     """Return what pairs samples, None where that was not asked for, and why it cannot pair a first batch."""
     if not options.pairs:
         return None, ""
-    pairing = options.pairing or inputs_and_labels
+    pairing, why_not = options.pairing or inputs_and_labels, ""
     try:
         pairing(batch)
     except MisconfigurationException as error:
-        return pairing, str(error)
-    return pairing, ""
+        why_not = str(error)
+    return pairing, why_not
 
 
 def inputs_and_labels(batch: object) -> tuple[Tensor, Tensor]:
-    """Return inputs and labels of a batch.
-
-    Raises:
-        MisconfigurationException: if it is no pair of them.
-    """
+    """Return inputs and labels of a batch, or raise a MisconfigurationException if it is no pair of them."""
     kind = f"a {type(batch).__name__}"
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
         inputs, labels = batch

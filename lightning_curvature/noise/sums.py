@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_curvature.functional.noise import (
 )
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.samples import BlockSamples, SampleGraphs
-from lightning_curvature.noise.linear_layer import LinearStatistics, NotSeparableError, linear_statistics
+from lightning_curvature.noise.linear_layer import NotSeparableError, linear_statistics
 from lightning_curvature.noise.problem import NoiseProblem
 from lightning_curvature.operators.graphs import products_at_once, products_with
 from lightning_curvature.operators.micro_batches import building_graphs
@@ -27,25 +27,25 @@ NOT_A_MEAN = "the loss of a batch is not the mean of those of its samples"
 
 
 class NoiseMoments(NamedTuple):
-    """Means over the samples of all ranks.
+    """Means over the n samples of all ranks.
 
     Attributes:
         samples: n.
+        unpaired: share of the samples that have no partner of their class.
         gradient: ḡ, (D,).
         products: E[g gᵀ], (D, D).
         hessian: H = E[h], (D, D).
-        second: E[h²], (D, D); None where it was not summed.
-        duality: sums over pairs of mini-batches; None where they were not asked for.
-        unpaired: share of the samples that have no partner of their class.
+        second: E[h²], (D, D), on the Kronecker route.
+        duality: sums over pairs of mini-batches, where they were asked for.
     """
 
     samples: int
+    unpaired: float
     gradient: Tensor
     products: Tensor
     hessian: Tensor
-    second: Tensor | None
-    duality: DualitySums | None
-    unpaired: float
+    second: Tensor | None = None
+    duality: DualitySums | None = None
 
 
 def sum_device(parameter: Tensor) -> torch.device:
@@ -54,28 +54,26 @@ def sum_device(parameter: Tensor) -> torch.device:
 
 
 def own_sums(problem: NoiseProblem) -> Sums:
-    """Return the sums over this rank's samples, by the route of the problem.
-
-    Among them are ``counts``: samples, samples without a partner, and 0 for a rank that can take the route.
+    """Return the sums over this rank's samples; ``counts`` are samples, those with a partner, and 0.
 
     Raises:
-        NotSeparableError: on the Kronecker route, if the samples of some batch cannot take it.
+        NotSeparableError: on the Kronecker route, if a batch cannot take it.
     """
     return general_route(problem) if problem.layer is None else kronecker_route(problem)
 
 
 def no_sums(problem: NoiseProblem) -> Sums:
     """Return zeros of the shapes of :func:`own_sums`, which take no memory."""
-    zero = torch.zeros((), dtype=torch.float64, device=problem.device)
     size = problem.parameter.numel()
     shapes: dict[str, tuple[int, ...]] = {"gradient": (size,), "counts": (3,)}
     if problem.layer is None:
         shapes |= {"products": (size, size), "hessian": (size, size)}
     else:
         out, into = problem.layer.weight.shape
-        shapes["kronecker"] = (3, out * (out + 1) // 2, into * (into + 1) // 2)
+        shapes["kronecker"] = KroneckerSum(3, out, into, "meta").packed().shape
         if problem.pairing is not None:
             shapes["duality"] = DualitySums(out, into, "meta").state.shape
+    zero = torch.zeros((), dtype=torch.float64, device=problem.device)
     return {name: zero.expand(shape) for name, shape in shapes.items()}
 
 
@@ -92,27 +90,27 @@ def kronecker_route(problem: NoiseProblem) -> Sums:
     assert layer is not None
     out, into = layer.weight.shape
     gradient = torch.zeros(out, into, dtype=torch.float64, device=device)
-    moments, duality = KroneckerSum(3, out, into, device), None
-    if problem.pairing is not None:
-        duality = DualitySums(out, into, device)
-    samples, unpaired, processes = 0, 0, problem.trainer.num_devices
+    moments = KroneckerSum(3, out, into, device)
+    duality = DualitySums(out, into, device) if problem.pairing is not None else None
+    weight, processes, samples, paired = layer.weight.detach().to(device), problem.trainer.num_devices, 0, 0
     for batch in _batches(problem):
         losses: list[Tensor] = []
-        layer_sees = linear_statistics(layer, functools.partial(_noted, batch, losses), batch.size, processes)
+        found = linear_statistics(layer, functools.partial(_noted, batch, losses), batch.size, processes)
         # In every batch: class weights, for example, show only in those of several classes.
         if not batch.is_mean(problem.batched, losses.pop()):
             raise NotSeparableError(NOT_A_MEAN)
-        statistics = LinearStatistics(*(t.to(device, torch.float64) for t in vars(layer_sees).values()))
-        a, delta = statistics.activations, statistics.gradients
+        a, delta, s = (t.to(gradient) for t in (found.activations, found.gradients, found.curvatures))
         gradient += delta.mT @ a
-        moments.add(linear_blocks(a, delta, statistics.curvatures), a)
+        moments.add(linear_blocks(a, delta, s), a)
         samples += batch.size
         if duality is not None and problem.pairing is not None:
-            inputs, labels = problem.pairing(batch.batch)
-            unpaired += _add_pairs(duality, layer.weight.detach().to(device), statistics, inputs, labels)
-    counts = gradient.new_tensor([samples, unpaired, 0.0])
+            inputs, labels = (t.to(device) for t in problem.pairing(batch.batch))
+            for one, other in _pairs(inputs, labels):
+                duality.add(duality_terms(weight, a[one], delta[one], s[one], a[other] - a[one]))
+                paired += len(one)
+    counts = gradient.new_tensor([samples, paired, 0.0])
     sums = {"gradient": gradient.flatten(), "kronecker": moments.packed(), "counts": counts}
-    return sums | ({"duality": duality.state} if duality is not None else {})
+    return sums if duality is None else sums | {"duality": duality.state}
 
 
 def _noted(batch: BlockSamples, losses: list[Tensor]) -> Tensor:
@@ -122,20 +120,17 @@ def _noted(batch: BlockSamples, losses: list[Tensor]) -> Tensor:
 
 def general_route(problem: NoiseProblem) -> Sums:
     """Sum over this rank's samples by per-sample gradients, and products of the Hessian with all D unit vectors."""
-    device, parameter, size = problem.device, problem.parameter, problem.parameter.numel()
-    gradient = torch.zeros(size, dtype=torch.float64, device=device)
-    products, hessian = gradient.new_zeros(size, size), gradient.new_zeros(size, size)
-    space, samples = VectorSpace([parameter]), 0
+    sums = {name: zeros.clone() for name, zeros in no_sums(problem).items()}
+    parameter, space = problem.parameter, VectorSpace([problem.parameter])
     vectors = products_at_once(space, problem.trainer.num_devices)
     for batch in _batches(problem):
         rows = torch.cat([graphs.gradients.detach() for graphs in batch.graphs(parameter, problem.batched)])
-        rows = rows.to(device, torch.float64)
-        gradient += rows.sum(0)
-        products.addmm_(rows.mT, rows)
-        hessian += batch.size * _block_hessian(batch, problem, space, vectors).to(device, torch.float64)
-        samples += batch.size
-    counts = gradient.new_tensor([samples, 0.0, 0.0])
-    return {"gradient": gradient, "products": products, "hessian": hessian, "counts": counts}
+        rows = rows.to(sums["products"])
+        sums["gradient"] += rows.sum(0)
+        sums["products"].addmm_(rows.mT, rows)
+        sums["hessian"] += batch.size * _block_hessian(batch, problem, space, vectors).to(rows)
+        sums["counts"][0] += batch.size
+    return sums
 
 
 def _block_hessian(batch: BlockSamples, problem: NoiseProblem, space: VectorSpace, vectors: int) -> Tensor:
@@ -174,34 +169,23 @@ def _squares(graphs: SampleGraphs, vectors: Tensor, at_once: int) -> Tensor:
 
 def moments_of(sums: Sums, shape: tuple[int, ...]) -> NoiseMoments:
     """Return the means of the sums of all ranks; ``shape`` is that of the block."""
-    samples, unpaired = sums["counts"][:2].tolist()
-    moments: dict[str, Any] = {"second": None, "duality": None}
+    samples, paired = sums["counts"][:2].tolist()
+    common = round(samples), 1.0 - paired / samples if "duality" in sums else 0.0, sums["gradient"] / samples
     if "hessian" in sums:
-        moments |= {name: sums[name] / samples for name in ("products", "hessian")}
-    else:
-        out, into = shape
-        matrices = unpacked(sums["kronecker"] / samples, out, into)
-        moments |= dict(zip(("products", "hessian", "second"), matrices, strict=True))
-        if "duality" in sums:
-            moments["duality"] = DualitySums(out, into, "meta")
-            moments["duality"].state = sums["duality"]
-    return NoiseMoments(round(samples), sums["gradient"] / samples, unpaired=unpaired / samples, **moments)
+        return NoiseMoments(*common, sums["products"] / samples, sums["hessian"] / samples)
+    (out, into), duality = shape, None
+    if "duality" in sums:
+        duality = DualitySums(out, into, "meta")
+        duality.state = sums["duality"]
+    products, hessian, second = unpacked(sums["kronecker"] / samples, out, into)
+    return NoiseMoments(*common, products, hessian, second, duality)
 
 
-def _add_pairs(
-    duality: DualitySums, weight: Tensor, statistics: LinearStatistics, inputs: Tensor, labels: Tensor
-) -> int:
-    """Cut a batch into two mini-batches, pair each with the other, and return how many samples have no partner."""
-    inputs, labels = inputs.to(weight.device), labels.to(weight.device)
-    # Class by class to both halves in turn, so that the classes are balanced.
+def _pairs(inputs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a batch into two mini-batches and yield, for each, its samples with a partner, and these in the other one."""
+    # Class by class to both in turn, so that the classes are balanced.
     order = torch.sort(labels, stable=True).indices
     halves = order[0::2], order[1::2]
-    a, missing = statistics.activations, 0
     for half, other in (halves, halves[::-1]):
         partner = matched_pairs(inputs[half], labels[half], inputs[other], labels[other])
-        paired = partner >= 0
-        missing += int((~paired).sum())
-        one, two = half[paired], other[partner[paired]]
-        curvatures = statistics.curvatures[one]
-        duality.add(duality_terms(weight, a[one], statistics.gradients[one], curvatures, a[two] - a[one]))
-    return missing
+        yield half[partner >= 0], other[partner[partner >= 0]]
