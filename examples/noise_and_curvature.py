@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import cumulative_contribution, power_law, spectral_moments, suppressed
 from lightning_curvature.noise.linear_layer import linear_statistics
-from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.options import QUANTITIES
 from lightning_curvature.noise.result import NoiseCurvature
 
 LEARNING_RATE = 0.1

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_curvature.data.copies import DataRandomness
 from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, to_device
-from lightning_curvature.losses.stacked import Stacked, stack, stacked_losses
+from lightning_curvature.losses.stacked import Stacked, stack
 from lightning_curvature.operators import MicroBatch
 from lightning_curvature.operators.differentiation import differentiable, same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.module_state import ModuleState, RandomState
-from lightning_curvature.replay.objective import RecordedBatch, StepObjective
+from lightning_curvature.replay.objective import StepObjective
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
@@ -40,11 +42,11 @@ class StepCall:
 class ProbeLoss:
     """Repeats the training step on batches that were read, each time from the same states.
 
-    Random numbers are those that follow from the seed of each batch: dropout has one mask for a batch, in every product
-    and at every measured step. In "train" mode BatchNorm normalizes each micro-batch by its own statistics; in "eval"
-    mode by the running ones, which are constants.
+    The seed of a batch sets its random numbers: dropout has one mask a batch, in every product and at every measured
+    step. BatchNorm normalizes each micro-batch by its own statistics in "train" mode, by the running ones, which are
+    constants, in "eval" mode.
 
-    Make and use it inside :func:`~.replay.isolation.untouched`.
+    To be made and used inside :func:`~.replay.isolation.untouched`.
 
     Args:
         trainer: the Trainer.
@@ -60,38 +62,38 @@ class ProbeLoss:
         self._state = ModuleState(objective.module, objective.bystanders.saved)
 
     def parts(self, probe_set: ProbeSet) -> list[MicroBatch]:
-        """This rank's micro-batches of a set that ranks share.
+        """Return this rank's micro-batches of a set that ranks share.
 
-        As many on every rank: a forward may communicate (a step that gathers, sharded parameters). Where there are too
-        few, the last is repeated with weight 0.
+        Every rank has the same number, since a forward may communicate (a step that gathers, sharded parameters): a
+        rank with fewer repeats its last one with weight 0.
         """
         parts = self.parts_of(probe_set.batches, probe_set.total)
         return parts + [replace(parts[-1], weight=0.0)] * (probe_set.rounds - len(parts))
 
     def parts_of(self, batches: Sequence[ProbeBatch], total: int) -> list[MicroBatch]:
-        """Micro-batches, each weighted by its share of ``total`` samples."""
+        """Return micro-batches, each weighted by its share of ``total`` samples."""
         return [
             MicroBatch(functools.partial(self.evaluate, probe, index), probe.size / total)
             for index, probe in enumerate(batches)
         ]
 
     def evaluate(self, probe: ProbeBatch, index: int) -> Evaluation:
-        """Loss and outputs of one micro-batch at the parameters as they are now; ``index`` is its ``batch_idx``."""
+        """Return loss and outputs of a micro-batch, ``index`` its ``batch_idx``, at the parameters as they are."""
         (batch,) = self.moved([probe])
         return self._repeat(batch, index, self._seeded(probe.seed))
 
     def parts_of_many(
         self, draws: Sequence[Sequence[ProbeBatch]], parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> list[MicroBatch]:
-        """Micro-batches of several mini-batches at once, each at its own copy of the parameters.
+        """Return micro-batches of several mini-batches, each mini-batch at its own copy of the parameters.
 
         Args:
-            draws: micro-batches of each mini-batch, as many and as large in all of them.
-            parameters: those that have copies.
-            copies: of each, (mini-batches, shape).
+            draws: micro-batches of each mini-batch.
+            parameters: see :meth:`losses_of_many`.
+            copies: see :meth:`losses_of_many`.
 
         Raises:
-            ValueError: if they are not alike.
+            ValueError: if mini-batches differ in number or sizes of their micro-batches.
         """
         sizes = [[probe.size for probe in draw] for draw in draws]
         if any(one != sizes[0] for one in sizes):
@@ -108,7 +110,7 @@ class ProbeLoss:
         self, probes: Sequence[ProbeBatch], index: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> Evaluation:
         stacked = stack(self.moved(probes))
-        losses, outputs = self._stacked(stacked, index, probes[0].seed, parameters, copies)
+        losses, outputs = self._evaluate_stacked(stacked, index, probes[0].seed, parameters, copies)
         return Evaluation(losses.sum(), outputs)
 
     def moved(self, probes: Sequence[ProbeBatch]) -> list[Any]:
@@ -123,40 +125,42 @@ class ProbeLoss:
     def losses_of_many(
         self, stacked: Stacked, seed: int, parameters: Sequence[Tensor] = (), copies: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Losses of batches that were moved and stacked, (batches,).
+        """Return the losses of stacked batches, (batches,), each at its own copy of some parameters.
 
         Args:
-            stacked: the batches.
+            stacked: batches that were moved, by :func:`~.losses.stacked.stack`.
             seed: of their random numbers.
-            parameters: those that have a copy for each batch; all others are as they are.
+            parameters: those that have copies.
             copies: of each, (batches, shape).
 
         Raises:
-            Exception: see :func:`~.losses.stacked.stacked_losses`.
+            Exception: any that ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers,
+                reads a value (``loss.item()``), or writes to a buffer.
         """
         self._state.restore(gently=True)
-        # Fused attention has no rule for ``vmap`` on a CPU, which would go through it sample by sample.
+        # On a CPU fused attention has no rule for ``vmap``, which would evaluate it sample by sample.
         with differentiable():
-            return self._stacked(stacked, 0, seed, parameters, copies)[0]
+            return self._evaluate_stacked(stacked, 0, seed, parameters, copies)[0]
 
-    def _stacked(
-        self,
-        stacked: Stacked,
-        index: int,
-        seed: int,
-        parameters: Sequence[Tensor] = (),
-        copies: Sequence[Tensor] = (),
+    def _evaluate_stacked(
+        self, stacked: Stacked, index: int, seed: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        randomness = self._seeded(seed)
+        """Losses, (batches,), and outputs, (batches, B, …), or None."""
+        objective, randomness, (tensors, rebuild) = self._objective, self._seeded(seed), stacked
 
-        def record(batch: Any) -> RecordedBatch:
-            return self._objective.prepare(batch, index, randomness, self._state)
+        def evaluate(copy: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            values = {id(p): value for p, value in zip(parameters, copy, strict=True)}
+            with parameters_replaced(objective.module, values):
+                record = objective.prepare(rebuild(batch), index, randomness, self._state)
+                evaluation = objective.evaluate(record)
+            return (evaluation.loss,) if evaluation.outputs is None else (evaluation.loss, evaluation.outputs)
 
-        with self._precision(), same_attention(self._objective.module):
-            return stacked_losses(self._objective, record, stacked, parameters, copies)
+        with self._precision(), same_attention(objective.module):
+            losses, *outputs = torch.vmap(evaluate, randomness="error")(tuple(copies), tensors)
+        return losses, outputs[0] if outputs else None
 
     def loss_of(self, batch: Any, seed: int) -> Tensor:
-        """Loss of one batch that was moved, at the parameters as they are."""
+        """Return the loss of one batch that was moved, at the parameters as they are."""
         return self._repeat(batch, 0, self._seeded(seed)).loss
 
     def parts_of_step(self, calls: Sequence[StepCall], ranks: int) -> list[MicroBatch]:

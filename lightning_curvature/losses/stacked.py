@@ -1,101 +1,54 @@
-"""The training step on several mini-batches at once, each at a copy of the parameters of its own."""
+"""Batches of one form, stacked, and copies of the parameters for each of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_curvature.operators.differentiation import differentiable
-from lightning_curvature.replay.isolation import parameters_replaced
-from lightning_curvature.replay.objective import RecordedBatch, StepObjective
 
-# Tensors of batches that are alike, and what makes a batch of one row of each.
+# Tensors of batches of one form, stacked, and a function that makes one batch of a row of each.
 Stacked = tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Any]]
 
 
 def copies_of(parameters: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return each parameter ``count`` times, (count, shape): leaves to differentiate by, which share its memory.
 
-    Losses of different mini-batches at different copies have a Hessian of blocks, one for each mini-batch, so that one
-    product multiplies a vector of each.
+    The Hessian of losses of several mini-batches, each at its copy, has one block for each of them: one product
+    multiplies a vector for each.
     """
     return [p.detach().expand(count, *p.shape).requires_grad_() for p in parameters]
 
 
-def stacked_losses(
-    objective: StepObjective,
-    record: Callable[[Any], RecordedBatch],
-    stacked: Stacked,
-    parameters: Sequence[Tensor] = (),
-    copies: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor | None]:
-    """Evaluate the training step on every batch, at its own copy of some parameters, or at those that there are.
-
-    Args:
-        objective: the training step.
-        record: makes the record of a step from its batch.
-        stacked: the batches, by :func:`stack`.
-        parameters: those that have copies; all others are as they are.
-        copies: of each, (batches, shape).
-
-    Returns:
-        The losses, (batches,), and the outputs, (batches, B, …), or None.
-
-    Raises:
-        Exception: whatever ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers, reads
-            a value (``loss.item()``), or writes to a buffer.
-    """
-    tensors, rebuild = stacked
-
-    def evaluate(own: tuple[Tensor, ...], of_batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        values = {id(p): value for p, value in zip(parameters, own, strict=True)}
-        with parameters_replaced(objective.module, values):
-            found = objective.evaluate(record(rebuild(of_batch)))
-        return (found.loss,) if found.outputs is None else (found.loss, found.outputs)
-
-    losses, *outputs = torch.vmap(evaluate, randomness="error")(tuple(copies), tensors)
-    return losses, outputs[0] if outputs else None
-
-
 def stack(batches: Sequence[Any]) -> Stacked:
-    """Stack the tensors of batches that are alike; returns them with what makes a batch of tensors again.
+    """Return the tensors of batches of one form, stacked, and a function that makes one batch of a row of each.
 
     Raises:
-        ValueError: where they differ in structure, in shapes, or in anything that is no tensor; or hold none.
+        ValueError: if they differ in structure, in shapes, or in anything that is no tensor; or hold none.
     """
     leaves, structures = zip(*map(tree_flatten, batches), strict=True)
     if any(structure != structures[0] for structure in structures):
         raise ValueError("batches must be of one structure to be stacked, got several")
-    tensors, others = [], {}
-    for position, column in enumerate(zip(*leaves, strict=True)):
+    tensors: dict[int, Tensor] = {}
+    for place, column in enumerate(zip(*leaves, strict=True)):
         if all(isinstance(leaf, Tensor) for leaf in column):
             if any(leaf.shape != column[0].shape or leaf.dtype != column[0].dtype for leaf in column):
                 raise ValueError(f"batches must be of one shape to be stacked, got {[tuple(t.shape) for t in column]}")
-            tensors.append(torch.stack(column))
-        elif isinstance(column[0], (bool, int, float, str, type(None))) and all(leaf == column[0] for leaf in column):
-            others[position] = column[0]
-        else:
+            tensors[place] = torch.stack(column)
+        elif not isinstance(column[0], (bool, int, float, str, type(None))) or any(
+            leaf != column[0] for leaf in column
+        ):
             raise ValueError(f"batches must differ in tensors alone to be stacked, got {type(column[0]).__name__}")
     if not tensors:
         raise ValueError("batches must hold a tensor to be stacked, got none")
-    count = len(leaves[0])
-
-    def rebuild(of_batch: Sequence[Tensor]) -> Any:
-        rest = iter(of_batch)
-        return tree_unflatten([others[i] if i in others else next(rest) for i in range(count)], structures[0])
-
-    return tuple(tensors), rebuild
+    return tuple(tensors.values()), _rebuilder(leaves[0], structures[0], tensors)
 
 
 def single_samples(batch: Any, size: int) -> Stacked:
-    """Take a batch apart into batches of one sample, stacked: its tensors with that many rows, and all else as it is.
-
-    Args:
-        batch: any collection.
-        size: samples in it.
+    """Return the samples of a batch, stacked: each has one row of the tensors of ``size`` rows, and all else.
 
     Raises:
         ValueError: if no tensor has as many rows.
@@ -104,18 +57,26 @@ def single_samples(batch: Any, size: int) -> Stacked:
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size]
     if not places:
         raise ValueError(f"a batch must hold a tensor with a row for each of its {size} samples, got none")
+    return tuple(leaves[place].unsqueeze(1) for place in places), _rebuilder(leaves, structure, places)
 
-    def rebuild(of_sample: Sequence[Tensor]) -> Any:
-        own = list(leaves)
-        for place, tensor in zip(places, of_sample, strict=True):
-            own[place] = tensor
-        return tree_unflatten(own, structure)
 
-    return tuple(leaves[place].unsqueeze(1) for place in places), rebuild
+def _rebuilder(leaves: Sequence[Any], structure: TreeSpec, places: Iterable[int]) -> Callable[[Sequence[Tensor]], Any]:
+    """A function that makes a batch of tensors for some places; other leaves stay."""
+    rest, places = list(leaves), list(places)
+    for place in places:
+        rest[place] = None
+
+    def rebuild(tensors: Sequence[Tensor]) -> Any:
+        batch = list(rest)
+        for place, tensor in zip(places, tensors, strict=True):
+            batch[place] = tensor
+        return tree_unflatten(batch, structure)
+
+    return rebuild
 
 
 def forward_operations(evaluate: Callable[[], object]) -> int:
-    """Count the floating-point operations of the matrix products and convolutions of one evaluation."""
+    """Return the number of floating-point operations in matrix products and convolutions of one evaluation."""
     # As it will be differentiated: the counter does not see into compiled code.
     with torch.no_grad(), differentiable(), FlopCounterMode(display=False) as counter:
         evaluate()

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
+from lightning_curvature.losses.samples import equal_up_to_rounding
 from lightning_curvature.metrics.model import CurvatureMetric, ModelMetric
 from lightning_curvature.noise.linear_layer import linear_statistics
 from lightning_curvature.noise.measurement import relation
-from lightning_curvature.noise.problem import QUANTITIES, Block, NoiseOptions, Quantity
+from lightning_curvature.noise.options import NoiseOptions, Quantity
 from lightning_curvature.noise.result import NoiseCurvature
 from lightning_curvature.noise.sums import moments_of
 from lightning_curvature.operators.micro_batches import sample_count
-
-# Sums in another order differ by a few units in the seventh digit of float32.
-_AGREEMENT = 1e-4
 
 
 class NoiseCovariance(CurvatureMetric):
@@ -123,9 +121,9 @@ class NoiseCurvatureRelation(ModelMetric):
         *,
         parameter: str,
         batch_size: int = 1,
-        quantities: Sequence[Quantity] = QUANTITIES[:-1],
+        quantities: Sequence[Quantity] = NoiseOptions.quantities,
         top: int | None = None,
-        haar_draws: int = 4,
+        haar_draws: int = NoiseOptions.haar_draws,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, loss_function, **kwargs)
@@ -140,7 +138,7 @@ class NoiseCurvatureRelation(ModelMetric):
             )
         out, into = layer.weight.shape
         self.parameter, self.batch_size = parameter, batch_size
-        self.options = NoiseOptions(tuple(quantities), top, haar_draws)
+        self.options = NoiseOptions(parameter=parameter, quantities=quantities, top=top, haar_draws=haar_draws)
         self.relation: NoiseCurvature | None = None
         packed = (3, out * (out + 1) // 2, into * (into + 1) // 2)
         self.add_state("kronecker", torch.zeros(packed, dtype=torch.float64), dist_reduce_fx="sum")
@@ -174,7 +172,7 @@ class NoiseCurvatureRelation(ModelMetric):
         rows = range(count)
         single = torch.stack([self._loss_function(outputs[i : i + 1], targets[i : i + 1]) for i in rows]).mean()
         whole = self._loss_function(outputs, targets)
-        if not bool((whole - single).abs() <= _AGREEMENT * single.abs()) and bool(whole.isfinite()):
+        if bool(whole.isfinite()) and not equal_up_to_rounding(whole, single):
             raise ValueError(
                 f"loss_function must be the mean over the samples of a batch, got {float(whole):.6g} where these have "
                 f"{float(single):.6g}: use reduction='mean', without class weights."
@@ -184,12 +182,12 @@ class NoiseCurvatureRelation(ModelMetric):
         """Return values by key."""
         if not int(self.samples):
             raise ValueError("samples must be added before compute, got none: call update first.")
-        layer = self._layer
-        block = Block(self.parameter, layer.weight, layer, self.batch_size, seed=0)
+        weight = self._layer.weight
         sums = {
             "kronecker": self.kronecker,
             "gradient": self.gradient,
             "counts": self.gradient.new_tensor([float(self.samples), 0.0]),
         }
-        self.relation = relation(self.options, block, moments_of(sums, block))
-        return self.relation.values(self.options.quantities)
+        moments = moments_of(sums, weight.shape)
+        self.relation = relation(self.options, moments, self.batch_size, weight.dtype, "kronecker")
+        return self.relation.values()

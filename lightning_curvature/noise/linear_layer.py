@@ -17,8 +17,8 @@ from lightning_curvature.replay.isolation import patched
 _SHARE = 0.1
 
 
-class SeveralUsesError(ValueError):
-    """A weight does not enter the loss of each sample exactly once, as z = W a."""
+class NotSeparableError(ValueError):
+    """The loss of a batch is not a mean over samples, each of which enters the layer exactly once, as z = W a."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _tapped(layer: nn.Linear, saved: SavedBytes) -> Generator[list[tuple[Tensor,
     def tapped(*args: Any, **kwargs: Any) -> Tensor:
         z, given = forward(*args, **kwargs), [*args, *kwargs.values()]
         if len(given) != 1 or not isinstance(z, Tensor):  # of a class of the user's
-            raise SeveralUsesError("the layer is no map of one tensor to another")
+            raise NotSeparableError("the layer is no map of one tensor to another")
         zero = torch.zeros_like(z).requires_grad_()
         calls.append((given[0].detach(), zero, saved.count))
         return z + zero
@@ -82,8 +82,8 @@ def linear_statistics(
         check: compare gradient and Hessian of the weight with direct ones: another backward, and one product.
 
     Raises:
-        SeveralUsesError: if the layer is not called exactly once, with one row for each sample, or if its weight enters
-            the loss in another way as well.
+        NotSeparableError: if the layer is not called exactly once, with one row for each sample, or if its weight also
+            enters the loss in another way.
         ValueError: if the loss does not depend on it.
     """
     saved = SavedBytes(list(layer.parameters()))
@@ -91,10 +91,10 @@ def linear_statistics(
         with _tapped(layer, saved) as calls:
             loss = evaluate()
         if len(calls) != 1:
-            raise SeveralUsesError(f"the layer is called {len(calls)} times for a batch")
+            raise NotSeparableError(f"the layer is called {len(calls)} times for a batch")
         a, zero, before = calls[0]
         if a.ndim != 2 or len(a) != samples:
-            raise SeveralUsesError(f"the layer gets inputs of shape {tuple(a.shape)} for {samples} samples")
+            raise NotSeparableError(f"the layer gets inputs of shape {tuple(a.shape)} for {samples} samples")
         if not loss.requires_grad:
             raise ValueError(
                 "the loss must depend on the parameter, got a constant: leave no_grad and detach out of it."
@@ -140,7 +140,7 @@ def _check(layer: nn.Linear, loss: Tensor, statistics: LinearStatistics, toleran
     ):
         # Scales of single samples: their mean may be small by cancellation.
         if not float((direct - own).norm()) <= tolerance * max(float(direct.norm()), _scale(name, statistics)):
-            raise SeveralUsesError(
+            raise NotSeparableError(
                 f"the {name} of the weight is another than that of z = W a: the weight is used elsewhere, or samples "
                 "see each other"
             )

@@ -1,179 +1,175 @@
-"""One measurement of the noise against the curvature: sums over samples, the eigenbasis, numbers."""
+"""One measurement of the noise against the curvature: sums over samples, the eigenbasis of H, numbers."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_curvature.distributed.failures import agree, noted
-from lightning_curvature.distributed.reduce import sum_of_tensors
-from lightning_curvature.functional.noise import (
-    CHAIN,
-    commutativity_error,
-    coupling_matrix,
-    coupling_test,
-    covariance_of_sums,
-    curvature_basis,
-    effective_spikes,
-    eigen_alignment,
-    haar_coupling,
-    haar_rotated,
-    in_basis,
-    mean_coupling,
-    power_law,
-    random_commutativity_error,
-    relative_commutativity_error,
-    spearman_correlation,
-)
-from lightning_curvature.noise.linear_layer import SeveralUsesError
-from lightning_curvature.noise.problem import Block, NoiseOptions, NoiseProblem
-from lightning_curvature.noise.result import ChainLink, NoiseCurvature
-from lightning_curvature.noise.sums import (
-    NoiseMoments,
-    Sums,
-    general_route,
-    kronecker_route,
-    moments_of,
-    squared_products,
-)
+from lightning_curvature.distributed.together import together
+from lightning_curvature.functional import noise as formulas
+from lightning_curvature.noise.linear_layer import NotSeparableError
+from lightning_curvature.noise.options import NoiseOptions
+from lightning_curvature.noise.problem import ON_ANOTHER_RANK, NoiseProblem, Route
+from lightning_curvature.noise.result import COMPARED, ChainLink, NoiseCurvature
+from lightning_curvature.noise.sums import NoiseMoments, Sums, moments_of, no_sums, own_sums, squared_products
 
-# Directions of the matrices that are kept for pictures, as many as P2 shows.
+# Directions of the matrices that are kept for pictures, as many as the source shows.
 _SHOWN = 100
-_COMPARED = (
-    "noise_commutativity",
-    "noise_commutativity_relative",
-    "noise_alignment",
-    "noise_spearman",
-    "noise_coupling",
-)
 
 
 def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvature:
-    """Measure on all ranks; each comes here, and two collectives bring their sums together (general route: four).
+    """Measure on all ranks, with one collective; on the general route another one for "noise_gamma_awd".
 
     Raises:
-        SeveralUsesError: on all ranks, if the samples of one of them cannot take the Kronecker route.
+        NotSeparableError: on all ranks, if the samples of one of them cannot take the Kronecker route.
         ValueError: if gradients or Hessians are not finite.
-        Exception: whatever a training step raises on this rank.
-        RuntimeError: on the other ranks, when one has failed.
     """
+    what, empty, why_not = "summing over samples", no_sums(problem), ""
 
-    def own_sums() -> Sums:
-        return general_route(problem) if problem.layer is None else kronecker_route(problem)
+    def make() -> Sums:
+        nonlocal why_not
+        try:
+            return own_sums(problem)
+        except NotSeparableError as error:
+            why_not = str(error)
+        return empty | {"counts": torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=problem.device)}
 
-    moments = moments_of(_together(problem, own_sums), problem)
+    sums = together(problem.trainer, make, empty, what)
+    if float(sums["counts"][2]):
+        raise NotSeparableError(why_not or ON_ANOTHER_RANK)
+    moments = moments_of(sums, problem.parameter.shape)
 
     def squares(vectors: Tensor) -> Tensor:
-        sums = _together(problem, lambda: {"squares": squared_products(problem, vectors)})
-        return sums["squares"] / moments.samples
+        nothing = {"": vectors.new_zeros(len(vectors))}
+        total = together(problem.trainer, lambda: {"": squared_products(problem, vectors)}, nothing, what)
+        return total[""] / moments.samples
 
-    result = relation(options, problem, moments, squares)
-    if problem.unpaired and problem.layer is not None:
-        result.reasons["noise_awd_chain"] = problem.unpaired
-    return result
-
-
-def _together(problem: NoiseProblem, own_sums: Callable[[], Sums]) -> Sums:
-    """Sum over all ranks what each of them makes; one that fails tells the others before."""
-    errors: list[Exception] = []
-    found: list[Sums] = []
-    unfit: list[Exception] = []
-    with noted(errors):
-        try:
-            found.append(own_sums())
-        except SeveralUsesError as error:
-            unfit.append(error.with_traceback(None))  # which holds graphs
-    if agree(problem.trainer, errors, "summing over samples", 0.0 if unfit else 1.0) < 1.0:
-        raise unfit.pop() if unfit else SeveralUsesError("on another rank it cannot take the Kronecker route")
-    return sum_of_tensors(problem.trainer, found[0])
-
-
-def _rounding(block: Block, moments: NoiseMoments, directions: int) -> float:
-    """What rounding may leave of C in one of so many directions, where there is no noise.
-
-    C is a difference of two means, summed in double precision, of gradients in the precision of the run, whose own
-    roundings go in all directions.
-    """
-    own, double = (torch.finfo(dtype).eps for dtype in (block.parameter.dtype, torch.float64))
-    scale = float(moments.products.trace()) / block.batch_size
-    return (16.0 * double + 4.0 * own**2 / directions) * scale
+    batch_size, dtype = problem.batch_size, problem.parameter.dtype
+    return relation(options, moments, batch_size, dtype, problem.route, squares, problem.why_unpaired)
 
 
 def relation(
-    options: NoiseOptions, block: Block, moments: NoiseMoments, squares: Callable[[Tensor], Tensor] | None = None
+    options: NoiseOptions,
+    moments: NoiseMoments,
+    batch_size: int,
+    dtype: torch.dtype,
+    route: Route,
+    squares: Callable[[Tensor], Tensor] | None = None,
+    why_unpaired: str = "",
 ) -> NoiseCurvature:
-    """Return everything that follows from C and H.
+    """Return all numbers that follow from C and H.
 
     Args:
-        options: what is asked for.
-        block: the parameters.
+        options: name the block and the quantities.
         moments: means over all samples.
-        squares: gives the diagonal of E[h²] in a basis (𝒩, D), where its matrix is not among the moments.
+        batch_size: b.
+        dtype: type of the block.
+        route: the route to the moments.
+        squares: returns the diagonal of E[h²] in a basis (𝒩, D), where the moments lack E[h²].
+        why_unpaired: why no samples are paired, where those of a linear layer could be.
 
     Raises:
         ValueError: if gradients or Hessians are not finite.
     """
-    if not bool(moments.products.isfinite().all() and moments.hessian.isfinite().all()):
+    hessian, asked = moments.hessian, options.quantities
+    if not bool(moments.products.isfinite().all() and hessian.isfinite().all()):
         raise ValueError(
-            f"gradients and Hessians by {block.name!r} must be finite, got others: the loss overflows, or has a kink "
-            "where a derivative is not defined (a square root at 0)."
+            f"gradients and Hessians by {options.parameter!r} must be finite, got others: the loss overflows, or has a "
+            "kink where a derivative is not defined (a square root at 0)."
         )
-    covariance = covariance_of_sums(moments.products, moments.gradient, 1, block.batch_size)
-    if not float(covariance.trace()) > _rounding(block, moments, 1):
+    # C is a difference of two means, summed in double precision, of gradients in the precision of the run, whose
+    # roundings go in all directions.
+    unit, double, size = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps, len(hessian)
+    scale = float(moments.products.trace()) / batch_size
+    whole, single = (scale * (16.0 * double + 4.0 * unit**2 / directions) for directions in (1, size))
+    covariance = formulas.covariance_of_sums(moments.products, moments.gradient, 1, batch_size)
+    if not float(covariance.trace()) > whole:
         covariance.zero_()
-    values, vectors = curvature_basis(moments.hessian, options.top)
+    values, vectors = formulas.curvature_basis(hessian, options.top)
     second = None
-    if "noise_gamma_awd" in options.quantities:
+    if "noise_gamma_awd" in asked:
         if moments.second is not None:
             second = (vectors @ moments.second * vectors).sum(1)
         elif squares is not None:
             second = squares(vectors)
-    projected = in_basis(covariance, vectors)
+    projected = formulas.in_basis(covariance, vectors)
     # Where there is no noise, there is none to be coupled, or fitted.
-    silent = projected.diagonal() <= _rounding(block, moments, len(covariance))
+    silent = projected.diagonal() <= single
     projected[silent] = projected[:, silent] = 0.0
-    # H is a mean of numbers in the precision of the run: eigenvalues below their rounding are nothing, and directions
-    # that rounding alone tells apart say nothing of C.
-    unit = torch.finfo(block.parameter.dtype).eps
+    variances = projected.diagonal()
+    # H is a mean of numbers in the precision of the run: eigenvalues below its rounding are none, and the directions of
+    # rounding say nothing about C.
     floor = unit * float(values.abs().max())
     curved = values.abs() > floor
-    within = projected[curved][:, curved]
-    shown = min(_SHOWN, len(values))
-    result = NoiseCurvature(
-        parameter=block.name,
-        route="general" if block.layer is None else "kronecker",
+    within, shown = projected[curved][:, curved], min(_SHOWN, len(values))
+
+    numbers: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+    def law(key: str, heights: Tensor) -> formulas.PowerLaw | None:
+        try:
+            return formulas.power_law(values, heights, floor)
+        except ValueError as error:
+            reasons[key] = str(error)
+        return None
+
+    if "noise_gamma" in asked:
+        numbers["gamma"] = law("noise_gamma", variances)
+    if second is not None:
+        numbers |= {"gamma_awd": law("noise_gamma_awd", second), "second_moments": second.cpu()}
+    if "noise_commutativity" in asked:
+        numbers["commutativity"] = formulas.commutativity_error(covariance, hessian)
+        numbers["relative_commutativity"] = formulas.relative_commutativity_error(covariance, hessian)
+        numbers["random_commutativity"] = formulas.random_commutativity_error(covariance, hessian, relative=True)
+    if "noise_alignment" in asked:
+        numbers["alignment"] = formulas.eigen_alignment(within)
+    if "noise_spearman" in asked:
+        numbers["spearman"] = formulas.spearman_correlation(values[curved], within.diagonal())
+    if "noise_coupling" in asked:
+        numbers |= _coupling(options, covariance, within, shown)
+    why = _why_incomparable(covariance, hessian, values)
+    reasons |= {key: why for key, name in COMPARED.items() if math.isnan(numbers.get(name, 0.0))}
+    if "noise_coupling" in reasons and bool(covariance.any()) and len(within):
+        reasons["noise_coupling"] = "there must be two directions with noise in them."
+    if "noise_awd_chain" in asked:
+        if moments.duality is None:
+            linear = "it exists for the weight of a linear layer that is used once for each sample."
+            reasons["noise_awd_chain"] = why_unpaired or linear
+        elif not moments.duality.batches:
+            reasons["noise_awd_chain"] = (
+                "no sample has a partner of its class in the other half of its batch: give larger micro-batches, or "
+                "fewer classes."
+            )
+        else:
+            numbers["weight_variance"] = moments.duality.weight_variance
+            numbers["chain"], norm = {}, float(covariance.norm())
+            for name, matrix in moments.duality.matrices(moments.second).items():
+                scaled, key = matrix / batch_size, f"noise_gamma_awd_{name}"
+                diagonal = (vectors @ scaled * vectors).sum(1)
+                distance = float((scaled - covariance).norm()) / norm if norm else math.nan
+                link = ChainLink(law(key, diagonal), float(scaled.norm()), distance, diagonal.cpu())
+                numbers["chain"][name] = link
+                if name not in formulas.CHAIN:
+                    reasons.pop(key, None)  # it has no key, and "hg" is indefinite
+    return NoiseCurvature(
+        parameter=options.parameter,
+        quantities=tuple(asked),
+        route=route,
         samples=moments.samples,
-        batch_size=block.batch_size,
-        dimension=len(covariance),
+        batch_size=batch_size,
+        dimension=size,
         curved=int(curved.sum()),
         curvatures=values.cpu(),
-        variances=projected.diagonal().cpu(),
-        second_moments=None if second is None else second.cpu(),
+        variances=variances.cpu(),
         vectors=vectors.cpu(),
         shown=projected[:shown, :shown].cpu(),
+        degenerate=_degenerate(values[curved], unit),
         unpaired=moments.unpaired,
+        reasons=reasons,
+        **numbers,
     )
-    asked = options.quantities
-    if "noise_gamma" in asked:
-        result.gamma = result.attempt("noise_gamma", lambda: power_law(values, projected.diagonal(), floor))
-    if second is not None:
-        result.gamma_awd = result.attempt("noise_gamma_awd", lambda: power_law(values, second, floor))
-    if "noise_commutativity" in asked:
-        result.commutativity = commutativity_error(covariance, moments.hessian)
-        result.relative_commutativity = relative_commutativity_error(covariance, moments.hessian)
-        result.random_commutativity = random_commutativity_error(covariance, moments.hessian, relative=True)
-    if "noise_alignment" in asked:
-        result.alignment = eigen_alignment(within)
-    if "noise_spearman" in asked:
-        result.spearman = spearman_correlation(values[curved], within.diagonal())
-    if "noise_coupling" in asked:
-        _couple(result, options, block.seed, covariance, within)
-    result.degenerate = _degenerate(values[curved], unit)
-    _explain(result, options, no_noise=not covariance.any(), no_curvature=not moments.hessian.any())
-    if "noise_awd_chain" in asked:
-        _add_chain(result, moments, covariance, vectors, floor)
-    return result
 
 
 def _degenerate(values: Tensor, unit: float) -> float:
@@ -181,67 +177,32 @@ def _degenerate(values: Tensor, unit: float) -> float:
     if len(values) < 2:
         return 0.0
     # The rounding of H is relative to its largest eigenvalue, and cancels in the mean over samples to some extent.
-    alike = values[:-1] - values[1:] <= 10.0 * unit * (values[:-1].abs() + unit * values[0].abs())
-    return float(alike.double().mean())
+    equal = values[:-1] - values[1:] <= 10.0 * unit * (values[:-1].abs() + unit * values[0].abs())
+    return float(equal.double().mean())
 
 
-def _explain(result: NoiseCurvature, options: NoiseOptions, no_noise: bool, no_curvature: bool) -> None:
-    """Reasons for what is NaN of the comparison of C with H."""
-    if no_noise:
-        reason = "the gradients of all samples are alike: there is no noise, but for rounding"
-    elif no_curvature:
-        reason = (
+def _why_incomparable(covariance: Tensor, hessian: Tensor, curvatures: Tensor) -> str:
+    """Why a comparison of C with H is NaN, if it is."""
+    if not covariance.any():
+        return "the gradients of all samples are alike: there is no noise, but for rounding."
+    if not hessian.any():
+        return (
             "the Hessian is zero: the loss is linear in the parameter, or piecewise so, or constant for a sample "
-            "alone, as one that compares samples is"
+            "alone, as one that compares samples is."
         )
-    elif float(result.curvatures[0] - result.curvatures[-1]) <= 1e-5 * float(result.curvatures[0].abs()):
-        reason = "all eigenvalues of the Hessian are the same, so that its eigenvectors are any directions"
-    else:
-        reason = "noise and curvature are in different directions"
-    for key, value in result.values(options.quantities).items():
-        if key in _COMPARED and math.isnan(value) and (no_noise or key not in result.reasons):
-            result.reasons[key] = f"{reason}."
+    if float(curvatures[0] - curvatures[-1]) <= 1e-5 * float(curvatures[0].abs()):
+        return "all eigenvalues of the Hessian are the same, so that its eigenvectors are any directions."
+    return "noise and curvature are in different directions."
 
 
-def _couple(result: NoiseCurvature, options: NoiseOptions, seed: int, covariance: Tensor, projected: Tensor) -> None:
+def _coupling(options: NoiseOptions, covariance: Tensor, within: Tensor, shown: int) -> dict[str, Any]:
     """Coupling of the directions, beside that of rotated noise."""
-    result.coupling = mean_coupling(coupling_matrix(projected))
-    result.spikes = effective_spikes(covariance)
-    if math.isnan(result.coupling) or math.isnan(result.spikes):
-        if len(projected):
-            result.reasons["noise_coupling"] = "there must be two directions with noise in them."
-        return
-    result.test = coupling_test(result.coupling, result.spikes, len(projected))
-    generator = torch.Generator(covariance.device).manual_seed(seed)
-    result.haar = haar_coupling(covariance, len(projected), options.haar_draws, generator)
-    result.shown_random = haar_rotated(covariance, len(result.shown), generator).cpu()
-
-
-def _add_chain(
-    result: NoiseCurvature, moments: NoiseMoments, covariance: Tensor, vectors: Tensor, floor: float
-) -> None:
-    """P2's approximations of C, one after the other."""
-    duality = moments.duality
-    if duality is None:
-        result.reasons["noise_awd_chain"] = (
-            "it exists for the weight of a linear layer that is used once for each sample."
-        )
-        return
-    if not duality.batches:
-        result.reasons["noise_awd_chain"] = (
-            "no sample has a partner of its class in the other half of its batch: give larger micro-batches, or fewer "
-            "classes."
-        )
-        return
-    result.weight_variance = duality.weight_variance
-    values = result.curvatures.to(vectors.device)
-    norm = float(covariance.norm())
-    for name, matrix in duality.matrices(moments.second).items():
-        scaled = matrix / result.batch_size
-        diagonal = (vectors @ scaled * vectors).sum(1)
-        key = f"noise_gamma_awd_{name}"
-        law = result.attempt(key, lambda d=diagonal: power_law(values, d, floor))  # type: ignore[misc]
-        if name not in CHAIN:
-            result.reasons.pop(key, None)  # no value of its own, and "hg" is indefinite
-        distance = float((scaled - covariance).norm()) / norm if norm else math.nan
-        result.chain[name] = ChainLink(law, float(scaled.norm()), distance, diagonal.cpu())
+    coupling = formulas.mean_coupling(formulas.coupling_matrix(within))
+    spikes = formulas.effective_spikes(covariance)
+    numbers: dict[str, Any] = {"coupling": coupling, "spikes": spikes}
+    if not (math.isnan(coupling) or math.isnan(spikes)):
+        generator = torch.Generator(covariance.device).manual_seed(options.seed)
+        numbers["test"] = formulas.coupling_test(coupling, spikes, len(within))
+        numbers["haar"] = formulas.haar_coupling(covariance, len(within), options.haar_draws, generator)
+        numbers["shown_random"] = formulas.haar_rotated(covariance, shown, generator).cpu()
+    return numbers

@@ -1,38 +1,43 @@
-"""Pictures of the noise against the curvature: after P2's figures 1, 2 and 7."""
+"""Pictures of the noise against the curvature, after figures 1, 2 and 7 of Zhang, Yang and Tu (2026)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 from torch import Tensor
 
 from lightning_curvature.functional.noise import PowerLaw, coupling_matrix, mean_coupling
-from lightning_curvature.noise.result import NoiseCurvature
 from lightning_curvature.reporting.pictures import new_figure
 
 
-def draw_scatter(result: NoiseCurvature, title: str = "") -> Any:
-    """C_ii against H_ii with the line fitted, and by duality, beside slopes 1 and 2."""
+def draw_scatter(title: str, curvatures: Tensor, laws: Sequence[tuple[str, PowerLaw, Tensor]], slopes: bool) -> Any:
+    """Return a figure of heights against H_ii with fitted lines, or None without matplotlib.
+
+    ``laws`` are label, fitted line and heights, (𝒩,). All are drawn through the middle of the first, since heights by
+    duality lack the factor σ_w²/2b. ``slopes`` adds lines of slopes 1 and 2.
+    """
     figure = new_figure(figsize=(5.4, 4.4), dpi=110)
     if figure is None:
         return None
     axes = figure.add_subplot()
-    drawn = False
-    for label, law, heights, color in (
-        ("C", result.gamma, result.variances, "C0"),
-        ("duality", result.gamma_awd, result.second_moments, "C1"),
-    ):
-        if law is not None and heights is not None:
-            # Of the other curves the factor σ_w²/2b is not known: they are drawn through the same middle.
-            shift = 1.0 if not drawn or result.gamma is None else _middle(result.gamma) / _middle(law)
-            _draw_law(axes, label, law, result.curvatures, heights * shift, shift, color)
-            drawn = True
-    if result.gamma is not None:
-        _draw_slopes(axes, result.gamma)
+    for label, law, heights in laws:
+        color = "C0" if label == "C" else "C1"
+        shift = _middle(laws[0][1]) / _middle(law)
+        used = (curvatures >= law.lowest) & (heights > 0.0)
+        y = (heights[used] * shift).numpy()
+        axes.scatter(curvatures[used].numpy(), y, s=5, alpha=0.35, color=color, linewidths=0)
+        text = f"{label}: γ = {law.exponent:.3f} ± {law.standard_error:.3f}"
+        _draw_line(axes, law, shift * _middle(law), law.exponent, color=color, linewidth=1.4, label=text)
+    if slopes:
+        first = laws[0][1]
+        for slope, style in ((1, ":"), (2, "--")):
+            look = {"color": "grey", "linestyle": style, "linewidth": 0.9, "label": f"slope {slope}"}
+            _draw_line(axes, first, _middle(first), slope, **look)
     axes.set(xscale="log", yscale="log", xlabel="curvature $H_{ii}$", ylabel="noise $C_{ii}$")
-    axes.set_title(title or f"{result.parameter}: noise against curvature", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if drawn:
+    if laws:
         axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
@@ -42,51 +47,35 @@ def _middle(law: PowerLaw) -> float:
     return float(numpy.exp(law.log_factor) * (law.lowest * law.highest) ** (0.5 * law.exponent))
 
 
-def _draw_law(
-    axes: Any, label: str, law: PowerLaw, curvatures: Tensor, heights: Tensor, shift: float, color: str
-) -> None:
-    used = (curvatures >= law.lowest) & (heights > 0.0)
-    axes.scatter(curvatures[used].numpy(), heights[used].numpy(), s=5, alpha=0.35, color=color, linewidths=0)
+def _draw_line(axes: Any, law: PowerLaw, middle: float, slope: float, **style: Any) -> None:
+    """Draw a line of a slope through a height at the middle of the range of a law."""
     ends = numpy.array([law.lowest, law.highest])
-    line = shift * numpy.exp(law.log_factor) * ends**law.exponent
-    axes.plot(
-        ends, line, color=color, linewidth=1.4, label=f"{label}: γ = {law.exponent:.3f} ± {law.standard_error:.3f}"
-    )
+    axes.plot(ends, middle * (ends / (law.lowest * law.highest) ** 0.5) ** slope, **style)
 
 
-def _draw_slopes(axes: Any, law: PowerLaw) -> None:
-    ends = numpy.array([law.lowest, law.highest])
-    middle = (law.lowest * law.highest) ** 0.5
-    for slope, style in ((1, ":"), (2, "--")):
-        axes.plot(
-            ends, _middle(law) * (ends / middle) ** slope, style, color="grey", linewidth=0.9, label=f"slope {slope}"
-        )
-
-
-def draw_matrices(result: NoiseCurvature, title: str = "") -> Any:
-    """C in the eigenbasis of H, on a logarithmic scale; |R| of it; |R| of the same noise with random eigenvectors."""
-    matrices = [("noise covariance $|C_{ij}|$", result.shown.abs(), True)]
-    for name, matrix in (("coupling $|R_{ij}|$", result.shown), ("rotated at random", result.shown_random)):
-        if matrix is not None:
-            matrices.append((name, coupling_matrix(matrix).abs(), False))
-    figure = new_figure(figsize=(0.6 + 3.6 * len(matrices), 3.8), dpi=110)
+def draw_matrices(title: str, covariance: Tensor, rotated: Tensor | None) -> Any:
+    """Return a figure of C in the eigenbasis of H, its coupling and that of rotated C, or None without matplotlib."""
+    couplings = {
+        name: coupling_matrix(matrix).abs()
+        for name, matrix in (("coupling $|R_{ij}|$", covariance), ("rotated at random", rotated))
+        if matrix is not None
+    }
+    figure = new_figure(figsize=(0.6 + 3.6 * (1 + len(couplings)), 3.8), dpi=110)
     if figure is None:
         return None
     from matplotlib.colors import LogNorm
 
-    figure.suptitle(title or f"{result.parameter}: in the eigenbasis of the Hessian", fontsize=10)
-    for axes, (name, matrix, logarithmic) in zip(
-        figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True
-    ):
-        values = matrix.numpy()
-        if logarithmic:
-            top = float(numpy.nanmax(values)) or 1.0
-            # Four decades: below them there is nothing to tell from zero.
-            image = axes.imshow(numpy.maximum(values, 1e-4 * top), cmap="magma", norm=LogNorm(1e-4 * top, top))
-        else:
-            image = axes.imshow(values, cmap="Reds", vmin=0.0, vmax=1.0)
-            name = f"{name}, mean {mean_coupling(matrix):.3f}"
-        axes.set_title(name, fontsize=9)
-        axes.set(xlabel="direction", ylabel="direction")
-        figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.suptitle(title, fontsize=10)
+    first, *others = figure.subplots(1, 1 + len(couplings), squeeze=False)[0]
+    values = covariance.abs().numpy()
+    top = float(numpy.nanmax(values)) or 1.0
+    # Four decades: below them there is nothing to tell from zero.
+    images = [first.imshow(numpy.maximum(values, 1e-4 * top), cmap="magma", norm=LogNorm(1e-4 * top, top))]
+    first.set_title("noise covariance $|C_{ij}|$", fontsize=9)
+    for axes, (name, matrix) in zip(others, couplings.items(), strict=True):
+        images.append(axes.imshow(matrix.numpy(), cmap="Reds", vmin=0.0, vmax=1.0))
+        axes.set_title(f"{name}, mean {mean_coupling(matrix):.3f}", fontsize=9)
+    for image in images:
+        image.axes.set(xlabel="direction", ylabel="direction")
+        figure.colorbar(image, ax=image.axes, shrink=0.8)
     return figure

@@ -1,22 +1,31 @@
-"""What a measurement of the noise against the curvature gave."""
+"""The result of one measurement of the noise against the curvature: its numbers as keys, text, table and pictures."""
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
-from lightning_curvature.functional.noise import CHAIN, CouplingTest, PowerLaw, SampleSpectra, linear_sample_spectra
-from lightning_curvature.noise.problem import KEYS, Route
+from lightning_curvature.functional.noise import CouplingTest, PowerLaw, SampleSpectra, linear_sample_spectra
+from lightning_curvature.noise.options import Quantity, keys_of
+from lightning_curvature.noise.pictures import draw_matrices, draw_scatter
+from lightning_curvature.noise.problem import Route
 from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
 from lightning_curvature.reporting.pictures import picture_of
 
-Found = TypeVar("Found")
+# Attributes of the comparisons of C with H, by key.
+COMPARED = {
+    "noise_commutativity": "commutativity",
+    "noise_commutativity_relative": "relative_commutativity",
+    "noise_alignment": "alignment",
+    "noise_spearman": "spearman",
+    "noise_coupling": "coupling",
+}
 
 
 class ChainLink(NamedTuple):
@@ -35,21 +44,24 @@ class ChainLink(NamedTuple):
     diagonal: Tensor
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class NoiseCurvature:
     """The noise covariance C of SGD in the eigenbasis of the Hessian H, on one block of parameters.
 
+    Numbers that were not asked for are None or NaN.
+
     Attributes:
         parameter: name of the block.
+        quantities: the quantities that were asked for.
         route: "kronecker", from the factors of a linear layer, or "general".
         samples: n.
         batch_size: b.
         dimension: D.
-        curved: number of the directions whose curvature is more than rounding: the others are in the arrays, and in no
+        curved: number of directions whose curvature is above rounding; the others stand in the arrays, and enter no
             number.
         curvatures: H_ii, descending, (𝒩,) float64.
         variances: C_ii, (𝒩,).
-        second_moments: E_p[Σ_m κ_m² (u_m · v_i)²] = 2b C_ii/σ_w² by duality, (𝒩,), or None.
+        second_moments: E_p[Σ_m κ_m² (u_m · v_i)²] = 2b C_ii/σ_w² by duality, (𝒩,).
         vectors: v_i as rows, (𝒩, D).
         shown: C in the eigenbasis, its leading part.
         shown_random: C with random eigenvectors, as large.
@@ -57,7 +69,7 @@ class NoiseCurvature:
         gamma_awd: power law of ``second_moments`` against H_ii.
         commutativity: ‖CH − HC‖_F / (‖C‖_F ‖H‖_F).
         relative_commutativity: ‖CH − HC‖_F / ‖CH‖_F.
-        random_commutativity: what the latter would be for a C with random eigenvectors.
+        random_commutativity: the latter for a C with random eigenvectors.
         alignment: energy on the diagonal of C.
         spearman: rank correlation of C_ii and H_ii.
         coupling: μ.
@@ -65,14 +77,15 @@ class NoiseCurvature:
         haar: μ of randomly rotated C, (draws,).
         test: μ against theory.
         weight_variance: σ_w².
-        degenerate: share of the eigenvalues that are equal to the one before: eigenvectors within such a group are any
-            directions, and so are C's entries there.
+        degenerate: share of the eigenvalues that equal the one before: eigenvectors within such a group may be any
+            directions, and entries of C with them.
         unpaired: share of samples without a partner of their class.
         chain: approximations of C, by name.
-        reasons: why a quantity is NaN, by key.
+        reasons: why a number is NaN, by its key or quantity.
     """
 
     parameter: str
+    quantities: tuple[Quantity, ...]
     route: Route
     samples: int
     batch_size: int
@@ -80,9 +93,9 @@ class NoiseCurvature:
     curved: int
     curvatures: Tensor
     variances: Tensor
-    second_moments: Tensor | None
     vectors: Tensor
     shown: Tensor
+    second_moments: Tensor | None = None
     shown_random: Tensor | None = None
     gamma: PowerLaw | None = None
     gamma_awd: PowerLaw | None = None
@@ -98,42 +111,29 @@ class NoiseCurvature:
     weight_variance: float = math.nan
     degenerate: float = 0.0
     unpaired: float = 0.0
-    chain: dict[str, ChainLink] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    chain: Mapping[str, ChainLink] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
-    def attempt(self, key: str, part: Callable[[], Found]) -> Found | None:
-        """Return what a part gives; where its numbers do not allow for it, keep the reason and return None."""
-        try:
-            return part()
-        except ValueError as error:
-            self.reasons[key] = str(error)
-            return None
-
-    def values(self, quantities: Iterable[str]) -> dict[str, float]:
-        """Numbers by key."""
-        found = {
-            "noise_commutativity": self.commutativity,
-            "noise_commutativity_relative": self.relative_commutativity,
-            "noise_commutativity_random": self.random_commutativity,
-            "noise_alignment": self.alignment,
-            "noise_spearman": self.spearman,
-            "noise_coupling": self.coupling,
-            "noise_coupling_random": math.nan if self.haar is None else float(self.haar.mean()),
-            "noise_coupling_z": math.nan if self.test is None else self.test.z,
-        }
+    def values(self, quantities: Iterable[str] | None = None) -> dict[str, float]:
+        """Return the numbers of the given quantities by key; default: of those that were asked for."""
+        numbers = {key: getattr(self, name) for key, name in COMPARED.items()}
+        numbers["noise_commutativity_random"] = self.random_commutativity
+        if self.haar is not None and self.test is not None:
+            numbers |= {"noise_coupling_random": float(self.haar.mean()), "noise_coupling_z": self.test.z}
         laws = {"noise_gamma": self.gamma, "noise_gamma_awd": self.gamma_awd}
-        laws |= {f"noise_gamma_awd_{name}": self.chain[name].gamma for name in CHAIN if name in self.chain}
+        laws |= {f"noise_gamma_awd_{name}": link.gamma for name, link in self.chain.items()}
         for key, law in laws.items():
-            found[key] = math.nan if law is None else law.exponent
-            found[f"{key}_stderr"] = math.nan if law is None else law.standard_error
-        return {key: found.get(key, math.nan) for quantity in quantities for key in KEYS[quantity]}
+            if law is not None:
+                numbers |= {key: law.exponent, f"{key}_stderr": law.standard_error}
+        keys = keys_of(self.quantities if quantities is None else quantities)
+        return {key: numbers.get(key, math.nan) for key in keys}
 
     def sample_spectra(self, activations: Tensor, curvatures: Tensor) -> SampleSpectra:
         """Return eigenpairs of single samples in the basis of this measurement: see :func:`linear_sample_spectra`."""
         return linear_sample_spectra(activations, curvatures, self.vectors.to(activations.device))
 
     def to_csv(self, path: Path | str) -> None:
-        """Write H_ii, C_ii and what duality gives, one line a direction; the path may be a URL that fsspec knows."""
+        """Write H_ii, C_ii and their counterparts by duality, a line a direction; the path may be a URL for fsspec."""
         columns = {"curvature": self.curvatures, "variance": self.variances}
         if self.second_moments is not None:
             columns["second_moment"] = self.second_moments
@@ -145,7 +145,7 @@ class NoiseCurvature:
             writer.writerows([number, *row] for number, row in enumerate(rows, start=1))
 
     def __str__(self) -> str:
-        """The numbers as text, with the range of the fit and what chance would give."""
+        """Return the numbers as text, with the range of the fit and the numbers of chance."""
         count = len(self.curvatures)
         curved = f"{self.curved:,} of " if self.curved < count else ""
         lines = [
@@ -163,10 +163,9 @@ class NoiseCurvature:
                 f"{'commutativity':<16}{self.commutativity:7.4f}, relative to CH {self.relative_commutativity:.3f}, by "
                 f"chance {self.random_commutativity:.3f}"
             )
-        if not math.isnan(self.alignment):
-            lines.append(f"{'alignment':<16}{self.alignment:7.3f}")
-        if not math.isnan(self.spearman):
-            lines.append(f"{'Spearman':<16}{self.spearman:7.3f}")
+        for title, value in (("alignment", self.alignment), ("Spearman", self.spearman)):
+            if not math.isnan(value):
+                lines.append(f"{title:<16}{value:7.3f}")
         if self.test is not None and self.haar is not None:
             lines.append(
                 f"{'coupling':<16}{self.coupling:7.4f}, by chance {float(self.haar.mean()):.4f} (rotated), "
@@ -181,15 +180,15 @@ class NoiseCurvature:
 
     def draw(self, title: str = "") -> Any:
         """Draw C_ii against H_ii on logarithmic axes with the fits: a matplotlib figure, or None without matplotlib."""
-        from lightning_curvature.noise.pictures import draw_scatter
-
-        return draw_scatter(self, title)
+        drawn = (("C", self.gamma, self.variances), ("duality", self.gamma_awd, self.second_moments))
+        laws = [(label, law, y) for label, law, y in drawn if law is not None and y is not None]
+        title = title or f"{self.parameter}: noise against curvature"
+        return draw_scatter(title, self.curvatures, laws, slopes=self.gamma is not None)
 
     def draw_matrices(self, title: str = "") -> Any:
         """Draw C in the eigenbasis and its coupling R beside that of rotated noise; None without matplotlib."""
-        from lightning_curvature.noise.pictures import draw_matrices
-
-        return draw_matrices(self, title)
+        title = title or f"{self.parameter}: in the eigenbasis of the Hessian"
+        return draw_matrices(title, self.shown, self.shown_random)
 
 
 def report_noise(trainer: pl.Trainer, prefix: str, noise: NoiseCurvature) -> None:

@@ -1,6 +1,4 @@
-"""The block of parameters whose noise is measured: which it is, whether it fits into memory, which route it takes."""
-
-from __future__ import annotations
+"""The block of parameters whose noise is measured, and the route that a measurement on it can take."""
 
 import difflib
 import math
@@ -9,43 +7,32 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_curvature.functional.noise.relation import FEWEST_POINTS
 from lightning_curvature.losses.samples import BlockSamples
-from lightning_curvature.noise.linear_layer import SeveralUsesError, linear_statistics
+from lightning_curvature.noise.linear_layer import NotSeparableError, linear_statistics
+from lightning_curvature.noise.options import NoiseOptions, Pairing
 from lightning_curvature.noise.sums import NOT_A_MEAN
 from lightning_curvature.operators.memory import available_memory
 
-# Matrices of D × D numbers in double precision that there are at one time, with what an eigensolver takes; and those of
-# pairs of mini-batches.
-_MATRICES, _OF_PAIRS = 10, 10
+# D × D matrices in double precision that exist at one time, with those of an eigensolver; and those for pairs of
+# mini-batches.
+_MATRICES, _PAIR_MATRICES = 10, 10
 # Share of the free memory that they may take.
 _SHARE = 0.8
 _NEAREST = 3
 
 
 def named_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Full names and parameters by the names that they have in a module that is not compiled."""
-    found = module.named_parameters(remove_duplicate=False)
-    return {name.replace("_orig_mod.", ""): (name, parameter) for name, parameter in found}
+    """Return full names and parameters, by the names that they have in a module that is not compiled."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name.replace("_orig_mod.", ""): (name, parameter) for name, parameter in named}
 
 
-def check_block(
-    named: Mapping[str, tuple[str, nn.Parameter]], name: str, *, top: int | None, pairs: bool, processes: int
-) -> None:
-    """Check that a block is there, is trained, and has matrices that fit into memory.
-
-    Args:
-        named: of :func:`named_parameters`.
-        name: of the block.
-        top: 𝒩.
-        pairs: whether mini-batches are paired.
-        processes: how many share the machine's memory.
-
-    Raises:
-        MisconfigurationException: if not.
-    """
+def check_block(options: NoiseOptions, named: Mapping[str, tuple[str, nn.Parameter]], processes: int) -> None:
+    """Raise unless the block exists, is trained, and has matrices that fit into the memory that processes share."""
+    name, top = options.parameter, options.top
     if name not in named:
         near = difflib.get_close_matches(name, named, n=_NEAREST, cutoff=0.3) or list(named)[:_NEAREST]
         raise MisconfigurationException(
@@ -66,12 +53,12 @@ def check_block(
             f"parameter must have at least {FEWEST_POINTS} entries for a power law, got {name!r} with {size}: choose a "
             "weight."
         )
-    limit, entry = _SHARE * available_memory(block.device, processes), 8 * (_MATRICES + pairs * _OF_PAIRS)
+    limit = _SHARE * available_memory(block.device, processes)
+    entry = 8 * (_MATRICES + options.pairs * _PAIR_MATRICES)
     if entry * size**2 > limit:
         most = math.isqrt(int(limit) // entry)
-        sizes = ((p.numel(), n) for n, (_, p) in named.items())
-        fitting = sorted((one for one in sizes if FEWEST_POINTS <= one[0] <= most), reverse=True)
-        others = ", ".join(f"{other!r} ({count:,})" for count, other in fitting[:_NEAREST])
+        fitting = [(p.numel(), other) for other, (_, p) in named.items() if FEWEST_POINTS <= p.numel() <= most]
+        others = ", ".join(f"{other!r} ({count:,})" for count, other in sorted(fitting, reverse=True)[:_NEAREST])
         raise MisconfigurationException(
             f"parameter must be a block of at most {most:,} entries, whose square matrices fit into the "
             f"{limit / 2**30:.1f} GiB that there are for them, got {name!r} with {size:,} "
@@ -80,24 +67,53 @@ def check_block(
 
 
 def linear_layer(module: nn.Module, name: str) -> nn.Linear | None:
-    """Return the linear layer whose weight has that name."""
-    path, _, own = name.rpartition(".")
+    """Return the linear layer whose weight has that full name, or None."""
+    path, _, attribute = name.rpartition(".")
     layer = module.get_submodule(path)
-    return layer if own == "weight" and isinstance(layer, nn.Linear) and path else None
+    return layer if attribute == "weight" and isinstance(layer, nn.Linear) and path else None
 
 
-def why_not_kronecker(layer: nn.Linear, batch: BlockSamples, at_once: bool, processes: int) -> str:
-    """Return why the Kronecker route cannot be taken; empty where it can."""
-    if not batch.is_mean(at_once):
+def why_not_kronecker(layer: nn.Linear | None, batch: BlockSamples, batched: bool, processes: int) -> str:
+    """Return why the block cannot take the Kronecker route, by a first batch; empty if it can."""
+    if layer is None:
+        return "it is no weight of a torch.nn.Linear"
+    if not batch.is_mean(batched):
         return NOT_A_MEAN
     try:
         linear_statistics(layer, batch.whole, batch.size, processes, check=True)
-    except SeveralUsesError as error:
+    except NotSeparableError as error:
         return str(error)
     return ""
 
 
+def pairing_of(options: NoiseOptions, batch: Any) -> tuple[Pairing | None, str]:
+    """Return what pairs samples, None where that was not asked for, and why it cannot pair a first batch."""
+    if not options.pairs:
+        return None, ""
+    pairing, why_not = options.pairing or inputs_and_labels, ""
+    try:
+        pairing(batch)
+    except MisconfigurationException as error:
+        why_not = str(error)
+    return pairing, why_not
+
+
+def inputs_and_labels(batch: object) -> tuple[Tensor, Tensor]:
+    """Return inputs and labels of a batch, or raise a MisconfigurationException if it is no pair of them."""
+    kind = f"a {type(batch).__name__}"
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        inputs, labels = batch
+        if isinstance(inputs, Tensor) and isinstance(labels, Tensor):
+            if labels.ndim == 1 and not labels.is_floating_point():
+                return inputs, labels
+            kind = f"targets of {labels.dtype} and shape {tuple(labels.shape)}"
+    raise MisconfigurationException(
+        f"batches must be pairs of inputs and class labels for 'noise_awd_chain', got {kind}: give pairing= a callable "
+        "batch → (inputs, labels), or leave the quantity out."
+    )
+
+
 def batch_size_of(trainer: pl.Trainer, loader: Any) -> int | None:
-    """Return the batch size of a loader, or where it is None of the Trainer's; None where it has none."""
+    """Return the batch size of a loader, or of the Trainer's where it is None; None where it has none."""
     size = getattr(loader if loader is not None else trainer.train_dataloader, "batch_size", None)
     return size if isinstance(size, int) else None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_curvature import NoiseCovarianceMonitor
-from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.options import QUANTITIES
 from lightning_curvature.noise.result import NoiseCurvature
 from tests.distributed.occasional_cases import OccasionalCase, Outcome
 

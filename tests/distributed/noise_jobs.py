@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature.noise import monitor as noise_monitor
 from lightning_curvature.noise import routes as noise_block
 from lightning_curvature.noise import sums as noise_sums
-from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.options import QUANTITIES
 from lightning_curvature.noise.result import NoiseCurvature
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.noise_cases import NoiseCase
@@ -118,7 +119,7 @@ in_blocks = failing(noise_sums, "linear_blocks", 1)
 in_pairs = failing(noise_sums, "matched_pairs", 1)
 in_hessian = failing(noise_sums, "_block_hessian", 1, "network.0.bias")
 in_squares = failing(noise_sums, "_squares", 0, "network.0.bias")
-in_reporting_device = failing(noise_sums, "sum_device", 1)
+in_reporting_device = failing(noise_monitor, "sum_device", 1)
 FAILING = [name for name in list(globals()) if name.startswith("in_")]
 unbroken = replace(kronecker, monitor=quick, steps=3).unwatched()
 
@@ -147,12 +148,12 @@ def communication(rank: int, world_size: int) -> tuple[str, Outcome]:
 
 def unequal(rank: int, world_size: int) -> Outcome:
     """``torch.vmap`` can follow the step on one rank alone."""
-    own = noise_block.BlockSamples.can_be_stacked
-    noise_block.BlockSamples.can_be_stacked = lambda self, p: rank == 0 and own(self, p)  # type: ignore[method-assign]
+    own = noise_block.BlockSamples.can_be_batched
+    noise_block.BlockSamples.can_be_batched = lambda self, p: rank == 0 and own(self, p)  # type: ignore[method-assign]
     try:
         return general(rank, world_size)
     finally:
-        noise_block.BlockSamples.can_be_stacked = own  # type: ignore[method-assign]
+        noise_block.BlockSamples.can_be_batched = own  # type: ignore[method-assign]
 
 
 def by_hand(rank: int, world_size: int) -> NoiseCurvature:

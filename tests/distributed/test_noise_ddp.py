@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,11 +56,8 @@ def test_fewer_micro_batches_than_ranks(results: Results) -> None:
             assert found is not None
             assert expected is not None
             assert found.chain["hh"].norm != pytest.approx(expected.chain["hh"].norm, rel=1e-3)
-            found.chain, expected_chain = {}, expected.chain
-            expected.chain, variance, unpaired = {}, expected.weight_variance, expected.unpaired
-            expected.weight_variance, expected.unpaired = found.weight_variance, found.unpaired
-            assert_same_result(found, expected, ROUNDING)
-            expected.chain, expected.weight_variance, expected.unpaired = expected_chain, variance, unpaired
+            of_pairs = {"chain": {}, "weight_variance": 0.0, "unpaired": 0.0}
+            assert_same_result(replace(found, **of_pairs), replace(expected, **of_pairs), ROUNDING)
     sentence = (
         "micro-batches must be at least as many as ranks for 'noise_awd_chain', got 1 for 2, which share them, so that "
         "samples are paired within parts: lower micro_batch_size."
@@ -99,12 +97,12 @@ def test_training_is_the_same_to_the_bit(results: Results) -> None:
 
 
 def test_collectives(results: Results) -> None:
-    """That all are ready, that none has failed, and the sums; the same twice more where there are single samples."""
-    for name, count in (("kronecker", 3), ("last_layer", 3), ("two", 3), ("general", 5), ("forced", 5)):
+    """That all are ready, and the sums with who has failed; once more where there are single samples."""
+    for name, count in (("kronecker", 2), ("last_layer", 2), ("two", 2), ("general", 3), ("forced", 3)):
         for outcome in results[name]:
             assert set(outcome.collectives) == {count}, name
-    # One route in vain: that none has failed.
-    assert set(results["late"][0].collectives) == {6}
+    # The sums of one route in vain.
+    assert set(results["late"][0].collectives) == {4}
 
 
 @pytest.mark.parametrize("name", jobs.FAILING)

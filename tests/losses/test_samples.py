@@ -141,7 +141,7 @@ def test_all_ways_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert calls == ["loss_of"] * 3  # 4 + 4 + 1, each batch in one
         elif name != "ragged":
             assert calls == ["losses_of_many", "losses_of_many", "loss_of"]
-        assert losses._at_once == at_once
+        assert losses._batched == at_once
 
 
 def test_the_batch_that_a_step_writes_into_comes_back() -> None:

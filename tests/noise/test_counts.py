@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import KroneckerSum
-from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.options import QUANTITIES
 from tests.directional.test_no_observer_effect import sgd
 from tests.noise.runs import BATCH, module_of, monitor, network, samples
 from tests.runs import Classifier, make_trainer

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
 from lightning_curvature.noise import routes as noise_block
-from lightning_curvature.noise.problem import KEYS, QUANTITIES
+from lightning_curvature.noise.options import KEYS, QUANTITIES
 from tests.batch_sharpness.test_errors import sharded
 from tests.noise.runs import monitor as strict
 from tests.noise.runs import samples
@@ -40,7 +40,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"haar_draws": 0}, rf"haar_draws {WHOLE} 1, got 0: 4 are enough where there are some hundred"),
     ({"pairing": "labels"}, r"pairing must be a callable, got a str: give one that returns inputs and labels of a ba"),
     ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
-    ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, got 0: 1 measures every optimizer step"),
+    ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, or None, got 0: 1 measures every optimizer step"),
     ({"probe_samples": 0}, rf"probe_samples {WHOLE} 1, or None, got 0: None takes all training data"),
     ({"micro_batch_size": 0}, rf"micro_batch_size {WHOLE} 1, or None, got 0"),
     ({"probe_mode": "test"}, r"probe_mode must be 'train' or 'eval', got 'test'"),

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_curvature import CurvatureWarning
 from lightning_curvature.noise import sums as noise_sums
-from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.options import QUANTITIES
 from tests.noise.test_runs import KEYS, monitor, samples
 from tests.runs import make_trainer
 from tests.spectrum import test_no_observer_effect as spectrum

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from lightning_curvature.functional.noise import haar_coupling, random_commutativity_error
-from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.options import QUANTITIES
 from tests.noise.runs import BATCH, Plain, dense, evaluated, module_of, monitor, network, samples, squared
 from tests.oracles.dense import Loss
 from tests.oracles.noise import (

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
-from lightning_curvature.noise.problem import KEYS, QUANTITIES
+from lightning_curvature.noise.options import KEYS, QUANTITIES
 from tests.directional.test_no_observer_effect import sgd
 from tests.noise.runs import informed, samples
 from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp

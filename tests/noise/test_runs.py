@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
-from lightning_curvature.noise.problem import QUANTITIES
+from lightning_curvature.noise.options import QUANTITIES
 from tests.directional.test_no_observer_effect import SETUPS, Measured, sgd, with_batchnorm, with_dropout
 from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
 from tests.noise.runs import samples as dataset
