@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.directional.update_monitor import UpdateMonitor
+from lightning_curvature.monitors.options import MonitorOptions
 from tests.runs import classification
 from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, assert_same, copies, watch
 
@@ -236,12 +237,12 @@ class Repeats(UpdateMonitor):
     """Repeats each step at θ_t, twice."""
 
     def __init__(self) -> None:
-        super().__init__(every_n_train_steps=1, objective=None, outputs=None, optimizer_index=0, on_error="raise")
+        super().__init__(MonitorOptions(on_error="raise"))
         self.losses: list[tuple[float, float, float]] = []
 
     def measure(self, trainer: Any, window: Any, failure: Any) -> None:
         with window.at(0.0):
-            first, second = (next(iter(window.evaluations()))[1].loss for _ in range(2))
+            first, second = (next(iter(window.evaluations())).loss for _ in range(2))
         self.losses.append((float(window.records[0].base.loss), float(first), float(second)))
 
 
