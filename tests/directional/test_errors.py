@@ -126,7 +126,7 @@ MISFITS: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], dict[
         ValueError,
         r"outputs must name a submodule of Plain, got 'head': choose one of \['network', 'network.0'",
     ),
-    "float32 probes of half-precision parameters": (
+    "float32 evaluations of half-precision parameters": (
         Plain,
         {"probe_precision": "32-true"},
         {"precision": "bf16-true"},

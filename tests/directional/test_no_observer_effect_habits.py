@@ -300,8 +300,8 @@ def test_step_that_changes_its_batch(change: Callable[[Any], tuple[Tensor, Tenso
     monitor = DirectionalCurvatureMonitor(estimators=ALL, every_n_train_steps=1, epsilon=1e-3, on_error="raise")
     plain, watched = (watch(lambda: Augmenting(change), lambda: copies(batches), m) for m in (None, monitor))
     assert_same(plain, watched)
-    # Each probe began with the batch as it came: forward mode, double backward and differences agree on one function
-    # (to ε², the truncation; a batch scaled twice would be off by half).
+    # Each evaluation began with the batch as it came: forward mode, double backward and differences agree on one
+    # function (to ε², the truncation; a batch scaled twice would be off by half).
     row = watched.logger.rows[0]
     assert row["curvature/lambda_fd"] == pytest.approx(row["curvature/lambda_dir"], rel=1e-4)
     assert row["curvature/lambda_kl"] == pytest.approx(row["curvature/lambda_gn"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""Runs in which one of two processes fails outside of products and probes, while the other one does not."""
+"""Runs in which one of two processes fails outside of products and evaluations, while the other one does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of two processes fails outside of products and probes: the other one does not wait, and both go on, or none."""
+"""One of two processes fails outside of products and evaluations: the other does not wait, and both go on, or none."""
 
 from __future__ import annotations
 
