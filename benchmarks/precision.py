@@ -26,8 +26,8 @@ from torch.func import functional_call, jvp
 from torch.utils.data import DataLoader
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from lightning_curvature.directional.monitor import KEYS
 
+KEYS = {"kl": "lambda_kl", "finite_difference": "lambda_fd", "gauss_newton": "lambda_gn", "hvp": "lambda_dir"}
 PAIR = ("kl", "finite_difference")
 ALL = (*PAIR, "gauss_newton", "hvp")
 CASES = [("32-true", ALL), ("32-true", ("kl",)), ("bf16-mixed", (*PAIR, "gauss_newton"))]

@@ -1,9 +1,9 @@
-"""Which distribution the loss belongs to, and which positions count: read off the batch, checked by the loss."""
+"""Likelihood, target and reduction of a loss, and which positions count: read off the batch, checked by the loss."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ _FRACTION_MATCH = 1e-5
 _LARGEST_DIVISOR = 256
 
 Reduction = Literal["mean", "half_mean", "sum", "half_sum", "per_sample", "half_per_sample"]
+_REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+_WHOLE = _REDUCTIONS[::2]
 
 
 @dataclass(frozen=True)
@@ -54,32 +56,44 @@ class OutputModel:
     reproduced: bool = True
     mismatch: float = field(default=0.0, compare=False)
 
-    def arrange(self, outputs: Tensor) -> Tensor:
-        """Return outputs as (..., C), those without a target left out."""
+    def arrange(self, outputs: Tensor | None) -> Tensor:
+        """Return outputs as (..., C), those without a target left out.
+
+        Raises:
+            ValueError: if an evaluation returned none.
+        """
+        if outputs is None:
+            raise ValueError("outputs must come with every evaluation, got none in a repetition: return them always.")
         if self.shift:
             return outputs[:, : -self.shift]
         return outputs.movedim(self.class_dimension, -1) if self.class_dimension != -1 else outputs
 
     def weights(self, batch: Any) -> Tensor | None:
-        """Weight of each position, flat: 0 where the target is ignored. None where all count."""
+        """Return the weight of each position, flat: 0 where the target is ignored; None where all count."""
         if self.likelihood != "categorical" or self.target is None:
             return None
         return (self.targets(tensors(batch)) != IGNORED).reshape(-1)
 
     def targets(self, batch: list[Tensor]) -> Tensor:
-        """The target among the tensors of a batch, in the order of the arranged outputs."""
+        """Return the target among the tensors of a batch, in the order of the arranged outputs."""
         assert self.target is not None
         return batch[self.target][:, self.shift :] if self.shift else batch[self.target]
 
     def scale(self, outputs: Tensor, weights: Tensor | None) -> float:
-        """The loss as a multiple of the mean negative log-likelihood of a position (½‖z−y‖² for a Gaussian)."""
+        """Return the loss as a multiple of the mean negative log-likelihood of a position (½‖z−y‖² for a Gaussian)."""
         arranged = self.arrange(outputs)
         components = arranged.shape[-1] if arranged.ndim > 1 else 1
         positions = arranged.numel() // components if weights is None else int(weights.sum())
-        return self.factor * _scale(self.likelihood, self.reduction, components, positions, outputs.shape[0])
+        # torch's element of a squared error is (z−y)², twice the Gaussian one; a class index is one element a position.
+        element = 2.0 if self.likelihood == "gaussian" else 1.0
+        half = 0.5 if self.reduction.startswith("half") else 1.0
+        kind = self.reduction.removeprefix("half_")
+        if kind == "mean":
+            return self.factor * (element * half / (1 if self.likelihood == "categorical" else components))
+        return self.factor * (element * half * positions / (1 if kind == "sum" else outputs.shape[0]))
 
     def residual(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Derivative ∂ℓ/∂z of each position's negative log-likelihood, (P, C): p − y, or z − y.
+        """Return the derivative ∂ℓ/∂z of each position's negative log-likelihood, (P, C): p − y, or z − y.
 
         Where no target is known the likeliest outcome stands in for it.
         """
@@ -96,21 +110,10 @@ class OutputModel:
         return mean - target.reshape(z.shape).float()
 
 
-def _scale(likelihood: str, reduction: Reduction, components: int, positions: int, samples: int) -> float:
-    # torch's element of a squared error is (z−y)², twice the Gaussian one; a class index is one element a position.
-    element = 2.0 if likelihood == "gaussian" else 1.0
-    parts = 1 if likelihood == "categorical" else components
-    half = 0.5 if reduction.startswith("half") else 1.0
-    kind = reduction.removeprefix("half_")
-    if kind == "mean":
-        return element * half / parts
-    return element * half * positions / (1 if kind == "sum" else samples)
-
-
 def confirm(
     model: OutputModel, outputs: Tensor, batch: Any, loss: Tensor, likelihood: str, mask: Tensor | None = None
 ) -> OutputModel:
-    """Check a reading on another step: the same where it still holds, else one that does, else marked as not holding.
+    """Return a reading after a check on another step: itself or another that holds, else itself as not reproduced.
 
     The first batch may fit several readings (one sample: mean and sum; no padding: any ignored index; equal logits: any
     class weights). Arguments as in :func:`identify`.
@@ -118,26 +121,22 @@ def confirm(
     if model.target is None:
         return model
     distance = abs(1.0 - _ratio(outputs, tensors(batch), loss, replace(model, factor=1.0), mask) / model.factor)
-    if distance < _tolerance(loss):
+    if distance < max(_MATCH, 2.0 * torch.finfo(loss.dtype).eps):
         return model if model.reproduced else replace(model, mismatch=distance)
-    found = identify(outputs, batch, loss, likelihood, mask)
-    if found is not None and found.reproduced:
-        return found
+    other = identify(outputs, batch, loss, likelihood, mask)
+    if other is not None and other.reproduced:
+        return other
     return replace(model, reproduced=False, mismatch=min(distance, _HOPELESS))
-
-
-def _tolerance(loss: Tensor) -> float:
-    return max(_MATCH, 2.0 * torch.finfo(loss.dtype).eps)
 
 
 def identify(
     outputs: Tensor, batch: Any, loss: Tensor | None, likelihood: str, mask: Tensor | None = None
 ) -> OutputModel | None:
-    """Find likelihood, target and reduction of a loss from one step.
+    """Return likelihood, target and reduction of a loss, read off one step.
 
-    Every reading of the batch that fits by shape and type is tried; the one that reproduces the loss wins, then the one
-    of which the loss is a whole fraction. Where none does (label smoothing, class weights, extra terms), a categorical
-    or named likelihood keeps the mean reduction.
+    Of all readings of the batch that fit by shape and type the one that reproduces the loss wins, then the one of which
+    the loss is a whole fraction. Where none does (label smoothing, class weights, extra terms), a categorical or named
+    likelihood keeps the mean reduction.
 
     Args:
         outputs: outputs of the step.
@@ -147,13 +146,14 @@ def identify(
         mask: weight of each position, where the objective gave them.
 
     Returns:
-        The model, or None where "auto" finds nothing that fits.
+        The model, or None where nothing fits "auto".
     """
-    readings = list(_readings(outputs, tensors(batch), likelihood))
+    parts = tensors(batch)
+    readings = list(_readings(outputs, parts, likelihood))
     ratios = [math.nan] * len(readings)
     if loss is not None and outputs.is_floating_point():
-        ratios = [_ratio(outputs, tensors(batch), loss, r, mask) for r in readings]
-        tolerance = _tolerance(loss)
+        ratios = [_ratio(outputs, parts, loss, r, mask) for r in readings]
+        tolerance = max(_MATCH, 2.0 * torch.finfo(loss.dtype).eps)
         fitting = [(abs(1.0 - ratio), i) for i, ratio in enumerate(ratios) if abs(1.0 - ratio) < tolerance]
         if fitting:
             return readings[min(fitting)[1]]
@@ -161,28 +161,23 @@ def identify(
         if divided:
             n, reading = min(divided, key=lambda entry: entry[0])
             return replace(reading, factor=1.0 / n)
-    # Among several integer tensors (token ids beside labels) one with ignored positions is the target.
-    mismatches = dict(zip(readings, map(_mismatch, ratios), strict=True))
     plain = [
-        replace(r, reproduced=False, mismatch=mismatches[r]) for r in readings if r.reduction == "mean" and not r.shift
+        # Without a loss there is nothing that a reading could mismatch.
+        replace(reading, reproduced=False, mismatch=0.0 if math.isnan(ratio) else min(abs(1.0 - ratio), _HOPELESS))
+        for reading, ratio in zip(readings, ratios, strict=True)
+        if reading.reduction == "mean" and not reading.shift
     ]
-    plain.sort(key=lambda r: not _has_ignored(tensors(batch), r))
+    # Among several integer tensors (token ids beside labels) one with ignored positions is the target.
+    plain.sort(key=lambda r: r.likelihood != "categorical" or not bool((r.targets(parts) == IGNORED).any()))
+    candidates = [r for r in plain if likelihood != "auto" or r.likelihood == "categorical"]
+    if candidates:
+        return candidates[0]
     if likelihood != "auto":
-        named: Likelihood = likelihood  # type: ignore[assignment]
-        return plain[0] if plain else OutputModel(named, None, "mean", reproduced=False)
-    categorical = [r for r in plain if r.likelihood == "categorical"]
-    if categorical:
-        return categorical[0]
+        return OutputModel(likelihood, None, "mean", reproduced=False)  # type: ignore[arg-type]
     vectors = outputs.ndim > 1 and outputs.shape[-1] > 1
-    floats_like_outputs = any(t.is_floating_point() and t.shape == outputs.shape for t in tensors(batch))
-    if vectors and not floats_like_outputs and any(_is_integer(t) for t in tensors(batch)):
-        return OutputModel("categorical", None, "mean", reproduced=False)
-    return None
-
-
-def _mismatch(ratio: float) -> float:
-    """|ratio − 1|; as good as everything where the reading is out of the question, nothing where it was not asked."""
-    return 0.0 if math.isnan(ratio) else min(abs(1.0 - ratio), _HOPELESS)
+    like_outputs = any(t.is_floating_point() and t.shape == outputs.shape for t in parts)
+    classes = vectors and not like_outputs and any(map(_is_integer, parts))
+    return OutputModel("categorical", None, "mean", reproduced=False) if classes else None
 
 
 def _is_integer(tensor: Tensor) -> bool:
@@ -190,26 +185,23 @@ def _is_integer(tensor: Tensor) -> bool:
 
 
 def _readings(outputs: Tensor, batch: list[Tensor], likelihood: str) -> Iterator[OutputModel]:
+    """Yield every reading that fits by shape and type."""
     for index, target in enumerate(batch):
         if likelihood in ("auto", "categorical") and _is_integer(target) and outputs.ndim > 1:
             for dimension in _class_dimensions(outputs, target):
-                for reduction in ("mean", "sum", "per_sample"):
-                    yield OutputModel("categorical", index, reduction, dimension)  # type: ignore[arg-type]
+                yield from (OutputModel("categorical", index, way, dimension) for way in _WHOLE)
             if outputs.ndim == 3 and target.shape == outputs.shape[:2] and target.shape[1] > 1:
-                for reduction in ("mean", "sum", "per_sample"):
-                    yield OutputModel("categorical", index, reduction, shift=1)  # type: ignore[arg-type]
+                yield from (OutputModel("categorical", index, way, shift=1) for way in _WHOLE)
         if target.numel() != outputs.numel() or target.is_complex():
             continue
         if likelihood in ("auto", "gaussian"):
-            for reduction in ("mean", "half_mean", "sum", "half_sum", "per_sample", "half_per_sample"):
-                yield OutputModel("gaussian", index, reduction)  # type: ignore[arg-type]
+            yield from (OutputModel("gaussian", index, way) for way in _REDUCTIONS)
         if likelihood in ("auto", "bernoulli"):
-            for reduction in ("mean", "sum", "per_sample"):
-                yield OutputModel("bernoulli", index, reduction)  # type: ignore[arg-type]
+            yield from (OutputModel("bernoulli", index, way) for way in _WHOLE)
 
 
 def _class_dimensions(outputs: Tensor, target: Tensor) -> Iterator[int]:
-    """Where the classes may stand: last, as in (B, T, C), or second, as torch's cross-entropy has it for images."""
+    """Yield the dimensions of the classes: last, as in (B, T, C), or second, as torch's cross-entropy takes images."""
     if outputs.shape[-1] > 1 and target.numel() * outputs.shape[-1] == outputs.numel():
         same = target.shape == outputs.shape[:-1]
         if same or outputs.ndim == 2 or target.ndim == 1:
@@ -218,12 +210,8 @@ def _class_dimensions(outputs: Tensor, target: Tensor) -> Iterator[int]:
         yield 1
 
 
-def _has_ignored(batch: list[Tensor], model: OutputModel) -> bool:
-    return model.likelihood == "categorical" and bool((model.targets(batch) == IGNORED).any())
-
-
 def _divisor(ratio: float) -> int | None:
-    """Whole number n > 1 of which ``ratio`` is the inverse, or None."""
+    """Return the whole number n > 1 of which ``ratio`` is the inverse, or None."""
     if not 0.5 / _LARGEST_DIVISOR < ratio < 1.0:
         return None
     n = round(1.0 / ratio)
@@ -231,7 +219,7 @@ def _divisor(ratio: float) -> int | None:
 
 
 def _ratio(outputs: Tensor, batch: list[Tensor], loss: Tensor, model: OutputModel, mask: Tensor | None = None) -> float:
-    """The loss over what the reading says it should be; infinite where the reading is out of the question."""
+    """Return the loss over what the reading says it should be; infinite where the reading is out of the question."""
     target = model.targets(batch)
     z = model.arrange(outputs.detach()).float()
     z = z.reshape(-1, z.shape[-1] if z.ndim > 1 else 1)
@@ -242,17 +230,16 @@ def _ratio(outputs: Tensor, batch: list[Tensor], loss: Tensor, model: OutputMode
         if counted.numel() == 0 or int(counted.min()) < 0 or int(counted.max()) >= z.shape[-1]:
             return math.inf
         rows = F.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
+    elif model.likelihood == "gaussian":
+        rows = 0.5 * (z - target.reshape(z.shape).float()).square().sum(-1)
     else:
         y = target.reshape(z.shape).float()
-        if model.likelihood == "gaussian":
-            rows = 0.5 * (z - y).square().sum(-1)
-        else:
-            if bool((y < 0).any()) or bool((y > 1).any()):
-                return math.inf
-            rows = F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1)
+        if bool((y < 0).any()) or bool((y > 1).any()):
+            return math.inf
+        rows = F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1)
     value = rows.mean() if weights is None else (weights * rows).sum() / weights.sum()
     expected = float(value) * model.scale(outputs, weights)
-    found = float(loss.detach())
-    if model.likelihood != "gaussian" and abs(found - expected) < _ABSOLUTE_MATCH:
-        return 1.0 + (found - expected)  # still the closest of several wins
-    return found / expected if expected > 0.0 else math.inf
+    actual = float(loss.detach())
+    if model.likelihood != "gaussian" and abs(actual - expected) < _ABSOLUTE_MATCH:
+        return 1.0 + (actual - expected)  # still the closest of several wins
+    return actual / expected if expected > 0.0 else math.inf

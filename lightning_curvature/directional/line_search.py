@@ -1,7 +1,11 @@
 """The line search for the step length at which the loss would first rise."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+# The bracket is halved until its width is this fraction of its upper end.
+CRITICAL_TOLERANCE = 1.0 / 16.0
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,11 @@ class CriticalStep:
     capped: bool
 
 
-# The bracket is halved until its width is this fraction of its upper end.
-CRITICAL_TOLERANCE = 1.0 / 16.0
-
-
 def critical_step(loss_at: Callable[[float], float], base_loss: float, start: float, max_forwards: int) -> CriticalStep:
-    """Find the step length at which the loss first exceeds its value at θ_t.
+    """Return the step length at which the loss first exceeds its value at θ_t.
 
-    From ``start`` (the last value) doubling while the loss has not increased, or halving while it has; then
-    bisection. A NaN or infinite loss counts as increased, so that a search always ends.
+    From ``start`` (the last value) the length doubles while the loss has not increased, or halves while it has; then
+    the bracket is bisected. A NaN or infinite loss counts as increased, so that a search always ends.
 
     Args:
         loss_at: loss over the whole job at θ_t − c·d.
@@ -39,24 +39,19 @@ def critical_step(loss_at: Callable[[float], float], base_loss: float, start: fl
 
     Source: Kalra et al. 2026 (arXiv 2601.16979), with bisection to a relative width instead of a fixed count.
     """
-    used = 0
+    low, high, factor, used = 0.0, math.inf, start, 0
 
-    def increased(factor: float) -> bool:
-        nonlocal used
+    def bracketed() -> bool:
+        return low > 0.0 and high < math.inf
+
+    while used < max_forwards and not (bracketed() and high - low <= CRITICAL_TOLERANCE * high):
         used += 1
-        return not loss_at(factor) <= base_loss
-
-    low, high = 0.0, float("inf")
-    factor = start
-    while used < max_forwards and (low == 0.0 or high == float("inf")):
-        if increased(factor):
-            high, factor = factor, factor / 2.0
+        if loss_at(factor) <= base_loss:
+            low = factor
         else:
-            low, factor = factor, factor * 2.0
-    if low == 0.0 or high == float("inf"):
-        return CriticalStep(float("nan"), float("nan"), used, True)
-    while used < max_forwards and high - low > CRITICAL_TOLERANCE * high:
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if increased(middle) else (middle, high)
+            high = factor
+        factor = 0.5 * (low + high) if bracketed() else factor * (2.0 if low else 0.5)
+    if not bracketed():
+        return CriticalStep(math.nan, math.nan, used, True)
     width = high - low
-    return CriticalStep(0.5 * (low + high), width / (low + high), used, width > CRITICAL_TOLERANCE * high)
+    return CriticalStep(factor, width / (low + high), used, width > CRITICAL_TOLERANCE * high)

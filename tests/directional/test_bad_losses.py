@@ -68,7 +68,7 @@ BAD_OBJECTIVES = [
 
 
 @pytest.mark.parametrize(("objective", "sentence"), BAD_OBJECTIVES)
-def test_training_outlives_a_probe_that_fails(objective: Any, sentence: str) -> None:
+def test_training_outlives_an_evaluation_that_fails(objective: Any, sentence: str) -> None:
     module, found = Plain(), list[Any]()
     options = {"objective": objective, "estimators": ["finite_difference", "hvp"]}
     messages = warned(lambda: found.append(run(module, classification(3), monitor(**options))))

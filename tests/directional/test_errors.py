@@ -19,7 +19,7 @@ from tests.runs import Batch, Capture, Classifier, classification, loader, make_
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     *(
-        ({"epsilon": value}, rf"epsilon must be positive and finite, or 'auto', got {value!r}: 1\.0 probes as far as")
+        ({"epsilon": value}, rf"epsilon must be positive and finite, or 'auto', got {value!r}: 1\.0 is as far as")
         for value in (0.0, -1.0, math.nan, math.inf, "0.1")
     ),
     ({"estimators": ["kl", "lanczos"]}, r"estimators must be names from .*'kl'.*, got 'lanczos': correct or remove it"),
@@ -31,12 +31,15 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"epsilon": None}, r"epsilon must be positive and finite, or 'auto', got None"),
     ({"every_n_train_steps": -5}, r"every_n_train_steps must be a whole number of at least 1, got -5"),
     ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore': 'warn' lets training go on"),
-    ({"likelihood": "poisson"}, r"likelihood must be 'auto' or one of .*'gaussian'.*, got 'poisson': name the one"),
+    ({"likelihood": "poisson"}, r"likelihood must be 'auto', .*'gaussian'.*, got 'poisson': name the one"),
     ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64': None computes in the run's"),
     ({"prefix": ""}, r"prefix must be a name without slashes at its ends, got '': use 'curvature'"),
     ({"prefix": "train/"}, r"prefix must be a name without slashes at its ends, got 'train/': use 'curvature'"),
     ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1: 0 is the first optimizer"),
-    ({"critical_max_forwards": 2}, r"critical_max_forwards must be at least 3, got 2: a bracket alone takes two"),
+    (
+        {"critical_max_forwards": 2},
+        r"critical_max_forwards must be a whole number of at least 3, got 2: a bracket alone takes two",
+    ),
 ]
 
 
@@ -123,7 +126,7 @@ MISFITS: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], dict[
         ValueError,
         r"outputs must name a submodule of Plain, got 'head': choose one of \['network', 'network.0'",
     ),
-    "float32 probes of half-precision parameters": (
+    "float32 evaluations of half-precision parameters": (
         Plain,
         {"probe_precision": "32-true"},
         {"precision": "bf16-true"},

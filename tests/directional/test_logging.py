@@ -189,6 +189,24 @@ def test_state_goes_round() -> None:
     assert twin.state_dict() != DirectionalCurvatureMonitor().state_dict()
 
 
+def test_a_checkpoint_from_before_is_taken_up() -> None:
+    """Its keys and their form: distance ε‖d‖, (κ, its history, offset, its history), start of the search."""
+    history = [(0.5, 0.25)]
+    saved = {"distance": 0.125, "rounding": (2.0, history, 0.25, history), "critical_start": 4.0}
+    monitor = DirectionalCurvatureMonitor(**LEARNED)  # type: ignore[arg-type]
+    monitor.load_state_dict(saved)
+    assert monitor.state_dict() == saved
+    row = measured(run(module(), classification(1), monitor).capture)[0]
+    # ε‖d‖, of ‖d‖ = η‖Δθ‖; products of two roundings.
+    distance = row["curvature/epsilon"] * row["curvature/update_norm"] * 0.3
+    assert distance == pytest.approx(saved["distance"], rel=1e-12)
+    growth, first, offset, second = monitor.state_dict()["rounding"]
+    assert growth <= 2.0
+    assert offset <= 0.25
+    assert (first[0], second[0]) == (history[0], history[0])
+    assert len(first) == len(second) == 2
+
+
 class YamlClassifier(Classifier):
     """A module the command line can make."""
 

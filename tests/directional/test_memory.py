@@ -34,7 +34,7 @@ def copies_alive(module: nn.Module) -> int:
 
 
 class Counting(Classifier):
-    """Counts in the middle of every forward, the step's own and the probes'."""
+    """Counts in the middle of every forward, the step's own and those of evaluations."""
 
     def __init__(self, fails: bool) -> None:
         network = nn.Sequential(nn.Linear(4, SHAPE[1]), nn.Linear(SHAPE[1], SHAPE[0]), nn.Linear(SHAPE[0], 3))
@@ -44,7 +44,7 @@ class Counting(Classifier):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if self.note("forward") and self.fails:
-            raise RuntimeError("no probe")
+            raise RuntimeError("no evaluation")
         return y
 
 
@@ -55,9 +55,9 @@ class Counter(pl.Callback):
         self.counts = counts
 
     def note(self, moment: str, module: nn.Module) -> bool:
-        """Say whether the batch is over; the module itself could not: its attributes are put back for the probes."""
+        """Say whether the batch is over; the module itself could not: its attributes are put back for evaluations."""
         over = len(self.counts.get("batch end", [])) % 2 == 1
-        self.counts.setdefault(f"probe's {moment}" if over else moment, []).append(copies_alive(module))
+        self.counts.setdefault(f"evaluation's {moment}" if over else moment, []).append(copies_alive(module))
         return over
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -115,5 +115,5 @@ def test_copies(estimator: Any, fails: bool) -> None:
     assert extra("forward") == [0] * 4
     assert extra("after backward") == [0, 1, 0, 0, 0, 1, 0, 0]
     assert extra("before step") == [1, 2, 0, 0, 1, 2, 0, 0]
-    assert set(watched["probe's forward"]) == {2 + 2}
+    assert set(watched["evaluation's forward"]) == {2 + 2}
     assert extra("batch end") == [2, 0, 0, 0, 2, 0, 0, 0]

@@ -218,7 +218,7 @@ def test_same_run(name: str, every: int, estimators: Any, recwarn: pytest.Warnin
     monitor = DirectionalCurvatureMonitor(estimators=estimators, every_n_train_steps=every)
     watched = SETUPS[name].run(monitor)
     assert_same(SETUPS[name].run(None), watched)
-    # The monitor did probe, and all of it: what never ran cannot have disturbed anything.
+    # The monitor did measure, and all of it: what never ran cannot have disturbed anything.
     for key in (LAMBDAS[name] for name in estimators):
         measured = watched.curve(key)
         assert measured, key

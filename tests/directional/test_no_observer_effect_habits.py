@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.directional.update_monitor import UpdateMonitor
+from lightning_curvature.monitors.options import MonitorOptions
 from tests.runs import classification
 from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, assert_same, copies, watch
 
@@ -236,12 +237,12 @@ class Repeats(UpdateMonitor):
     """Repeats each step at θ_t, twice."""
 
     def __init__(self) -> None:
-        super().__init__(every_n_train_steps=1, objective=None, outputs=None, optimizer_index=0, on_error="raise")
+        super().__init__(MonitorOptions(on_error="raise"))
         self.losses: list[tuple[float, float, float]] = []
 
     def measure(self, trainer: Any, window: Any, failure: Any) -> None:
         with window.at(0.0):
-            first, second = (next(iter(window.evaluations()))[1].loss for _ in range(2))
+            first, second = (next(iter(window.evaluations())).loss for _ in range(2))
         self.losses.append((float(window.records[0].base.loss), float(first), float(second)))
 
 
@@ -299,8 +300,8 @@ def test_step_that_changes_its_batch(change: Callable[[Any], tuple[Tensor, Tenso
     monitor = DirectionalCurvatureMonitor(estimators=ALL, every_n_train_steps=1, epsilon=1e-3, on_error="raise")
     plain, watched = (watch(lambda: Augmenting(change), lambda: copies(batches), m) for m in (None, monitor))
     assert_same(plain, watched)
-    # Each probe began with the batch as it came: forward mode, double backward and differences agree on one function
-    # (to ε², the truncation; a batch scaled twice would be off by half).
+    # Each evaluation began with the batch as it came: forward mode, double backward and differences agree on one
+    # function (to ε², the truncation; a batch scaled twice would be off by half).
     row = watched.logger.rows[0]
     assert row["curvature/lambda_fd"] == pytest.approx(row["curvature/lambda_dir"], rel=1e-4)
     assert row["curvature/lambda_kl"] == pytest.approx(row["curvature/lambda_gn"], rel=1e-4)

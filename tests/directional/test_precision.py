@@ -131,7 +131,7 @@ def test_reported_errors_are_neither_boasts_nor_excuses(estimator: str) -> None:
     assert sorted(row.reported for row in found)[len(found) // 2] < 0.05
 
 
-def test_float32_probes_of_a_bf16_run() -> None:
+def test_float32_evaluations_of_a_bf16_run() -> None:
     """dᵀGd and dᵀHd as precise as in a float32 run; gᵀd is still that of the bf16 backward: it is multiplied out."""
     network = mlp(64, 24, 10, dtype=torch.float32)
     module = Classifier(network, lambda m: torch.optim.SGD(m.parameters(), lr=0.2))

@@ -109,7 +109,7 @@ def test_windows_repeat_every_batch_in_the_state_it_was_seen_in(name: str) -> No
 
 
 def test_batch_norm_ends_with_the_statistics_of_training_alone() -> None:
-    """The probes run the layer many times, also at other parameters; the statistics are those of a run without them."""
+    """Evaluations run the layer many times, also at other parameters; the statistics are those without them."""
     watched, alone = batch_norm(), batch_norm()
     fit(watched, momentum)
     run(Classifier(alone.double(), momentum), classification(4))

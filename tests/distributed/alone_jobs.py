@@ -1,4 +1,4 @@
-"""Runs in which one of two processes fails outside of products and probes, while the other one does not."""
+"""Runs in which one of two processes fails outside of products and evaluations, while the other one does not."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class OutputsOnOneRank(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-pair = {"estimators": ("kl", "finite_difference")}
+pair, with_exact = {"estimators": ("kl", "finite_difference")}, {"estimators": ("hvp", "kl")}
 mistaken = MisconfigurationException(MESSAGE)
 # By name: how the failing rank ends, and what the other one says.
 MISTAKEN = {
@@ -174,8 +174,9 @@ MISTAKEN = {
     "mistaken_product": (job(replace(spectrum, module=lambda: MistakenInProducts(mlp(4, 5, 3), adam))), "a product"),
     "mistaken_batch_data": (job(replace(sharpness, data=unreadable)), "reading the probe set"),
     "mistaken_update": (job(sharpness, TrialSteps, "update_for", mistaken, step=0), "a mini-batch"),
-    "mistaken_probe": (job(Case(partial(Mistaken, 1), **pair)), "a probe"),
-    "mistaken_exact_probe": (job(Case(partial(Mistaken, 1), estimators=("hvp", "kl"))), "a probe"),
+    "mistaken_evaluation": (job(Case(partial(Mistaken, 1), **pair)), "an evaluation along the step"),
+    "mistaken_evaluation_before_exact": (job(Case(partial(Mistaken, 1), **with_exact)), "an evaluation along the step"),
+    "mistaken_exact_product": (job(Case(partial(Mistaken, 2), **with_exact)), "an exact product"),
 }
 DIRECTIONAL = {
     "raised_in_recording": job(Case(Unrecorded, monitor={"on_error": "raise"}, **pair)),

@@ -120,7 +120,7 @@ sharded_unwatched = sharded.unwatched()
 FSDP2_JOBS = [name for name, value in list(globals().items()) if name not in DDP_JOBS and isinstance(value, Case)]
 
 
-# The first measurement also settles where the others probe.
+# The first measurement also settles how far the others evaluate.
 at_first_step = Case(partial(Unrecorded, 0), estimators=("kl", "finite_difference"), monitor={"epsilon": "auto"})
 
 strict = {"monitor": {"on_error": "raise"}}

@@ -96,7 +96,7 @@ JOBS = [name for name, value in list(globals().items()) if isinstance(value, Cas
 
 
 def interrupted(rank: int, world_size: int) -> dict[str, bool]:
-    """State of FSDP2 after a probe failed between two layers."""
+    """State of FSDP2 after an evaluation failed between two layers."""
 
     def fail(layer: nn.Module, inputs: Any) -> None:
         raise RuntimeError

@@ -1,4 +1,4 @@
-"""One of two processes fails outside of products and probes: the other one does not wait, and both go on, or none."""
+"""One of two processes fails outside of products and evaluations: the other does not wait, and both go on, or none."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_mistake_on_one_rank_ends_both(results: Results, name: str) -> None:
 
 def test_a_step_that_cannot_be_recorded_is_raised_on_both(results: Results) -> None:
     elsewhere, here = results["raised_in_recording"]
-    assert elsewhere == "RuntimeError: a probe failed on another rank; see that rank's log"
+    assert elsewhere == "RuntimeError: preparing the measurement failed on another rank; see that rank's log"
     assert here.startswith("ValueError: training_step must not depend on what cannot be put back, got ['source']")
 
 

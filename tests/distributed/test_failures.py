@@ -1,4 +1,4 @@
-"""Probes that fail on one of two processes, or on both."""
+"""Evaluations that fail on one of two processes, or on both."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_failure_inside_a_sharded_forward_costs_one_measurement(results: Results
         assert_same_state(watched, alone)
 
 
-def test_all_ranks_probe_at_the_same_distance_after_a_failed_first_step(results: Results) -> None:
+def test_all_ranks_evaluate_at_the_same_distance_after_a_failed_first_step(results: Results) -> None:
     first, second = results["at_first_step"]
     for step in range(1, BATCHES):
         own = {key: value for key, value in first.rows[step].items() if key.startswith("curvature/")}

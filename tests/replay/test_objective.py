@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_curvature.directional.probes import Window, take_base
+from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.update_monitor import UpdateMonitor
+from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.replay.objective import Evaluation, StepObjective
 from tests.runs import Batch, Classifier, classification, loader, make_trainer, mlp
 
@@ -24,21 +25,19 @@ class Replay(UpdateMonitor):
     """Repeats every step at θ_t, and keeps it beside what the step itself gave."""
 
     def __init__(self, objective: Any = None, outputs: str | None = None) -> None:
-        super().__init__(
-            every_n_train_steps=1, objective=objective, outputs=outputs, optimizer_index=0, on_error="raise"
-        )
+        super().__init__(MonitorOptions(objective=objective, outputs=outputs, on_error="raise"))
         self.base: list[list[Evaluation]] = []
         self.again: list[list[Evaluation]] = []
         self.elsewhere: list[float] = []
 
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
         assert window is not None
-        take_base(window, repeat=False)
+        window.take_base(repeat=False)
         self.base.append(window.base)
         # First somewhere else: what that leaves behind must not matter.
         self.elsewhere.append(window.loss_at(1.0).item())
         with window.at(0.0):
-            self.again.append([e for _, e in window.evaluations()])
+            self.again.append(list(window.evaluations()))
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
@@ -230,7 +229,7 @@ class OwnObjective(Replay):
 
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
         assert window is not None
-        take_base(window, repeat=True)
+        window.take_base(repeat=True)
         self.base.append(window.base)
 
 

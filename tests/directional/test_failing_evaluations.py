@@ -1,4 +1,4 @@
-"""A probe that fails leaves the run as it is; a step that did not move has no curvature."""
+"""An evaluation that fails leaves the run as it is; a step that did not move has no curvature."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_skipped_step() -> None:
 
 
 def test_what_cannot_be_put_back_is_not_repeated() -> None:
-    """An iterator in the step: the position of another one cannot be saved, so nothing is probed."""
+    """An iterator in the step: the position of another one cannot be saved, so nothing is evaluated."""
 
     class Iterating(Classifier):
         def __init__(self) -> None:

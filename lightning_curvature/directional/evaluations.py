@@ -1,0 +1,180 @@
+"""Evaluations of the objective along the step, reduced to the numbers that a measurement consists of.
+
+Every function returns scalars of *this rank* whose mean over all ranks is the number of the job. Nothing here
+communicates.
+"""
+
+import functools
+import warnings
+from collections.abc import Collection
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from lightning_curvature.directional.options import EXACT
+from lightning_curvature.directional.problem import Window
+from lightning_curvature.functional import (
+    PairStatistics,
+    divergence_statistics,
+    hessian_quadratic_form,
+    output_noise_gain,
+    output_quadratic_form,
+    pair_statistics,
+)
+from lightning_curvature.operators.differentiation import differentiable
+
+Values = dict[str, Tensor]
+
+
+def names(estimators: Collection[str], have_outputs: bool) -> list[str]:
+    """Return the names of all numbers that ``forwards`` and ``exact`` return."""
+    numbers = [f"{name}_{form}" for name in EXACT if name in estimators for form in ("descent", "quadratic")]
+    if "finite_difference" in estimators:
+        numbers += ["loss_plus", "loss_minus", *(PairStatistics._fields if have_outputs else ())]
+    elif "kl" in estimators:
+        numbers += ["loss_minus", "twice_divergence", "departure"]
+    return numbers + (["noise_gain", "spread_gain", "loss_noise_gain", "positions"] if have_outputs else [])
+
+
+def forwards(window: Window, epsilon: float, estimators: Collection[str]) -> Values:
+    """Return the numbers of the estimators with an ε: one pass for KL alone, two with the finite difference."""
+    values: Values = {}
+    if "finite_difference" in estimators:
+        values = _symmetric_pair(window, epsilon)
+    elif "kl" in estimators:
+        values = _one_sided(window, epsilon)
+    return values | (_rounding_statistics(window) if window.model is not None else {})
+
+
+def _rounding_statistics(window: Window) -> Values:
+    """Return how rounding errors of the outputs change loss and quadratic forms, in units of the squared roundoff."""
+    model = window.model
+    assert model is not None
+    loss_gains, positions = [], []
+    for base, record, (z, mask) in zip(window.base, window.records, window.outputs, strict=True):
+        residual = model.residual(base.outputs, record.batch)  # type: ignore[arg-type]
+        rows = residual.square().sum(-1) * z.reshape(residual.shape).float().square().mean(-1)
+        loss_gains.append(rows.mean() if mask is None else (mask * rows).sum() / mask.sum())
+        positions.append(z.new_tensor(len(rows), dtype=torch.float64) if mask is None else mask.sum().double())
+    noise = spread = window.scaled_total(output_noise_gain(z, model.likelihood, mask) for z, mask in window.outputs)
+    if model.likelihood == "gaussian":
+        # What all positions have in common says nothing of the scale on which the network bends.
+        rows_of = ((z.reshape(-1, z.shape[-1] if z.ndim > 1 else 1), mask) for z, mask in window.outputs)
+        spread = window.scaled_total(output_noise_gain(z - z.mean(0), "gaussian", mask) for z, mask in rows_of)
+    return {
+        "noise_gain": noise,
+        "spread_gain": spread,
+        "loss_noise_gain": window.scaled_total(loss_gains),
+        "positions": torch.stack(positions).sum(),
+    }
+
+
+def _one_sided(window: Window, epsilon: float) -> Values:
+    """Return loss and KL divergence at θ_t − εd: one pass."""
+    assert window.model is not None
+    loss, shifted = _pass(window, epsilon)
+    statistics = [
+        divergence_statistics(z, moved, window.model.likelihood, mask)
+        for (z, mask), moved in zip(window.outputs, shifted, strict=True)
+    ]
+    return {
+        "loss_minus": loss,
+        "twice_divergence": window.scaled_total(2.0 * s.divergence for s in statistics),
+        "departure": window.scaled_total(s.departure for s in statistics),
+    }
+
+
+def _symmetric_pair(window: Window, epsilon: float) -> Values:
+    """Return the losses at θ_t ± εd, and where there are outputs their ``pair_statistics``: two passes."""
+    loss_minus, minus = _pass(window, epsilon)
+    loss_plus, plus = _pass(window, -epsilon)
+    values = {"loss_minus": loss_minus, "loss_plus": loss_plus}
+    if window.model is None:
+        return values
+    statistics = [
+        pair_statistics(z, up, down, window.model.likelihood, mask)
+        for (z, mask), up, down in zip(window.outputs, plus, minus, strict=True)
+    ]
+    fields = zip(PairStatistics._fields, zip(*statistics, strict=True), strict=True)
+    return values | {name: window.scaled_total(terms) for name, terms in fields}
+
+
+def _pass(window: Window, position: float) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss at θ_t − position·d, and where there is a likelihood the outputs of each record."""
+    losses: list[Tensor] = []
+    outputs: list[Tensor] = []
+    with window.at(position):
+        for result in window.evaluations():
+            losses.append(result.loss)
+            if window.model is not None:
+                outputs.append(window.model.arrange(result.outputs))
+    return window.total(losses), outputs
+
+
+def exact(window: Window, estimators: Collection[str]) -> Values:
+    """Return dᵀHd by double backward and dᵀGd by one forward-mode product, both with gᵀd. Uses the update up."""
+    values: Values = {}
+    if set(EXACT).isdisjoint(estimators):
+        return values
+    with window.update.direction() as direction, differentiable():
+        if "gauss_newton" in estimators:
+            with torch.no_grad():
+                values |= _gauss_newton(window, direction)
+        if "hvp" in estimators:
+            with torch.enable_grad():
+                values |= _hessian(window, direction)
+    return values
+
+
+def _check_loss(window: Window, index: int, loss: Tensor) -> None:
+    """Raise unless a step that is differentiated has the loss that it had.
+
+    Dropout has other masks in compiled code and in fused attention than without them. Roundings of the forward pass are
+    far below the square root of their unit, other masks far above it.
+    """
+    base, again = float(window.base[index].loss), float(loss.detach())
+    if abs(again - base) > torch.finfo(window.records[index].forward_dtype).eps ** 0.5 * max(abs(base), abs(again)):
+        # Without the two losses: a sentence that changes with each step would be said at each step.
+        raise ValueError(
+            "a repeated step must have the loss it had, got another one without compiled code and fused attention: let "
+            "dropout draw the same masks, torch._inductor.config.fallback_random = True, or leave 'hvp' and "
+            "'gauss_newton' out."
+        )
+
+
+def _hessian(window: Window, direction: list[Tensor]) -> Values:
+    forms = []
+    for index, result in enumerate(window.evaluations()):
+        _check_loss(window, index, result.loss)
+        forms.append(hessian_quadratic_form(result.loss, window.update.parameters, direction))
+    descents, quadratics = zip(*forms, strict=True)
+    return {"hvp_descent": window.total(descents), "hvp_quadratic": window.total(quadratics)}
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Let torch load its forward-mode formulas, which newer versions do with a warning to users."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
+    assert window.model is not None
+    _load_forward_mode()
+    descents, quadratics = [], []
+    for index, (_, mask) in enumerate(window.outputs):
+        with forward_ad.dual_level():
+            moved = zip(window.update.parameters, direction, strict=True)
+            result = window.dual_evaluation(index, {id(p): forward_ad.make_dual(p.detach(), d) for p, d in moved})
+            z, u = forward_ad.unpack_dual(window.model.arrange(result.outputs))
+            loss, slope = forward_ad.unpack_dual(result.loss)
+        if u is None or slope is None:
+            raise ValueError(
+                "outputs and loss must depend on the parameters that moved, got no derivative: check outputs=."
+            )
+        _check_loss(window, index, loss)
+        quadratics.append(output_quadratic_form(z, u, window.model.likelihood, mask))
+        descents.append(slope)
+    return {"gauss_newton_descent": window.total(descents), "gauss_newton_quadratic": window.scaled_total(quadratics)}

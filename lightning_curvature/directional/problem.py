@@ -1,0 +1,108 @@
+"""Inputs of one directional measurement: the recorded batches that made the step, and the step."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.directional.likelihood import OutputModel
+from lightning_curvature.distributed.shards import fresh_shards
+from lightning_curvature.operators.differentiation import same_attention
+from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.optimizers.update import ParameterUpdate
+from lightning_curvature.replay.isolation import parameters_replaced
+from lightning_curvature.replay.objective import RecordedBatch, StepObjective
+
+
+@dataclass
+class Window:
+    """The batches that made one optimizer step, with everything needed to evaluate their loss along it.
+
+    Attributes:
+        objective: repeats the recorded steps.
+        update: the optimizer step.
+        records: the recorded batches; one, or several under gradient accumulation.
+        precision: makes the context of a forward.
+        segment: manual optimization: which of the optimizer steps of the last batch is measured.
+        averaged: whether the loss is the mean over the records (else their sum).
+        model: how the loss depends on the outputs; None where there are none.
+        base: loss and outputs of each record at θ_t.
+    """
+
+    objective: StepObjective
+    update: ParameterUpdate
+    records: list[RecordedBatch]
+    precision: Callable[[], contextlib.AbstractContextManager[object]]
+    segment: int = 0
+    averaged: bool = True
+    model: OutputModel | None = None
+    base: list[Evaluation] = field(default_factory=list)
+
+    def take_base(self, repeat: bool) -> None:
+        """Set ``base`` to loss and outputs of the step itself; where ``repeat``, to those of one evaluation at θ_t."""
+        if repeat:
+            with self.at(0.0):
+                self.base = list(self.evaluations())
+            return
+        for index, record in enumerate(self.records):
+            assert record.base is not None
+            loss = self.objective.base_loss(record, self._segment(index))
+            self.base.append(Evaluation(loss, record.base.outputs, record.base.mask))
+
+    def evaluations(self) -> Iterator[Evaluation]:
+        """Yield loss and outputs of each record with the parameters as they are now: one pass."""
+        for index in range(len(self.records)):
+            with self.precision(), same_attention(self.objective.module):
+                result = self._evaluate(index)
+            yield result
+
+    def dual_evaluation(self, index: int, parameters: dict[int, Tensor]) -> Evaluation:
+        """Return loss and outputs of one record with dual tensors in place of parameters, by ``id``."""
+        with self.precision(), parameters_replaced(self.objective.module, parameters):
+            return self._evaluate(index)
+
+    def _evaluate(self, index: int) -> Evaluation:
+        return self.objective.evaluate(self.records[index], self._segment(index))
+
+    def _segment(self, index: int) -> int:
+        # In manual optimization every earlier batch of the window ended without a step: segment 0.
+        return self.segment if index == len(self.records) - 1 else 0
+
+    @contextlib.contextmanager
+    def at(self, position: float) -> Generator[None, None, None]:
+        """Set the parameters to θ_t − position·d, without gradients."""
+        with self.update.at(position), fresh_shards(self.objective.module), torch.no_grad():
+            yield
+
+    def loss_at(self, position: float) -> Tensor:
+        """Return this rank's loss at θ_t − position·d. One pass."""
+        with self.at(position):
+            return self.total(e.loss for e in self.evaluations())
+
+    def total(self, terms: Iterable[Tensor]) -> Tensor:
+        """Return the sum of one term a record, weighted as the loss weights the records, in float64."""
+        weight = 1.0 / len(self.records) if self.averaged else 1.0
+        return torch.stack([t.detach().double() for t in terms]).sum() * weight
+
+    def scaled_total(self, terms: Iterable[Tensor]) -> Tensor:
+        """Return the same sum of one mean over positions a record, each in units of the record's loss."""
+        return self.total(scale * term for scale, term in zip(self._scales, terms, strict=True))
+
+    @cached_property
+    def outputs(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Outputs of each record at θ_t with the components last, and the weights of their positions if they differ."""
+        model = self.model
+        assert model is not None
+        pairs = zip(self.records, self.base, strict=True)
+        masks = [model.weights(record.batch) if b.mask is None else b.mask.reshape(-1) for record, b in pairs]
+        return [(model.arrange(b.outputs), mask) for b, mask in zip(self.base, masks, strict=True)]
+
+    @cached_property
+    def _scales(self) -> list[float]:
+        """The loss of each record as a multiple of the mean negative log-likelihood of a position."""
+        assert self.model is not None
+        pairs = zip(self.base, self.outputs, strict=True)
+        return [self.model.scale(base.outputs, mask) for base, (_, mask) in pairs]  # type: ignore[arg-type]
