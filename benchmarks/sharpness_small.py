@@ -109,11 +109,12 @@ class Timed(BatchSharpnessMonitor):
         )
         self.clock, self.seconds = clock, list[float]()
 
-    def measure(self, *args: Any) -> None:
+    def measure(self, *args: Any) -> Any:
         """Measure, on the clock."""
         start = self.clock.now()
-        super().measure(*args)
+        result = super().measure(*args)
         self.seconds.append(self.clock.now() - start)
+        return result
 
 
 def _measured(network: nn.Module, clock: Clock, size: int, rounds: int, count: Any) -> Timed:
@@ -164,11 +165,11 @@ def small(clock: Clock, sizes: list[int], rounds: int, names: list[str]) -> list
             runs = {count: _measured(network, clock, size, rounds, count) for count in (1, 16)}
             in_turn, at_once = ([1e3 * s / _BATCHES for s in run.seconds[1:]] for run in runs.values())
             gain = Spread.of([one / other for one, other in zip(in_turn, at_once, strict=True)])
-            auto = _measured(network, clock, size, 0, "auto")._measurement.at_once
+            auto = _measured(network, clock, size, 0, "auto")._measurement.pairs_at_once or 1
             lines.append(
                 f"| {name} | {sum(p.numel() for p in network.parameters()):,} | {size} | "
                 f"{operations / 1e6:.2f} | {plain:.2f} | {median(in_turn):.2f} | "
                 f"{median(at_once):.2f} | {gain.middle:.2f} [{gain.low:.2f}, {gain.high:.2f}] | "
-                f"{'at once' if auto.taken else 'in turn'} |"
+                f"{'at once' if auto > 1 else 'in turn'} |"
             )
     return lines

@@ -1,16 +1,18 @@
-"""Whether mini-batches are differentiated one after the other or many at once."""
+"""Mini-batches differentiated many at once: how, and whether it pays."""
 
-from typing import Literal
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from lightning_curvature.batch_sharpness.options import CROSSED, OWN_PRODUCT, PAIR, Quantity
 from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
-from lightning_curvature.batch_sharpness.problem import PAIR, DrawOptions, SharpnessProblem
-from lightning_curvature.distributed.reduce import sum_over_ranks
-from lightning_curvature.losses.stacked import forward_operations
+from lightning_curvature.batch_sharpness.problem import SharpnessProblem
+from lightning_curvature.distributed.together import attempt_together
+from lightning_curvature.losses.samples import alike as equal_up_to_rounding
+from lightning_curvature.losses.stacked import copies_of, forward_operations
 from lightning_curvature.reporting.loggers import warn
-
-BatchesAtOnce = int | Literal["auto"]
 
 # "auto" takes this many at once, which are as many as `min_batches` asks for, ...
 _COUNT = 16
@@ -18,76 +20,124 @@ _COUNT = 16
 # transformers below both were 1.1 to 3.4 times as fast at once, and slower above 200 thousand parameters, where copies
 # of them no longer fit into the cache (docs/benchmark_batch_sharpness.md).
 _PARAMETERS, _OPERATIONS = 100_000, 25_000_000
-# Relative difference that both ways may have, which is rounding: at most 4e-6 was seen in float32.
-_AGREEMENT = 1e-3
 
 
-class AtOnceChoice:
-    """Chooses once, for as long as mini-batches are those of one population, and for all ranks together.
+class PairsAtOnce(Pairs):
+    """Measures pairs, all mini-batches at once by ``torch.vmap`` over a copy of the parameters for each.
 
-    The first pair is measured in both ways, which must agree: a step that ``torch.vmap`` cannot follow, that draws
-    from Python's random numbers, or that holds its parameters elsewhere too, is measured in turn.
-
-    Args:
-        wanted: how many mini-batches at once, 1 for none, or "auto": 16 of small models.
+    This pays where launching a mini-batch takes longer than computing it. Eigenvalues are searched for one after the
+    other, and so is everything from the first mini-batches on that cannot be stacked.
     """
 
-    def __init__(self, wanted: BatchesAtOnce) -> None:
-        self._wanted = wanted
-        self._pairs: int | None = None
+    _fails = False
 
-    @property
-    def taken(self) -> bool:
-        """Whether mini-batches are differentiated at once; before the first measurement they are not."""
-        return (self._pairs or 1) > 1
-
-    def forget(self) -> None:
-        """Choose anew at the next measurement."""
-        self._pairs = None
-
-    def pairs(self, options: DrawOptions, problem: SharpnessProblem, in_turn: Pairs, at_once: Pairs) -> int:
-        """Return how many pairs a rank measures at once; 1 where each is measured in turn. One collective at first."""
-        if self._pairs is None:
-            count = _COUNT if self._wanted == "auto" else self._wanted
-            pays = count > 1 and problem.can_be_stacked and bool(set(options.quantities) - {"lambda_max_b"})
-            if pays:
-                vote = torch.tensor(float(self._pays(problem, in_turn, at_once)), dtype=torch.float64)
-                reduce = sum_over_ranks(problem.trainer)
-                votes = vote if reduce is None else reduce(vote.to(problem.trainer.strategy.root_device))
-                pays = round(float(votes)) == problem.trainer.world_size
-            self._pairs = (count + 1) // PAIR if pays else 1
-        return self._pairs
-
-    def _pays(self, problem: SharpnessProblem, in_turn: Pairs, at_once: Pairs) -> bool:
+    def observe(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
+        """Draw the pairs of these numbers and measure the wanted quantities."""
+        eigenvalue = [quantity for quantity in wanted if quantity == "lambda_max_b"]
+        if self._fails or len(eigenvalue) == len(wanted):
+            return super().observe(numbers, wanted)
         try:
-            if self._wanted == "auto" and not _is_small(problem):
-                return False
-            one, other = (way.observe([0], ["modified_batch_sharpness"])[0] for way in (in_turn, at_once))
-            if alike(one, other):
-                return True
-            reason = "its gradients come out differently there"
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if self._wanted != "auto":
-            warn(
-                f"batches_at_once must be 1 for a training step that torch.vmap cannot repeat, got {self._wanted} "
-                f"({reason}): mini-batches are measured one after the other."
-            )
-        return False
+            pairs = self.stacked(numbers, wanted)
+        except Exception:  # a mini-batch is smaller than others, say, or memory is short
+            self._fails = True
+            return super().observe(numbers, wanted)
+        for pair, other in zip(pairs, super().observe(numbers, eigenvalue) if eigenvalue else (), strict=False):
+            pair.moments |= other.moments
+            pair.unconverged = other.unconverged
+        return pairs
+
+    def stacked(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
+        """Measure the wanted quantities, but "lambda_max_b", of all mini-batches at once.
+
+        Raises:
+            Exception: where ``vmap`` cannot follow the training step, or the mini-batches differ in shape.
+        """
+        problem, population = self.problem, self.problem.population
+        assert population is not None
+        draws = [population.draw(problem.key, PAIR * number + index) for number in numbers for index in range(PAIR)]
+        copies = copies_of(problem.parameters, len(draws))
+        micro_batches = problem.loss.parts_of_many(draws, problem.parameters, copies)
+        operator = problem.curvature(micro_batches, copies, processes=problem.trainer.num_devices)
+        pairs = [PairMoments() for _ in numbers]
+
+        def curvatures_along(vectors: Tensor, squares: Tensor) -> Tensor:
+            """Return vᵀAv of each mini-batch for one vector of each; a single product, 0 for a vector of zeros."""
+            # To unit length, so that products stay in the range of float32.
+            lengths = torch.where(squares > 0.0, squares.sqrt(), 1.0)
+            units = vectors / lengths.to(vectors.dtype)[:, None]
+            products = operator.space.views(operator(operator.space.pack(problem.space.views(units))))
+            problem.on_product()
+            return squares * _dots(units, problem.space.pack(products, len(draws)))
+
+        with contextlib.closing(operator):
+            gradients = problem.space.pack(operator.space.views(operator.gradient()), len(draws))
+            squares = _dots(gradients, gradients)
+            norms = squares.tolist()
+            for index, square in enumerate(norms):
+                pairs[index // PAIR].zero_gradients += square == 0.0
+            if set(OWN_PRODUCT) & set(wanted):
+                for index, curvature in enumerate(curvatures_along(gradients, squares).tolist()):
+                    pairs[index // PAIR].add_own(curvature, norms[index])
+            if set(CROSSED) & set(wanted):
+                rows = range(0, len(draws), PAIR)
+                crosses = [self._crosses(wanted, (gradients[i], gradients[i + 1]), norms[i : i + PAIR]) for i in rows]
+                for kind in zip(*crosses, strict=True):
+                    # Each vector is multiplied by the Hessian of the other mini-batch.
+                    swapped = torch.stack([vector for vectors, _ in kind for vector in reversed(vectors)])
+                    curvatures = curvatures_along(swapped, _dots(swapped, swapped)).reshape(-1, PAIR).sum(dim=1)
+                    for pair, cross, curvature in zip(pairs, kind, curvatures.tolist(), strict=True):
+                        pair.add_crossed(cross, curvature)
+        return pairs
 
 
-def alike(one: PairMoments, other: PairMoments) -> bool:
-    """Whether two measurements of one pair are the same but for rounding."""
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot products of the rows, (rows,); in float64, as squares of float32 numbers may leave its range."""
+    return torch.linalg.vecdot(a.double(), b.double())
+
+
+def pairs_at_once(at_once: PairsAtOnce) -> int:
+    """Return how many pairs every rank measures at once; 1 for one mini-batch after the other. At most one collective.
+
+    The first pair is measured in both ways, which must agree: a step that ``torch.vmap`` cannot follow, that draws from
+    Python's random numbers, or that holds its parameters elsewhere too, is measured one mini-batch after the other.
+    """
+    options, problem = at_once.options, at_once.problem
+    wanted = options.batches_at_once
+    count = _COUNT if wanted == "auto" else wanted
+    # Products with the whole probe set take much longer than to launch a mini-batch.
+    if options.exact or count == 1 or not problem.can_be_stacked or set(options.drawn) == {"lambda_max_b"}:
+        return 1
+
+    def compare() -> Mapping[str, Tensor]:
+        if wanted == "auto" and not _is_small(problem):
+            raise ValueError("the model is too large for it to pay")
+        names: list[Quantity] = ["modified_batch_sharpness"]
+        (one,), (other,) = Pairs.observe(at_once, [0], names), at_once.stacked([0], names)
+        if not same(one, other):
+            raise ValueError("its gradients come out differently there")
+        return {}
+
+    error = attempt_together(problem.trainer, compare, {}, "measuring mini-batches at once").error
+    if error is not None and wanted != "auto":
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warn(
+            f"batches_at_once must be 1 for a training step that torch.vmap cannot repeat, got {wanted} ({reason}): "
+            "mini-batches are measured one after the other.",
+            any_rank=True,
+        )
+    return 1 if error is not None else (count + 1) // PAIR
+
+
+def same(one: PairMoments, other: PairMoments) -> bool:
+    """Return whether two measurements of one pair are the same but for rounding."""
     if one.zero_gradients != other.zero_gradients or one.moments.keys() != other.moments.keys():
         return False
-    return all(torch.allclose(one.moments[q][:3], other.moments[q][:3], rtol=_AGREEMENT, atol=0.0) for q in one.moments)
+    # n and the means of x and y; deviations from the means are rounding alone.
+    return all(all(map(equal_up_to_rounding, one.moments[q][:3], other.moments[q][:3])) for q in one.moments)
 
 
 def _is_small(problem: SharpnessProblem) -> bool:
-    """Whether launching a mini-batch takes longer than computing it."""
+    """Return whether launching a mini-batch takes longer than computing it."""
     if sum(p.numel() for p in problem.parameters) > _PARAMETERS:
         return False
-    assert problem.population is not None
-    drawn = problem.population.draw(problem.key, 0)
-    parts = problem.loss.parts_of(drawn, sum(probe.size for probe in drawn))
-    return sum(forward_operations(part.evaluate) for part in parts) <= _OPERATIONS
+    return sum(forward_operations(part.evaluate) for part in problem.draw(0)) <= _OPERATIONS

@@ -1,205 +1,168 @@
-"""The draws of one measurement of mini-batch sharpness: which are made on this rank, and when there are enough."""
+"""The draws of one measurement: which pairs this rank draws, and when they are enough."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs, PairsInTurn
-from lightning_curvature.batch_sharpness.problem import (
-    CROSS_PRODUCT,
-    CROSSED,
-    PAIR,
-    DrawOptions,
-    Quantity,
-    SharpnessProblem,
-)
-from lightning_curvature.distributed.failures import elsewhere, severity
+from lightning_curvature.batch_sharpness.options import CROSS_PRODUCT, CROSSED, PAIR, Quantity
+from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
+from lightning_curvature.distributed.together import together
 from lightning_curvature.functional import merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.operators.mini_batch import MiniBatch
 from lightning_curvature.reporting.loggers import warn
 
+Lose = Callable[[Sequence[Quantity], Exception], None]
+
 
 class Draws:
-    """The draws of one measurement: moments of the pairs that this rank has drawn, and of all pairs together.
-
-    A quantity that is not finite is lost, and the others go on.
+    """Draws pairs on every rank until the quantities are known well enough.
 
     Args:
-        options: what is measured, and how exactly.
-        problem: on what.
-        in_turn: how a pair is measured.
-        at_once: how several are, or None; where it fails on this rank, ``in_turn`` takes its place.
-        pairs: how many pairs each rank draws between two looks at what all of them know.
-        whole: products with the whole probe set, shared out over the ranks; None where the other batch of a pair stands
-            for it.
-
-    Attributes:
-        errors: why quantities were lost.
+        pairs: measures pairs.
+        quantities: the quantities to estimate.
+        count: number of pairs that each rank draws between two exchanges.
+        whole: the whole probe set, shared out over the ranks, for exact products.
+        lose: called with quantities that cannot be measured, and the error.
     """
 
     def __init__(
         self,
-        options: DrawOptions,
-        problem: SharpnessProblem,
-        in_turn: PairsInTurn,
-        at_once: Pairs | None = None,
-        pairs: int = 1,
-        whole: MiniBatch | None = None,
+        pairs: Pairs,
+        quantities: Sequence[Quantity],
+        count: int,
+        whole: MiniBatch,
+        lose: Lose,
     ) -> None:
-        self._options, self._problem, self._whole = options, problem, whole
-        self._in_turn, self._at_once, self._pairs = in_turn, at_once, pairs
-        (self._ranks, self._rank), self._sum = problem.turns, problem.reduce
-        self._merged = {q: torch.zeros(6, dtype=torch.float64) for q in options.quantities}
-        self._batches = dict.fromkeys(options.quantities, 0)
+        self._pairs, self._quantities, self._count, self._whole, self._lose = pairs, quantities, count, whole, lose
+        self._options, self._problem = pairs.options, pairs.problem
+        self._ranks, self._rank = self._problem.turns
+        self._moments = {quantity: torch.zeros(6, dtype=torch.float64) for quantity in quantities}
+        self._batches = dict.fromkeys(quantities, 0)
         # At η = 0 there is no update over η.
-        self._open = [q for q in options.quantities if q != "lambda_gen" or problem.lr]
+        self._open = [q for q in quantities if q != "lambda_gen" or self._problem.lr]
         self._zero_gradients = self._unconverged = 0.0
         self._begun = self._drawn = 0
-        self._failure: Exception | None = None
-        self._lost: list[Quantity] = []
-        self.errors: list[Exception] = []
 
     @property
     def enough(self) -> bool:
-        """Whether every quantity is known well enough, or there have been as many batches as may be."""
+        """Whether every quantity is known well enough, or as many batches are drawn as the options allow."""
         return not self._open or self._drawn >= self._options.num_batches
 
-    def draw(self) -> bool:
+    def draw(self) -> None:
         """Draw until there are enough."""
         while not self.enough:
-            self.next_pairs()
-        return True
+            self._next_pairs()
 
-    def give_up(self) -> None:
-        """Draw no more: what is not known well enough by now is lost."""
-        for quantity in list(self._open):
-            self._lose(quantity)
+    def give_up(self, error: Exception) -> None:
+        """Lose the quantities that are not yet known well enough."""
+        self._drop(list(self._open), error)
 
-    def _lose(self, quantity: Quantity) -> None:
-        self._open.remove(quantity)
-        self._lost.append(quantity)
-        self._merged[quantity] = torch.full((6,), torch.nan, dtype=torch.float64)
+    def _drop(self, quantities: Sequence[Quantity], error: Exception) -> None:
+        for quantity in quantities:
+            self._open.remove(quantity)
+            del self._moments[quantity]
+        self._lose(quantities, error)
 
-    def next_pairs(self) -> None:
-        """Draw pairs of batches on every rank, and add them one after the other. One collective."""
+    def _next_pairs(self) -> None:
+        """Draw pairs on every rank, and add them one after the other. One collective."""
         left = math.ceil((self._options.num_batches - self._drawn) / PAIR / self._ranks)
-        count = min(self._pairs, left)
+        count, failure = min(self._count, left), None
         numbers = [self._begun + index * self._ranks + self._rank for index in range(count)]
-        pairs = [PairMoments() for _ in numbers]
-        try:
-            pairs = self._observe(numbers)
-        except Exception as error:
-            self._failure = error.with_traceback(None)
-        if self._whole is not None:
-            for pair in pairs:
-                self._multiply_by_whole(self._whole, pair)
         self._begun += count * self._ranks
-        rows = self._exchange(pairs)
-        if self._failure is not None:
-            raise self._failure
-        for row in rows:
+        try:
+            pairs = self._pairs.observe(numbers, self._open)
+        except Exception as error:
+            failure, pairs = error.with_traceback(None), [PairMoments() for _ in numbers]
+        if self._options.exact:
+            for pair in pairs:
+                self._multiply_by_whole(pair)
+            failure = failure or self._whole.operator.error
+        for row in self._exchange(pairs, failure):
             if not self.enough:  # one process would not have drawn what is left
-                self._merge(row)
+                self._add(row)
 
-    def _observe(self, numbers: Sequence[int]) -> list[PairMoments]:
-        # An eigenvalue takes products with one mini-batch until it is found.
-        alone = [quantity for quantity in self._open if quantity == "lambda_max_b"]
-        if self._at_once is not None and alone != self._open:
-            try:
-                pairs = self._at_once.observe(numbers, self._open)
-            except Exception:  # a mini-batch is smaller than others, say, or memory is short: in turn it may do
-                self._at_once = None
-            else:
-                for pair, other in zip(pairs, self._in_turn.observe(numbers, alone) if alone else [], strict=False):
-                    pair.moments |= other.moments
-                    pair.unconverged = other.unconverged
-                return pairs
-        return self._in_turn.observe(numbers, self._open)
-
-    def _merge(self, row: Tensor) -> None:
-        """Add what a pair gave, and leave alone what is now known well enough."""
-        self._drawn += PAIR
-        self._zero_gradients += float(row[-2])
-        self._unconverged += float(row[-1]) if "lambda_max_b" in self._open else 0.0
-        for column, quantity in enumerate(self._options.quantities):
-            if quantity not in self._open:
-                continue
-            moments = merge_moments(torch.stack([self._merged[quantity], row[6 * column : 6 * (column + 1)]]))
-            try:
-                check_finite(float(moments.sum()))
-            except ArithmeticError as error:
-                self.errors.append(error.with_traceback(None))
-                self._lose(quantity)
-                continue
-            self._merged[quantity], self._batches[quantity] = moments, self._drawn
-            # Batches that tell something: of those without a gradient there may be any number.
-            told = float(moments[0]) * (PAIR if quantity in CROSSED else 1)
-            goal = self._options.relative_error * float(ratio_of_means(moments).abs())
-            # Draws that all gave 0 have a standard error of 0 too, and may have missed those that do not.
-            if told >= self._options.min_batches and goal > 0.0 and float(ratio_standard_error(moments)) <= goal:
-                self._open.remove(quantity)
-
-    def _multiply_by_whole(self, whole: MiniBatch, pair: PairMoments) -> None:
-        """Curvature of every rank's vectors on the whole set, of which each has a share: all ranks multiply each."""
+    def _multiply_by_whole(self, pair: PairMoments) -> None:
+        """Add the curvature along the vectors of every rank's pair: all ranks multiply each by their share."""
         kinds = bool(set(CROSS_PRODUCT) & set(self._open)) + ("lambda_gen" in self._open)
+        add_up = self._problem.reduce or (lambda vector: vector)
         for rank in range(self._ranks):
             for index in range(kinds):
                 cross = pair.crosses[index] if pair.crosses and rank == self._rank else None
                 curvature = 0.0
                 for side in range(PAIR):
-                    vector = whole.operator.space.zeros() if cross is None else cross.vectors[side]
+                    vector = self._whole.operator.space.zeros() if cross is None else cross[0][side]
                     if cross is None and rank == self._rank:
-                        vector.fill_(torch.nan)  # this rank failed: what comes of it is NaN on all of them
-                    curvature += whole.curvature_along(vector if self._sum is None else self._sum(vector))
+                        vector.fill_(torch.nan)  # this rank failed: the product is NaN on all of them
+                    curvature += self._whole.curvature_along(add_up(vector))
                 if cross is not None:
                     pair.add_crossed(cross, curvature)
                     self._problem.on_product()
-        self._failure = self._failure or whole.operator.error
 
-    def _exchange(self, pairs: Sequence[PairMoments]) -> Tensor:
-        """What the pairs of all ranks gave, in the order of their numbers: moments, and counts of batches."""
-        nothing = torch.zeros(6, dtype=torch.float64)
-        own = [
-            torch.cat(
-                [pair.moments.get(quantity, nothing) for quantity in self._options.quantities]
-                + [torch.tensor([pair.zero_gradients, pair.unconverged, severity(self._failure)]).double()]
-            )
-            for pair in pairs
-        ]
-        table = torch.zeros(len(pairs), self._ranks, len(own[0]), dtype=torch.float64)
-        table[:, self._rank] = torch.stack(own)
-        if self._sum is not None:
-            table = self._sum(table.to(self._problem.trainer.strategy.root_device)).cpu()
-        if self._failure is None and table[..., -1].any():
-            self._failure = elsewhere("a mini-batch", float(table[..., -1].max()))
-        return table[..., :-1].flatten(0, 1)
+    def _exchange(self, pairs: Sequence[PairMoments], failure: Exception | None) -> Tensor:
+        """Return a row of moments and counts for each pair of all ranks, in the order of their numbers."""
+        width = 6 * len(self._quantities) + 2
+        empty = torch.zeros(len(pairs), self._ranks, width, dtype=torch.float64, device="cpu")
+
+        def rows() -> Mapping[str, Tensor]:
+            if failure is not None:
+                raise failure
+            table = empty.clone()
+            for row, pair in zip(table[:, self._rank], pairs, strict=True):
+                for moments, quantity in zip(row[:-2].split(6), self._quantities, strict=True):
+                    if quantity in pair.moments:
+                        moments.copy_(pair.moments[quantity])
+                row[-2], row[-1] = pair.zero_gradients, pair.unconverged
+            return {"pairs": table}
+
+        alone = self._ranks == 1
+        table = rows() if alone else together(self._problem.trainer, rows, {"pairs": empty}, "a mini-batch")
+        return table["pairs"].flatten(0, 1)
+
+    def _add(self, row: Tensor) -> None:
+        """Add the moments of a pair, and close the quantities that are now known well enough."""
+        self._drawn += PAIR
+        self._zero_gradients += float(row[-2])
+        self._unconverged += float(row[-1]) if "lambda_max_b" in self._open else 0.0
+        for quantity, draws in zip(self._quantities, row[:-2].split(6), strict=True):
+            if quantity not in self._open:
+                continue
+            moments = merge_moments(torch.stack([self._moments[quantity], draws]))
+            if error := not_finite(float(moments.sum())):
+                self._drop([quantity], error)
+                continue
+            self._moments[quantity], self._batches[quantity] = moments, self._drawn
+            # Without those that have no gradient, of which there may be any number.
+            batches = float(moments[0]) * (PAIR if quantity in CROSSED else 1)
+            goal = self._options.relative_error * float(ratio_of_means(moments).abs())
+            # Draws that are all 0 have a standard error of 0 too, and may have missed those that are not.
+            if batches >= self._options.min_batches and goal > 0.0 and float(ratio_standard_error(moments)) <= goal:
+                self._open.remove(quantity)
 
     def values(self) -> dict[str, float]:
-        """Estimates, standard errors, and how many batches each took."""
+        """Return estimates, standard errors and numbers of batches of the quantities that are not lost."""
         if self._zero_gradients == self._drawn > 0:
             warn(
                 "no mini-batch that was drawn has a gradient, and sharpness along it is not defined: all samples are "
                 "fitted, or the loss is constant."
             )
-        lost_all = len(self._lost) == len(self._merged)
-        values = {"zero_gradient_batches": math.nan if lost_all else self._zero_gradients}
-        if "lambda_max_b" in self._merged:
-            values["lambda_max_b_unconverged"] = math.nan if "lambda_max_b" in self._lost else self._unconverged
-        for quantity, moments in self._merged.items():
-            value, error = float(ratio_of_means(moments)), float(ratio_standard_error(moments))
+        values = {"zero_gradient_batches": self._zero_gradients} if self._moments else {}
+        if "lambda_max_b" in self._moments:
+            values["lambda_max_b_unconverged"] = self._unconverged
+        for quantity, moments in self._moments.items():
             values |= {
-                quantity: value,
-                f"{quantity}_stderr": error,
-                f"{quantity}_batches": math.nan if quantity in self._lost else float(self._batches[quantity]),
+                quantity: float(ratio_of_means(moments)),
+                f"{quantity}_stderr": float(ratio_standard_error(moments)),
+                f"{quantity}_batches": float(self._batches[quantity]),
             }
         return values
 
 
-def check_finite(number: float) -> None:
-    """Refuse a number that is not finite."""
-    if not math.isfinite(number):
-        raise ArithmeticError(
-            f"the loss of a mini-batch and its derivatives must be finite, got {number}: look at the loss there."
-        )
+def not_finite(number: float) -> ArithmeticError | None:
+    """Return the error of a number that is not finite; None for others."""
+    if math.isfinite(number):
+        return None
+    return ArithmeticError(
+        f"the loss of a mini-batch and its derivatives must be finite, got {number}: look at the loss there."
+    )

@@ -9,25 +9,25 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_curvature.batch_sharpness.at_once import BatchesAtOnce
-from lightning_curvature.batch_sharpness.measurement import FullHessian, SharpnessMeasurement
-from lightning_curvature.batch_sharpness.problem import (
+from lightning_curvature.batch_sharpness.measurement import SharpnessMeasurement
+from lightning_curvature.batch_sharpness.options import (
     CROSSED,
     FULL_GRADIENT,
-    PAIR,
-    QUANTITIES,
+    BatchesAtOnce,
+    BatchSharpnessOptions,
+    FullHessian,
     Quantity,
-    SharpnessProblem,
 )
+from lightning_curvature.batch_sharpness.problem import SharpnessProblem
+from lightning_curvature.batch_sharpness.result import BatchSharpnessResult
 from lightning_curvature.batch_sharpness.sharded import ShardedProblem
 from lightning_curvature.data.population import Population, read_population
 from lightning_curvature.data.probe_set import step_size
-from lightning_curvature.distributed.failures import noted
 from lightning_curvature.distributed.shards import is_sharded
-from lightning_curvature.losses.fixed import ProbeLoss, StepCall
-from lightning_curvature.monitors.base import OnError
-from lightning_curvature.monitors.checks import check_count, check_fraction, check_names
+from lightning_curvature.losses.fixed import ProbeLoss
+from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor
+from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.operators import Curvature, operator_type
 from lightning_curvature.operators.differences import WHERE_SHARDED
 from lightning_curvature.optimizers.stability import stability_rule
@@ -39,7 +39,7 @@ from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.reporting.progress import Progress
 
 
-class BatchSharpnessMonitor(ProbeSetMonitor):
+class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResult]):
     r"""Log how curved the loss of mini-batches is along their own gradients, and its kin.
 
     g_B, H_B are gradient and Hessian of the loss of a mini-batch B, g and H those of the whole probe set, E_B the mean
@@ -114,96 +114,64 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
     (IAS).
     """
 
+    options: BatchSharpnessOptions
     _batch_norm_note = "a mini-batch is normalized by its own statistics, or each of its micro-batches where it is cut"
 
     def __init__(
         self,
         *,
-        quantities: Sequence[Quantity] = ("batch_sharpness",),
-        every_n_train_steps: int = 100,
-        num_batches: int = 256,
-        min_batches: int = 16,
-        relative_error: float = 0.05,
-        batch_size: int | None = None,
-        curvature: Curvature = "hessian",
-        full_hessian: FullHessian = "pairs",
-        batches_at_once: BatchesAtOnce = "auto",
-        probe_samples: int | None = 8192,
-        probe_dataloader: Any = None,
-        micro_batch_size: int | None = None,
-        tolerance: float = 1e-2,
-        outputs: str | None = None,
-        objective: ObjectiveFunction | None = None,
-        optimizer_index: int = 0,
-        probe_mode: Literal["train", "eval"] = "train",
-        probe_precision: Literal["32-true"] | None = "32-true",
-        seed: int = 0,
-        prefix: str = "curvature",
-        progress_bar: bool = False,
-        on_error: OnError = "warn",
+        quantities: Sequence[Quantity] = BatchSharpnessOptions.quantities,
+        every_n_train_steps: int = BatchSharpnessOptions.every_n_train_steps,  # type: ignore[assignment]
+        num_batches: int = BatchSharpnessOptions.num_batches,
+        min_batches: int = BatchSharpnessOptions.min_batches,
+        relative_error: float = BatchSharpnessOptions.relative_error,
+        batch_size: int | None = BatchSharpnessOptions.batch_size,
+        curvature: Curvature = BatchSharpnessOptions.curvature,
+        full_hessian: FullHessian = BatchSharpnessOptions.full_hessian,
+        batches_at_once: BatchesAtOnce = BatchSharpnessOptions.batches_at_once,
+        probe_samples: int | None = BatchSharpnessOptions.probe_samples,
+        probe_dataloader: Any = BatchSharpnessOptions.probe_dataloader,
+        micro_batch_size: int | None = BatchSharpnessOptions.micro_batch_size,
+        tolerance: float = BatchSharpnessOptions.tolerance,
+        outputs: str | None = BatchSharpnessOptions.outputs,
+        objective: ObjectiveFunction | None = BatchSharpnessOptions.objective,
+        optimizer_index: int = BatchSharpnessOptions.optimizer_index,
+        probe_mode: Literal["train", "eval"] = BatchSharpnessOptions.probe_mode,
+        probe_precision: Literal["32-true"] | None = BatchSharpnessOptions.probe_precision,
+        seed: int = BatchSharpnessOptions.seed,
+        prefix: str = BatchSharpnessOptions.prefix,
+        progress_bar: bool = BatchSharpnessOptions.progress_bar,
+        on_error: OnError = BatchSharpnessOptions.on_error,
     ) -> None:
-        self.full_hessian = full_hessian
-        super().__init__(
-            every_n_train_steps=every_n_train_steps,
-            probe_samples=probe_samples,
-            probe_dataloader=probe_dataloader,
-            micro_batch_size=micro_batch_size,
-            probe_mode=probe_mode,
-            probe_precision=probe_precision,
-            seed=seed,
-            objective=objective,
-            outputs=outputs,
-            optimizer_index=optimizer_index,
-            prefix=prefix,
-            on_error=on_error,
-        )
-        check_names("quantities", quantities, QUANTITIES)
-        # The standard error needs two of the pairs in which batches are drawn.
-        check_count("min_batches", min_batches, 2 * PAIR, "16 make a standard error that can be trusted")
-        check_count("num_batches", num_batches, min_batches, "it is the most, min_batches the fewest")
-        check_count("batch_size", batch_size, 1, "None takes the data of one optimizer step", optional=True)
-        if batches_at_once != "auto":
-            check_count("batches_at_once", batches_at_once, 1, "'auto' finds what pays")
-        check_fraction("relative_error", relative_error, "0.05 gives values to 5 %")
-        check_fraction("tolerance", tolerance, "1e-2 gives eigenvalues to three digits or so")
-        self._operator = operator_type(curvature)
-        if full_hessian not in ("pairs", "exact"):
-            raise ValueError(
-                f"full_hessian must be 'pairs' or 'exact', got {full_hessian!r}: 'pairs' is the one for "
-                "large probe sets."
-            )
-        self.quantities: tuple[Quantity, ...] = tuple(dict.fromkeys(quantities))
-        self.batch_size = batch_size
-        self.curvature, self.batches_at_once = curvature, batches_at_once
+        super().__init__(BatchSharpnessOptions.of(locals()))
+        self._measurement = SharpnessMeasurement(self.options)
         self._sharded = False
-        self.progress_bar = progress_bar
-        self._measurement = SharpnessMeasurement(
-            self.quantities,
-            num_batches=num_batches,
-            min_batches=min_batches,
-            relative_error=relative_error,
-            tolerance=tolerance,
-            full_hessian=full_hessian,
-            batches_at_once=batches_at_once,
-        )
-        self._calls: list[StepCall] = []
-        self._errors: list[Exception] = []
+        self._calls: list[tuple[Any, int, RandomState]] = []
+        self._failure: Exception | None = None
         self._calls_step = -1
         self._step_size: tuple[int | None, int] | None = None
 
     def charts(self) -> dict[str, list[str]]:
         """TensorBoard charts: all sharpnesses with the edge."""
-        names = [*self.quantities, "two_over_lr"]
-        return {f"{self.prefix}: mini-batch sharpness and 2/η": [f"{self.prefix}/{name}" for name in names]}
+        prefix, names = self.options.prefix, [*self.options.quantities, "two_over_lr"]
+        return {f"{prefix}: mini-batch sharpness and 2/η": [f"{prefix}/{name}" for name in names]}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
-        self._sharded = is_sharded(self._parameters(trainer))
-        if self._sharded:
-            ShardedProblem.check(self.curvature, self.batches_at_once)
-        if "lambda_gen" in self.quantities:
-            TrialSteps.check(trainer.optimizers[self.optimizer_index])
+        options, self._sharded = self.options, is_sharded(self._parameters(trainer))
+        if self._sharded and options.curvature != "hessian":
+            raise MisconfigurationException(
+                f"curvature must be 'hessian' where parameters are sharded, got {options.curvature!r}: exact products "
+                "do not reach through their gathering."
+            )
+        if self._sharded and options.batches_at_once not in ("auto", 1):
+            raise MisconfigurationException(
+                "batches_at_once must be 'auto' or 1 where parameters are sharded, got "
+                f"{options.batches_at_once}: all ranks gather them for one mini-batch after the other."
+            )
+        if "lambda_gen" in options.quantities:
+            TrialSteps.check(trainer.optimizers[options.optimizer_index])
         if self._sharded:
             warn(WHERE_SHARDED)
 
@@ -213,33 +181,37 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
         if size != self._step_size:
             # Steps of another size from here on: mini-batches are drawn anew, of that size.
             self._step_size, self._has_read = size, False
-        if "step_sharpness" not in self.quantities:
+        if "step_sharpness" not in self.options.quantities:
             return True
         if self._calls_step != trainer.global_step:
-            self._calls, self._errors, self._calls_step = [], [], trainer.global_step
-        with noted(self._errors):
+            self._calls, self._failure, self._calls_step = [], None, trainer.global_step
+        try:
             # A copy, as a step may write into its batch.
-            self._calls.append(StepCall(copied(batch), batch_idx, RandomState(trainer.strategy.root_device)))
-        return ends_step(trainer, batch_idx)
+            self._calls.append((copied(batch), batch_idx, RandomState(trainer.strategy.root_device)))
+        except Exception as error:
+            self._failure = error.with_traceback(None)  # the other ranks learn of it when all prepare
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
-    def _read(self, trainer: pl.Trainer, batch: Any, errors: list[Exception]) -> Population | None:
-        if not self._measurement.drawn:
+    def _read(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Population | None:
+        options = self.options
+        if not options.drawn:
             return None
-        self._measurement.at_once.forget()
+        self._measurement.pairs_at_once = None
         population = read_population(
             trainer,
-            self.probe_dataloader,
-            samples=self.probe_samples,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            errors=errors,
+            options.probe_dataloader,
+            samples=options.probe_samples,
+            batch_size=options.batch_size,
+            micro_batch_size=options.micro_batch_size,
+            seed=options.seed,
+            failure=failure,
         )
         if self._sharded:
             ShardedProblem.check_population(population, trainer.world_size)
         # A pair has the Hessian of the samples as they are drawn, which is that of the loss that training descends.
-        whole = CROSSED if self.full_hessian == "exact" else FULL_GRADIENT
-        unequal = [q for q in self.quantities if q in whole and population.weighted]
+        whole = CROSSED if options.exact else FULL_GRADIENT
+        unequal = [q for q in options.quantities if q in whole and population.weighted]
         if unequal:
             raise MisconfigurationException(
                 f"quantities must not hold {unequal[0]!r} where samples are drawn by unequal weights, got a "
@@ -248,56 +220,44 @@ class BatchSharpnessMonitor(ProbeSetMonitor):
             )
         return population
 
-    def prepare(
-        self, trainer: pl.Trainer, loss: ProbeLoss, population: Population | None
-    ) -> tuple[tuple[SharpnessProblem, Progress], float]:
-        """Return what is measured, and what shows that it is."""
-        optimizer = trainer.optimizers[self.optimizer_index]
-        parameters = self._parameters(trainer)
-        calls, self._calls = self._calls, []
-        if self._errors:
-            raise self._errors.pop()
+    def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Population | None) -> Prepared[SharpnessProblem]:
+        """Return the population, the micro-batches of the coming step, the parameters and what makes their updates."""
+        optimizer, parameters = trainer.optimizers[self.options.optimizer_index], self._parameters(trainer)
+        (calls, failure), self._calls, self._failure = (self._calls, self._failure), [], None
+        if failure is not None:
+            raise failure
         progress = Progress(trainer, "mini-batch sharpness")
         problem = (ShardedProblem if self._sharded else SharpnessProblem)(
             trainer=trainer,
-            curvature=self._operator,
+            curvature=operator_type(self.options.curvature),
             loss=loss,
             parameters=parameters,
             lr=stability_rule(optimizer).lr,
-            population=population,
+            population=data,
             step=loss.parts_of_step(calls, trainer.world_size),
-            trials=TrialSteps(trainer, optimizer, parameters) if "lambda_gen" in self.quantities else None,
+            trials=TrialSteps(trainer, optimizer, parameters) if "lambda_gen" in self.options.quantities else None,
             key=trainer.global_step,
             on_product=progress.tick,
         )
-        return (problem, progress), 0.0
+        return Prepared(problem, progress)
 
-    def measure(self, trainer: pl.Trainer, prepared: tuple[SharpnessProblem, Progress], least: float) -> None:
-        """Measure at the parameters as they are and write what it gave."""
-        problem, progress = prepared
-        try:
-            values = self._measurement.measure(problem, self._fail)
-        finally:
-            progress.close()
-        if not self._has_measured:
-            progress.tell()
-        self._report(trainer, values)
+    def measure(self, trainer: pl.Trainer, prepared: Prepared[SharpnessProblem]) -> BatchSharpnessResult:
+        """Measure at the parameters as they are."""
+        return self._measurement.measure(prepared.problem, self._fail)
 
-    def report_nothing(self, trainer: pl.Trainer) -> None:
-        """Write NaN for all values."""
-        self._report(trainer, dict.fromkeys(self._measurement.keys(), math.nan))
+    def keys(self) -> list[str]:
+        """Return the keys of all values, the same for every measurement."""
+        return self.options.keys()
 
-    def _report(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        lr = stability_rule(trainer.optimizers[self.optimizer_index]).lr
-        values = values | {"two_over_lr": 2.0 / lr if lr else math.inf}
-        self._write(trainer, values, self.quantities if self.progress_bar else ())
+    def shown(self) -> Sequence[str]:
+        """Return the keys that the progress bar shows."""
+        return self.options.quantities if self.options.progress_bar else ()
+
+    def beside(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return 2/η, with η as it is now."""
+        lr = stability_rule(trainer.optimizers[self.options.optimizer_index]).lr
+        return {"two_over_lr": 2.0 / lr if lr else math.inf}
 
     def _let_go(self) -> None:
         super()._let_go()
-        self._calls, self._errors = [], []
-
-
-def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a batch that is about to be trained on is the last of its optimizer step."""
-    last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self._calls, self._failure = [], None

@@ -1,4 +1,4 @@
-"""What pairs of mini-batches give to each quantity: one mini-batch after the other, or many at once."""
+"""Pairs of mini-batches, and their moments of each quantity."""
 
 import contextlib
 from collections.abc import Collection, Sequence
@@ -8,50 +8,38 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_curvature.batch_sharpness.problem import (
+from lightning_curvature.batch_sharpness.options import (
     CROSS_PRODUCT,
     CROSSED,
     OWN_PRODUCT,
     PAIR,
-    DrawOptions,
+    BatchSharpnessOptions,
     Quantity,
-    SharpnessProblem,
 )
+from lightning_curvature.batch_sharpness.problem import SharpnessProblem
 from lightning_curvature.functional import add_to_moments
-from lightning_curvature.losses.stacked import copies_of
-from lightning_curvature.operators.mini_batch import MiniBatch, MiniBatches
+from lightning_curvature.operators.mini_batch import MiniBatch
 
-
-@dataclass(frozen=True)
-class Cross:
-    """Two vectors of a pair whose curvature under the Hessian of all samples is wanted.
-
-    Attributes:
-        vectors: flat, one of each batch.
-        factor: from the sum of both curvatures to a numerator.
-        denominators: by quantity.
-    """
-
-    vectors: tuple[Tensor, Tensor]
-    factor: float
-    denominators: dict[Quantity, float]
+# Two flat vectors, one of each mini-batch of a pair, and by quantity the denominator of the sum of their curvatures
+# under the Hessian of all samples.
+Cross = tuple[tuple[Tensor, Tensor], dict[Quantity, float]]
 
 
 @dataclass
 class PairMoments:
-    """What one pair gave.
+    """Moments of one pair.
 
     Attributes:
-        moments: by quantity, (6,); none where it gave nothing.
-        zero_gradients: how many of its batches had no gradient.
-        unconverged: of how many the eigenvalue was not found to the tolerance.
-        crosses: what the whole probe set has still to be multiplied with.
+        moments: by quantity, (6,); a quantity without a draw has none.
+        zero_gradients: number of its mini-batches without a gradient.
+        unconverged: number of its mini-batches whose eigenvalue did not converge.
+        crosses: vectors that are still to be multiplied by the Hessian of the whole probe set.
     """
 
     moments: dict[Quantity, Tensor] = field(default_factory=dict)
     zero_gradients: int = 0
     unconverged: int = 0
-    crosses: list[Cross] = field(default_factory=list)
+    crosses: Sequence[Cross] = ()
 
     def add(self, quantity: Quantity, numerator: float, denominator: float = 1.0) -> None:
         """Add a draw of a quantity."""
@@ -59,160 +47,89 @@ class PairMoments:
         self.moments[quantity] = add_to_moments(before, numerator, denominator)
 
     def add_own(self, curvature: float, square: float) -> None:
-        """Add a batch's curvature along its own gradient; one without a gradient says nothing of it."""
+        """Add the curvature of a mini-batch along its gradient; one without a gradient says nothing of it."""
         if square:
             self.add("batch_sharpness", curvature / square)
             self.add("modified_batch_sharpness", curvature, square)
 
     def add_crossed(self, cross: Cross, curvature: float) -> None:
-        """Add the curvature of both vectors together."""
-        for quantity, denominator in cross.denominators.items():
-            self.add(quantity, curvature * cross.factor, denominator)
+        """Add the sum of the curvatures along both vectors."""
+        for quantity, denominator in cross[1].items():
+            self.add(quantity, curvature, denominator)
 
 
 class Pairs:
-    """Base of the two ways.
+    """Measures pairs, one mini-batch after the other.
 
     Args:
-        options: what is measured.
-        problem: on what.
+        options: which quantities, how well.
+        problem: inputs.
         full: ∇L of the whole probe set, where a quantity needs it.
     """
 
-    def __init__(self, options: DrawOptions, problem: SharpnessProblem, full: Tensor | None) -> None:
-        self._options, self._problem, self._full = options, problem, full
-        self._space = problem.space
-
-    @cached_property
-    def _full_square(self) -> float | None:
-        return None if self._full is None else float(self._space.squared_norm(self._full))
+    def __init__(self, options: BatchSharpnessOptions, problem: SharpnessProblem, full: Tensor | None) -> None:
+        self.options, self.problem, self._full = options, problem, full
+        self._eigenvectors: list[Tensor] = []
 
     def observe(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
-        """Draw the pairs of these numbers and measure what is wanted of them."""
-        raise NotImplementedError
+        """Draw the pairs of these numbers and measure the wanted quantities."""
+        return [self._observe(number, wanted) for number in numbers]
+
+    def _observe(self, number: int, wanted: Collection[Quantity]) -> PairMoments:
+        pair, batches = PairMoments(), list[MiniBatch]()
+        crossed = bool(set(CROSSED) & set(wanted))
+        with contextlib.ExitStack() as stack:
+            for operator in self.problem.pair(number):
+                batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
+                self._observe_alone(batch, wanted, pair)
+                batches.append(batch)
+                if self.options.exact or not crossed:
+                    batch.close()  # one graph at a time is enough
+            if crossed:
+                first, second = batches
+                squares = (first.squared_norm, second.squared_norm)
+                pair.crosses = self._crosses(wanted, (first.gradient, second.gradient), squares)
+            if not self.options.exact:
+                for cross in pair.crosses:
+                    one, other = cross[0]
+                    pair.add_crossed(cross, second.curvature_along(one) + first.curvature_along(other))
+                    self.problem.on_product()
+        return pair
+
+    def _observe_alone(self, batch: MiniBatch, wanted: Collection[Quantity], pair: PairMoments) -> None:
+        """Add the quantities that need one mini-batch alone."""
+        if set(OWN_PRODUCT) & set(wanted):
+            pair.add_own(batch.self_curvature, batch.squared_norm)
+            self.problem.on_product()
+        if "lambda_max_b" in wanted:
+            value, pairs = batch.largest_eigenvalue(self.options.tolerance, self._eigenvectors)
+            self.problem.on_product()
+            if pairs is not None:
+                self._eigenvectors = pairs.vectors
+                pair.unconverged += not all(pairs.converged)
+            pair.add("lambda_max_b", value)
+        pair.zero_gradients += batch.squared_norm == 0.0
 
     def _crosses(
         self, wanted: Collection[Quantity], gradients: tuple[Tensor, Tensor], squares: Sequence[float]
     ) -> list[Cross]:
-        """What a pair wants to know of the Hessian of all samples."""
-        crosses = []
+        """Return the vectors of a pair to multiply by the Hessian of all samples."""
+        crosses = list[Cross]()
         if set(CROSS_PRODUCT) & set(wanted):
-            square = sum(squares) / PAIR
-            denominators: dict[Quantity, float] = {"ias": square} if square else {}
-            if self._full_square is not None:
-                denominators["gni"] = self._full_square
-            crosses.append(Cross(gradients, 1.0 / PAIR, denominators))
+            denominators: dict[Quantity, float] = {"ias": sum(squares)} if any(squares) else {}
+            if self._full is not None:
+                denominators["gni"] = PAIR * self._full_square
+            crosses.append((gradients, denominators))
         if "lambda_gen" in wanted:
-            assert self._problem.trials is not None
+            assert self.problem.trials is not None
             assert self._full is not None
-            lr = self._problem.lr
-            own, other = (self._problem.trials.update_for(gradient) for gradient in gradients)
-            descent = self._space.dot(self._full, own) + self._space.dot(self._full, other)
-            crosses.append(Cross((own, other), 1.0 / (PAIR * lr**2), {"lambda_gen": descent / (PAIR * lr)}))
+            # η times the update over η, twice in the numerator and once in the descent.
+            one, other = (self.problem.trials.update_for(gradient) for gradient in gradients)
+            descent = self.problem.space.dot(self._full, one) + self.problem.space.dot(self._full, other)
+            crosses.append(((one, other), {"lambda_gen": self.problem.lr * descent}))
         return crosses
 
-
-class PairsInTurn(Pairs):
-    """One mini-batch after the other.
-
-    Args:
-        options: see :class:`Pairs`.
-        problem: see :class:`Pairs`.
-        full: see :class:`Pairs`.
-        with_whole: leave the crosses to products with the whole probe set.
-    """
-
-    def __init__(
-        self, options: DrawOptions, problem: SharpnessProblem, full: Tensor | None, with_whole: bool = False
-    ) -> None:
-        super().__init__(options, problem, full)
-        self._with_whole = with_whole
-        self._vector: list[Tensor] = []
-
-    def observe(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
-        """Draw the pairs of these numbers and measure what is wanted of them."""
-        return [self._observe(number, wanted) for number in numbers]
-
-    def _observe(self, number: int, wanted: Collection[Quantity]) -> PairMoments:
-        problem = self._problem
-        pair, batches = PairMoments(), []
-        crossed = bool(set(CROSSED) & set(wanted))
-        with contextlib.ExitStack() as stack:
-            for operator in problem.pair(number):
-                batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
-                self._observe_alone(batch, wanted, pair)
-                batches.append(batch)
-                if self._with_whole or not crossed:
-                    batch.close()  # one graph at a time is enough
-            if crossed:
-                first, second = batches
-                gradients, squares = (first.gradient, second.gradient), (first.squared_norm, second.squared_norm)
-                pair.crosses = self._crosses(wanted, gradients, squares)
-            if not self._with_whole:
-                for cross in pair.crosses:
-                    one, other = cross.vectors
-                    pair.add_crossed(cross, second.curvature_along(one) + first.curvature_along(other))
-                    problem.on_product()
-        return pair
-
-    def _observe_alone(self, batch: MiniBatch, wanted: Collection[Quantity], pair: PairMoments) -> None:
-        """Quantities that a batch gives by itself."""
-        if set(OWN_PRODUCT) & set(wanted):
-            pair.add_own(batch.self_curvature, batch.squared_norm)
-            self._problem.on_product()
-        if "lambda_max_b" in wanted:
-            value, found = batch.largest_eigenvalue(self._options.tolerance, self._vector)
-            self._problem.on_product()
-            if found is not None:
-                self._vector = found.vectors
-                pair.unconverged += not all(found.converged)
-            pair.add("lambda_max_b", value)
-        pair.zero_gradients += batch.squared_norm == 0.0
-
-
-class PairsAtOnce(Pairs):
-    """All mini-batches at once, by ``torch.vmap`` over them: pays where launching takes longer than computing.
-
-    Neither "lambda_max_b" nor products with the whole probe set.
-
-    Raises:
-        Exception: where ``vmap`` cannot follow the training step, or the mini-batches differ in shape.
-    """
-
-    def observe(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
-        """Draw the pairs of these numbers and measure what is wanted of them."""
-        problem, population = self._problem, self._problem.population
-        assert population is not None
-        draws = [population.draw(problem.key, PAIR * number + index) for number in numbers for index in range(PAIR)]
-        copies = copies_of(problem.parameters, len(draws))
-        parts = problem.loss.parts_of_many(draws, problem.parameters, copies)
-        pairs = [PairMoments() for _ in numbers]
-        operator = problem.curvature(parts, copies, processes=problem.trainer.num_devices)
-        with contextlib.closing(MiniBatches(operator)) as batches:
-            squares = batches.squared_norms.tolist()
-            for index, square in enumerate(squares):
-                pairs[index // PAIR].zero_gradients += square == 0.0
-            if set(OWN_PRODUCT) & set(wanted):
-                for index, curvature in enumerate(batches.curvatures_along(batches.gradients).tolist()):
-                    pairs[index // PAIR].add_own(curvature, squares[index])
-                problem.on_product()
-            self._add_crosses(batches, wanted, pairs, squares)
-        return pairs
-
-    def _add_crosses(
-        self, batches: MiniBatches, wanted: Collection[Quantity], pairs: Sequence[PairMoments], squares: list[float]
-    ) -> None:
-        """The vectors of each batch of a pair on the Hessian of the other."""
-        if not set(CROSSED) & set(wanted):
-            return
-        rows = torch.cat([gradient.flatten(1) for gradient in batches.gradients], dim=1)
-        crosses = []
-        for index in range(0, len(rows), PAIR):
-            gradients = (rows[index], rows[index + 1])
-            crosses.append(self._crosses(wanted, gradients, squares[index : index + PAIR]))
-        for kind in zip(*crosses, strict=True):
-            swapped = torch.stack([vector for cross in kind for vector in reversed(cross.vectors)])
-            curvatures = batches.curvatures_along(self._space.views(swapped)).reshape(-1, PAIR).sum(dim=1)
-            for pair, cross, curvature in zip(pairs, kind, curvatures.tolist(), strict=True):
-                pair.add_crossed(cross, curvature)
-            self._problem.on_product()
+    @cached_property
+    def _full_square(self) -> float:
+        assert self._full is not None
+        return float(self.problem.space.squared_norm(self._full))

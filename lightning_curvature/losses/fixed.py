@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,21 +22,6 @@ from lightning_curvature.replay.objective import StepObjective
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
-
-
-@dataclass(frozen=True)
-class StepCall:
-    """A call of ``training_step`` that is about to be made.
-
-    Attributes:
-        batch: the batch, on the device.
-        index: its ``batch_idx``.
-        randomness: random state that it will find.
-    """
-
-    batch: Any
-    index: int
-    randomness: RandomState
 
 
 class ProbeLoss:
@@ -163,12 +148,14 @@ class ProbeLoss:
         """Return the loss of one batch that was moved, at the parameters as they are."""
         return self._repeat(batch, 0, self._seeded(seed)).loss
 
-    def parts_of_step(self, calls: Sequence[StepCall], ranks: int) -> list[MicroBatch]:
-        """Micro-batches of a step about to be made, weighted as Lightning averages their gradients: all alike."""
-        return [
-            MicroBatch(functools.partial(self._repeat, call.batch, call.index, call.randomness), 1 / len(calls) / ranks)
-            for call in calls
-        ]
+    def parts_of_step(self, calls: Sequence[tuple[Any, int, RandomState]], ranks: int) -> list[MicroBatch]:
+        """Return micro-batches of a step about to be made, weighted as Lightning averages their gradients: equally.
+
+        Args:
+            calls: batch on the device, ``batch_idx`` and random state of each call of ``training_step`` on this rank.
+            ranks: number of ranks.
+        """
+        return [MicroBatch(functools.partial(self._repeat, *call), 1 / len(calls) / ranks) for call in calls]
 
     def _repeat(self, batch: Any, index: int, randomness: RandomState) -> Evaluation:
         self._state.restore(gently=True)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from lightning_curvature.linalg import Eigenpairs, eigenpairs
@@ -26,7 +25,7 @@ class MiniBatch:
     Attributes:
         operator: the operator.
 
-    Source: P4, definition 3.
+    Source: Edge of stochastic stability (2025), definition 3.
 
     Example:
         >>> import torch
@@ -84,64 +83,3 @@ class MiniBatch:
     def close(self) -> None:
         """Let go of the graphs."""
         self.operator.close()
-
-
-class MiniBatches:
-    """Several mini-batches that are differentiated at once, each at its own copy of the parameters.
-
-    Small mini-batches of small models take longer to launch than to compute; several at once are launched together.
-
-    Args:
-        operator: products with the curvature of the sum of their losses, of one block for each; its parameters are
-            copies, (mini-batches, shape).
-
-    Attributes:
-        operator: the operator.
-    """
-
-    def __init__(self, operator: CurvatureOperator) -> None:
-        self.operator = operator
-
-    @cached_property
-    def gradients(self) -> list[Tensor]:
-        """Gradients of all, (mini-batches, shape) for each parameter."""
-        return self.operator.space.views(self.operator.gradient())
-
-    @cached_property
-    def squared_norms(self) -> Tensor:
-        """‖g‖² of each, (mini-batches,) float64."""
-        return _squared_norms(self.gradients)
-
-    def curvatures_along(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Return vᵀAv of each for a vector of its own; one product for all.
-
-        Args:
-            vectors: (mini-batches, shape) for each parameter.
-
-        Returns:
-            (mini-batches,) float64; 0 for a vector of zeros.
-        """
-        squares = _squared_norms(vectors)
-        # To unit length, so that products stay in the range of float32.
-        lengths = torch.where(squares > 0.0, squares.sqrt(), 1.0)
-        units = [v / lengths.to(v.dtype).reshape(-1, *[1] * (v.ndim - 1)) for v in vectors]
-        space = self.operator.space
-        products = space.views(self.operator(space.pack(units)))
-        return squares * _row_dots(units, products)
-
-    def close(self) -> None:
-        """Let go of the graphs."""
-        self.operator.close()
-
-
-def _row_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Dot product of the rows of two lists of (rows, shape), summed in float64 over the list."""
-    return torch.stack(
-        [torch.linalg.vecdot(x.flatten(1), y.flatten(1)).double() for x, y in zip(a, b, strict=True)]
-    ).sum(0)
-
-
-def _squared_norms(vectors: Sequence[Tensor]) -> Tensor:
-    # In float64: squares of float32 numbers leave its range where the numbers do not.
-    doubles = [v.double() for v in vectors]
-    return _row_dots(doubles, doubles)

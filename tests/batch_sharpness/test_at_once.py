@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature import CurvatureWarning
-from lightning_curvature.batch_sharpness import at_once
+from lightning_curvature.batch_sharpness import at_once, measurement
 from lightning_curvature.batch_sharpness.pairs import PairMoments
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
 from tests.batch_sharpness.test_counts import Passes, counted
@@ -41,7 +41,7 @@ def same(one: Run, other: Run, tolerance: float = SAME) -> None:
 
 
 def whether_at_once(run: Run) -> bool:
-    return run.beside.follow._measurement.at_once.taken
+    return (run.beside.follow._measurement.pairs_at_once or 1) > 1
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
@@ -49,10 +49,10 @@ def whether_at_once(run: Run) -> bool:
 def test_as_one_after_the_other(count: int, curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And as the dense matrices have it, for any number at once, also more than are wanted."""
     chosen: list[int] = []
-    real = at_once.AtOnceChoice.pairs
-    monkeypatch.setattr(at_once.AtOnceChoice, "pairs", lambda *args: chosen.append(real(*args)) or chosen[-1])
+    real = at_once.pairs_at_once
+    monkeypatch.setattr(measurement, "pairs_at_once", lambda *args: chosen.append(real(*args)) or chosen[-1])
     in_turn, together = (fit(monitor(curvature=curvature, batches_at_once=n)) for n in (1, count))
-    assert chosen == [1, 1, (count + 1) // 2, (count + 1) // 2]
+    assert chosen == [1, (count + 1) // 2]  # once for the two measurements of a run
     same(together, in_turn)
     together.check(curvature)
 
@@ -206,18 +206,18 @@ def test_an_error_of_both_ways_is_told() -> None:
         fit(monitor(*OWN, objective=broken))
 
 
-def test_alike() -> None:
+def test_same_but_for_rounding() -> None:
     def pair(x: float, y: float, zeros: int = 0) -> PairMoments:
         made = PairMoments(zero_gradients=zeros)
         made.add("modified_batch_sharpness", x, y)
         return made
 
-    assert at_once.alike(pair(1.0, 2.0), pair(1.0 + 1e-6, 2.0 - 1e-6))
-    assert not at_once.alike(pair(1.0, 2.0), pair(1.01, 2.0))
-    assert not at_once.alike(pair(1.0, 2.0), pair(1.0, 1.99))
-    assert not at_once.alike(pair(1.0, 2.0), pair(1.0, 2.0, zeros=1))
-    assert not at_once.alike(pair(1.0, 2.0), pair(math.nan, 2.0))
-    assert not at_once.alike(pair(1.0, 2.0), PairMoments())
+    assert at_once.same(pair(1.0, 2.0), pair(1.0 + 1e-6, 2.0 - 1e-6))
+    assert not at_once.same(pair(1.0, 2.0), pair(1.01, 2.0))
+    assert not at_once.same(pair(1.0, 2.0), pair(1.0, 1.99))
+    assert not at_once.same(pair(1.0, 2.0), pair(1.0, 2.0, zeros=1))
+    assert not at_once.same(pair(1.0, 2.0), pair(math.nan, 2.0))
+    assert not at_once.same(pair(1.0, 2.0), PairMoments())
 
 
 @pytest.mark.parametrize("value", [0, -2, 2.5, "all"])

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from tests.batch_sharpness.test_values import BATCH, SAMPLES, learner, loader, samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_curvature import BatchSharpnessMonitor
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.batch_sharpness.test_setups import Stream, whole_batches
 from tests.batch_sharpness.test_values import DRAWN, loader, monitor, sgd
 from tests.runs import Batch, Capture, Classifier, make_trainer, mlp
@@ -129,7 +130,7 @@ MISFITS: dict[str, tuple[Any, BatchSharpnessMonitor, Callable[[], Any], str]] = 
 def test_misfits_are_found_before_the_first_step(name: str) -> None:
     """Also with on_error="warn", for these last as long as the run."""
     make, follow, data, sentence = MISFITS[name]
-    follow.on_error = "warn"
+    follow.options = dataclasses.replace(follow.options, on_error="warn")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         module, started = Plain(mlp(4, 3, 3), make), list[int]()

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.batch_sharpness.test_values import DRAWN, learner, loader, monitor, sgd
 from tests.reporting.test_loggers import charts, layouts
 from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_curvature import BatchSharpnessMonitor, CurvatureWarning
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.directional.test_no_observer_effect import SETUPS, Measured
 from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
 from tests.runs import classification

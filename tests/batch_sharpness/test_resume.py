@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.batch_sharpness.test_values import monitor, samples
 from tests.runs import Capture, Classifier, make_trainer, mlp
 from tests.spectrum.test_values import rows

@@ -33,7 +33,7 @@ def shares(sizes: Sequence[int], ranks: int, own: bool = False) -> list[list[tup
             population=population,
             **unused,
         )
-        found.append([(int(part.evaluate()), part.weight) for part in problem._share(0)])  # type: ignore[call-overload]
+        found.append([(int(part.evaluate()), part.weight) for part in problem.draw(0)])  # type: ignore[call-overload]
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import BatchSharpnessMonitor
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from lightning_curvature.data.population import Population, read_population
 from tests.oracles.dense import Loss
 from tests.oracles.hessian_spectrum import Curvature, Moment, Moments, Part

@@ -17,7 +17,7 @@ from lightning_curvature import (
     NoiseCovarianceMonitor,
     StabilizationMonitor,
 )
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from lightning_curvature.monitors.base import Monitor
 from tests.runs import classification
 from tests.witness import ALL, LAMBDAS

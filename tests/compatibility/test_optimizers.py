@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.oracles.along_step import check_row, rows_of
 from tests.runs import Classifier, Outcome, Step, StepRecorder, classification, mlp
 from tests.witness import ALL, Record, assert_same, copies, watch

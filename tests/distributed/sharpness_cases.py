@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_curvature import BatchSharpnessMonitor, CurvatureWarning
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.distributed.cases import collectives, state_of
 from tests.distributed.spectrum_cases import STEP, Measuring, dataset
 from tests.runs import Capture, make_trainer

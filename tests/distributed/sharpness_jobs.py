@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.distributed.ddp_jobs import Rare, Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.sharpness_cases import Outcome, SharpnessCase

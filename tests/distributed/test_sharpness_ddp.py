@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_curvature.batch_sharpness.problem import QUANTITIES
+from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.distributed import sharpness_jobs as jobs
 from tests.distributed.compare import assert_same_state
 from tests.distributed.launch import Launch
