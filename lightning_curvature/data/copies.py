@@ -2,30 +2,24 @@
 
 import contextlib
 import copy
-import functools
 import hashlib
 import random
 import sys
-import types
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_curvature.replay.module_state import RandomState, generator_state
+from lightning_curvature.replay.module_state import RandomState
+from lightning_curvature.replay.objects import CONTAINERS, STANDARD, contents, generator_state, opens, parts, walk
 
 # A transform inside RandomApply inside Compose inside a Subset's dataset is eight steps away, each container being one.
 _DEPTH = 10
-# A longer container holds data, not transforms or parts of a dataset.
+# A longer container holds data, not transforms or datasets.
 _DATA_LENGTH = 256
-# Objects of these have no generator of a user inside (random.Random and numpy's are recognized before).
-_CLOSED = {"numpy"} | sys.stdlib_module_names
-_LEAVES = (type(None), str, bytes, int, float, Tensor, type, types.ModuleType, pl.Trainer)
 # What a copy of a loader reads without: worker processes, and what is only for them.
 _IN_PROCESS: dict[str, Any] = {
     "num_workers": 0,
@@ -41,9 +35,9 @@ _IN_PROCESS: dict[str, Any] = {
 class DataRandomness:
     """Every random-number generator that reading data may draw from, and the attributes of what is read.
 
-    Python's, numpy's and torch's own (see ``RandomState``) and those found in the given objects: in
-    attributes, containers and closures, transforms among them. A dataset or ``collate_fn`` that counts its calls, or
-    remembers what it has read, is put back too.
+    Python's, numpy's and torch's own (see :class:`~.replay.module_state.RandomState`) and those within reach of the
+    given objects: in attributes, containers and closures, transforms among them. A dataset or ``collate_fn`` that
+    counts its calls, or remembers what it has read, is put back too.
 
     Args:
         device: the device that the module trains on.
@@ -52,19 +46,34 @@ class DataRandomness:
 
     def __init__(self, device: torch.device, *roots: object) -> None:
         self._device = device
-        self._own, self._holders = _found(roots)
+        self._generators: list[Any] = []
+        self._holders: list[Any] = []
+        walk(roots, self._visit, {})
+
+    def _visit(self, value: Any, level: int) -> Iterable[Any]:
+        if isinstance(value, Tensor):
+            return ()
+        if generator_state(value) is not None:
+            self._generators.append(value)
+            return ()
+        if not opens(value, STANDARD):  # no generator of a user inside
+            return ()
+        if isinstance(value, (*CONTAINERS, tuple, frozenset)) and len(value) > _DATA_LENGTH:
+            return ()
+        self._holders.append(value)
+        return parts(value) if level < _DEPTH else ()
 
     @contextlib.contextmanager
     def kept(self) -> Generator[None, None, None]:
         """Set all of them back as they are now, also after an error."""
         with contextlib.ExitStack() as stack:
             stack.callback(RandomState(self._device).restore)
-            for one in self._own:
-                restore = generator_state(one)
+            for generator in self._generators:
+                restore = generator_state(generator)
                 assert restore is not None
                 stack.callback(restore)
             for holder in self._holders:
-                stack.callback(_content(holder))
+                stack.callback(contents(holder))
             yield
 
     def seed(self, *key: int) -> None:
@@ -77,76 +86,8 @@ class DataRandomness:
         torch.default_generator.manual_seed(value)
         if self._device.type != "cpu":
             getattr(torch, self._device.type).manual_seed(value)
-        for one in self._own:
+        for one in self._generators:
             _seed(one, value)
-
-
-def _found(roots: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the generators within a few steps of the given objects, whichever way is the shortest, and what holds."""
-    found: list[Any] = []
-    holders: list[Any] = []
-    seen: set[int] = set()
-    level = list(roots)
-    for _ in range(_DEPTH + 1):
-        following: list[Any] = []
-        for value in level:
-            if id(value) in seen or isinstance(value, _LEAVES):
-                continue
-            seen.add(id(value))
-            if generator_state(value) is not None:
-                found.append(value)
-            else:
-                parts = _parts(value)
-                following += parts
-                if isinstance(value, (list, set, deque, dict)) and len(value) <= _DATA_LENGTH:
-                    holders.append(value)
-                elif parts and isinstance(getattr(value, "__dict__", None), dict):
-                    holders.append(vars(value))
-        level = following
-    return found, holders
-
-
-def _content(holder: Any) -> Callable[[], None]:
-    """Return what gives a container, or the attributes of an object, the elements that they have now."""
-    before = copy.copy(holder)
-
-    def restore() -> None:
-        if isinstance(holder, dict):
-            same = len(holder) == len(before) and all(holder.get(key) is value for key, value in before.items())
-        elif isinstance(holder, set):
-            same = holder == before
-        else:
-            same = len(holder) == len(before) and all(a is b for a, b in zip(holder, before, strict=True))
-        if not same:
-            holder.clear()
-            holder.extend(before) if isinstance(holder, (list, deque)) else holder.update(before)
-
-    return restore
-
-
-def _parts(value: Any) -> Sequence[Any]:
-    """Return what an object consists of, as far as its own generators may be in there."""
-    if isinstance(value, (list, tuple, set, frozenset, deque, dict)):
-        elements = value.values() if isinstance(value, dict) else value
-        return list(elements) if len(value) <= _DATA_LENGTH else ()
-    if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
-    if isinstance(value, types.MethodType):
-        return value.__self__, value.__func__
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        return *cells, value.__defaults__, value.__kwdefaults__
-    if type(value).__module__.partition(".")[0] in _CLOSED and not isinstance(value, types.SimpleNamespace):
-        return ()
-    return list(getattr(value, "__dict__", {}).values())
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _seed(generator: Any, value: int) -> None:

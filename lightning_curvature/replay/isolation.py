@@ -1,7 +1,6 @@
 """What a repeated forward must not leave behind: changed state, gradients, learning rates, log entries."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from torch import Tensor, nn
 
-from lightning_curvature.replay.module_state import FUNCTIONS, ModuleState, RandomState
+from lightning_curvature.replay.module_state import ModuleState, RandomState
+from lightning_curvature.replay.objects import CONTAINERS, FUNCTIONS, entries
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:
@@ -175,84 +175,42 @@ def parameters_replaced(module: nn.Module, values: Mapping[int, Tensor]) -> Gene
         yield
 
 
-class _Gradients:
-    """Gradients taken off their parameters: a step that writes to ``p.grad`` or zeroes it finds none."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._gradients = [(p, p.grad) for p in parameters]
-        for p, _ in self._gradients:
+@contextlib.contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
+    """Take the gradients off parameters inside the block: a step that writes to ``p.grad`` or zeroes it meets none."""
+    before = [(p, p.grad) for p in parameters]
+    try:
+        for p, _ in before:
             p.grad = None
-
-    def restore(self) -> None:
-        for p, gradient in self._gradients:
+        yield
+    finally:
+        for p, gradient in before:
             p.grad = gradient
 
 
-class _ParameterHooks:
-    """Hooks on the gradients of parameters: they are for the gradients of the run, and may keep count of them."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
-        for hooks, _ in self._hooks:
-            hooks.clear()
-
-    def restore(self) -> None:
-        for hooks, before in self._hooks:
-            hooks.update(before)
-
-
-class _WatchingHooks:
-    """Forward hooks of W&B's ``watch``: they are for the forwards of the run, keep count of them and log parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._hooks = [(m._forward_hooks, dict(m._forward_hooks)) for m in module.modules() if m._forward_hooks]
-        for hooks, before in self._hooks:
-            for number, hook in before.items():
-                if str(getattr(hook, "__module__", "")).startswith("wandb."):
-                    del hooks[number]
-
-    def restore(self) -> None:
-        for hooks, before in self._hooks:
-            # In the order in which they were.
-            hooks.clear()
-            hooks.update(before)
+@contextlib.contextmanager
+def without_hooks(
+    tables: Iterable[dict[int, Any] | None], which: Callable[[Any], bool] = lambda hook: True
+) -> Generator[None, None, None]:
+    """Take hooks out of their tables inside the block: they serve the run, and may count its steps."""
+    with contextlib.ExitStack() as stack:
+        for table in tables:
+            if table:
+                stack.callback(entries(table))
+                for key in [key for key, hook in table.items() if which(hook)]:
+                    del table[key]
+        yield
 
 
-class _Options:
-    """Learning rates and all else that ``param_groups`` hold beside the parameters."""
-
-    def __init__(self, optimizers: Iterable[Any]) -> None:
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._options = [
-            (group, {name: copy.deepcopy(v) for name, v in group.items() if name != "params"}) for group in groups
-        ]
-
-    def restore(self) -> None:
-        for group, options in self._options:
-            for name in [name for name in group if name != "params" and name not in options]:
-                del group[name]
-            for name, value in options.items():
-                if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
-                    group[name].copy_(value)  # a learning rate on the device is held by others too
-                else:
-                    group[name] = value
+def gradient_hooks(parameters: Iterable[Tensor]) -> list[dict[int, Any] | None]:
+    """Return the tables of hooks on the gradients of parameters."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return [getattr(p, name, None) for p in parameters for name in names]
 
 
-class _Methods:
-    """Functions that instances of modules hold in place of their class's: a step may set some."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._namespaces = [(vars(m), self._functions(vars(m))) for m in module.modules()]
-
-    @staticmethod
-    def _functions(namespace: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in namespace.items() if isinstance(value, FUNCTIONS)}
-
-    def restore(self) -> None:
-        for namespace, functions in self._namespaces:
-            for name in self._functions(namespace).keys() - functions:
-                del namespace[name]
-            namespace.update(functions)
+def _watches(hook: Any) -> bool:
+    """Return whether a forward hook is one of W&B's ``watch``, which counts forwards and logs parameters."""
+    return str(getattr(hook, "__module__", "")).startswith("wandb.")
 
 
 @contextlib.contextmanager
@@ -262,18 +220,23 @@ def untouched(
     """Put everything back as it is now, also after an error; inside the block parameters have no gradients.
 
     Args:
-        module: its state, modes and gradients.
+        module: its state, modes, gradients, and the functions that its instances hold in place of their class's.
         device: its random state.
         parameters: parameters whose values are put back too (see :class:`~.replay.module_state.Bystanders`).
-        optimizers: their learning rates.
+        optimizers: their learning rates and all other options in ``param_groups``.
     """
-    with contextlib.ExitStack() as stack:
-        # Each is called, also where another fails.
+    with contextlib.ExitStack() as stack:  # each restorer is called, also where another fails
         stack.callback(RandomState(device).restore)
         stack.callback(ModuleState(module, parameters).restore)
-        stack.callback(_Methods(module).restore)
-        stack.callback(_Options(optimizers).restore)
-        stack.callback(_Gradients(module.parameters()).restore)
-        stack.callback(_ParameterHooks(module.parameters()).restore)
-        stack.callback(_WatchingHooks(module).restore)
+        for submodule in module.modules():
+            stack.callback(entries(vars(submodule), lambda name, value: isinstance(value, FUNCTIONS)))
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            for value in (group, *group.values()):
+                if isinstance(value, Tensor):  # a learning rate on the device, to which others refer too
+                    stack.callback(value.copy_, value.clone())
+                elif isinstance(value, CONTAINERS):
+                    stack.callback(entries(value))
+        stack.enter_context(without_gradients(module.parameters()))
+        stack.enter_context(without_hooks(gradient_hooks(module.parameters())))
+        stack.enter_context(without_hooks([m._forward_hooks for m in module.modules()], _watches))
         yield

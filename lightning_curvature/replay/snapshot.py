@@ -1,0 +1,113 @@
+"""Put all that objects consist of back, bit for bit, after a block that may write to any of it."""
+
+import contextlib
+import copy
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_curvature.replay.objects import STANDARD, array_state, contents, generator_state, opens, parts, walk
+
+# Objects of these are handles of the machine (process groups, compiled code) or know the whole run: they are left out.
+_HANDLES = ("torch._", "torch.distributed", "lightning", "pytorch_lightning")
+
+
+@contextlib.contextmanager
+def restored(
+    roots: Iterable[Any], spared: Iterable[Tensor] = (), prepare: Callable[[Any], object] = lambda value: None
+) -> Generator[None, None, None]:
+    """Put all objects within reach of the roots back at the end of the block, in place, also after an error.
+
+    Tensors get back their content, memory, gradient, flag and version counter, so that autograd graphs that have saved
+    them remain valid; shared memory is copied once. What cannot be written in place, an iterator, is replaced by a deep
+    copy for the length of the block where a list, a dict or an attribute holds it, and left alone elsewhere.
+
+    Args:
+        roots: the objects.
+        spared: tensors that the block does not write: no copy is made of them.
+        prepare: called once for each object when its contents are saved, before what it refers to is looked at.
+
+    Raises:
+        TypeError: or what else an object raises that can neither be written in place nor copied.
+    """
+    left_out = {id(tensor) for tensor in spared}
+    memory: set[tuple[int, int]] = set()
+    closed: set[int] = set()
+
+    with contextlib.ExitStack() as stack:  # each restorer is called, also where another fails
+
+        def visit(value: Any, level: int) -> Iterable[Any]:
+            if (restore := generator_state(value) or array_state(value)) is not None:
+                stack.callback(restore)
+                return ()
+            if id(value) in left_out or _is_handle(value):
+                return ()
+            if not opens(value, STANDARD):
+                closed.add(id(value))
+                return ()
+            if isinstance(value, Tensor):
+                _save_tensor(value, stack, memory)
+            stack.callback(contents(value))
+            prepare(value)
+            return parts(value)
+
+        seen: dict[int, Any] = {}
+        walk(roots, visit, seen)
+        if closed:
+            _replace(closed, seen)
+        yield
+
+
+def _replace(closed: set[int], seen: dict[int, Any]) -> None:
+    """Put deep copies in the places of objects that cannot be written, which share all others with them."""
+    memo = {key: value for key, value in seen.items() if key not in closed}
+    holders: list[Any] = [one for value in seen.values() for one in (value, getattr(value, "__dict__", None))]
+    for holder in holders:
+        pairs: Any = holder.items() if isinstance(holder, dict) else ()
+        for key, value in [*(enumerate(holder) if isinstance(holder, (list, deque)) else pairs)]:
+            if id(value) in closed:
+                holder[key] = copy.deepcopy(value, memo)
+
+
+def _is_handle(value: Any) -> bool:
+    return type(value).__module__.startswith(_HANDLES) and not isinstance(value, (Tensor, nn.Module, Optimizer))
+
+
+def _save_tensor(value: Tensor, stack: contextlib.ExitStack, memory: set[tuple[int, int]]) -> None:
+    if not value.is_inference():
+        stack.enter_context(_unsafe_preserve_version_counter(value))
+    if value.is_leaf:
+        stack.callback(_restore_leaf, value, value.requires_grad, value.grad)
+    if is_traceable_wrapper_subclass(value):
+        return  # the tensors inside are attributes
+    stack.callback(setattr, value, "data", value.data)
+    for plain in (value,) if value.layout == torch.strided else (value._indices(), value._values()):
+        storage = plain.untyped_storage()
+        place = storage.data_ptr(), storage.nbytes()
+        if place not in memory:
+            memory.add(place)
+            stack.callback(_refill, storage, _bytes_of(storage).clone())
+
+
+def _restore_leaf(value: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
+    if not value.is_leaf:
+        value.detach_()
+    value.requires_grad_(requires_grad)
+    value.grad = gradient
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    # A tensor of its own: writing through it leaves the version counters of the others alone.
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _refill(storage: torch.UntypedStorage, content: Tensor) -> None:
+    if storage.nbytes() != content.numel():
+        storage.resize_(content.numel())
+    _bytes_of(storage).copy_(content)
