@@ -1,4 +1,4 @@
-"""Reading a user's data without moving it: fresh copies of loaders; random generators seeded, then put back."""
+"""Read a user's data without moving it: fresh copies of loaders; random generators seeded, then put back."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from lightning_curvature.replay.objects import CONTAINERS, STANDARD, contents, g
 _DEPTH = 10
 # A longer container holds data, not transforms or datasets.
 _DATA_LENGTH = 256
-# What a copy of a loader reads without: worker processes, and what is only for them.
+# A copy of a loader reads without worker processes and their options.
 _IN_PROCESS: dict[str, Any] = {
     "num_workers": 0,
     "prefetch_factor": None,
@@ -41,7 +41,7 @@ class DataRandomness:
 
     Args:
         device: the device that the module trains on.
-        roots: what is read: datasets, samplers, functions.
+        roots: datasets, samplers and functions that are read or called.
     """
 
     def __init__(self, device: torch.device, *roots: object) -> None:
@@ -51,14 +51,11 @@ class DataRandomness:
         walk(roots, self._visit, {})
 
     def _visit(self, value: Any, level: int) -> Iterable[Any]:
-        if isinstance(value, Tensor):
-            return ()
         if generator_state(value) is not None:
             self._generators.append(value)
             return ()
-        if not opens(value, STANDARD):  # no generator of a user inside
-            return ()
-        if isinstance(value, (*CONTAINERS, tuple, frozenset)) and len(value) > _DATA_LENGTH:
+        data = isinstance(value, (*CONTAINERS, tuple, frozenset)) and len(value) > _DATA_LENGTH
+        if data or isinstance(value, Tensor) or not opens(value, STANDARD):
             return ()
         self._holders.append(value)
         return parts(value) if level < _DEPTH else ()
@@ -68,16 +65,13 @@ class DataRandomness:
         """Set all of them back as they are now, also after an error."""
         with contextlib.ExitStack() as stack:
             stack.callback(RandomState(self._device).restore)
-            for generator in self._generators:
-                restore = generator_state(generator)
-                assert restore is not None
-                stack.callback(restore)
-            for holder in self._holders:
-                stack.callback(contents(holder))
+            for holder in (*self._generators, *self._holders):
+                for restore in contents(holder):
+                    stack.callback(restore)
             yield
 
     def seed(self, *key: int) -> None:
-        """Set all of them to what follows from the key."""
+        """Set all of them to states that follow from the key."""
         value = mixed(*key)
         random.seed(value)
         if "numpy" in sys.modules:
@@ -86,32 +80,28 @@ class DataRandomness:
         torch.default_generator.manual_seed(value)
         if self._device.type != "cpu":
             getattr(torch, self._device.type).manual_seed(value)
-        for one in self._generators:
-            _seed(one, value)
-
-
-def _seed(generator: Any, value: int) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(value)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = type(generator.bit_generator)(value).state
-    else:
-        generator.seed(value)
+        for generator in self._generators:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(value)
+            elif hasattr(generator, "bit_generator"):
+                generator.bit_generator.state = type(generator.bit_generator)(value).state
+            else:
+                generator.seed(value)
 
 
 def mixed(*key: int) -> int:
-    """Return a seed of 32 bits, which is what numpy takes; keys that differ by one have unrelated seeds."""
+    """Return a seed of 32 bits, as numpy takes it; keys that differ by one have unrelated seeds."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
 
 
 def fresh_copy(loader: Any) -> Any:
-    """Return what gives the batches of a loader from the start, in this process, and leaves the loader as it is.
+    """Return a loader that yields the batches from the start, in this process; the given loader is only read.
 
-    Samplers and iterable datasets are copied with the state that they have; of a map-style dataset the data is shared.
-    A sequence of batches is its own copy.
+    Samplers and iterable datasets are copied with their present state; the data of a map-style dataset is shared. A
+    sequence of batches is returned itself.
 
     Raises:
-        MisconfigurationException: for what cannot be copied.
+        MisconfigurationException: for loaders that cannot be copied.
     """
     if isinstance(loader, Sequence):
         return loader
@@ -123,7 +113,7 @@ def fresh_copy(loader: Any) -> Any:
         if not isinstance(loader.dataset, IterableDataset):
             memo[id(loader.dataset)] = _sheltered(loader.dataset)
         names = ("dataset", "sampler", "batch_sampler", "generator")
-        parts = copy.deepcopy([getattr(loader, name) for name in names], memo)
+        copies = copy.deepcopy([getattr(loader, name) for name in names], memo)
     except Exception as error:
         raise MisconfigurationException(
             "the dataloader must be one that can be copied, so that reading from it does not move the run's own, got "
@@ -132,7 +122,7 @@ def fresh_copy(loader: Any) -> Any:
         ) from error
     fresh = copy.copy(loader)
     # The loader forbids to set some of these by name once it is made.
-    fresh.__dict__.update(_IN_PROCESS | dict(zip(names, parts, strict=True)))
+    fresh.__dict__.update(_IN_PROCESS | dict(zip(names, copies, strict=True)))
     for sampler in (fresh.sampler, fresh.batch_sampler, getattr(fresh.batch_sampler, "sampler", None)):
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(0)
@@ -140,10 +130,10 @@ def fresh_copy(loader: Any) -> Any:
 
 
 def _sheltered(dataset: Any) -> Any:
-    """Return a copy of a dataset, and of datasets inside it, that shares all data.
+    """Return a copy of a dataset, and of datasets inside it, that shares all data but no count or open file.
 
-    What it counts or remembers while it is read stays in the copy. Worker processes start from the dataset of this
-    process: a file that is opened on first use must stay closed in there, or they would share its position.
+    Worker processes start from the dataset of this process: if reading opened a file there, they would share its
+    position.
     """
     try:
         copied = copy.copy(dataset)

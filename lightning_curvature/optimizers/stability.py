@@ -1,11 +1,11 @@
-"""A torch optimizer on a quadratic: where its step turns unstable, and the preconditioner it divides by.
+"""Stability threshold and preconditioner of a torch optimizer on a quadratic.
 
 With the second moment taken as constant, a step of the optimizers known here is linear in the gradient, coordinate by
 coordinate. At the edge, where a root of the recursion leaves the unit circle through z = −1, it reads H θ = T P θ with
 a diagonal of thresholds T, one for the settings of each parameter group. Groups of unequal learning rate, momentum or
-decoupled weight decay therefore need no approximation: P times T/T_ref has the one threshold T_ref for all. On the
-unit circle every other root is excluded: there the imaginary parts of the groups' characteristic polynomials, divided
-by those of the gradient, have one sign.
+decoupled weight decay therefore need no approximation: P times T/T_ref has the one threshold T_ref for all. No other
+root lies on the unit circle: there the imaginary parts of the groups' characteristic polynomials, divided by those of
+the gradient, have one sign.
 """
 
 import inspect
@@ -51,18 +51,17 @@ class StabilityRule:
 
 
 def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
-    r"""Thresholds of an optimizer, from its settings as they are now.
+    r"""Return the thresholds of an optimizer with its present settings.
 
     Exact for ``torch.optim``'s SGD (momentum, dampening, Nesterov, weight decay), Adam and AdamW, Adamax, RMSprop
     and Adagrad on a quadratic, with the second moment taken as constant. Weight decay that an adaptive optimizer adds
     to the gradient acts as :math:`H + \lambda I` in place of H: it is left out, and the note says so.
 
     Args:
-        optimizer: a torch optimizer, bare or as Lightning wraps it. A subclass that has a ``step`` of its own is not
-            known.
+        optimizer: a torch optimizer, bare or as Lightning wraps it. A subclass that overrides ``step`` is not known.
 
     Returns:
-        The rule. Thresholds are infinite where all learning rates are 0, NaN where there is none: for
+        The rule. Thresholds are infinite where all learning rates are 0, and NaN where none exists: for
         ``maximize=True``, which climbs, and for settings that are never stable (momentum of 1).
 
     Source: Cohen et al. 2021 (arXiv 2103.00065) and 2022 (arXiv 2207.14484); see
@@ -96,16 +95,16 @@ def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
 
 @torch.no_grad()
 def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) -> list[Tensor]:
-    r"""The diagonal P by which the last step divided each coordinate, from the optimizer's own state.
+    r"""Return the diagonal P by which the last step divided each coordinate, from the optimizer's state.
 
     .. math:: \theta_{t+1} = \theta_t - \eta\, P^{-1} m, \qquad
         P = \sqrt{\hat v} + \epsilon \text{ for Adam},\quad u \text{ for Adamax},\quad
         \sqrt{v - \bar g^2} + \epsilon \text{ for RMSprop},\quad \sqrt{\Sigma g^2} + \epsilon \text{ for Adagrad},
 
-    and 1 for SGD, exactly as ``torch.optim`` has them (v̂ with its bias correction, AMSGrad's maximum; ḡ where
-    centered). m is what the optimizer puts over it: the bias-corrected first moment, or the gradient.
+    and 1 for SGD, exactly as in ``torch.optim`` (v̂ with its bias correction, AMSGrad's maximum; ḡ where centered). The
+    numerator m is the bias-corrected first moment, or the gradient.
 
-    Where groups are unequal, the rest of their difference is put into P, so that the one threshold
+    Where groups differ, P takes up their difference, so that the one threshold
     ``stability_rule(optimizer).preconditioned`` holds for all: the step of a group with η_g is
     η_g P⁻¹m = η (P η/η_g)⁻¹m, and likewise for momentum, decoupled weight decay and bias corrections.
 
@@ -117,7 +116,7 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
         parameters: the parameters of the Hessian, the optimizer's own objects.
 
     Returns:
-        For each parameter P in the shape of this rank's part of it, in float32 or wider, positive; fresh memory.
+        For each parameter P in the shape of this rank's shard, in float32 or wider, positive; fresh memory.
 
     Raises:
         ValueError: for an optimizer that is not known, and for settings that are never stable.
@@ -149,21 +148,20 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
     reference = _reference_threshold(bare, kind)
     diagonals = []
     for p, t, moves in zip(parameters, steps, moved, strict=True):
-        diagonal = torch.ones_like(_wide(local(p)))
-        if not moves:
-            diagonals.append(diagonal.fill_(math.inf))
-            continue
-        group = group_of[id(p)]
-        if kind.diagonal is not None:
-            state = {key: local(value) for key, value in bare.state[p].items() if isinstance(value, Tensor)}
-            diagonal = kind.diagonal(state, group, t)
-        threshold = kind.threshold(group, t, _decoupled_decay(bare, group))
-        diagonals.append(diagonal.mul_(_relative(threshold, reference)))
+        diagonal, factor = torch.ones_like(_wide(local(p))), math.inf
+        if moves:
+            group = group_of[id(p)]
+            factor = _relative(kind.threshold(group, t, _decoupled_decay(bare, group)), reference)
+            if kind.diagonal is not None:
+                state = {key: local(value) for key, value in bare.state[p].items() if isinstance(value, Tensor)}
+                diagonal = kind.diagonal(state, group, t)
+        diagonals.append(diagonal.mul_(factor))
     return diagonals
 
 
 def _relative(threshold: float, reference: float) -> float:
-    if threshold == reference:  # also where both are infinite
+    """Return the ratio of two thresholds, also where both are infinite."""
+    if threshold == reference:
         return 1.0
     if not (threshold > 0.0 and reference > 0.0):
         raise ValueError(
@@ -175,12 +173,12 @@ def _relative(threshold: float, reference: float) -> float:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Optimizers that differ in nothing below.
+    """Optimizers with one threshold and one preconditioner.
 
     Attributes:
         classes: of ``torch.optim``.
-        threshold: of a parameter group that has made so many steps, with this decoupled weight decay.
-        diagonal: P from the state (local parts), the group and the steps made; None where P = 1.
+        threshold: of a parameter group, the number of steps that it has made, and its decoupled weight decay.
+        diagonal: P from the state (local shards), the group and the number of steps; None where P = 1.
     """
 
     classes: tuple[type[Optimizer], ...]
@@ -204,12 +202,12 @@ def _adam_threshold(group: Group, step: float, decay: float) -> float:
     return adaptive_threshold(_lr(group), beta1, decoupled_weight_decay=decay, bias_correction=correction)
 
 
-def _rmsprop_threshold(group: Group, step: float, decay: float) -> float:
-    return momentum_threshold(_lr(group), float(group["momentum"]))
-
-
 def _adagrad_threshold(group: Group, step: float, decay: float) -> float:
     return momentum_threshold(_lr(group) / (1.0 + max(step - 1.0, 0.0) * float(group["lr_decay"])))
+
+
+def _root(second_moment: Tensor, group: Group) -> Tensor:
+    return second_moment.sqrt().add_(float(group["eps"]))
 
 
 def _adam_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
@@ -218,29 +216,21 @@ def _adam_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Te
     return second_moment.sqrt().div_(math.sqrt(correction)).add_(float(group["eps"]))
 
 
-def _adamax_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    return _wide(state["exp_inf"]).clone()  # eps is in it
-
-
 def _rmsprop_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
     second_moment = _wide(state["square_avg"])
     if group["centered"]:
         mean = _wide(state["grad_avg"])
         # A variance of 0 may come out below it, by rounding that differs from kernel to kernel.
         second_moment = torch.addcmul(second_moment, mean, mean, value=-1).clamp_(min=0.0)
-    return second_moment.sqrt().add_(float(group["eps"]))
-
-
-def _adagrad_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    return _wide(state["sum"]).sqrt().add_(float(group["eps"]))
+    return _root(second_moment, group)
 
 
 _KINDS = (
     _Kind((SGD,), _sgd_threshold),
     _Kind((Adam, AdamW), _adam_threshold, _adam_diagonal),
-    _Kind((Adamax,), _adam_threshold, _adamax_diagonal),
-    _Kind((RMSprop,), _rmsprop_threshold, _rmsprop_diagonal),
-    _Kind((Adagrad,), _adagrad_threshold, _adagrad_diagonal),
+    _Kind((Adamax,), _adam_threshold, lambda state, *_: _wide(state["exp_inf"]).clone()),  # eps is in it
+    _Kind((RMSprop,), lambda group, *_: momentum_threshold(_lr(group), float(group["momentum"])), _rmsprop_diagonal),
+    _Kind((Adagrad,), _adagrad_threshold, lambda state, group, _: _root(_wide(state["sum"]), group)),
 )
 
 
@@ -250,17 +240,15 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def _kind(optimizer: Any) -> _Kind | None:
-    """The kind whose step the optimizer makes: its class or a subclass that leaves ``step`` as it is."""
-    for kind in _KINDS:
-        for cls in kind.classes:
-            # torch puts a profiling wrapper around the step of each class that is instantiated.
-            if isinstance(optimizer, cls) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(cls.step):
-                return kind
-    return None
+    """Return the kind of which the optimizer is, or of which it is a subclass that does not override ``step``."""
+    # torch puts a profiling wrapper around the step of each class that is instantiated.
+    step = inspect.unwrap(type(optimizer).step)
+    classes = [(kind, cls) for kind in _KINDS for cls in kind.classes if isinstance(optimizer, cls)]
+    return next((kind for kind, cls in classes if inspect.unwrap(cls.step) is step), None)
 
 
 def _moving_groups(optimizer: Any) -> list[Group]:
-    """The groups that take part in a step; the first one gives η. Some group, where none does."""
+    """Return the groups that take part in a step, of which the first gives η; if none does, the first of all."""
     groups: list[Group] = list(optimizer.param_groups)
     trainable = [group for group in groups if any(p.requires_grad for p in group["params"])] or groups[:1]
     return [group for group in trainable if _lr(group)] or trainable[:1]
@@ -280,14 +268,14 @@ def _decoupled_decay(optimizer: Any, group: Group) -> float:
 
 
 def _reference_threshold(optimizer: Any, kind: _Kind) -> float:
-    """The threshold of the first group that moves, after the most steps that any of its parameters has made."""
+    """Return the threshold of the first group that moves, for the largest step count of its parameters."""
     group = _moving_groups(optimizer)[0]
     step = max(_steps_made(optimizer, group["params"]), default=0.0) if kind.diagonal is not None else 0.0
     return kind.threshold(group, step, _decoupled_decay(optimizer, group))
 
 
 def _steps_made(optimizer: Any, parameters: Sequence[Tensor]) -> list[float]:
-    """Steps counted in the state of each parameter, 0 where there is none; at most one wait for the device."""
+    """Return the step count in the state of each parameter, 0 where there is none; at most one synchronization."""
     counts = [optimizer.state.get(p, {}).get("step", 0.0) for p in parameters]
     tensors = [local(torch.as_tensor(count)).detach() for count in counts]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
@@ -299,7 +287,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _inequality(groups: Sequence[Group], kind: _Kind | None) -> str | None:
-    """What is said of groups whose steps differ by more than their weight decay."""
+    """Return a note on groups whose steps differ by more than their weight decay."""
 
     def setting(group: Group, key: str) -> float:
         value = group.get(key) or 0.0
@@ -307,11 +295,9 @@ def _inequality(groups: Sequence[Group], kind: _Kind | None) -> str | None:
 
     keys = ("lr", "momentum", "dampening", "nesterov", "betas") if kind is not None else ("lr",)
     unequal = " and ".join(key for key in keys if len({setting(group, key) for group in groups}) > 1)
-    if not unequal:
-        return None
-    if kind is not None and kind.diagonal is not None:
-        return f"parameter groups differ in {unequal}: P is scaled to the first group's"
-    return f"parameter groups differ in {unequal}: the threshold on λ_max(H) is the first group's"
+    scaled = kind is not None and kind.diagonal is not None
+    consequence = "P is scaled to the first group's" if scaled else "the threshold on λ_max(H) is the first group's"
+    return f"parameter groups differ in {unequal}: {consequence}" if unequal else None
 
 
 def _joined(*notes: str | None) -> str | None:

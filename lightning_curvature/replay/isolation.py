@@ -1,4 +1,4 @@
-"""What a repeated forward must not leave behind: changed state, gradients, learning rates, log entries."""
+"""Leave no trace of a repeated step: put back state, gradients and learning rates, and log nothing."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from lightning_curvature.replay.module_state import ModuleState, RandomState
 from lightning_curvature.replay.objects import CONTAINERS, FUNCTIONS, entries
 
 
-def _silent(*args: Any, **kwargs: Any) -> None:
+def silent(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log``, ``log_dict``, ``print`` and ``save_checkpoint`` while a step is repeated."""
 
 
@@ -30,11 +30,11 @@ class _Inert:
 
     @property
     def optimizer(self) -> "_Inert":
-        """What Lightning's wrapper hands out: the optimizer itself, as inert as the wrapper."""
+        """The optimizer inside Lightning's wrapper, as inert as the wrapper."""
         return _Inert(self._real.optimizer, self._on_step)
 
     def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> None:
-        # By position or by name; a scheduler may be given an epoch or a metric here.
+        # A scheduler may be given an epoch or a metric here.
         if callable(closure):
             closure()
         if self._on_step is not None:
@@ -49,18 +49,18 @@ class _Inert:
 
 
 def inert(real: Any, on_step: Callable[[], None] | None) -> Any:
-    """An optimizer or scheduler, or a list of them, of which nothing is stepped; ``on_step`` hears of the attempts."""
+    """Return stand-ins for an optimizer, a scheduler or a list of them; ``on_step`` is called in place of a step."""
     if isinstance(real, list):
         return [_Inert(one, on_step) for one in real]
     return None if real is None else _Inert(real, on_step)
 
 
 class ReplayTrainer:
-    """The Trainer as the step saw it: its optimizer-step count then, and loggers that write nothing.
+    """The Trainer with the optimizer-step count of the recorded step, and with loggers that write nothing.
 
-    Everything else is the real Trainer's. A step that reads ``self.global_step`` (an annealed loss term) thus
-    computes the same loss when it is repeated after the count has moved on; what a step sets here is dropped, what it
-    writes to the metrics goes to copies, and a checkpoint of perturbed parameters is never written.
+    All else is the real Trainer's. A step that reads ``self.global_step`` (an annealed loss term) thus computes the
+    same loss when it is repeated later. Attributes that a step sets here are dropped, metrics that it writes go to
+    copies, and a checkpoint of perturbed parameters is never written.
     """
 
     def __init__(self, trainer: pl.Trainer, global_step: int) -> None:
@@ -68,7 +68,7 @@ class ReplayTrainer:
         self.global_step = global_step
         self.loggers = [DummyLogger() for _ in trainer.loggers]
         self.logger = self.loggers[0] if self.loggers else None
-        self.save_checkpoint = _silent
+        self.save_checkpoint = silent
         self.optimizers = inert(list(trainer.optimizers), None)
 
     def __getattr__(self, name: str) -> Any:
@@ -87,7 +87,7 @@ def patched(target: object, **attributes: Any) -> Iterator[None]:
         yield
     finally:
         for name, value in attributes.items():
-            # What someone else has put there since stays.
+            # An attribute that someone else has set since stays.
             if namespace.get(name) is value:
                 if name in before:
                     namespace[name] = before[name]
@@ -97,12 +97,12 @@ def patched(target: object, **attributes: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def muted(module: pl.LightningModule, global_step: int) -> Generator[None, None, None]:
-    """Let a step of ``module`` log nowhere, as of optimizer step ``global_step``."""
+    """Let a step of ``module`` log nowhere inside the block, and read ``global_step`` as its step count."""
     stand_in = ReplayTrainer(module.trainer, global_step)
     with contextlib.ExitStack() as stack:
         for submodule in module.modules():
             if isinstance(submodule, pl.LightningModule):
-                stack.enter_context(patched(submodule, _trainer=stand_in, log=_silent, log_dict=_silent, print=_silent))
+                stack.enter_context(patched(submodule, _trainer=stand_in, log=silent, log_dict=silent, print=silent))
         yield
 
 
@@ -110,7 +110,7 @@ def muted(module: pl.LightningModule, global_step: int) -> Generator[None, None,
 def attached(
     trainer: pl.Trainer, module: pl.LightningModule, parameters: Sequence[Tensor]
 ) -> Generator[None, None, None]:
-    """Let a Trainer that does not run hold a module inside the block, on its device; before and after as it was.
+    """Let a Trainer that does not run hold a module inside the block, on the Trainer's device.
 
     Args:
         trainer: the Trainer.
@@ -123,7 +123,7 @@ def attached(
     connector = trainer._data_connector
     selector = connector._datahook_selector
     try:
-        # Which hooks move a batch: those of the module.
+        # The hooks of the module move a batch.
         connector._datahook_selector = _DataHookSelector(module, None)
         strategy.connect(module)
         strategy.setup_environment()
@@ -133,15 +133,15 @@ def attached(
         yield
     finally:
         module.to(device)
-        for submodule, own in before:
-            submodule._trainer = own
+        for submodule, held_by in before:
+            submodule._trainer = held_by
         strategy._lightning_module, strategy.model, trainer.optimizers = held
         connector._datahook_selector = selector
 
 
 @contextlib.contextmanager
 def own_buffers(module: nn.Module) -> Generator[None, None, None]:
-    """Let the module compute with copies of its buffers inside the block: a graph made there outlives what they become.
+    """Let the module compute with copies of its buffers inside the block, so that a graph made there stays valid.
 
     BatchNorm writes into its running statistics, which its graph has saved.
     """
@@ -159,12 +159,11 @@ def own_buffers(module: nn.Module) -> Generator[None, None, None]:
 def parameters_replaced(module: nn.Module, values: Mapping[int, Tensor]) -> Generator[None, None, None]:
     """Let the module compute with other tensors in place of its parameters inside the block.
 
-    Each place is set and put back once. ``torch.func.functional_call`` visits a submodule that has two names twice, and
-    puts back what it has put there itself.
+    Unlike ``torch.func.functional_call`` it puts parameters back right in a submodule that has two names.
 
     Args:
         module: the module.
-        values: tensors by the ``id`` of the parameter that they stand for, wherever it stands.
+        values: tensors by the ``id`` of the parameter that they replace, wherever it stands.
     """
     with contextlib.ExitStack() as stack:
         for submodule in module.modules():

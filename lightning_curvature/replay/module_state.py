@@ -1,4 +1,4 @@
-"""State that a training step reads and writes: random generators, buffers, attributes; saved and put back."""
+"""Save the state that a training step reads and writes, and put it back: random generators, buffers, attributes."""
 
 import contextlib
 import functools
@@ -40,8 +40,10 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self._torch = torch.get_rng_state()
-        self._device = device
-        self._accelerator = None if device.type == "cpu" else _device_module(device).get_rng_state(*_index(device))
+        self._accelerator: Any = None if device.type == "cpu" else getattr(torch, device.type)
+        # torch.mps has one device and takes no argument.
+        self._index = () if device.type == "mps" else (device,)
+        self._on_device = self._accelerator and self._accelerator.get_rng_state(*self._index)
 
     def restore(self) -> None:
         """Set all of them back."""
@@ -50,16 +52,7 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         if self._accelerator is not None:
-            _device_module(self._device).set_rng_state(self._accelerator, *_index(self._device))
-
-
-def _device_module(device: torch.device) -> Any:
-    return getattr(torch, device.type)
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    # torch.mps has one device and takes no argument.
-    return () if device.type == "mps" else (device,)
+            self._accelerator.set_rng_state(self._on_device, *self._index)
 
 
 # Structure and links that torch and Lightning keep on a module, not state of the computation.
@@ -90,11 +83,12 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
         self.unrepeatable: list[str] = []
-        self._restorers: list[Restore] = []
         self._gently = False
         # Attributes that share memory with a parameter follow the parameter.
         self._parameter_memory = {_memory(p) for p in module.parameters()}
-        self._restorers += [functools.partial(_set_requires_grad, p, p.requires_grad) for p in module.parameters()]
+        self._restorers: list[Restore] = [
+            functools.partial(_set_requires_grad, p, p.requires_grad) for p in module.parameters()
+        ]
         for parameter in parameters:
             self._save_content(parameter)
         self._modules, self._seen = [*module.modules()], dict[int, Any]()
@@ -133,7 +127,7 @@ class ModuleState:
         elif (restore := generator_state(value) or array_state(value)) is not None:
             self._restorers.append(restore)
         elif isinstance(value, (*CONTAINERS, tuple)):
-            self._restorers.append(contents(value))
+            self._restorers += contents(value)
             return parts(value) if len(value) <= _RECORD_LENGTH and level <= _DEPTH + 1 else ()
         elif level <= _DEPTH and opens(value, STANDARD | FRAMEWORKS):
             return self._save_attributes(value)
@@ -141,7 +135,7 @@ class ModuleState:
 
     def _save_attributes(self, value: Any) -> list[Any]:
         saved = {name: one for name, one in attributes(value).items() if _is_state(name, one)}
-        self._restorers.append(contents(value, _is_state))
+        self._restorers += contents(value, _is_state)
         self.unrepeatable += [name for name, one in saved.items() if isinstance(one, (Iterator, io.IOBase))]
         return [*saved.values()]
 
@@ -185,9 +179,9 @@ def _without_overlap(tensor: Tensor) -> Tensor:
 class Bystanders:
     """Parameters that no optimizer moves but a step may write: a momentum encoder, a target network.
 
-    Which of them a step writes shows only when it has run. Until it was repeated once, every parameter that could be
-    a copy of a trained one (it has the shape of one) is saved with the module's state; from then on those that were
-    written: a frozen backbone costs nothing.
+    Which of them a step writes shows only when it has run. Until a step was repeated once, every parameter that could
+    be a copy of a trained one (it has the shape of one) is saved with the module's state; from then on those that were
+    written, so that a frozen backbone costs nothing.
 
     Args:
         module: the module.
@@ -208,22 +202,22 @@ class Bystanders:
         self._repeated = self._settled = False
 
     def save_all(self) -> None:
-        """Save every one of them until it is settled which are written: a step may be repeated that never ran."""
+        """Save every one of them until it is settled which are written, for a step that is repeated without a run."""
         if not self._settled:
             self.saved = list(self._named.values())
 
     def versions(self) -> dict[str, tuple[int, int]]:
-        """Return what changes when one of them is written: its version, its memory."""
+        """Return version and memory of each of them, one of which changes when it is written."""
         return {name: (p._version, _memory(p)) for name, p in self._named.items()}
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Note the values before the first step to be repeated."""
+        """Keep the values before the first step to be repeated."""
         if not self._settled and self._first is None:
             self._first = [local(p).detach().clone() for p in self.saved]
 
     def written_since(self, versions: dict[str, tuple[int, int]]) -> list[str]:
-        """Names of those that were written since and were not saved; from now on they are."""
+        """Return the names of those that were written since and not saved; from now on they are saved."""
         now, known = self.versions(), {id(p) for p in self.saved}
         changed = [name for name in self._named if now[name] != versions[name]]
         self._written |= {id(self._named[name]) for name in changed}
@@ -233,18 +227,18 @@ class Bystanders:
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None, None, None]:
-        """Notice which ones a step inside the block writes, until that is settled."""
+        """Note which ones a step inside the block writes, until that is settled."""
         versions = {} if self._settled else self.versions()
         yield
         self._repeated = True
         if not self._settled:
             self.written_since(versions)
-            # ``p.data.mul_(…)`` is a write that no version tells of.
+            # ``p.data.mul_(…)`` leaves the version as it is.
             pairs = zip(self.saved, self._first or (), strict=False)
             self._written |= {id(p) for p, first in pairs if not torch.equal(local(p), first)}
 
     def settle(self) -> None:
-        """Once a step was repeated to its end: save no others than those that were written."""
+        """Save only those that were written, once a step was repeated to its end."""
         if self._repeated and not self._settled:
             self.saved = [p for p in self.saved if id(p) in self._written]
             self._first, self._settled = None, True

@@ -22,7 +22,11 @@ _ATOMS += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_for
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 CONTAINERS = (list, deque, set, dict)
 # Other objects of the standard library belong to other threads (queues, log handlers) or hold no computation's state.
-_OPEN = (*CONTAINERS, tuple, frozenset, *FUNCTIONS, weakref.ref, types.SimpleNamespace, argparse.Namespace)
+_BAGS = (types.SimpleNamespace, argparse.Namespace, random.Random)
+_OPEN = (*CONTAINERS, tuple, frozenset, *FUNCTIONS, weakref.ref, *_BAGS)
+# Attributes of functions, methods and partials that refer to other objects.
+_LINKS = ("__self__", "__func__", "func", "args", "keywords", "__defaults__", "__kwdefaults__")
+_ABSENT = object()
 STANDARD = {"numpy"} | sys.stdlib_module_names
 FRAMEWORKS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 
@@ -33,7 +37,7 @@ def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen:
     Args:
         roots: the objects on level 0.
         visit: not called for constants.
-        seen: receives the visited objects by ``id``; those in there are not visited. It keeps ids from being reused.
+        seen: receives the visited objects by ``id``, which thereby stays theirs; those in it are not visited.
     """
     values, level = list(roots), 0
     while values:
@@ -46,30 +50,25 @@ def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen:
 
 
 def opens(value: Any, closed: Iterable[str]) -> bool:
-    """Return whether an object is a container, a function, or of a class outside the closed packages."""
-    return isinstance(value, _OPEN) or type(value).__module__.partition(".")[0] not in closed
+    """Return whether an object is a container, a function, or can be put back and is not of a closed package."""
+    package = type(value).__module__.partition(".")[0]
+    return isinstance(value, _OPEN) or (package not in closed and bool(contents(value)))
 
 
 def parts(value: Any) -> list[Any]:
     """Return the objects that an object directly consists of: elements, attributes, variables, a referent."""
-    found = list(attributes(value).values())
+    found = [*attributes(value).values()]
     if isinstance(value, (*CONTAINERS, tuple, frozenset)):
         found += elements(value)
-    elif isinstance(value, types.FunctionType):
-        found += [*(cell.cell_contents for cell in _cells(value)), value.__defaults__, value.__kwdefaults__]
-    elif isinstance(value, types.MethodType):
-        found += [value.__self__, value.__func__]
-    elif isinstance(value, types.BuiltinFunctionType):
-        found.append(value.__self__)
-    elif isinstance(value, functools.partial):
-        found += [value.func, value.args, value.keywords]
+    elif isinstance(value, FUNCTIONS):
+        found += [getattr(value, name, None) for name in _LINKS] + [cell.cell_contents for cell in _cells(value)]
     elif isinstance(value, weakref.ref):
         found.append(value())
     return found
 
 
 def elements(container: Any) -> list[Any]:
-    """Return what a container holds, the keys of a dict included."""
+    """Return the elements of a container, the keys of a dict included."""
     return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
 
 
@@ -88,54 +87,39 @@ def _slots(value: Any) -> list[str]:
     return [name for names in classes for name, one in names.items() if isinstance(one, types.MemberDescriptorType)]
 
 
-def _cells(function: types.FunctionType) -> list[types.CellType]:
-    return [cell for cell in function.__closure__ or () if cell != types.CellType()]  # without the empty ones
+def _cells(function: Any) -> list[types.CellType]:
+    cells = function.__closure__ or () if isinstance(function, types.FunctionType) else ()
+    return [cell for cell in cells if cell != types.CellType()]  # an empty one has no content
 
 
-def contents(value: Any, keep: Callable[[str, Any], bool] | None = None) -> Restore:
-    """Return a function that puts elements, attributes and closure variables back into the same object.
-
-    It writes only to what has changed: some mappings refuse to be written.
+def contents(value: Any, keep: Callable[[str, Any], bool] | None = None) -> list[Restore]:
+    """Return functions that put elements, attributes, closure variables and a state back into the same object.
 
     Args:
-        value: a container, a function or an object with attributes.
+        value: any object.
         keep: ``keep(name, attribute)`` says which attributes are put back; default: all.
     """
-    restorers: list[Restore] = []
-    if isinstance(value, CONTAINERS):
-        restorers.append(entries(value))
+    if (restore := generator_state(value) or array_state(value)) is not None:
+        return [restore]
+    restorers = [entries(value)] if isinstance(value, CONTAINERS) else []
     if (namespace := _namespace(value)) is not None:
         restorers.append(entries(namespace, keep))
-    for name in _slots(value):
-        restorers.append(_member(value, name))
-    if isinstance(value, types.FunctionType):
-        restorers += [_member(cell, "cell_contents") for cell in _cells(value)]
-
-    def restore() -> None:
-        for restorer in restorers:
-            restorer()
-
-    return restore
+    members = [(value, name) for name in _slots(value)] + [(cell, "cell_contents") for cell in _cells(value)]
+    return restorers + [functools.partial(_set, one, name, getattr(one, name, _ABSENT)) for one, name in members]
 
 
-def _member(owner: Any, name: str) -> Restore:
-    """Return a function that sets a slot or a cell back."""
-    if hasattr(owner, name):
-        return functools.partial(object.__setattr__, owner, name, getattr(owner, name))
-
-    def remove() -> None:
-        if hasattr(owner, name):
-            object.__delattr__(owner, name)
-
-    return remove
+def _set(owner: Any, name: str, content: object) -> None:
+    if content is not _ABSENT:
+        object.__setattr__(owner, name, content)
+    elif hasattr(owner, name):
+        object.__delattr__(owner, name)
 
 
 def entries(holder: Any, keep: Callable[[Any, Any], bool] | None = None) -> Restore:
     """Return a function that gives a list, deque, set or dict the entries that it has now, in their order.
 
-    Args:
-        holder: the container.
-        keep: ``keep(key, value)`` says which entries of a dict are put back; default: all.
+    It writes only where they have changed: some mappings refuse to be written. ``keep(key, value)`` says which entries
+    of a dict are put back; default: all.
     """
 
     def kept() -> Any:

@@ -1,7 +1,8 @@
-"""Put all that objects consist of back, bit for bit, after a block that may write to any of it."""
+"""Put objects and everything that they consist of back, bit for bit, after a block that may write to any of it."""
 
 import contextlib
 import copy
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -12,10 +13,11 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_curvature.replay.objects import STANDARD, array_state, contents, generator_state, opens, parts, walk
+from lightning_curvature.replay.objects import contents, opens, parts, walk
 
 # Objects of these are handles of the machine (process groups, compiled code) or know the whole run: they are left out.
 _HANDLES = ("torch._", "torch.distributed", "lightning", "pytorch_lightning")
+_OPENED = (Tensor, nn.Module, Optimizer, torch.Generator)
 
 
 @contextlib.contextmanager
@@ -25,16 +27,16 @@ def restored(
     """Put all objects within reach of the roots back at the end of the block, in place, also after an error.
 
     Tensors get back their content, memory, gradient, flag and version counter, so that autograd graphs that have saved
-    them remain valid; shared memory is copied once. What cannot be written in place, an iterator, is replaced by a deep
-    copy for the length of the block where a list, a dict or an attribute holds it, and left alone elsewhere.
+    them remain valid; shared memory is copied once. An object that cannot be written in place, such as an iterator, is
+    replaced by a deep copy inside the block where a list, a dict or an attribute holds it, and left alone elsewhere.
 
     Args:
         roots: the objects.
-        spared: tensors that the block does not write: no copy is made of them.
-        prepare: called once for each object when its contents are saved, before what it refers to is looked at.
+        spared: tensors that the block does not write; they are not copied.
+        prepare: called with each object when its contents are saved, before the walk goes on into it.
 
     Raises:
-        TypeError: or what else an object raises that can neither be written in place nor copied.
+        Exception: that of ``copy.deepcopy``, for an object that can neither be written in place nor copied.
     """
     left_out = {id(tensor) for tensor in spared}
     memory: set[tuple[int, int]] = set()
@@ -43,17 +45,16 @@ def restored(
     with contextlib.ExitStack() as stack:  # each restorer is called, also where another fails
 
         def visit(value: Any, level: int) -> Iterable[Any]:
-            if (restore := generator_state(value) or array_state(value)) is not None:
-                stack.callback(restore)
+            handle = type(value).__module__.startswith(_HANDLES) and not isinstance(value, _OPENED)
+            if handle or id(value) in left_out:
                 return ()
-            if id(value) in left_out or _is_handle(value):
-                return ()
-            if not opens(value, STANDARD):
+            if not opens(value, sys.stdlib_module_names):
                 closed.add(id(value))
                 return ()
             if isinstance(value, Tensor):
                 _save_tensor(value, stack, memory)
-            stack.callback(contents(value))
+            for restore in contents(value):
+                stack.callback(restore)
             prepare(value)
             return parts(value)
 
@@ -65,7 +66,7 @@ def restored(
 
 
 def _replace(closed: set[int], seen: dict[int, Any]) -> None:
-    """Put deep copies in the places of objects that cannot be written, which share all others with them."""
+    """Put deep copies of the closed objects in their places; they share all other objects with them."""
     memo = {key: value for key, value in seen.items() if key not in closed}
     holders: list[Any] = [one for value in seen.values() for one in (value, getattr(value, "__dict__", None))]
     for holder in holders:
@@ -73,10 +74,6 @@ def _replace(closed: set[int], seen: dict[int, Any]) -> None:
         for key, value in [*(enumerate(holder) if isinstance(holder, (list, deque)) else pairs)]:
             if id(value) in closed:
                 holder[key] = copy.deepcopy(value, memo)
-
-
-def _is_handle(value: Any) -> bool:
-    return type(value).__module__.startswith(_HANDLES) and not isinstance(value, (Tensor, nn.Module, Optimizer))
 
 
 def _save_tensor(value: Tensor, stack: contextlib.ExitStack, memory: set[tuple[int, int]]) -> None:
@@ -103,7 +100,7 @@ def _restore_leaf(value: Tensor, requires_grad: bool, gradient: Tensor | None) -
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    # A tensor of its own: writing through it leaves the version counters of the others alone.
+    # Writing through a tensor of its own leaves the version counters of the others alone.
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
