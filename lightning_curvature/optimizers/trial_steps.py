@@ -1,7 +1,6 @@
 """The update that an optimizer would make with another gradient, without a trace."""
 
 import contextlib
-import functools
 import importlib
 import inspect
 from collections import OrderedDict
@@ -35,20 +34,19 @@ class TrialSteps:
     The optimizer itself makes the step, with clipping, momentum, preconditioner and weight decay. Then everything in
     its reach is put back, bit for bit, into the same objects, also after an error: parameters, gradients, state,
     options, attributes, variables of closures, inner optimizers, generators. Version counters come back too, so that
-    autograd graphs kept for the parameters remain valid. A call needs memory for the parameters and the optimizer's
-    state once more, and for one gradient; none for parameters without a gradient where the step is one of torch's,
-    which leave them alone. Of sharded parameters (FSDP2) each rank saves its shards; all ranks ask for the same update
-    together, since clipping and steps may communicate.
+    autograd graphs kept for the parameters remain valid. Globals, class attributes and files are not put back. A call
+    needs memory for the parameters and the optimizer's state once more, and for one gradient; none for parameters
+    without a gradient where the step is one of torch's, which leave them alone. Of sharded parameters (FSDP2) each rank
+    saves its shards; all ranks ask for the same update together, since clipping and steps may communicate.
 
-    Gradients are clipped first, as Trainer's ``gradient_clip_val`` and ``gradient_clip_algorithm`` say, by its own
-    precision plugin. A module that overrides ``configure_gradient_clipping`` clips them itself; it logs nothing, and
-    its state is put back. Under manual optimization Lightning does not clip, and nothing is clipped here.
+    The Trainer's precision plugin clips the gradients first, by ``gradient_clip_val`` and ``gradient_clip_algorithm``,
+    or the module where it overrides ``configure_gradient_clipping``; it then logs nothing, and its state is put back.
+    Under manual optimization Lightning does not clip, and nothing is clipped here.
 
-    Code that hangs on the step without being the optimizer is not called, since it may count or write: the module's
-    ``optimizer_step`` and ``on_before_optimizer_step``, torch's step hooks, hooks of parameters, a ``step`` that
-    somebody has put on the instance (learning-rate schedulers do), and the gradient scaler. An optimizer that draws
-    random numbers draws in every trial those that its next step would draw. Not put back are globals, class attributes
-    and the world outside the process.
+    A trial does not call code that hangs on the step and may count or write: the module's ``optimizer_step`` and
+    ``on_before_optimizer_step``, torch's step hooks, hooks of parameters, a ``step`` that somebody has put on the
+    instance (learning-rate schedulers do), and the gradient scaler. Every trial draws the random numbers of the
+    optimizer's next step.
 
     Args:
         trainer: says how gradients are clipped.
@@ -126,19 +124,21 @@ class TrialSteps:
     def _undone(self) -> Generator[None, None, None]:
         """Let the optimizer step inside the block unheard, from parameters without gradients, and undo it."""
         module, stepped = self._trainer.lightning_module, {id(p) for p in self._parameters}
+        everywhere = [*self._held, *(module.parameters() if module is not None else ())]
         leaves_alone = inspect.unwrap(type(self._optimizer).step).__module__.startswith("torch.optim.")
         spared = [p for p in self._held if leaves_alone and id(p) not in stepped]
         home = importlib.import_module("torch.optim.optimizer")  # torch deletes its name from torch.optim
+        tables = [getattr(home, key, None) for key in _GLOBAL_HOOKS] + gradient_hooks(self._held)
+        devices = {p.device for p in self._held}
         with contextlib.ExitStack() as stack:
-            for device in {p.device for p in self._held}:
+            for device in devices:
                 stack.callback(RandomState(device).restore)
-            stack.enter_context(without_gradients([*self._held, *(module.parameters() if module is not None else ())]))
-            tables = [getattr(home, key, None) for key in _GLOBAL_HOOKS]
-            stack.enter_context(without_hooks(tables + gradient_hooks(self._held)))
+            stack.enter_context(without_gradients(everywhere))
+            stack.enter_context(without_hooks(tables))
             stack.enter_context(restored([self._optimizer, *self._held], spared, _silence))
-            for device in {p.device for p in self._held} - {torch.device("cpu")}:
-                # A step may still be writing on a stream of its own.
-                stack.callback(getattr(torch, device.type).synchronize)
+            for device in devices - {torch.device("cpu")}:
+                # A step may still be writing on a stream of its own. torch.mps has one device and takes no argument.
+                stack.callback(getattr(torch, device.type).synchronize, *(() if device.type == "mps" else (device,)))
             yield
 
     def _step(self, gradient: Tensor) -> None:
@@ -154,25 +154,22 @@ class TrialSteps:
 
     def _clip(self) -> None:
         module, trainer = self._trainer.lightning_module, self._trainer
+        value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         if module is not None and not module.automatic_optimization:
             return
         if not is_overridden("configure_gradient_clipping", module, pl.LightningModule):
-            algorithm = GradClipAlgorithmType(trainer.gradient_clip_algorithm or GradClipAlgorithmType.NORM)
-            trainer.precision_plugin.clip_gradients(self._optimizer, trainer.gradient_clip_val or 0.0, algorithm)
+            kind = GradClipAlgorithmType(algorithm or GradClipAlgorithmType.NORM)
+            trainer.precision_plugin.clip_gradients(self._optimizer, value or 0.0, kind)
             return
-        # Gently: graphs that have saved some of it must remain valid.
-        restore = functools.partial(ModuleState(module).restore, gently=True)
-        try:
-            with muted(module, trainer.global_step):
-                module.configure_gradient_clipping(
-                    self._optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-                )
-        finally:
-            restore()
+        with contextlib.ExitStack() as stack:
+            # Gently: graphs that have saved some of it must remain valid.
+            stack.callback(ModuleState(module).restore, gently=True)
+            stack.enter_context(muted(module, trainer.global_step))
+            module.configure_gradient_clipping(self._optimizer, value, algorithm)
 
 
 def _silence(value: Any) -> None:
-    """Take the hooks and the ``step`` that others have put there off an optimizer, also one inside a wrapper."""
+    """Take hooks and a ``step`` that others have put there off an optimizer, also one inside a wrapper."""
     if hasattr(type(value), "step") and hasattr(value, "param_groups"):
         attributes = getattr(value, "__dict__", {})
         attributes.pop("step", None)

@@ -82,8 +82,7 @@ def patched(target: object, **attributes: Any) -> Iterator[None]:
     namespace = target.__dict__
     before = {name: namespace[name] for name in attributes if name in namespace}
     try:
-        for name, value in attributes.items():
-            namespace[name] = value
+        namespace.update(attributes)
         yield
     finally:
         for name, value in attributes.items():
@@ -117,46 +116,31 @@ def attached(
         module: the module.
         parameters: those that may be moved, as if an optimizer held them; all others are put back in each repetition.
     """
-    device, strategy = module.device, trainer.strategy
-    before = [(m, m._trainer) for m in module.modules() if isinstance(m, pl.LightningModule)]
-    held = strategy._lightning_module, strategy.model, trainer.optimizers
-    connector = trainer._data_connector
-    selector = connector._datahook_selector
-    try:
-        # The hooks of the module move a batch.
-        connector._datahook_selector = _DataHookSelector(module, None)
+    strategy, connector = trainer.strategy, trainer._data_connector
+    places: list[tuple[Any, str]] = [(m, "_trainer") for m in module.modules() if isinstance(m, pl.LightningModule)]
+    places += [(strategy, "_lightning_module"), (strategy, "model"), (trainer, "optimizers")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in [*places, (connector, "_datahook_selector")]:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+        stack.callback(module.to, module.device)
+        connector._datahook_selector = _DataHookSelector(module, None)  # the hooks of the module move a batch
         strategy.connect(module)
         strategy.setup_environment()
         module.trainer = trainer
         module.to(strategy.root_device)
         trainer.optimizers = [torch.optim.SGD(parameters, lr=0.0)]
         yield
-    finally:
-        module.to(device)
-        for submodule, held_by in before:
-            submodule._trainer = held_by
-        strategy._lightning_module, strategy.model, trainer.optimizers = held
-        connector._datahook_selector = selector
 
 
-@contextlib.contextmanager
-def own_buffers(module: nn.Module) -> Generator[None, None, None]:
+def own_buffers(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Let the module compute with copies of its buffers inside the block, so that a graph made there stays valid.
 
     BatchNorm writes into its running statistics, which its graph has saved.
     """
-    copies: dict[int, Tensor] = {}
-    with contextlib.ExitStack() as stack:
-        for submodule in module.modules():
-            buffers = submodule._buffers
-            before = {name: b for name, b in buffers.items() if b is not None}
-            buffers.update({name: copies.setdefault(id(b), b.clone()) for name, b in before.items()})
-            stack.callback(buffers.update, before)
-        yield
+    return _replaced([m._buffers for m in module.modules()], {id(b): b.clone() for b in module.buffers()})
 
 
-@contextlib.contextmanager
-def parameters_replaced(module: nn.Module, values: Mapping[int, Tensor]) -> Generator[None, None, None]:
+def parameters_replaced(module: nn.Module, values: Mapping[int, Tensor]) -> contextlib.AbstractContextManager[None]:
     """Let the module compute with other tensors in place of its parameters inside the block.
 
     Unlike ``torch.func.functional_call`` it puts parameters back right in a submodule that has two names.
@@ -165,12 +149,16 @@ def parameters_replaced(module: nn.Module, values: Mapping[int, Tensor]) -> Gene
         module: the module.
         values: tensors by the ``id`` of the parameter that they replace, wherever it stands.
     """
+    return _replaced([m._parameters for m in module.modules()], values)
+
+
+@contextlib.contextmanager
+def _replaced(tables: Iterable[dict[str, Any]], values: Mapping[int, Tensor]) -> Generator[None, None, None]:
     with contextlib.ExitStack() as stack:
-        for submodule in module.modules():
-            places = submodule._parameters
-            before = {name: p for name, p in places.items() if id(p) in values}
-            stack.callback(places.update, before)
-            places.update({name: values[id(p)] for name, p in before.items()})  # type: ignore[misc]
+        for table in tables:
+            before = {name: tensor for name, tensor in table.items() if id(tensor) in values}
+            stack.callback(table.update, before)
+            table.update({name: values[id(tensor)] for name, tensor in before.items()})
         yield
 
 
