@@ -10,7 +10,7 @@ the gradient, have one sign.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_curvature.functional.thresholds import adaptive_threshold, moment
 from lightning_curvature.optimizers.update import HasParameterGroups
 
 Group = Mapping[str, Any]
+_KNOWN: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, Adamax, RMSprop, Adagrad)
 
 
 class NotYetSteppedError(ValueError):
@@ -86,7 +87,7 @@ def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
         threshold = _reference_threshold(bare, kind)
     except ValueError as error:
         return StabilityRule(lr, math.nan, math.nan, _joined(f"{name} has no threshold, since {error}".rstrip(".")))
-    if kind.diagonal is None:
+    if kind is SGD:
         return StabilityRule(lr, threshold, threshold, _joined(_inequality(groups, kind)))
     coupled = max((float(g.get("weight_decay", 0.0)) for g in groups if not _is_decoupled(bare, g)), default=0.0)
     decay = f"weight_decay={coupled:g} of {name} acts as H + {coupled:g}·I, which is left out" if coupled else None
@@ -133,12 +134,12 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
     bare = _unwrapped(optimizer)
     kind, name = _kind(bare), type(bare).__name__
     if kind is None:
-        known = ", ".join(cls.__name__ for entry in _KINDS for cls in entry.classes)
+        known = ", ".join(cls.__name__ for cls in _KNOWN)
         raise ValueError(
             f"optimizer must be one of torch.optim's {known}, got {name}: its preconditioner is not known."
         )
     group_of = {id(p): group for group in bare.param_groups for p in group["params"]}
-    steps = _steps_made(bare, parameters) if kind.diagonal is not None else [1.0] * len(parameters)
+    steps = _steps_made(bare, parameters) if kind is not SGD else [1.0] * len(parameters)
     moved = [p.requires_grad and id(p) in group_of and t > 0 for p, t in zip(parameters, steps, strict=True)]
     if not any(moved):
         raise NotYetSteppedError(
@@ -148,13 +149,11 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
     reference = _reference_threshold(bare, kind)
     diagonals = []
     for p, t, moves in zip(parameters, steps, moved, strict=True):
-        diagonal, factor = torch.ones_like(_wide(local(p))), math.inf
+        diagonal, factor = torch.ones_like(_wide(p)), math.inf
         if moves:
             group = group_of[id(p)]
-            factor = _relative(kind.threshold(group, t, _decoupled_decay(bare, group)), reference)
-            if kind.diagonal is not None:
-                state = {key: local(value) for key, value in bare.state[p].items() if isinstance(value, Tensor)}
-                diagonal = kind.diagonal(state, group, t)
+            factor = _relative(_threshold(bare, kind, group, t), reference)
+            diagonal = diagonal if kind is SGD else _diagonal(kind, bare.state[p], group, t)
         diagonals.append(diagonal.mul_(factor))
     return diagonals
 
@@ -171,67 +170,44 @@ def _relative(threshold: float, reference: float) -> float:
     return threshold / reference
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Optimizers with one threshold and one preconditioner.
-
-    Attributes:
-        classes: of ``torch.optim``.
-        threshold: of a parameter group, the number of steps that it has made, and its decoupled weight decay.
-        diagonal: P from the state (local shards), the group and the number of steps; None where P = 1.
-    """
-
-    classes: tuple[type[Optimizer], ...]
-    threshold: Callable[[Group, float, float], float]
-    diagonal: Callable[[Mapping[str, Tensor], Group, float], Tensor] | None = None
-
-
-def _sgd_threshold(group: Group, step: float, decay: float) -> float:
-    return momentum_threshold(
-        _lr(group),
-        float(group["momentum"]),
-        dampening=float(group["dampening"]),
-        nesterov=bool(group["nesterov"]),
-        weight_decay=float(group["weight_decay"]),
-    )
-
-
-def _adam_threshold(group: Group, step: float, decay: float) -> float:
+def _threshold(optimizer: Any, kind: type[Optimizer], group: Group, step: float) -> float:
+    """Return the threshold of a parameter group that has made so many steps; without any, the one of the long run."""
+    lr = _lr(group)
+    if kind is SGD:
+        return momentum_threshold(
+            lr,
+            float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
+            weight_decay=float(group["weight_decay"]),
+        )
+    if kind is RMSprop:
+        return momentum_threshold(lr, float(group["momentum"]))
+    if kind is Adagrad:
+        return momentum_threshold(lr / (1.0 + max(step - 1.0, 0.0) * float(group["lr_decay"])))
     beta1 = float(group["betas"][0])
     correction = 1.0 - beta1**step if step else 1.0
-    return adaptive_threshold(_lr(group), beta1, decoupled_weight_decay=decay, bias_correction=correction)
+    decay = float(group["weight_decay"]) if _is_decoupled(optimizer, group) else 0.0
+    return adaptive_threshold(lr, beta1, decoupled_weight_decay=decay, bias_correction=correction)
 
 
-def _adagrad_threshold(group: Group, step: float, decay: float) -> float:
-    return momentum_threshold(_lr(group) / (1.0 + max(step - 1.0, 0.0) * float(group["lr_decay"])))
-
-
-def _root(second_moment: Tensor, group: Group) -> Tensor:
-    return second_moment.sqrt().add_(float(group["eps"]))
-
-
-def _adam_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    second_moment = _wide(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
-    correction = 1.0 - float(group["betas"][1]) ** step
+def _diagonal(kind: type[Optimizer], state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
+    """Return P from the state of one parameter, for all kinds but SGD."""
+    correction = 1.0
+    if kind is Adamax:
+        return _wide(state["exp_inf"]).clone()  # eps is in it
+    if kind is Adagrad:
+        second_moment = _wide(state["sum"])
+    elif kind is RMSprop:
+        second_moment = _wide(state["square_avg"])
+        if group["centered"]:
+            mean = _wide(state["grad_avg"])
+            # A variance of 0 may come out below it, by rounding that differs from kernel to kernel.
+            second_moment = torch.addcmul(second_moment, mean, mean, value=-1).clamp_(min=0.0)
+    else:
+        second_moment = _wide(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
+        correction = 1.0 - float(group["betas"][1]) ** step
     return second_moment.sqrt().div_(math.sqrt(correction)).add_(float(group["eps"]))
-
-
-def _rmsprop_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    second_moment = _wide(state["square_avg"])
-    if group["centered"]:
-        mean = _wide(state["grad_avg"])
-        # A variance of 0 may come out below it, by rounding that differs from kernel to kernel.
-        second_moment = torch.addcmul(second_moment, mean, mean, value=-1).clamp_(min=0.0)
-    return _root(second_moment, group)
-
-
-_KINDS = (
-    _Kind((SGD,), _sgd_threshold),
-    _Kind((Adam, AdamW), _adam_threshold, _adam_diagonal),
-    _Kind((Adamax,), _adam_threshold, lambda state, *_: _wide(state["exp_inf"]).clone()),  # eps is in it
-    _Kind((RMSprop,), lambda group, *_: momentum_threshold(_lr(group), float(group["momentum"])), _rmsprop_diagonal),
-    _Kind((Adagrad,), _adagrad_threshold, lambda state, group, _: _root(_wide(state["sum"]), group)),
-)
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -239,12 +215,11 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _kind(optimizer: Any) -> _Kind | None:
-    """Return the kind of which the optimizer is, or of which it is a subclass that does not override ``step``."""
+def _kind(optimizer: Any) -> type[Optimizer] | None:
+    """Return the known class of an optimizer, or of which it is a subclass that does not override ``step``."""
     # torch puts a profiling wrapper around the step of each class that is instantiated.
     step = inspect.unwrap(type(optimizer).step)
-    classes = [(kind, cls) for kind in _KINDS for cls in kind.classes if isinstance(optimizer, cls)]
-    return next((kind for kind, cls in classes if inspect.unwrap(cls.step) is step), None)
+    return next((c for c in _KNOWN if isinstance(optimizer, c) and inspect.unwrap(c.step) is step), None)
 
 
 def _moving_groups(optimizer: Any) -> list[Group]:
@@ -263,15 +238,10 @@ def _is_decoupled(optimizer: Any, group: Group) -> bool:
     return bool(group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
 
 
-def _decoupled_decay(optimizer: Any, group: Group) -> float:
-    return float(group["weight_decay"]) if _is_decoupled(optimizer, group) else 0.0
-
-
-def _reference_threshold(optimizer: Any, kind: _Kind) -> float:
+def _reference_threshold(optimizer: Any, kind: type[Optimizer]) -> float:
     """Return the threshold of the first group that moves, for the largest step count of its parameters."""
     group = _moving_groups(optimizer)[0]
-    step = max(_steps_made(optimizer, group["params"]), default=0.0) if kind.diagonal is not None else 0.0
-    return kind.threshold(group, step, _decoupled_decay(optimizer, group))
+    return _threshold(optimizer, kind, group, max(_steps_made(optimizer, group["params"]), default=0.0))
 
 
 def _steps_made(optimizer: Any, parameters: Sequence[Tensor]) -> list[float]:
@@ -283,20 +253,20 @@ def _steps_made(optimizer: Any, parameters: Sequence[Tensor]) -> list[float]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return local(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _inequality(groups: Sequence[Group], kind: _Kind | None) -> str | None:
+def _inequality(groups: Sequence[Group], kind: type[Optimizer] | None) -> str | None:
     """Return a note on groups whose steps differ by more than their weight decay."""
 
     def setting(group: Group, key: str) -> float:
         value = group.get(key) or 0.0
         return float(value[0] if isinstance(value, tuple | list) else value)
 
-    keys = ("lr", "momentum", "dampening", "nesterov", "betas") if kind is not None else ("lr",)
+    keys = ("lr", "momentum", "dampening", "nesterov", "betas") if kind else ("lr",)
     unequal = " and ".join(key for key in keys if len({setting(group, key) for group in groups}) > 1)
-    scaled = kind is not None and kind.diagonal is not None
-    consequence = "P is scaled to the first group's" if scaled else "the threshold on λ_max(H) is the first group's"
+    first = "the threshold on λ_max(H) is the first group's"
+    consequence = first if kind in (None, SGD) else "P is scaled to the first group's"
     return f"parameter groups differ in {unequal}: {consequence}" if unequal else None
 
 

@@ -33,20 +33,18 @@ class TrialSteps:
 
     The optimizer itself makes the step, with clipping, momentum, preconditioner and weight decay. Then everything in
     its reach is put back, bit for bit, into the same objects, also after an error: parameters, gradients, state,
-    options, attributes, variables of closures, inner optimizers, generators. Version counters come back too, so that
-    autograd graphs kept for the parameters remain valid. Globals, class attributes and files are not put back. A call
-    needs memory for the parameters and the optimizer's state once more, and for one gradient; none for parameters
-    without a gradient where the step is one of torch's, which leave them alone. Of sharded parameters (FSDP2) each rank
-    saves its shards; all ranks ask for the same update together, since clipping and steps may communicate.
+    options, attributes, variables of closures, inner optimizers, generators (globals, class attributes and files are
+    not). Version counters come back too, so that autograd graphs kept for the parameters remain valid. A call needs
+    memory for the parameters and the optimizer's state once more, and for one gradient; none for parameters without a
+    gradient where the step is one of torch's, which leave them alone. Of sharded parameters (FSDP2) each rank saves its
+    shards; all ranks ask for the same update together, since clipping and steps may communicate.
 
-    The Trainer's precision plugin clips the gradients first, by ``gradient_clip_val`` and ``gradient_clip_algorithm``,
-    or the module where it overrides ``configure_gradient_clipping``; it then logs nothing, and its state is put back.
-    Under manual optimization Lightning does not clip, and nothing is clipped here.
-
-    A trial does not call code that hangs on the step and may count or write: the module's ``optimizer_step`` and
-    ``on_before_optimizer_step``, torch's step hooks, hooks of parameters, a ``step`` that somebody has put on the
-    instance (learning-rate schedulers do), and the gradient scaler. Every trial draws the random numbers of the
-    optimizer's next step.
+    The Trainer's precision plugin clips the gradients first, or the module where it overrides
+    ``configure_gradient_clipping``; it then logs nothing, and its state is put back. Under manual optimization
+    Lightning does not clip, and nothing is clipped here. A trial calls no code that hangs on the step and may count or
+    write: the module's ``optimizer_step`` and ``on_before_optimizer_step``, hooks of steps and parameters, a ``step``
+    that somebody has put on the instance (learning-rate schedulers do), and the gradient scaler. Every trial draws the
+    random numbers of the optimizer's next step.
 
     Args:
         trainer: says how gradients are clipped.

@@ -22,8 +22,7 @@ class _Inert:
     """An optimizer or scheduler that may be read but does nothing."""
 
     def __init__(self, real: Any, on_step: Callable[[], None] | None) -> None:
-        self._real = real
-        self._on_step = on_step
+        self._real, self._on_step = real, on_step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)

@@ -13,21 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature.distributed.shards import local
-from lightning_curvature.replay.objects import (
-    CONTAINERS,
-    FRAMEWORKS,
-    FUNCTIONS,
-    STANDARD,
-    Restore,
-    array_state,
-    attributes,
-    contents,
-    entries,
-    generator_state,
-    opens,
-    parts,
-    walk,
-)
+from lightning_curvature.replay import objects
 
 
 class RandomState:
@@ -83,18 +69,17 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
         self.unrepeatable: list[str] = []
+        self._restorers: list[objects.Restore] = []
         self._gently = False
         # Attributes that share memory with a parameter follow the parameter.
         self._parameter_memory = {_memory(p) for p in module.parameters()}
-        self._restorers: list[Restore] = [
-            functools.partial(_set_requires_grad, p, p.requires_grad) for p in module.parameters()
-        ]
+        self._restorers += [functools.partial(_set_requires_grad, p, p.requires_grad) for p in module.parameters()]
         for parameter in parameters:
             self._save_content(parameter)
         self._modules, self._seen = [*module.modules()], dict[int, Any]()
         while self._modules:
             modules, self._modules = self._modules, []
-            walk(modules, self._visit, self._seen)
+            objects.walk(modules, self._visit, self._seen)
         self._seen.clear()
 
     def restore(self, gently: bool = False) -> None:
@@ -111,31 +96,31 @@ class ModuleState:
 
     def _visit(self, value: Any, level: int) -> Iterable[Any]:
         """Save an object and return those inside it; attributes of modules are on level 1."""
-        if isinstance(value, (nn.Parameter, weakref.ref, *FUNCTIONS)):
+        if isinstance(value, (nn.Parameter, weakref.ref, *objects.FUNCTIONS)):
             return ()
         if isinstance(value, Tensor):
             trained = value.requires_grad and value.is_leaf
             if not (trained or value.is_inference() or _memory(value) in self._parameter_memory):
                 self._save_content(value)
-        elif isinstance(value, nn.Module):
-            if level == 0:
-                self._restorers.append(entries(value._buffers))
-                return [*value._buffers.values(), *self._save_attributes(value)]
+        elif isinstance(value, nn.Module) and level > 0:
             # Another walk starts from it, in which its attributes are on level 1 again.
             del self._seen[id(value)]
             self._modules += value.modules()
-        elif (restore := generator_state(value) or array_state(value)) is not None:
+        elif isinstance(value, nn.Module):
+            self._restorers.append(objects.entries(value._buffers))
+            return [*value._buffers.values(), *self._save_attributes(value)]
+        elif (restore := objects.generator_state(value) or objects.array_state(value)) is not None:
             self._restorers.append(restore)
-        elif isinstance(value, (*CONTAINERS, tuple)):
-            self._restorers += contents(value)
-            return parts(value) if len(value) <= _RECORD_LENGTH and level <= _DEPTH + 1 else ()
-        elif level <= _DEPTH and opens(value, STANDARD | FRAMEWORKS):
+        elif isinstance(value, (*objects.CONTAINERS, tuple)):
+            self._restorers += objects.contents(value)
+            return objects.parts(value) if len(value) <= _RECORD_LENGTH and level <= _DEPTH + 1 else ()
+        elif level <= _DEPTH and objects.opens(value, objects.STANDARD | objects.FRAMEWORKS):
             return self._save_attributes(value)
         return ()
 
     def _save_attributes(self, value: Any) -> list[Any]:
-        saved = {name: one for name, one in attributes(value).items() if _is_state(name, one)}
-        self._restorers += contents(value, _is_state)
+        saved = {name: one for name, one in objects.attributes(value).items() if _is_state(name, one)}
+        self._restorers += objects.contents(value, _is_state)
         self.unrepeatable += [name for name, one in saved.items() if isinstance(one, (Iterator, io.IOBase))]
         return [*saved.values()]
 
@@ -159,7 +144,7 @@ def _set_requires_grad(parameter: Tensor, flag: bool) -> None:
 
 
 def _is_state(name: str, value: Any) -> bool:
-    return name not in _STRUCTURE and not name.endswith("_hooks") and not isinstance(value, FUNCTIONS)
+    return name not in _STRUCTURE and not name.endswith("_hooks") and not isinstance(value, objects.FUNCTIONS)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -46,11 +46,6 @@ class RecordedBatch:
         """The batch as training_step received it."""
         return _batch(self.args, self.kwargs)
 
-    def fresh_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return copies of the arguments, since a step may write into its batch."""
-        args, kwargs = copied((self.args, self.kwargs))
-        return args, kwargs
-
 
 class StepObjective:
     """Record calls of ``training_step`` and repeat them.
@@ -77,9 +72,7 @@ class StepObjective:
                 f"outputs must name a submodule of {type(module).__name__}, got {outputs!r}: "
                 f"choose one of {[name for name, _ in module.named_modules() if name][:10]}."
             )
-        self.module = module
-        self.device = device
-        self.function = function
+        self.module, self.device, self.function = module, device, function
         self._outputs_name = outputs
         self._step: Callable[..., Any] = module.training_step
         # ``torch.compile(module)`` compiles the step too, not only forward.
@@ -98,15 +91,14 @@ class StepObjective:
 
         def record_call(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal called
-            if called:
-                return step(*args, **kwargs)
+            record = None if called else _attempt(on_error, lambda: self._begin(args, kwargs))
             called = True
-            record = _attempt(on_error, lambda: self._begin(args, kwargs))
             if record is None:
                 return step(*args, **kwargs)
             with contextlib.ExitStack() as stack:
                 # A step compiled as a whole is one graph; watching its outputs would compile another.
-                seen = [] if self.compiled else stack.enter_context(self._watching_outputs())
+                unwatched = self.compiled or self.function is not None
+                seen = [] if unwatched else stack.enter_context(self._watching_outputs())
                 if not self.module.automatic_optimization:
                     stack.enter_context(recording_backward(self.module, record.backward))
                 self.records.append(record)
@@ -159,26 +151,24 @@ class StepObjective:
             if result is None:
                 self.records.remove(record)
                 return
-            record.base = read_result(result, seen)
-            if not record.base.loss.requires_grad:
+            base = read_result(result, seen)
+            if not base.loss.requires_grad:
                 raise ValueError(
                     "training_step must return a loss that requires grad, got a constant: leave no_grad and detach "
                     "out of it."
                 )
         else:
-            record.base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
+            base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
         # The graph must not outlive the step.
-        record.base.loss = record.base.loss.detach()
-        if record.base.outputs is not None:
-            record.base.outputs = record.base.outputs.detach()
+        record.base = Evaluation(base.loss.detach(), None if base.outputs is None else base.outputs.detach())
 
     def base_loss(self, record: RecordedBatch, segment: int) -> Tensor:
         """Return the loss of the step itself; in manual optimization that of one segment."""
-        if not self.module.automatic_optimization:
-            loss = record.backward.loss(segment)
-            return loss.to(torch.promote_types(loss.dtype, torch.float32))
-        assert record.base is not None
-        return record.base.loss
+        if self.module.automatic_optimization:
+            assert record.base is not None
+            return record.base.loss
+        loss = record.backward.loss(segment)
+        return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     def evaluate(self, record: RecordedBatch, segment: int = 0) -> Evaluation:
         """Repeat a recorded step with the parameters as they are now.
@@ -191,7 +181,7 @@ class StepObjective:
         with_graph = torch.is_grad_enabled()
         record.state.restore(gently=with_graph)
         record.randomness.restore()
-        args, kwargs = record.fresh_arguments()
+        args, kwargs = copied((record.args, record.kwargs))  # a step may write into its batch
         with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
             if with_graph:
                 stack.enter_context(own_buffers(self.module))
@@ -201,19 +191,16 @@ class StepObjective:
             log = BackwardLog()
             # Also in automatic optimization: a step may use its optimizer or step a scheduler.
             stack.enter_context(inert_optimization(self.module, log))
-            if self.module.automatic_optimization:
-                return read_result(self._step(*args, **kwargs), seen)
             result = self._step(*args, **kwargs)
+            if self.module.automatic_optimization:
+                return read_result(result, seen)
             return Evaluation(log.loss(segment), find_outputs(result, seen))
 
     @contextlib.contextmanager
     def _watching_outputs(self) -> Generator[list[Any], None, None]:
         """Collect what the module's forward, or the named submodule, returns inside the block."""
         seen: list[Any] = []
-        if self.function is not None:
-            yield seen
-            return
-        watched = self.module if self._outputs_name is None else self.module.get_submodule(self._outputs_name)
+        watched = self.module.get_submodule(self._outputs_name or "")
         forward = watched.forward
 
         # Not a hook: compiled code ignores those added later. Without the attributes of a compiled function, by which

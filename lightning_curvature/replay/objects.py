@@ -95,9 +95,7 @@ def _cells(function: Any) -> list[types.CellType]:
 def contents(value: Any, keep: Callable[[str, Any], bool] | None = None) -> list[Restore]:
     """Return functions that put elements, attributes, closure variables and a state back into the same object.
 
-    Args:
-        value: any object.
-        keep: ``keep(name, attribute)`` says which attributes are put back; default: all.
+    ``keep(name, attribute)`` says which attributes are put back; default: all.
     """
     if (restore := generator_state(value) or array_state(value)) is not None:
         return [restore]
@@ -154,14 +152,14 @@ def _identical(one: Any, other: Any) -> bool:
 
 
 def array_state(value: Any) -> Restore | None:
-    """Return a function that puts the numbers of a numpy array back, or None for all else."""
+    """Return a function that puts the numbers of a numpy array back, or None for other objects."""
     if type(value).__module__ == "numpy" and hasattr(value, "flags") and value.flags.writeable:
         return functools.partial(value.__setitem__, ..., value.copy())
     return None
 
 
 def generator_state(value: Any) -> Restore | None:
-    """Return a function that sets a random-number generator back, or None for all else."""
+    """Return a function that sets a random-number generator back, or None for other objects."""
     if isinstance(value, torch.Generator):
         return functools.partial(value.set_state, value.get_state())
     if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):

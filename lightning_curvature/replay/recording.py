@@ -111,45 +111,46 @@ def inert_optimization(module: pl.LightningModule, log: BackwardLog) -> Generato
         yield
 
 
-class _SharedWrapper:
-    """The one wrapper of a module's ``training_step`` through which all monitors record it.
-
-    Wrappers around wrappers would come off in the wrong order, since monitors end a batch in the order in which they
-    began it; and Lightning, which reads the step's arguments through one wrapper only, would hand ``batch_idx`` to a
-    step that takes none.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.step: Callable[..., Any] = module.training_step
-        self.recorders: list[Callable[..., Any]] = []
-        self._patch = contextlib.ExitStack()
-        self.take_off = self._patch.close
-
-        @functools.wraps(self.step)
-        def recorded_step(*args: Any, **kwargs: Any) -> Any:
-            # Off before the step begins: a step that copies or pickles the module meets it without the wrapper.
-            self.take_off()
-            step = self.step
-            for recorder in self.recorders:
-                step = functools.partial(recorder, step)
-            return step(*args, **kwargs)
-
-        self._patch.enter_context(patched(module, training_step=recorded_step))
-
-
-_wrappers: dict[int, _SharedWrapper] = {}  # by id of the module; an entry lives as long as a recording
+# A module's own step, the recorders of its calls, and the patch that holds the wrapper.
+_Wrapped = tuple[Callable[..., Any], list[Callable[..., Any]], contextlib.ExitStack]
+_recorded: dict[int, _Wrapped] = {}  # by id of the module; an entry lives as long as a recording
 
 
 @contextlib.contextmanager
 def recorded_through(
     module: pl.LightningModule, recorder: Callable[..., Any]
 ) -> Generator[Callable[..., Any], None, None]:
-    """Send calls of ``training_step`` through ``recorder(step, *args)`` inside the block, which receives the step."""
-    wrapper = _wrappers.get(id(module)) or _wrappers.setdefault(id(module), _SharedWrapper(module))
-    wrapper.recorders.append(recorder)
+    """Send calls of ``training_step`` through ``recorder(step, *args)`` inside the block, which receives the step.
+
+    All monitors share one wrapper of the step. Wrappers around wrappers would come off in the wrong order, since
+    monitors end a batch in the order in which they began it; and Lightning, which reads the step's arguments through
+    one wrapper only, would hand ``batch_idx`` to a step that takes none.
+    """
+    if id(module) not in _recorded:
+        _recorded[id(module)] = _wrapped(module)
+    step, recorders, patch = _recorded[id(module)]
+    recorders.append(recorder)
     try:
-        yield wrapper.step
+        yield step
     finally:
-        wrapper.recorders.remove(recorder)
-        if not wrapper.recorders:
-            _wrappers.pop(id(module)).take_off()
+        recorders.remove(recorder)
+        if not recorders:
+            del _recorded[id(module)]
+            patch.close()
+
+
+def _wrapped(module: pl.LightningModule) -> _Wrapped:
+    wrapped: _Wrapped = module.training_step, [], contextlib.ExitStack()
+    step, recorders, patch = wrapped
+
+    @functools.wraps(step)
+    def recorded_step(*args: Any, **kwargs: Any) -> Any:
+        # Off before the step begins: a step that copies or pickles the module meets it without the wrapper.
+        patch.close()
+        call = step
+        for recorder in recorders:
+            call = functools.partial(recorder, call)
+        return call(*args, **kwargs)
+
+    patch.enter_context(patched(module, training_step=recorded_step))
+    return wrapped

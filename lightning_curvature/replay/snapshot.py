@@ -38,9 +38,8 @@ def restored(
     Raises:
         Exception: that of ``copy.deepcopy``, for an object that can neither be written in place nor copied.
     """
-    left_out = {id(tensor) for tensor in spared}
-    memory: set[tuple[int, int]] = set()
-    closed: set[int] = set()
+    left_out, closed = {id(tensor) for tensor in spared}, set[int]()
+    memory, seen = set[tuple[int, int]](), dict[int, Any]()
 
     with contextlib.ExitStack() as stack:  # each restorer is called, also where another fails
 
@@ -58,7 +57,6 @@ def restored(
             prepare(value)
             return parts(value)
 
-        seen: dict[int, Any] = {}
         walk(roots, visit, seen)
         if closed:
             _replace(closed, seen)
@@ -70,10 +68,10 @@ def _replace(closed: set[int], seen: dict[int, Any]) -> None:
     memo = {key: value for key, value in seen.items() if key not in closed}
     holders: list[Any] = [one for value in seen.values() for one in (value, getattr(value, "__dict__", None))]
     for holder in holders:
-        pairs: Any = holder.items() if isinstance(holder, dict) else ()
-        for key, value in [*(enumerate(holder) if isinstance(holder, (list, deque)) else pairs)]:
-            if id(value) in closed:
-                holder[key] = copy.deepcopy(value, memo)
+        if isinstance(holder, (list, deque, dict)):
+            for key, value in [*(holder.items() if isinstance(holder, dict) else enumerate(holder))]:
+                if id(value) in closed:
+                    holder[key] = copy.deepcopy(value, memo)
 
 
 def _save_tensor(value: Tensor, stack: contextlib.ExitStack, memory: set[tuple[int, int]]) -> None:
