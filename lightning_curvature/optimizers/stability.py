@@ -1,16 +1,16 @@
-"""A torch optimizer on a quadratic: where its step turns unstable, and the preconditioner it divides by.
+"""Stability threshold and preconditioner of a torch optimizer on a quadratic.
 
 With the second moment taken as constant, a step of the optimizers known here is linear in the gradient, coordinate by
 coordinate. At the edge, where a root of the recursion leaves the unit circle through z = −1, it reads H θ = T P θ with
 a diagonal of thresholds T, one for the settings of each parameter group. Groups of unequal learning rate, momentum or
-decoupled weight decay therefore need no approximation: P times T/T_ref has the one threshold T_ref for all. On the
-unit circle every other root is excluded: there the imaginary parts of the groups' characteristic polynomials, divided
-by those of the gradient, have one sign.
+decoupled weight decay therefore need no approximation: P times T/T_ref has the one threshold T_ref for all. No other
+root lies on the unit circle: there the imaginary parts of the groups' characteristic polynomials, divided by those of
+the gradient, have one sign.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_curvature.functional.thresholds import adaptive_threshold, moment
 from lightning_curvature.optimizers.update import HasParameterGroups
 
 Group = Mapping[str, Any]
+_KNOWN: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, Adamax, RMSprop, Adagrad)
 
 
 class NotYetSteppedError(ValueError):
@@ -51,18 +52,17 @@ class StabilityRule:
 
 
 def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
-    r"""Thresholds of an optimizer, from its settings as they are now.
+    r"""Return the thresholds of an optimizer with its present settings.
 
     Exact for ``torch.optim``'s SGD (momentum, dampening, Nesterov, weight decay), Adam and AdamW, Adamax, RMSprop
     and Adagrad on a quadratic, with the second moment taken as constant. Weight decay that an adaptive optimizer adds
     to the gradient acts as :math:`H + \lambda I` in place of H: it is left out, and the note says so.
 
     Args:
-        optimizer: a torch optimizer, bare or as Lightning wraps it. A subclass that has a ``step`` of its own is not
-            known.
+        optimizer: a torch optimizer, bare or as Lightning wraps it. A subclass that overrides ``step`` is not known.
 
     Returns:
-        The rule. Thresholds are infinite where all learning rates are 0, NaN where there is none: for
+        The rule. Thresholds are infinite where all learning rates are 0, and NaN where none exists: for
         ``maximize=True``, which climbs, and for settings that are never stable (momentum of 1).
 
     Source: Cohen et al. 2021 (arXiv 2103.00065) and 2022 (arXiv 2207.14484); see
@@ -87,7 +87,7 @@ def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
         threshold = _reference_threshold(bare, kind)
     except ValueError as error:
         return StabilityRule(lr, math.nan, math.nan, _joined(f"{name} has no threshold, since {error}".rstrip(".")))
-    if kind.diagonal is None:
+    if kind is SGD:
         return StabilityRule(lr, threshold, threshold, _joined(_inequality(groups, kind)))
     coupled = max((float(g.get("weight_decay", 0.0)) for g in groups if not _is_decoupled(bare, g)), default=0.0)
     decay = f"weight_decay={coupled:g} of {name} acts as H + {coupled:g}·I, which is left out" if coupled else None
@@ -96,16 +96,16 @@ def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
 
 @torch.no_grad()
 def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) -> list[Tensor]:
-    r"""The diagonal P by which the last step divided each coordinate, from the optimizer's own state.
+    r"""Return the diagonal P by which the last step divided each coordinate, from the optimizer's state.
 
     .. math:: \theta_{t+1} = \theta_t - \eta\, P^{-1} m, \qquad
         P = \sqrt{\hat v} + \epsilon \text{ for Adam},\quad u \text{ for Adamax},\quad
         \sqrt{v - \bar g^2} + \epsilon \text{ for RMSprop},\quad \sqrt{\Sigma g^2} + \epsilon \text{ for Adagrad},
 
-    and 1 for SGD, exactly as ``torch.optim`` has them (v̂ with its bias correction, AMSGrad's maximum; ḡ where
-    centered). m is what the optimizer puts over it: the bias-corrected first moment, or the gradient.
+    and 1 for SGD, exactly as in ``torch.optim`` (v̂ with its bias correction, AMSGrad's maximum; ḡ where centered). The
+    numerator m is the bias-corrected first moment, or the gradient.
 
-    Where groups are unequal, the rest of their difference is put into P, so that the one threshold
+    Where groups differ, P takes up their difference, so that the one threshold
     ``stability_rule(optimizer).preconditioned`` holds for all: the step of a group with η_g is
     η_g P⁻¹m = η (P η/η_g)⁻¹m, and likewise for momentum, decoupled weight decay and bias corrections.
 
@@ -117,7 +117,7 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
         parameters: the parameters of the Hessian, the optimizer's own objects.
 
     Returns:
-        For each parameter P in the shape of this rank's part of it, in float32 or wider, positive; fresh memory.
+        For each parameter P in the shape of this rank's shard, in float32 or wider, positive; fresh memory.
 
     Raises:
         ValueError: for an optimizer that is not known, and for settings that are never stable.
@@ -134,12 +134,12 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
     bare = _unwrapped(optimizer)
     kind, name = _kind(bare), type(bare).__name__
     if kind is None:
-        known = ", ".join(cls.__name__ for entry in _KINDS for cls in entry.classes)
+        known = ", ".join(cls.__name__ for cls in _KNOWN)
         raise ValueError(
             f"optimizer must be one of torch.optim's {known}, got {name}: its preconditioner is not known."
         )
     group_of = {id(p): group for group in bare.param_groups for p in group["params"]}
-    steps = _steps_made(bare, parameters) if kind.diagonal is not None else [1.0] * len(parameters)
+    steps = _steps_made(bare, parameters) if kind is not SGD else [1.0] * len(parameters)
     moved = [p.requires_grad and id(p) in group_of and t > 0 for p, t in zip(parameters, steps, strict=True)]
     if not any(moved):
         raise NotYetSteppedError(
@@ -149,21 +149,18 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
     reference = _reference_threshold(bare, kind)
     diagonals = []
     for p, t, moves in zip(parameters, steps, moved, strict=True):
-        diagonal = torch.ones_like(_wide(local(p)))
-        if not moves:
-            diagonals.append(diagonal.fill_(math.inf))
-            continue
-        group = group_of[id(p)]
-        if kind.diagonal is not None:
-            state = {key: local(value) for key, value in bare.state[p].items() if isinstance(value, Tensor)}
-            diagonal = kind.diagonal(state, group, t)
-        threshold = kind.threshold(group, t, _decoupled_decay(bare, group))
-        diagonals.append(diagonal.mul_(_relative(threshold, reference)))
+        diagonal, factor = torch.ones_like(_wide(p)), math.inf
+        if moves:
+            group = group_of[id(p)]
+            factor = _relative(_threshold(bare, kind, group, t), reference)
+            diagonal = diagonal if kind is SGD else _diagonal(kind, bare.state[p], group, t)
+        diagonals.append(diagonal.mul_(factor))
     return diagonals
 
 
 def _relative(threshold: float, reference: float) -> float:
-    if threshold == reference:  # also where both are infinite
+    """Return the ratio of two thresholds, also where both are infinite."""
+    if threshold == reference:
         return 1.0
     if not (threshold > 0.0 and reference > 0.0):
         raise ValueError(
@@ -173,75 +170,44 @@ def _relative(threshold: float, reference: float) -> float:
     return threshold / reference
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Optimizers that differ in nothing below.
-
-    Attributes:
-        classes: of ``torch.optim``.
-        threshold: of a parameter group that has made so many steps, with this decoupled weight decay.
-        diagonal: P from the state (local parts), the group and the steps made; None where P = 1.
-    """
-
-    classes: tuple[type[Optimizer], ...]
-    threshold: Callable[[Group, float, float], float]
-    diagonal: Callable[[Mapping[str, Tensor], Group, float], Tensor] | None = None
-
-
-def _sgd_threshold(group: Group, step: float, decay: float) -> float:
-    return momentum_threshold(
-        _lr(group),
-        float(group["momentum"]),
-        dampening=float(group["dampening"]),
-        nesterov=bool(group["nesterov"]),
-        weight_decay=float(group["weight_decay"]),
-    )
-
-
-def _adam_threshold(group: Group, step: float, decay: float) -> float:
+def _threshold(optimizer: Any, kind: type[Optimizer], group: Group, step: float) -> float:
+    """Return the threshold of a parameter group that has made so many steps; without any, the one of the long run."""
+    lr = _lr(group)
+    if kind is SGD:
+        return momentum_threshold(
+            lr,
+            float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
+            weight_decay=float(group["weight_decay"]),
+        )
+    if kind is RMSprop:
+        return momentum_threshold(lr, float(group["momentum"]))
+    if kind is Adagrad:
+        return momentum_threshold(lr / (1.0 + max(step - 1.0, 0.0) * float(group["lr_decay"])))
     beta1 = float(group["betas"][0])
     correction = 1.0 - beta1**step if step else 1.0
-    return adaptive_threshold(_lr(group), beta1, decoupled_weight_decay=decay, bias_correction=correction)
+    decay = float(group["weight_decay"]) if _is_decoupled(optimizer, group) else 0.0
+    return adaptive_threshold(lr, beta1, decoupled_weight_decay=decay, bias_correction=correction)
 
 
-def _rmsprop_threshold(group: Group, step: float, decay: float) -> float:
-    return momentum_threshold(_lr(group), float(group["momentum"]))
-
-
-def _adagrad_threshold(group: Group, step: float, decay: float) -> float:
-    return momentum_threshold(_lr(group) / (1.0 + max(step - 1.0, 0.0) * float(group["lr_decay"])))
-
-
-def _adam_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    second_moment = _wide(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
-    correction = 1.0 - float(group["betas"][1]) ** step
+def _diagonal(kind: type[Optimizer], state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
+    """Return P from the state of one parameter, for all kinds but SGD."""
+    correction = 1.0
+    if kind is Adamax:
+        return _wide(state["exp_inf"]).clone()  # eps is in it
+    if kind is Adagrad:
+        second_moment = _wide(state["sum"])
+    elif kind is RMSprop:
+        second_moment = _wide(state["square_avg"])
+        if group["centered"]:
+            mean = _wide(state["grad_avg"])
+            # A variance of 0 may come out below it, by rounding that differs from kernel to kernel.
+            second_moment = torch.addcmul(second_moment, mean, mean, value=-1).clamp_(min=0.0)
+    else:
+        second_moment = _wide(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
+        correction = 1.0 - float(group["betas"][1]) ** step
     return second_moment.sqrt().div_(math.sqrt(correction)).add_(float(group["eps"]))
-
-
-def _adamax_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    return _wide(state["exp_inf"]).clone()  # eps is in it
-
-
-def _rmsprop_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    second_moment = _wide(state["square_avg"])
-    if group["centered"]:
-        mean = _wide(state["grad_avg"])
-        # A variance of 0 may come out below it, by rounding that differs from kernel to kernel.
-        second_moment = torch.addcmul(second_moment, mean, mean, value=-1).clamp_(min=0.0)
-    return second_moment.sqrt().add_(float(group["eps"]))
-
-
-def _adagrad_diagonal(state: Mapping[str, Tensor], group: Group, step: float) -> Tensor:
-    return _wide(state["sum"]).sqrt().add_(float(group["eps"]))
-
-
-_KINDS = (
-    _Kind((SGD,), _sgd_threshold),
-    _Kind((Adam, AdamW), _adam_threshold, _adam_diagonal),
-    _Kind((Adamax,), _adam_threshold, _adamax_diagonal),
-    _Kind((RMSprop,), _rmsprop_threshold, _rmsprop_diagonal),
-    _Kind((Adagrad,), _adagrad_threshold, _adagrad_diagonal),
-)
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -249,18 +215,15 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _kind(optimizer: Any) -> _Kind | None:
-    """The kind whose step the optimizer makes: its class or a subclass that leaves ``step`` as it is."""
-    for kind in _KINDS:
-        for cls in kind.classes:
-            # torch puts a profiling wrapper around the step of each class that is instantiated.
-            if isinstance(optimizer, cls) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(cls.step):
-                return kind
-    return None
+def _kind(optimizer: Any) -> type[Optimizer] | None:
+    """Return the known class of an optimizer, or of which it is a subclass that does not override ``step``."""
+    # torch puts a profiling wrapper around the step of each class that is instantiated.
+    step = inspect.unwrap(type(optimizer).step)
+    return next((c for c in _KNOWN if isinstance(optimizer, c) and inspect.unwrap(c.step) is step), None)
 
 
 def _moving_groups(optimizer: Any) -> list[Group]:
-    """The groups that take part in a step; the first one gives η. Some group, where none does."""
+    """Return the groups that take part in a step, of which the first gives η; if none does, the first of all."""
     groups: list[Group] = list(optimizer.param_groups)
     trainable = [group for group in groups if any(p.requires_grad for p in group["params"])] or groups[:1]
     return [group for group in trainable if _lr(group)] or trainable[:1]
@@ -275,19 +238,14 @@ def _is_decoupled(optimizer: Any, group: Group) -> bool:
     return bool(group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
 
 
-def _decoupled_decay(optimizer: Any, group: Group) -> float:
-    return float(group["weight_decay"]) if _is_decoupled(optimizer, group) else 0.0
-
-
-def _reference_threshold(optimizer: Any, kind: _Kind) -> float:
-    """The threshold of the first group that moves, after the most steps that any of its parameters has made."""
+def _reference_threshold(optimizer: Any, kind: type[Optimizer]) -> float:
+    """Return the threshold of the first group that moves, for the largest step count of its parameters."""
     group = _moving_groups(optimizer)[0]
-    step = max(_steps_made(optimizer, group["params"]), default=0.0) if kind.diagonal is not None else 0.0
-    return kind.threshold(group, step, _decoupled_decay(optimizer, group))
+    return _threshold(optimizer, kind, group, max(_steps_made(optimizer, group["params"]), default=0.0))
 
 
 def _steps_made(optimizer: Any, parameters: Sequence[Tensor]) -> list[float]:
-    """Steps counted in the state of each parameter, 0 where there is none; at most one wait for the device."""
+    """Return the step count in the state of each parameter, 0 where there is none; at most one synchronization."""
     counts = [optimizer.state.get(p, {}).get("step", 0.0) for p in parameters]
     tensors = [local(torch.as_tensor(count)).detach() for count in counts]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
@@ -295,23 +253,21 @@ def _steps_made(optimizer: Any, parameters: Sequence[Tensor]) -> list[float]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return local(tensor).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _inequality(groups: Sequence[Group], kind: _Kind | None) -> str | None:
-    """What is said of groups whose steps differ by more than their weight decay."""
+def _inequality(groups: Sequence[Group], kind: type[Optimizer] | None) -> str | None:
+    """Return a note on groups whose steps differ by more than their weight decay."""
 
     def setting(group: Group, key: str) -> float:
         value = group.get(key) or 0.0
         return float(value[0] if isinstance(value, tuple | list) else value)
 
-    keys = ("lr", "momentum", "dampening", "nesterov", "betas") if kind is not None else ("lr",)
+    keys = ("lr", "momentum", "dampening", "nesterov", "betas") if kind else ("lr",)
     unequal = " and ".join(key for key in keys if len({setting(group, key) for group in groups}) > 1)
-    if not unequal:
-        return None
-    if kind is not None and kind.diagonal is not None:
-        return f"parameter groups differ in {unequal}: P is scaled to the first group's"
-    return f"parameter groups differ in {unequal}: the threshold on λ_max(H) is the first group's"
+    first = "the threshold on λ_max(H) is the first group's"
+    consequence = first if kind in (None, SGD) else "P is scaled to the first group's"
+    return f"parameter groups differ in {unequal}: {consequence}" if unequal else None
 
 
 def _joined(*notes: str | None) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_curvature.distributed.shards import local, shard_count
 
-# Parameters are worked on in pieces of this many numbers: on a CPU they stay in its cache, on an accelerator one kernel
+# Parameters are processed in pieces of this many numbers: on a CPU they stay in its cache, on an accelerator one kernel
 # is worth its launch; and no temporary is as large as a large parameter.
 _PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
 
@@ -28,14 +28,13 @@ class ParameterUpdate:
     clipping), and can set the parameters anywhere along it.
 
     At most two parameter-sized copies are alive: θ_t beside g until :meth:`complete`, then θ_t beside θ_{t+1}, which
-    takes over the memory of g. Only parameters with a gradient take part. Sharded parameters (DTensor) are read and
-    written in their local shards.
+    takes over the memory of g. Only parameters with a gradient take part; of sharded ones (DTensor) the local shards.
 
     Args:
         optimizer: the optimizer about to step; its ``param_groups`` are read now, so that η is the one of this step.
         gradient_scale: factor that turns the gradients into g (loss scaling, accumulation).
-        gradients: gradients kept earlier, before clipping or other changes, by ``id`` of the parameter; they become
-            the property of the update. Default: copies of ``p.grad``.
+        gradients: gradients kept earlier, before clipping or other changes, by ``id`` of the parameter; the update
+            overwrites them. Default: copies of ``p.grad``.
 
     Attributes:
         parameters: the parameters that take part.
@@ -65,23 +64,17 @@ class ParameterUpdate:
         gradient_scale: float = 1.0,
         gradients: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self.parameters: list[Tensor] = []
-        rates: list[float] = []
-        for group in optimizer.param_groups:
-            active = [p for p in group["params"] if p.grad is not None]
-            self.parameters += active
-            if active and float(group.get("lr") or 0.0) != 0.0:
-                rates.append(float(group["lr"]))
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
+        self.parameters: list[Tensor] = [p for _, active in groups for p in active]
         if not self.parameters:
             raise ValueError(
                 "optimizer must hold parameters with gradients, got none: call backward() before creating the update."
             )
-        self.lr = rates[0] if rates else 0.0
-        self.uniform_lr = len(set(rates)) <= 1
-        self._scale = gradient_scale
+        rates = [rate for group, active in groups if active and (rate := float(group.get("lr") or 0.0))]
+        self.lr, self.uniform_lr = rates[0] if rates else 0.0, len(set(rates)) <= 1
+        self._scale, kept = gradient_scale, gradients or {}
         with torch.no_grad():
             self._before = [local(p).detach().clone() for p in self.parameters]
-            kept = gradients or {}
             self._gradients: list[Tensor] | None = [
                 kept[id(p)] if id(p) in kept else dense_copy(p.grad) for p in self.parameters
             ]
@@ -119,10 +112,8 @@ class ParameterUpdate:
 
     def squared_size(self) -> Tensor:
         """‖θ_t‖², float64 scalar whose mean over all ranks is the value of the job; one pass over the parameters."""
-        norms = torch._foreach_norm(self._before)
-        return torch.stack(
-            [n.double() ** 2 * shard_count(p) for p, n in zip(self.parameters, norms, strict=True)]
-        ).sum()
+        pairs = zip(self.parameters, torch._foreach_norm(self._before), strict=True)
+        return torch.stack([norm.double() ** 2 * shard_count(p) for p, norm in pairs]).sum()
 
     def _completed(self) -> Tensor:
         if self._moments is None:
@@ -135,16 +126,12 @@ class ParameterUpdate:
 
         They come back as copies of θ_{t+1}, bit for bit, also after an error.
         """
-        self._completed()
-        targets = [local(p).detach() for p in self.parameters]
-        try:
+        with self._moved() as targets:
             with torch.no_grad():
                 # In place: no third copy of the parameters.
                 torch._foreach_copy_(targets, self._before)
                 torch._foreach_lerp_(targets, self._after, position)
             yield
-        finally:
-            self._put_back(targets)
 
     @contextlib.contextmanager
     def direction(self) -> Generator[list[Tensor], None, None]:
@@ -152,31 +139,33 @@ class ParameterUpdate:
 
         d takes the memory of the copy of θ_t: after this block the update is used up.
         """
-        self._completed()
-        targets = [local(p).detach() for p in self.parameters]
-        before, self._before = self._before, []
-        try:
+        with self._moved() as targets:
+            before, self._before = self._before, []
             with torch.no_grad():
                 torch._foreach_copy_(targets, before)
                 torch._foreach_sub_(before, self._after)
             yield before
-        finally:
-            self._put_back(targets)
 
-    @torch.no_grad()
-    def _put_back(self, targets: list[Tensor]) -> None:
-        torch._foreach_copy_(targets, self._after)
+    @contextlib.contextmanager
+    def _moved(self) -> Generator[list[Tensor], None, None]:
+        self._completed()
+        targets = [local(p).detach() for p in self.parameters]
+        try:
+            yield targets
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, self._after)
 
 
 def dense_copy(gradient: Tensor | None) -> Tensor:
-    """Copy of this rank's part of a gradient, dense where it was sparse."""
+    """Return a copy of this rank's shard of a gradient, dense where it was sparse."""
     assert gradient is not None  # only parameters with a gradient take part
-    part = local(gradient).detach()
-    return part.to_dense() if part.is_sparse else part.clone()
+    shard = local(gradient).detach()
+    return shard.to_dense() if shard.is_sparse else shard.clone()
 
 
 def _moments(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Σ g d and Σ d²: dot products of pieces in float32 or wider, their sum in float64."""
+    """Return Σ g d and Σ d²: dot products of pieces in float32 or wider, their sum in float64."""
     size = _PIECE if before.device.type == "cpu" else _ACCELERATOR_PIECE
     dtype = torch.promote_types(before.dtype, torch.float32)
     dots = []

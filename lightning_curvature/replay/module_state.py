@@ -1,21 +1,19 @@
-"""State that a training step reads and writes: random generators, buffers, attributes; saved and put back."""
+"""Save the state that a training step reads and writes, and put it back: random generators, buffers, attributes."""
 
-import argparse
 import contextlib
-import copy
 import functools
 import io
 import random
 import sys
-import types
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+import weakref
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_curvature.distributed.shards import local
+from lightning_curvature.replay import objects
 
 
 class RandomState:
@@ -28,8 +26,10 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self._torch = torch.get_rng_state()
-        self._device = device
-        self._accelerator = None if device.type == "cpu" else _device_module(device).get_rng_state(*_index(device))
+        self._accelerator: Any = None if device.type == "cpu" else getattr(torch, device.type)
+        # torch.mps has one device and takes no argument.
+        self._index = () if device.type == "mps" else (device,)
+        self._on_device = self._accelerator and self._accelerator.get_rng_state(*self._index)
 
     def restore(self) -> None:
         """Set all of them back."""
@@ -38,30 +38,13 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         if self._accelerator is not None:
-            _device_module(self._device).set_rng_state(self._accelerator, *_index(self._device))
+            self._accelerator.set_rng_state(self._on_device, *self._index)
 
 
-def _device_module(device: torch.device) -> Any:
-    return getattr(torch, device.type)
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    # torch.mps has one device and takes no argument.
-    return () if device.type == "mps" else (device,)
-
-
-FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, nn.Parameter)
-
-# What torch and Lightning keep on a module for themselves: structure and links, not state of the computation.
+# Structure and links that torch and Lightning keep on a module, not state of the computation.
 _STRUCTURE = {"_trainer", "_fabric", "prepare_data_per_node"}
 _STRUCTURE |= {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}  # hooks among them
-# Objects of these are not opened. The standard library's belong to other threads (queues, log handlers) or have no
-# state of a computation; its two bags of attributes are the exception.
-_FOREIGN = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "numpy"}
-_FOREIGN |= sys.stdlib_module_names
-_BAGS = (types.SimpleNamespace, argparse.Namespace)
-# Plain objects inside a module (an average meter, a replay buffer) are followed this deep.
+# Plain objects inside a module (an average meter, a replay buffer) are followed this deep, containers one level deeper.
 _DEPTH = 2
 # A longer list or dict is a record that steps add to, not a set of running averages (one for each parameter of a
 # large model is several hundred): its elements are not copied.
@@ -73,8 +56,8 @@ class ModuleState:
 
     That covers BatchNorm statistics, torchmetrics held by the module (their states are plain attributes), lists a
     step appends to, counters, running averages, generators, train and eval modes. Everything is put back *into the
-    objects that were there*, so that references held elsewhere stay good. Not covered is what lives outside the
-    module: a global, a file, a hook's own variables.
+    same objects*, so that references held elsewhere stay good. State outside the module is not covered: a global, a
+    file, the variables of a hook.
 
     Args:
         module: the module.
@@ -86,132 +69,91 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, parameters: Iterable[Tensor] = ()) -> None:
         self.unrepeatable: list[str] = []
-        self._restorers: list[Callable[[], object]] = []
+        self._restorers: list[objects.Restore] = []
         self._gently = False
-        self._seen: set[int] = set()
         # Attributes that share memory with a parameter follow the parameter.
         self._parameter_memory = {_memory(p) for p in module.parameters()}
         self._restorers += [functools.partial(_set_requires_grad, p, p.requires_grad) for p in module.parameters()]
         for parameter in parameters:
             self._save_content(parameter)
-        for submodule in module.modules():
-            self._save_module(submodule)
+        self._modules, self._seen = [*module.modules()], dict[int, Any]()
+        while self._modules:
+            modules, self._modules = self._modules, []
+            objects.walk(modules, self._visit, self._seen)
+        self._seen.clear()
 
     def restore(self, gently: bool = False) -> None:
-        """Put all of it back, in the order in which it was found.
+        """Put all of it back.
 
         Args:
-            gently: leave tensors alone that still hold what they held, at the price of a comparison: writing would tell
-                autograd that graphs which saved them are void.
+            gently: leave unchanged tensors alone, at the price of a comparison: writing would tell autograd that graphs
+                which saved them are void.
         """
         self._gently = gently
         with torch.no_grad():
             for restorer in self._restorers:
                 restorer()
 
-    def _first_time(self, value: object) -> bool:
-        if id(value) in self._seen:
-            return False
-        self._seen.add(id(value))
-        return True
-
-    def _save_module(self, module: nn.Module) -> None:
-        if self._first_time(module):
-            self._save_namespace(module._buffers, depth=0)
-            self._save_namespace(module.__dict__, depth=0)
-
-    def _save_namespace(self, namespace: dict[str, Any], depth: int) -> None:
-        saved = {name: value for name, value in namespace.items() if _is_state(name, value)}
-
-        def restore() -> None:
-            for name in [n for n, value in namespace.items() if n not in saved and _is_state(n, value)]:
-                del namespace[name]
-            if [name for name in namespace if name in saved] != list(saved):
-                # One was deleted: the order of buffers is that of state_dict.
-                for name in saved:
-                    namespace.pop(name, None)
-            namespace.update(saved)
-
-        self._restorers.append(restore)
-        for name, value in saved.items():
-            if isinstance(value, (Iterator, io.IOBase)):
-                self.unrepeatable.append(name)
-            self._save_value(value, depth)
-
-    def _save_value(self, value: Any, depth: int) -> None:
-        if isinstance(value, _ATOMS) or not self._first_time(value):
-            return
+    def _visit(self, value: Any, level: int) -> Iterable[Any]:
+        """Save an object and return those inside it; attributes of modules are on level 1."""
+        if isinstance(value, (nn.Parameter, weakref.ref, *objects.FUNCTIONS)):
+            return ()
         if isinstance(value, Tensor):
-            self._save_tensor(value)
+            trained = value.requires_grad and value.is_leaf
+            if not (trained or value.is_inference() or _memory(value) in self._parameter_memory):
+                self._save_content(value)
+        elif isinstance(value, nn.Module) and level > 0:
+            # Another walk starts from it, in which its attributes are on level 1 again.
+            del self._seen[id(value)]
+            self._modules += value.modules()
         elif isinstance(value, nn.Module):
-            self._seen.discard(id(value))
-            for submodule in value.modules():
-                self._save_module(submodule)
-        elif isinstance(value, (list, deque)):
-            self._save_container(value, list(value), value.extend, depth)
-        elif isinstance(value, dict):
-            self._save_container(value, dict(value), value.update, depth)
-        elif isinstance(value, set):
-            self._save_container(value, set(value), value.update, depth)
-        elif isinstance(value, tuple):
-            self._save_elements(value, depth)
-        elif (state := generator_state(value)) is not None:
-            self._restorers.append(state)
-        elif type(value).__module__ == "numpy" and hasattr(value, "flags"):
-            if value.flags.writeable:
-                self._restorers.append(functools.partial(value.__setitem__, ..., value.copy()))
-        elif depth < _DEPTH and _is_plain_object(value):
-            self._save_namespace(value.__dict__, depth + 1)
+            self._restorers.append(objects.entries(value._buffers))
+            return [*value._buffers.values(), *self._save_attributes(value)]
+        elif (restore := objects.generator_state(value) or objects.array_state(value)) is not None:
+            self._restorers.append(restore)
+        elif isinstance(value, (*objects.CONTAINERS, tuple)):
+            self._restorers += objects.contents(value)
+            return objects.parts(value) if len(value) <= _RECORD_LENGTH and level <= _DEPTH + 1 else ()
+        elif level <= _DEPTH and objects.opens(value, objects.STANDARD | objects.FRAMEWORKS):
+            return self._save_attributes(value)
+        return ()
 
-    def _save_container(self, value: Any, content: Any, refill: Callable[[Any], object], depth: int) -> None:
-        def restore() -> None:
-            value.clear()
-            refill(content)
-
-        self._restorers.append(restore)
-        self._save_elements(content.values() if isinstance(content, dict) else content, depth)
-
-    def _save_elements(self, elements: Any, depth: int) -> None:
-        if len(elements) <= _RECORD_LENGTH and depth <= _DEPTH:
-            for element in elements:
-                self._save_value(element, depth + 1)
-
-    def _save_tensor(self, value: Tensor) -> None:
-        trained = value.requires_grad and value.is_leaf
-        if not (trained or value.is_inference() or _memory(value) in self._parameter_memory):
-            self._save_content(value)
+    def _save_attributes(self, value: Any) -> list[Any]:
+        saved = {name: one for name, one in objects.attributes(value).items() if _is_state(name, one)}
+        self._restorers += objects.contents(value, _is_state)
+        self.unrepeatable += [name for name, one in saved.items() if isinstance(one, (Iterator, io.IOBase))]
+        return [*saved.values()]
 
     def _save_content(self, value: Tensor) -> None:
-        target = _without_overlap(value.detach())
-        content = target.clone()
+        content = _without_overlap(value.detach()).clone()
 
         def restore() -> None:
-            # The tensor is asked for its memory again: ``value.data = …`` may have given it another.
-            part = _without_overlap(value.detach())
+            # Looked up again: ``value.data = …`` may have given the tensor other memory.
+            target = _without_overlap(value.detach())
             # Sparse tensors cannot be compared.
-            gently = self._gently and part.layout == torch.strided
-            if not (gently and torch.equal(local(part), local(content))):
-                part.copy_(content)
+            gently = self._gently and target.layout == torch.strided
+            if not (gently and torch.equal(local(target), local(content))):
+                target.copy_(content)
 
         self._restorers.append(restore)
 
 
 def _set_requires_grad(parameter: Tensor, flag: bool) -> None:
-    if parameter.requires_grad != flag:  # inside ``torch.vmap`` even the same again is an error
+    if parameter.requires_grad != flag:  # inside ``torch.vmap`` setting it is an error even where it changes nothing
         parameter.requires_grad_(flag)
 
 
 def _is_state(name: str, value: Any) -> bool:
-    return name not in _STRUCTURE and not name.endswith("_hooks") and not isinstance(value, FUNCTIONS)
+    return name not in _STRUCTURE and not name.endswith("_hooks") and not isinstance(value, objects.FUNCTIONS)
 
 
 def _memory(tensor: Tensor) -> int:
-    part = local(tensor)
-    return part.untyped_storage().data_ptr() if part.layout == torch.strided else id(tensor)
+    shard = local(tensor)
+    return shard.untyped_storage().data_ptr() if shard.layout == torch.strided else id(tensor)
 
 
 def _without_overlap(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor whose elements have memory of their own: an expanded one cannot be written."""
+    """Return a view without the repeated elements of an expanded tensor, which cannot be written."""
     if tensor.layout == torch.strided and tensor.numel() > 0:
         for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if size > 1 and stride == 0:
@@ -219,32 +161,12 @@ def _without_overlap(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def generator_state(value: Any) -> Callable[[], object] | None:
-    """Return what sets a random-number generator back, or None where ``value`` is none."""
-    if isinstance(value, torch.Generator):
-        return functools.partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return functools.partial(value.setstate, value.getstate())
-    if type(value).__module__.startswith("numpy.random"):
-        if hasattr(value, "bit_generator"):
-            return functools.partial(setattr, value.bit_generator, "state", copy.deepcopy(value.bit_generator.state))
-        if hasattr(value, "set_state"):
-            return functools.partial(value.set_state, value.get_state())
-    return None
-
-
-def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (type, types.ModuleType, *FUNCTIONS)) or not hasattr(value, "__dict__"):
-        return False
-    return isinstance(value, _BAGS) or type(value).__module__.partition(".")[0] not in _FOREIGN
-
-
 class Bystanders:
     """Parameters that no optimizer moves but a step may write: a momentum encoder, a target network.
 
-    Which of them a step writes shows only when it has run. Until it was repeated once, every parameter that could be
-    a copy of a trained one (it has the shape of one) is saved with the module's state; from then on those that were
-    written: a frozen backbone costs nothing.
+    Which of them a step writes shows only when it has run. Until a step was repeated once, every parameter that could
+    be a copy of a trained one (it has the shape of one) is saved with the module's state; from then on those that were
+    written, so that a frozen backbone costs nothing.
 
     Args:
         module: the module.
@@ -265,22 +187,22 @@ class Bystanders:
         self._repeated = self._settled = False
 
     def save_all(self) -> None:
-        """Save every one of them until it is settled which are written: a step may be repeated that never ran."""
+        """Save every one of them until it is settled which are written, for a step that is repeated without a run."""
         if not self._settled:
             self.saved = list(self._named.values())
 
     def versions(self) -> dict[str, tuple[int, int]]:
-        """Return what changes when one of them is written: its version, its memory."""
+        """Return version and memory of each of them, one of which changes when it is written."""
         return {name: (p._version, _memory(p)) for name, p in self._named.items()}
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Note the values before the first step to be repeated."""
+        """Keep the values before the first step to be repeated."""
         if not self._settled and self._first is None:
             self._first = [local(p).detach().clone() for p in self.saved]
 
     def written_since(self, versions: dict[str, tuple[int, int]]) -> list[str]:
-        """Names of those that were written since and were not saved; from now on they are."""
+        """Return the names of those that were written since and not saved; from now on they are saved."""
         now, known = self.versions(), {id(p) for p in self.saved}
         changed = [name for name in self._named if now[name] != versions[name]]
         self._written |= {id(self._named[name]) for name in changed}
@@ -290,18 +212,18 @@ class Bystanders:
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None, None, None]:
-        """Notice which ones a step inside the block writes, until that is settled."""
+        """Note which ones a step inside the block writes, until that is settled."""
         versions = {} if self._settled else self.versions()
         yield
         self._repeated = True
         if not self._settled:
             self.written_since(versions)
-            # ``p.data.mul_(…)`` is a write that no version tells of.
+            # ``p.data.mul_(…)`` leaves the version as it is.
             pairs = zip(self.saved, self._first or (), strict=False)
             self._written |= {id(p) for p, first in pairs if not torch.equal(local(p), first)}
 
     def settle(self) -> None:
-        """Once a step was repeated to its end: save no others than those that were written."""
+        """Save only those that were written, once a step was repeated to its end."""
         if self._repeated and not self._settled:
             self.saved = [p for p in self.saved if id(p) in self._written]
             self._first, self._settled = None, True

@@ -1,4 +1,4 @@
-"""A LightningModule's training step as a function of its parameters: recorded once, repeated at will."""
+"""A LightningModule's training step as a function of its parameters: recorded once, repeated many times."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]
 
 @dataclass(eq=False)
 class RecordedBatch:
-    """All that is needed to repeat one call of ``training_step``, and what it gave."""
+    """Inputs and states of one call of ``training_step``, and its result."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -44,21 +44,14 @@ class RecordedBatch:
     @property
     def batch(self) -> Any:
         """The batch as training_step received it."""
-        if self.args:
-            return self.args[0]
-        return next(iter(self.kwargs.values()))
-
-    def fresh_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return copies of the arguments: a step may write into its batch."""
-        args, kwargs = copied((self.args, self.kwargs))
-        return args, kwargs
+        return _batch(self.args, self.kwargs)
 
 
 class StepObjective:
-    """Records calls of ``training_step`` and repeats them.
+    """Record calls of ``training_step`` and repeat them.
 
     A repetition starts from the random state and the module state of the recorded call, runs under the Trainer's
-    precision, writes no logs and leaves the caller to put states back (see :func:`~.replay.isolation.untouched`).
+    precision and writes no logs; the caller puts states back (see :func:`~.replay.isolation.untouched`).
 
     Args:
         module: the module.
@@ -79,19 +72,17 @@ class StepObjective:
                 f"outputs must name a submodule of {type(module).__name__}, got {outputs!r}: "
                 f"choose one of {[name for name, _ in module.named_modules() if name][:10]}."
             )
-        self.module = module
-        self.device = device
-        self.function = function
+        self.module, self.device, self.function = module, device, function
         self._outputs_name = outputs
         self._step: Callable[..., Any] = module.training_step
-        # As a whole, by ``torch.compile(module)``: also the step, not only forward.
+        # ``torch.compile(module)`` compiles the step too, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
         self.records: list[RecordedBatch] = []
         self.bystanders = Bystanders(module, module.trainer.optimizers)
 
     @contextlib.contextmanager
     def recording(self, on_error: Callable[[Exception], None]) -> Generator[None, None, None]:
-        """Record the calls of ``training_step`` inside the block, the first of each batch.
+        """Record the first call of ``training_step`` inside the block.
 
         LBFGS calls a step several times a batch; only the first is at θ_t. A failure to record goes to ``on_error``
         and never into the step.
@@ -100,15 +91,14 @@ class StepObjective:
 
         def record_call(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal called
-            if called:
-                return step(*args, **kwargs)
+            record = None if called else _attempt(on_error, lambda: self._begin(args, kwargs))
             called = True
-            record = _attempt(on_error, lambda: self._begin(args, kwargs))
             if record is None:
                 return step(*args, **kwargs)
             with contextlib.ExitStack() as stack:
-                # A step compiled as a whole is one graph, in which to watch is to make it another.
-                seen = [] if self.compiled else stack.enter_context(self._watching_outputs())
+                # A step compiled as a whole is one graph; watching its outputs would compile another.
+                unwatched = self.compiled or self.function is not None
+                seen = [] if unwatched else stack.enter_context(self._watching_outputs())
                 if not self.module.automatic_optimization:
                     stack.enter_context(recording_backward(self.module, record.backward))
                 self.records.append(record)
@@ -122,44 +112,31 @@ class StepObjective:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
         kept_args, kept_kwargs = copied((args, kwargs))
         state = ModuleState(self.module, self.bystanders.saved)
-        self._check_repeatable(state)
+        record = self._record(kept_args, kept_kwargs, RandomState(self.device), state)
         self.bystanders.begin()
-        return RecordedBatch(
-            args=kept_args,
-            kwargs=kept_kwargs,
-            randomness=RandomState(self.device),
-            state=state,
-            bystanders=self.bystanders.versions(),
-            global_step=self.module.trainer.global_step,
-            forward_dtype=_forward_dtype(self.module, self.device),
-        )
+        record.bystanders = self.bystanders.versions()
+        return record
 
-    def _check_repeatable(self, state: ModuleState) -> None:
+    def prepare(self, batch: Any, batch_idx: int, randomness: RandomState, state: ModuleState) -> RecordedBatch:
+        """Return the record of a step that did not run, to be evaluated from the given states.
+
+        Raises:
+            ValueError: if the module holds iterators or open files, which cannot be put back.
+        """
+        # Lightning decides in this way whether a step is given the index.
+        takes_index = is_param_in_hook_signature(self._step, "batch_idx", min_args=2)
+        return self._record((batch, batch_idx) if takes_index else (batch,), {}, randomness, state)
+
+    def _record(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], randomness: RandomState, state: ModuleState
+    ) -> RecordedBatch:
         if state.unrepeatable and self.function is None:
             raise ValueError(
                 f"training_step must not depend on what cannot be put back, got {state.unrepeatable} on the module, "
                 "iterators or open files: keep them elsewhere, or give objective=."
             )
-
-    def prepare(self, batch: Any, batch_idx: int, randomness: RandomState, state: ModuleState) -> RecordedBatch:
-        """Make the record of a step that did not run, to be evaluated from the given states.
-
-        Raises:
-            ValueError: if the module holds what cannot be put back.
-        """
-        self._check_repeatable(state)
-        args: tuple[Any, ...] = (batch,)
-        # As Lightning decides whether a step is given the index.
-        if is_param_in_hook_signature(self._step, "batch_idx", min_args=2):
-            args += (batch_idx,)
-        return RecordedBatch(
-            args=args,
-            kwargs={},
-            randomness=randomness,
-            state=state,
-            global_step=self.module.trainer.global_step,
-            forward_dtype=_forward_dtype(self.module, self.device),
-        )
+        dtype = _forward_dtype(self.module, self.device)
+        return RecordedBatch(args, kwargs, randomness, state, self.module.trainer.global_step, dtype)
 
     def _finish(self, record: RecordedBatch, result: Any, seen: list[Any]) -> None:
         written = self.bystanders.written_since(record.bystanders)
@@ -174,26 +151,24 @@ class StepObjective:
             if result is None:
                 self.records.remove(record)
                 return
-            record.base = read_result(result, seen)
-            if not record.base.loss.requires_grad:
+            base = read_result(result, seen)
+            if not base.loss.requires_grad:
                 raise ValueError(
                     "training_step must return a loss that requires grad, got a constant: leave no_grad and detach "
                     "out of it."
                 )
         else:
-            record.base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
+            base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
         # The graph must not outlive the step.
-        record.base.loss = record.base.loss.detach()
-        if record.base.outputs is not None:
-            record.base.outputs = record.base.outputs.detach()
+        record.base = Evaluation(base.loss.detach(), None if base.outputs is None else base.outputs.detach())
 
     def base_loss(self, record: RecordedBatch, segment: int) -> Tensor:
-        """Return the loss the step itself had; in manual optimization that of the segment it belongs to."""
-        if not self.module.automatic_optimization:
-            loss = record.backward.loss(segment)
-            return loss.to(torch.promote_types(loss.dtype, torch.float32))
-        assert record.base is not None
-        return record.base.loss
+        """Return the loss of the step itself; in manual optimization that of one segment."""
+        if self.module.automatic_optimization:
+            assert record.base is not None
+            return record.base.loss
+        loss = record.backward.loss(segment)
+        return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     def evaluate(self, record: RecordedBatch, segment: int = 0) -> Evaluation:
         """Repeat a recorded step with the parameters as they are now.
@@ -206,34 +181,30 @@ class StepObjective:
         with_graph = torch.is_grad_enabled()
         record.state.restore(gently=with_graph)
         record.randomness.restore()
-        args, kwargs = record.fresh_arguments()
+        args, kwargs = copied((record.args, record.kwargs))  # a step may write into its batch
         with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
             if with_graph:
                 stack.enter_context(own_buffers(self.module))
             if self.function is not None:
-                batch = args[0] if args else next(iter(kwargs.values()))
-                return read_result(self.function(self.module, batch), [], objective=True)
+                return read_result(self.function(self.module, _batch(args, kwargs)), [], objective=True)
             seen = stack.enter_context(self._watching_outputs())
             log = BackwardLog()
-            # Also in automatic optimization: a step may reach for its optimizer or step a scheduler.
+            # Also in automatic optimization: a step may use its optimizer or step a scheduler.
             stack.enter_context(inert_optimization(self.module, log))
-            if self.module.automatic_optimization:
-                return read_result(self._step(*args, **kwargs), seen)
             result = self._step(*args, **kwargs)
+            if self.module.automatic_optimization:
+                return read_result(result, seen)
             return Evaluation(log.loss(segment), find_outputs(result, seen))
 
     @contextlib.contextmanager
     def _watching_outputs(self) -> Generator[list[Any], None, None]:
         """Collect what the module's forward, or the named submodule, returns inside the block."""
         seen: list[Any] = []
-        if self.function is not None:
-            yield seen
-            return
-        watched = self.module if self._outputs_name is None else self.module.get_submodule(self._outputs_name)
+        watched = self.module.get_submodule(self._outputs_name or "")
         forward = watched.forward
 
-        # No hook: compiled code does not look whether one was added. Without the attributes of a compiled function, by
-        # which torch would know this one for it, and pass it over.
+        # Not a hook: compiled code ignores those added later. Without the attributes of a compiled function, by which
+        # torch would take this one for it, and pass it over.
         @functools.wraps(forward, updated=())
         def noted(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
@@ -242,6 +213,10 @@ class StepObjective:
 
         with patched(watched, forward=noted):
             yield seen
+
+
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
@@ -253,7 +228,7 @@ def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -
 
 
 def _forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """The coarsest type in which the forward pass computes."""
+    """Return the coarsest type in which the forward pass computes."""
     types = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(device.type):
         types.add(torch.get_autocast_dtype(device.type))

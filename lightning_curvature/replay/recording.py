@@ -1,4 +1,4 @@
-"""Recording a call of ``training_step``: its result, the losses it passes to ``manual_backward``, and the wrapper."""
+"""Record a call of ``training_step``: its result, the losses that it passes to ``manual_backward``, and the wrapper."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_curvature.operators.micro_batches import Evaluation
-from lightning_curvature.replay.isolation import inert, patched
+from lightning_curvature.replay.isolation import inert, patched, silent
 
 OUTPUTS_REMEDY = (
     "return them from training_step as {'loss': …, 'outputs': …}, compute them by calling self(…) exactly once, or "
@@ -18,7 +18,11 @@ OUTPUTS_REMEDY = (
 
 
 def read_result(result: Any, seen: list[Any], objective: bool = False) -> Evaluation:
-    """Read what a step, or the user's objective, returned; only the latter's "mask" means weights of positions."""
+    """Return loss and outputs of a step or of the user's objective; only the latter's "mask" means weights.
+
+    Raises:
+        ValueError: if the loss is not a tensor with one element.
+    """
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor):
         got = f"a dict of {list(result)}" if isinstance(result, dict) and loss is None else type(loss).__name__
@@ -32,7 +36,7 @@ def read_result(result: Any, seen: list[Any], objective: bool = False) -> Evalua
 
 
 def find_outputs(result: Any, seen: list[Any]) -> Tensor | None:
-    """Outputs from the returned dict, else from the one forward that was seen (of a tuple the first)."""
+    """Return the outputs in the returned dict, else those of the one forward seen (the first of a tuple)."""
     if isinstance(result, dict):
         for key in ("outputs", "logits"):
             if isinstance(result.get(key), Tensor):
@@ -56,15 +60,15 @@ class BackwardLog:
         self.segments: list[list[Tensor]] = [[]]
 
     def add(self, loss: Tensor) -> None:
-        """Append a loss to the segment under way."""
+        """Append a loss to the last segment."""
         self.segments[-1].append(loss)
 
     def close(self) -> None:
-        """Note that the optimizer stepped."""
+        """Begin a new segment, after a step of the optimizer."""
         self.segments.append([])
 
     def loss(self, segment: int) -> Tensor:
-        """Sum of the losses of one segment, the function whose gradient that step used.
+        """Return the sum of the losses of one segment, the function whose gradient that step used.
 
         Raises:
             ValueError: if the segment holds none.
@@ -75,19 +79,12 @@ class BackwardLog:
                 "training_step must hand its loss to self.manual_backward before the optimizer steps, got no such "
                 "call: use self.manual_backward(loss), or give objective=."
             )
-        total = losses[0]
-        for loss in losses[1:]:
-            total = total + loss
-        return total
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+        return functools.reduce(lambda total, loss: total + loss, losses)
 
 
 @contextlib.contextmanager
 def recording_backward(module: pl.LightningModule, log: BackwardLog) -> Generator[None, None, None]:
-    """Note the losses of a step that runs for real."""
+    """Log the losses of a real step."""
     original = module.manual_backward
 
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -100,66 +97,60 @@ def recording_backward(module: pl.LightningModule, log: BackwardLog) -> Generato
 
 @contextlib.contextmanager
 def inert_optimization(module: pl.LightningModule, log: BackwardLog) -> Generator[None, None, None]:
-    """Let a step run without backward, without optimizer or scheduler steps; note its losses with their graphs."""
+    """Let a step run without backward, without optimizer or scheduler steps; log its losses with their graphs."""
     optimizers, schedulers = module.optimizers, module.lr_schedulers
-
-    def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        log.add(loss)
-
     with patched(
         module,
-        manual_backward=manual_backward,
+        manual_backward=lambda loss, *args, **kwargs: log.add(loss),
         optimizers=lambda *args, **kwargs: inert(optimizers(*args, **kwargs), log.close),
         lr_schedulers=lambda *args, **kwargs: inert(schedulers(*args, **kwargs), None),
-        clip_gradients=_nothing,
-        toggle_optimizer=_nothing,
-        untoggle_optimizer=_nothing,
+        clip_gradients=silent,
+        toggle_optimizer=silent,
+        untoggle_optimizer=silent,
     ):
         yield
 
 
-class _SharedWrapper:
-    """The one wrapper of a module's ``training_step`` through which all monitors record it.
-
-    Wrappers around wrappers would come off in the wrong order (monitors end a batch in the order in which they began
-    it) and pile up; and Lightning, which reads the step's arguments through one wrapper only, would hand ``batch_idx``
-    to a step that takes none.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.step: Callable[..., Any] = module.training_step
-        self.recorders: list[Callable[..., Any]] = []
-        self._patch = contextlib.ExitStack()
-
-        @functools.wraps(self.step)
-        def recorded_step(*args: Any, **kwargs: Any) -> Any:
-            # Off before the step begins: who copies or pickles the module from here on finds it as it was.
-            self.take_off()
-            step = self.step
-            for recorder in self.recorders:
-                step = functools.partial(recorder, step)
-            return step(*args, **kwargs)
-
-        self._patch.enter_context(patched(module, training_step=recorded_step))
-
-    def take_off(self) -> None:
-        """Put back what was there."""
-        self._patch.close()
-
-
-_wrappers: dict[int, _SharedWrapper] = {}  # by id of the module; an entry lives as long as a recording
+# A module's own step, the recorders of its calls, and the patch that holds the wrapper.
+_Wrapped = tuple[Callable[..., Any], list[Callable[..., Any]], contextlib.ExitStack]
+_recorded: dict[int, _Wrapped] = {}  # by id of the module; an entry lives as long as a recording
 
 
 @contextlib.contextmanager
 def recorded_through(
     module: pl.LightningModule, recorder: Callable[..., Any]
 ) -> Generator[Callable[..., Any], None, None]:
-    """Send calls of ``training_step`` through ``recorder(step, *args)`` inside the block, which receives the step."""
-    wrapper = _wrappers.get(id(module)) or _wrappers.setdefault(id(module), _SharedWrapper(module))
-    wrapper.recorders.append(recorder)
+    """Send calls of ``training_step`` through ``recorder(step, *args)`` inside the block, which receives the step.
+
+    All monitors share one wrapper of the step. Wrappers around wrappers would come off in the wrong order, since
+    monitors end a batch in the order in which they began it; and Lightning, which reads the step's arguments through
+    one wrapper only, would hand ``batch_idx`` to a step that takes none.
+    """
+    if id(module) not in _recorded:
+        _recorded[id(module)] = _wrapped(module)
+    step, recorders, patch = _recorded[id(module)]
+    recorders.append(recorder)
     try:
-        yield wrapper.step
+        yield step
     finally:
-        wrapper.recorders.remove(recorder)
-        if not wrapper.recorders:
-            _wrappers.pop(id(module)).take_off()
+        recorders.remove(recorder)
+        if not recorders:
+            del _recorded[id(module)]
+            patch.close()
+
+
+def _wrapped(module: pl.LightningModule) -> _Wrapped:
+    wrapped: _Wrapped = module.training_step, [], contextlib.ExitStack()
+    step, recorders, patch = wrapped
+
+    @functools.wraps(step)
+    def recorded_step(*args: Any, **kwargs: Any) -> Any:
+        # Off before the step begins: a step that copies or pickles the module meets it without the wrapper.
+        patch.close()
+        call = step
+        for recorder in recorders:
+            call = functools.partial(recorder, call)
+        return call(*args, **kwargs)
+
+    patch.enter_context(patched(module, training_step=recorded_step))
+    return wrapped

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.operators.graphs import Graphs
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from tests.runs import make_trainer
 
@@ -298,7 +299,7 @@ def test_half_precision_parameters_take_a_float32_gradient(trainer: pl.Trainer) 
     assert update.any()
 
 
-def test_what_it_knows_of_the_run_is_not_copied(trainer: pl.Trainer) -> None:
+def test_what_it_knows_of_the_run_is_left_alone(trainer: pl.Trainer) -> None:
     run, other = Run(Plain, 1), Run(Plain, 1)
     trainer.lock = threading.Lock()  # type: ignore[attr-defined]
     run.optimizer.trainer = trainer
@@ -306,12 +307,15 @@ def test_what_it_knows_of_the_run_is_not_copied(trainer: pl.Trainer) -> None:
     assert torch.equal(update, other.real_update(run.gradient(1)))
 
 
-def test_the_copies_are_gone_when_it_returns(trainer: pl.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, copies, gradients = Run(LookingPlain, 1), [], []
+def tensors_alive() -> dict[int, Tensor]:
+    return {id(one): one for one in gc.get_objects() if issubclass(type(one), Tensor)}
+
+
+def test_what_it_saves_is_gone_when_it_returns(trainer: pl.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, gradients = Run(LookingPlain, 1), []
     trials = TrialSteps(trainer, run.optimizer, run.parameters)
 
     def note(optimizer: Any) -> None:
-        copies.extend(weakref.ref(p) for p in optimizer.trained())
         gradients.extend(weakref.ref(p.grad) for p in optimizer.trained())
 
     def gone_before_the_update_takes_memory(space: VectorSpace, tensors: Any) -> Tensor:
@@ -321,10 +325,13 @@ def test_the_copies_are_gone_when_it_returns(trainer: pl.Trainer, monkeypatch: p
     pack = VectorSpace.pack
     monkeypatch.setattr(LookingPlain, "found", note)
     monkeypatch.setattr(VectorSpace, "pack", gone_before_the_update_takes_memory)
+    gradient = run.gradient(1)
+    gc.collect()
     gc.disable()
     try:
-        trials.update_for(run.gradient(1))
-        assert [copied() for copied in copies] == [None] * 3
+        before = tensors_alive()
+        update = trials.update_for(gradient)
+        assert [one for key, one in tensors_alive().items() if key not in before and one is not update] == []
     finally:
         gc.enable()
 
@@ -338,8 +345,22 @@ def test_kept_graphs_stay_good(trainer: pl.Trainer) -> None:
     assert torch.equal(second, 6 * run.parameters[0])
 
 
+def test_kept_graphs_of_operators_are_not_built_again(trainer: pl.Trainer) -> None:
+    run, built = Run(OPTIMIZERS["AdamW foreach"], 1), []
+    graphs: Graphs[Tensor] = Graphs(1, True, run.parameters)
+
+    def build(index: int) -> Tensor:
+        built.append(index)
+        return sum((p**3).sum() for p in run.parameters)  # type: ignore[return-value]
+
+    first = graphs.get(0, build)
+    TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
+    assert graphs.get(0, build) is first
+    assert built == [0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Hooks, schedulers, parameters that are not copied
+# Hooks, schedulers, parameters of which no copy is made
 
 
 @pytest.mark.parametrize("name", ["Adam", "plain", "hoarder", "lookahead over adam"])
@@ -387,18 +408,21 @@ def test_a_step_put_on_the_instance_is_not_called(trainer: pl.Trainer) -> None:
 def test_a_frozen_backbone_is_not_copied_for_the_steps_of_torch(
     trainer: pl.Trainer, cls: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, places, kinds = Run(lambda p: cls(p, lr=0.1), 0), set(), []
+    run, sizes, kinds = Run(lambda p: cls(p, lr=0.1), 0), [], []
+    frozen, alone = run.all[2:4]
+    frozen.data, alone.data = torch.ones(50, 20), torch.ones(70, 20)
 
     def note(optimizer: Any) -> None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        places.update(p.data_ptr() for p in held)
+        sizes.extend(one.nbytes for key, one in tensors_alive().items() if key not in before)
         kinds.extend((type(p), p.requires_grad) for p in held)
 
     monkeypatch.setattr(cls, "found", note)
-    TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
-    assert len(places) == 5
-    assert not places & {p.data_ptr() for p in run.parameters}
-    still = {run.all[2].data_ptr(), run.all[3].data_ptr()}
-    assert places & still == (still if cls is Looking else set())
+    trials, gradient = TrialSteps(trainer, run.optimizer, run.parameters), run.gradient(1)
+    before = tensors_alive()
+    trials.update_for(gradient)
+    assert {p.nbytes for p in run.parameters} <= set(sizes)
+    still = {frozen.nbytes, alone.nbytes}
+    assert set(sizes) & still == (set() if cls is Looking else still)
     # torch chooses its implementation by the type.
     assert kinds[:5] == [(nn.Parameter, p.requires_grad) for p in run.all]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_curvature.optimizers.trial_steps import TrialSteps
-from tests.optimizers.test_trial_steps import OUTSIDE, Hoarder, Make, Plain, Run, fingerprint
+from tests.optimizers.test_trial_steps import Hoarder, Lookahead, Make, Plain, Run, fingerprint
 from tests.runs import make_trainer
 
 
@@ -38,7 +38,7 @@ def test_an_error_in_the_step_leaves_nothing_behind(trainer: pl.Trainer) -> None
         before = fingerprint(run)
         with pytest.raises(
             MisconfigurationException,
-            match=r"whose copy steps on dense gradients alone, got Failing \(RuntimeError: no more\): train with",
+            match=r"which steps on dense gradients alone, got Failing \(RuntimeError: no more\): train with",
         ):
             TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
         assert fingerprint(run) == before
@@ -93,48 +93,86 @@ def test_optimizers_that_fail_are_named(trainer: pl.Trainer, make: Make, reason:
     assert fingerprint(run) == before
 
 
+class Tied(Plain):
+    """Calls what a test ties to one of its parameters."""
+
+    kept: Any = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for p in self.trained():
+            if isinstance(self.kept, dict) and id(p) in self.kept:
+                p.mul_(self.kept[id(p)].mul_(0.9))
+        if not isinstance(self.kept, dict):
+            self.kept()
+
+
 def _by_id(optimizer: Any, p: Tensor) -> None:
-    optimizer.kept = {id(p): torch.zeros(2)}
+    optimizer.kept = {id(p): torch.ones(())}
 
 
 def _in_a_function(optimizer: Any, p: Tensor) -> None:
-    optimizer.kept = [lambda: p.zero_()]
+    count = 0
+
+    def move() -> None:
+        nonlocal count
+        count += 1
+        p.div_(1 + count)
+        move.calls = getattr(move, "calls", 0) + count  # type: ignore[attr-defined]
+        p.sub_(move.calls)  # type: ignore[attr-defined]
+
+    optimizer.kept = move
 
 
 def _in_a_default(optimizer: Any, p: Tensor) -> None:
-    optimizer.kept = {"zero": lambda x=p: x.zero_()}
+    optimizer.kept = lambda x=p, calls=[]: (calls.append(1), x.div_(1 + len(calls)))
 
 
 def _in_a_partial(optimizer: Any, p: Tensor) -> None:
-    optimizer.kept = functools.partial(lambda: p.zero_())
+    factors = [0.5]
+    optimizer.kept = functools.partial(lambda x, y: (p.mul_(x[0]), x.append(0.3), x.pop(0), y.mul_(0.5)), factors, y=p)
+
+
+def _in_a_method(optimizer: Any, p: Tensor) -> None:
+    optimizer.kept = p.zero_
 
 
 def _in_a_compiled_method(optimizer: Any, p: Tensor) -> None:
-    optimizer.kept = torch.compile(optimizer.step)
+    optimizer.compiled = torch.compile(optimizer.step)
+    optimizer.kept = p.zero_
 
 
 def _weakly(optimizer: Any, p: Tensor) -> None:
-    optimizer.kept = weakref.ref(p)
+    reference = weakref.ref(p)
+    optimizer.kept = lambda: reference().mul_(0.5)
 
 
-TIES = [_by_id, _in_a_function, _in_a_default, _in_a_partial, _in_a_compiled_method, _weakly]
+TIES = [_by_id, _in_a_function, _in_a_default, _in_a_partial, _in_a_method, _in_a_compiled_method, _weakly]
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("tie", TIES)
-def test_what_a_copy_would_share_with_the_run_is_refused(tie: Callable[..., None]) -> None:
-    run = Run(OUTSIDE["lookahead"], 0)
-    TrialSteps.check(run.optimizer)
-    tie(run.optimizer.inner, run.parameters[0])
-    with pytest.raises(
-        MisconfigurationException, match=r"can be copied .* got Lookahead, whose inner would still refer"
-    ):
-        TrialSteps.check(run.optimizer)
-    run = Run(Plain, 0)
-    tie(run.optimizer, run.parameters[0])
-    with pytest.raises(
-        MisconfigurationException, match=r"got Plain, whose kept would still .* leave 'lambda_gen' out\."
-    ):
-        TrialSteps.check(run.optimizer)
+def test_what_an_optimizer_ties_to_its_parameters_makes_the_right_update(
+    trainer: pl.Trainer, tie: Callable[..., None], inside: bool
+) -> None:
+    """A copy of the optimizer would share these with the run."""
+
+    def make(params: Any) -> Any:
+        optimizer = Tied(params)
+        tie(optimizer, params[0]["params"][0])
+        return Lookahead(optimizer) if inside else optimizer
+
+    run, other = Run(make, 1), Run(make, 1)
+    gradient = run.gradient(1)
+    before = fingerprint(run)
+    trials = TrialSteps(trainer, run.optimizer, run.parameters)
+    updates = [trials.update_for(gradient) for _ in range(2)]
+    assert fingerprint(run) == before
+    made = other.real_update(gradient)
+    for update in (*updates, run.real_update(gradient)):  # the real step last: what is tied was not moved either
+        assert torch.equal(update, made)
+    assert made.any()
 
 
 def test_a_closure_is_refused_at_once() -> None:
