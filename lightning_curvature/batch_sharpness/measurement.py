@@ -13,8 +13,7 @@ from lightning_curvature.batch_sharpness.options import FULL_GRADIENT, BatchShar
 from lightning_curvature.batch_sharpness.pairs import Pairs
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem
 from lightning_curvature.batch_sharpness.result import BatchSharpnessResult
-from lightning_curvature.distributed.failures import attempted
-from lightning_curvature.distributed.together import cause_together
+from lightning_curvature.distributed.together import attempted, cause_together
 from lightning_curvature.operators.mini_batch import MiniBatch
 
 

@@ -18,8 +18,7 @@ from lightning_curvature.directional.options import EXACT, KEYS, NEED_OUTPUTS, D
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.result import DirectionalResult
 from lightning_curvature.directional.rounding import Floor, Numbers, Rounding, first_epsilon, forward_roundoff
-from lightning_curvature.distributed.failures import attempted, elsewhere, is_mistake
-from lightning_curvature.distributed.together import means_together
+from lightning_curvature.distributed.together import attempted, elsewhere, is_mistake, means_together
 from lightning_curvature.functional import choose_epsilon
 from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn

@@ -2,15 +2,47 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_curvature.distributed.failures import elsewhere, is_mistake, lacks_derivatives
 from lightning_curvature.distributed.reduce import sum_over_ranks
 
 Tensors = Mapping[str, Tensor]
+Value = TypeVar("Value")
+
+# Words by which torch says that something cannot be differentiated twice.
+_LACKING = ("derivative", "differentia", "double backward", "inplace operation", "not implemented")
+
+
+def is_mistake(error: Exception) -> bool:
+    """Return whether an error is the user's mistake, which ends the run on all ranks; training survives any other."""
+    return isinstance(error, MisconfigurationException)
+
+
+def elsewhere(what: str, mistake: bool) -> Exception:
+    """Return the error of a rank that did not fail itself: of the same kind, so that all ranks go on or none."""
+    kind = MisconfigurationException if mistake else RuntimeError
+    return kind(f"{what} failed on another rank; see that rank's log")
+
+
+def attempted(part: Callable[[], Value], fail: Callable[[Exception], None]) -> Value | None:
+    """Return the value of a part of a measurement; where it raises, call ``fail`` with the error and return None.
+
+    The error comes without its frames, which hold graphs and vectors.
+    """
+    try:
+        return part()
+    except Exception as error:
+        caught = error.with_traceback(None)
+    try:
+        fail(caught)
+    finally:
+        del caught
+    return None
 
 
 @dataclass(frozen=True)
@@ -51,7 +83,7 @@ def attempt_together(trainer: pl.Trainer, make: Callable[[], Tensors], instead: 
     except Exception as caught:
         error = caught.with_traceback(None)  # whose frames hold graphs and vectors
     reduce, here = sum_over_ranks(trainer), error is not None
-    lacking = error is not None and lacks_derivatives(error)
+    lacking = isinstance(error, NotImplementedError) or any(word in str(error or "").lower() for word in _LACKING)
     if reduce is None:
         return Outcome(dict(own), error, here, int(here), lacking)
     home = next(iter(instead.values()), torch.zeros((), dtype=torch.float64, device="cpu"))
@@ -70,11 +102,7 @@ def attempt_together(trainer: pl.Trainer, make: Callable[[], Tensors], instead: 
 def together(trainer: pl.Trainer, make: Callable[[], Tensors], instead: Tensors, what: str) -> dict[str, Tensor]:
     """Add tensors that every rank makes, one all-reduce; where one rank fails, all of them raise.
 
-    Args:
-        trainer: see :func:`attempt_together`.
-        make: see :func:`attempt_together`.
-        instead: see :func:`attempt_together`.
-        what: see :func:`attempt_together`.
+    Arguments are those of :func:`attempt_together`.
 
     Returns:
         The sums by name; on one process what ``make`` returned.

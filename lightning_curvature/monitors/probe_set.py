@@ -59,12 +59,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         raise NotImplementedError
 
     def measure(self, trainer: pl.Trainer, prepared: Prepared[Problem]) -> ResultT:
-        """Measure at the parameters as they are. Called on every rank, or on none.
-
-        Args:
-            trainer: the Trainer.
-            prepared: inputs, with the capacities that all ranks have.
-        """
+        """Measure at the parameters as they are, with the capacities of all ranks. Called on every rank, or on none."""
         raise NotImplementedError
 
     def keys(self) -> list[str]:
@@ -85,8 +80,8 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check optimizers and parameters, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
-        self._data, self._has_read, self._measured_step = None, False, -1
-        self._has_measured = False
+        self._data, self._measured_step = None, -1
+        self._has_read = self._has_measured = False
         parameters = self._parameters(trainer)
         if not parameters:
             raise MisconfigurationException(
@@ -160,13 +155,9 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         read: Callable[[Exception | None], Any],
         report: Callable[[Prepared[Problem], ResultT], None],
     ) -> ResultT:
-        """Measure at the parameters as they are, report the result, and put everything back.
+        """Read the data, measure at the parameters as they are, report the result, and put everything back.
 
-        Args:
-            trainer: the Trainer.
-            objective: the training step.
-            read: returns the data; takes this rank's failure, which all ranks then learn.
-            report: writes the result.
+        ``read`` takes this rank's failure, of which all ranks then learn.
         """
         with contextlib.ExitStack() as stack:
             # An error on one rank alone is kept until the others can learn of it: they are on their way to the next
@@ -231,9 +222,8 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
 
     def _step_groups(self, trainer: pl.Trainer, batch: Any) -> tuple[int | None, int]:
         """Size of a micro-batch, and how many hold the data of one optimizer step, of all its batches and ranks."""
-        loader = (
-            self.options.probe_dataloader if self.options.probe_dataloader is not None else trainer.train_dataloader
-        )
+        given = self.options.probe_dataloader
+        loader = trainer.train_dataloader if given is None else given
         batches = trainer.accumulate_grad_batches * trainer.world_size
         step = step_size(trainer) or sample_count(batch) * batches
         cut = self.options.micro_batch_size or getattr(loader, "batch_size", None)

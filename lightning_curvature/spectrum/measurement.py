@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_curvature.distributed.failures import attempted
-from lightning_curvature.distributed.together import Outcome, attempt_together
+from lightning_curvature.distributed.together import Outcome, attempt_together, attempted
 from lightning_curvature.linalg import (
     Eigenpairs,
     NonFiniteProductError,
