@@ -10,7 +10,7 @@ from lightning_curvature.batch_sharpness.options import CROSSED, OWN_PRODUCT, PA
 from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem
 from lightning_curvature.distributed.together import attempt_together
-from lightning_curvature.losses.samples import alike as equal_up_to_rounding
+from lightning_curvature.losses.samples import equal_up_to_rounding
 from lightning_curvature.losses.stacked import copies_of, forward_operations
 from lightning_curvature.reporting.loggers import warn
 

@@ -31,9 +31,6 @@ def equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
     return bool((close | (one.isnan() & other.isnan())).all())
 
 
-alike = equal_up_to_rounding  # until no importer is left
-
-
 class ForbidCollectives(TorchDispatchMode):
     """Raise a MisconfigurationException before ranks communicate: each evaluates other samples, and some none."""
 
