@@ -57,25 +57,17 @@ class ProbeLoss:
 
     def parts_of(self, batches: Sequence[ProbeBatch], total: int) -> list[MicroBatch]:
         """Return micro-batches, each weighted by its share of ``total`` samples."""
-        return [
-            MicroBatch(functools.partial(self.evaluate, probe, index), probe.size / total)
-            for index, probe in enumerate(batches)
-        ]
 
-    def evaluate(self, probe: ProbeBatch, index: int) -> Evaluation:
-        """Return loss and outputs of a micro-batch, ``index`` its ``batch_idx``, at the parameters as they are."""
-        (batch,) = self.moved([probe])
-        return self._repeat(batch, index, self._seeded(probe.seed))
+        def evaluate(probe: ProbeBatch, index: int) -> Evaluation:
+            (batch,) = self.moved([probe])
+            return self._repeat(batch, index, self._seeded(probe.seed))
+
+        return [MicroBatch(functools.partial(evaluate, one, i), one.size / total) for i, one in enumerate(batches)]
 
     def parts_of_many(
         self, draws: Sequence[Sequence[ProbeBatch]], parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> list[MicroBatch]:
-        """Return micro-batches of several mini-batches, each mini-batch at its own copy of the parameters.
-
-        Args:
-            draws: micro-batches of each mini-batch.
-            parameters: see :meth:`losses_of_many`.
-            copies: see :meth:`losses_of_many`.
+        """Return micro-batches of several mini-batches, each at its own copy of parameters: see :meth:`losses_of_many`.
 
         Raises:
             ValueError: if mini-batches differ in number or sizes of their micro-batches.
@@ -83,20 +75,14 @@ class ProbeLoss:
         sizes = [[probe.size for probe in draw] for draw in draws]
         if any(one != sizes[0] for one in sizes):
             raise ValueError(f"mini-batches must be cut alike to be stacked, got {sizes}")
-        return [
-            MicroBatch(
-                functools.partial(self._evaluate_many, [draw[index] for draw in draws], index, parameters, copies),
-                size / sum(sizes[0]),
-            )
-            for index, size in enumerate(sizes[0])
-        ]
 
-    def _evaluate_many(
-        self, probes: Sequence[ProbeBatch], index: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
-    ) -> Evaluation:
-        stacked = stack(self.moved(probes))
-        losses, outputs = self._evaluate_stacked(stacked, index, probes[0].seed, parameters, copies)
-        return Evaluation(losses.sum(), outputs)
+        def evaluate(index: int) -> Evaluation:
+            stacked, seed = stack(self.moved([draw[index] for draw in draws])), draws[0][index].seed
+            losses, outputs = self._evaluate_stacked(stacked, index, seed, parameters, copies)
+            return Evaluation(losses.sum(), outputs)
+
+        total = sum(sizes[0])
+        return [MicroBatch(functools.partial(evaluate, i), size / total) for i, size in enumerate(sizes[0])]
 
     def moved(self, probes: Sequence[ProbeBatch]) -> list[Any]:
         """Return batches as ``training_step`` receives them."""

@@ -78,13 +78,10 @@ class SampleBatch:
         return torch.stack([self.one(index) for index in range(self.size)])
 
     def batched_losses(self) -> Tensor | None:
-        """Return the loss of each sample, batched; None where ``torch.vmap`` cannot follow the step.
-
-        The first call compares the last loss with that of the sample alone.
-        """
+        """Return the loss of each sample, batched; None where ``torch.vmap`` cannot follow the step."""
         try:
             losses = self.losses(batched=True)
-            with torch.no_grad():
+            with torch.no_grad():  # once, for the last sample
                 self._is_checked = self._is_checked or equal_up_to_rounding(losses[-1], self.one(-1))
         except Exception:  # of any kind, from the user's code under ``torch.vmap``
             return None
@@ -200,10 +197,6 @@ class BlockSamples(SampleBatch):
     """The samples of a micro-batch, and derivatives of their losses by a block of parameters.
 
     Without gradients too, forwards run the code that can be differentiated twice: nothing is compiled for them.
-
-    Args:
-        loss: repeats the training step.
-        probe: the micro-batch.
     """
 
     def __init__(self, loss: ProbeLoss, probe: ProbeBatch) -> None:

@@ -42,9 +42,9 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
     moments = moments_of(sums, problem.parameter.shape)
 
     def squares(vectors: Tensor) -> Tensor:
-        nothing = {"": vectors.new_zeros(len(vectors))}
-        total = together(problem.trainer, lambda: {"": squared_products(problem, vectors)}, nothing, what)
-        return total[""] / moments.samples
+        zeros = {"squares": vectors.new_zeros(len(vectors))}
+        sums = together(problem.trainer, lambda: {"squares": squared_products(problem, vectors)}, zeros, what)
+        return sums["squares"] / moments.samples
 
     batch_size, dtype = problem.batch_size, problem.parameter.dtype
     return relation(options, moments, batch_size, dtype, problem.route, squares, problem.why_unpaired)
@@ -59,16 +59,10 @@ def relation(
     squares: Callable[[Tensor], Tensor] | None = None,
     why_unpaired: str = "",
 ) -> NoiseCurvature:
-    """Return all numbers that follow from C and H.
+    """Return all numbers that follow from C and H of a block of type ``dtype``.
 
-    Args:
-        options: name the block and the quantities.
-        moments: means over all samples.
-        batch_size: b.
-        dtype: type of the block.
-        route: the route to the moments.
-        squares: returns the diagonal of E[h²] in a basis (𝒩, D), where the moments lack E[h²].
-        why_unpaired: why no samples are paired, where those of a linear layer could be.
+    Where the moments lack E[h²], ``squares`` returns its diagonal in a basis (𝒩, D). ``why_unpaired`` says why no
+    samples are paired, where those of a linear layer could be.
 
     Raises:
         ValueError: if gradients or Hessians are not finite.
@@ -83,9 +77,9 @@ def relation(
     # roundings go in all directions.
     unit, double, size = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps, len(hessian)
     scale = float(moments.products.trace()) / batch_size
-    whole, single = (scale * (16.0 * double + 4.0 * unit**2 / directions) for directions in (1, size))
+    of_trace, of_entry = (scale * (16.0 * double + 4.0 * unit**2 / directions) for directions in (1, size))
     covariance = formulas.covariance_of_sums(moments.products, moments.gradient, 1, batch_size)
-    if not float(covariance.trace()) > whole:
+    if not float(covariance.trace()) > of_trace:
         covariance.zero_()
     values, vectors = formulas.curvature_basis(hessian, options.top)
     second = None
@@ -95,8 +89,8 @@ def relation(
         elif squares is not None:
             second = squares(vectors)
     projected = formulas.in_basis(covariance, vectors)
-    # Where there is no noise, there is none to be coupled, or fitted.
-    silent = projected.diagonal() <= single
+    # Where there is no noise, there is nothing to fit, and nothing to be coupled.
+    silent = projected.diagonal() <= of_entry
     projected[silent] = projected[:, silent] = 0.0
     variances = projected.diagonal()
     # H is a mean of numbers in the precision of the run: eigenvalues below its rounding are none, and the directions of
@@ -144,15 +138,11 @@ def relation(
             )
         else:
             numbers["weight_variance"] = moments.duality.weight_variance
-            numbers["chain"], norm = {}, float(covariance.norm())
-            for name, matrix in moments.duality.matrices(moments.second).items():
-                scaled, key = matrix / batch_size, f"noise_gamma_awd_{name}"
-                diagonal = (vectors @ scaled * vectors).sum(1)
-                distance = float((scaled - covariance).norm()) / norm if norm else math.nan
-                link = ChainLink(law(key, diagonal), float(scaled.norm()), distance, diagonal.cpu())
-                numbers["chain"][name] = link
-                if name not in formulas.CHAIN:
-                    reasons.pop(key, None)  # it has no key, and "hg" is indefinite
+            matrices = moments.duality.matrices(moments.second)
+            numbers["chain"] = _chain(matrices, covariance, batch_size, vectors, law)
+            # Others have no key, and "hg" is indefinite.
+            for name in matrices.keys() - set(formulas.CHAIN):
+                reasons.pop(f"noise_gamma_awd_{name}", None)
     return NoiseCurvature(
         parameter=options.parameter,
         quantities=tuple(asked),
@@ -206,3 +196,21 @@ def _coupling(options: NoiseOptions, covariance: Tensor, within: Tensor, shown: 
         numbers["haar"] = formulas.haar_coupling(covariance, len(within), options.haar_draws, generator)
         numbers["shown_random"] = formulas.haar_rotated(covariance, shown, generator).cpu()
     return numbers
+
+
+def _chain(
+    matrices: dict[str, Tensor],
+    covariance: Tensor,
+    batch_size: int,
+    vectors: Tensor,
+    law: Callable[[str, Tensor], formulas.PowerLaw | None],
+) -> dict[str, ChainLink]:
+    """Approximations of C, from those of the covariance of single samples."""
+    chain, norm = {}, float(covariance.norm())
+    for name, matrix in matrices.items():
+        scaled = matrix / batch_size
+        diagonal = (vectors @ scaled * vectors).sum(1)
+        distance = float((scaled - covariance).norm()) / norm if norm else math.nan
+        gamma = law(f"noise_gamma_awd_{name}", diagonal)
+        chain[name] = ChainLink(gamma, float(scaled.norm()), distance, diagonal.cpu())
+    return chain

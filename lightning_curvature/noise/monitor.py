@@ -14,19 +14,12 @@ from lightning_curvature.losses.samples import BlockSamples, ForbidCollectives
 from lightning_curvature.monitors.occasional import OccasionalMonitor
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.protocol import Prepared
+from lightning_curvature.noise import routes
 from lightning_curvature.noise.linear_layer import NotSeparableError
 from lightning_curvature.noise.measurement import measure_noise
 from lightning_curvature.noise.options import NoiseOptions, Pairing, Quantity, keys_of
 from lightning_curvature.noise.problem import NoiseProblem
 from lightning_curvature.noise.result import NoiseCurvature, report_noise
-from lightning_curvature.noise.routes import (
-    batch_size_of,
-    check_block,
-    linear_layer,
-    named_parameters,
-    pairing_of,
-    why_not_kronecker,
-)
 from lightning_curvature.noise.sums import NOT_A_MEAN, sum_device
 from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import inform, warn
@@ -140,15 +133,15 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise where the module has no such parameter, or one that is too large."""
-        check_block(self.options, named_parameters(module), trainer.num_devices)
+        routes.check_block(self.options, routes.named_parameters(module), trainer.num_devices)
 
     def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None) -> Any:
         """Read the samples, and return them with the size of a batch of their loader."""
         samples = super()._read_from(trainer, loader, batch, failure)
-        return samples, batch_size_of(trainer, loader) or samples.batches[0].size
+        return samples, routes.batch_size_of(trainer, loader) or samples.batches[0].size
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
-        size = batch_size_of(trainer, loader)
+        size = routes.batch_size_of(trainer, loader)
         # Halves of a micro-batch are the mini-batches that are paired.
         return self.options.micro_batch_size or (2 * size if self.options.pairs and size is not None else None)
 
@@ -156,14 +149,14 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         """Return the block, its samples, and whether this rank can take the Kronecker route and pair samples."""
         (samples, size), module, options = data, trainer.lightning_module, self.options
         progress = Progress(trainer, "noise covariance", unit="batches")
-        name, parameter = named_parameters(module)[options.parameter]
+        name, parameter = routes.named_parameters(module)[options.parameter]
         first = BlockSamples(loss, samples.batches[0])
         if trainer.world_size > 1:
             with torch.no_grad(), ForbidCollectives():
                 first.whole()
-        layer, batched = linear_layer(module, name), first.can_be_batched(parameter)
-        why_general = why_not_kronecker(layer, first, batched, trainer.num_devices)
-        pairing, why_unpaired = pairing_of(options, first.batch)
+        layer, batched = routes.linear_layer(module, name), first.can_be_batched(parameter)
+        why_general = routes.why_not_kronecker(layer, first, batched, trainer.num_devices)
+        pairing, why_unpaired = routes.pairing_of(options, first.batch)
         # As it is now: the number of accumulated batches may follow a schedule.
         step = step_size(trainer) or size * trainer.accumulate_grad_batches * trainer.world_size
         problem = NoiseProblem(

@@ -63,6 +63,5 @@ class NoiseProblem:
             return self.general(self.why_general or ON_ANOTHER_RANK)
         if capacities["paired"]:
             return self
-        return replace(
-            self, pairing=None, why_unpaired=self.why_unpaired or "batches of another rank cannot be paired."
-        )
+        why = self.why_unpaired or "batches of another rank cannot be paired."
+        return replace(self, pairing=None, why_unpaired=why)

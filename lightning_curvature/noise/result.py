@@ -57,8 +57,7 @@ class NoiseCurvature:
         samples: n.
         batch_size: b.
         dimension: D.
-        curved: number of directions whose curvature is above rounding; the others stand in the arrays, and enter no
-            number.
+        curved: number of directions whose curvature is above rounding; others stand in the arrays, and in no number.
         curvatures: H_ii, descending, (𝒩,) float64.
         variances: C_ii, (𝒩,).
         second_moments: E_p[Σ_m κ_m² (u_m · v_i)²] = 2b C_ii/σ_w² by duality, (𝒩,).
@@ -134,15 +133,13 @@ class NoiseCurvature:
 
     def to_csv(self, path: Path | str) -> None:
         """Write H_ii, C_ii and their counterparts by duality, a line a direction; the path may be a URL for fsspec."""
-        columns = {"curvature": self.curvatures, "variance": self.variances}
-        if self.second_moments is not None:
-            columns["second_moment"] = self.second_moments
+        columns = {"curvature": self.curvatures, "variance": self.variances, "second_moment": self.second_moments}
         columns |= {f"variance_{name}": link.diagonal for name, link in self.chain.items()}
+        table = {name: column.tolist() for name, column in columns.items() if column is not None}
         with get_filesystem(path).open(str(path), "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["direction", *columns])
-            rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-            writer.writerows([number, *row] for number, row in enumerate(rows, start=1))
+            writer.writerow(["direction", *table])
+            writer.writerows([number, *row] for number, row in enumerate(zip(*table.values(), strict=True), start=1))
 
     def __str__(self) -> str:
         """Return the numbers as text, with the range of the fit and the numbers of chance."""
@@ -152,20 +149,19 @@ class NoiseCurvature:
             f"{self.parameter}: D = {self.dimension:,}, {curved}{count:,} directions, {self.samples:,} samples, "
             f"b = {self.batch_size}, {self.route} route"
         ]
-        for title, law in (("γ", self.gamma), ("γ by duality", self.gamma_awd)):
-            if law is not None:
-                lines.append(
-                    f"{title:<16}{law.exponent:7.3f} ± {law.standard_error:.3f}  over {law.points:,} directions, "
-                    f"H_ii from {law.lowest:.2e} to {law.highest:.2e}"
-                )
+        lines += [
+            f"{title:<16}{law.exponent:7.3f} ± {law.standard_error:.3f}  over {law.points:,} directions, "
+            f"H_ii from {law.lowest:.2e} to {law.highest:.2e}"
+            for title, law in (("γ", self.gamma), ("γ by duality", self.gamma_awd))
+            if law is not None
+        ]
         if not math.isnan(self.commutativity):
             lines.append(
                 f"{'commutativity':<16}{self.commutativity:7.4f}, relative to CH {self.relative_commutativity:.3f}, by "
                 f"chance {self.random_commutativity:.3f}"
             )
-        for title, value in (("alignment", self.alignment), ("Spearman", self.spearman)):
-            if not math.isnan(value):
-                lines.append(f"{title:<16}{value:7.3f}")
+        values = (("alignment", self.alignment), ("Spearman", self.spearman))
+        lines += [f"{title:<16}{value:7.3f}" for title, value in values if not math.isnan(value)]
         if self.test is not None and self.haar is not None:
             lines.append(
                 f"{'coupling':<16}{self.coupling:7.4f}, by chance {float(self.haar.mean()):.4f} (rotated), "

@@ -7,14 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.functional.noise import (
-    DualitySums,
-    KroneckerSum,
-    duality_terms,
-    linear_blocks,
-    matched_pairs,
-    unpacked,
-)
+from lightning_curvature.functional import noise as formulas
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.samples import BlockSamples, SampleGraphs
 from lightning_curvature.noise.linear_layer import NotSeparableError, linear_statistics
@@ -45,7 +38,7 @@ class NoiseMoments(NamedTuple):
     products: Tensor
     hessian: Tensor
     second: Tensor | None = None
-    duality: DualitySums | None = None
+    duality: formulas.DualitySums | None = None
 
 
 def sum_device(parameter: Tensor) -> torch.device:
@@ -70,9 +63,9 @@ def no_sums(problem: NoiseProblem) -> Sums:
         shapes |= {"products": (size, size), "hessian": (size, size)}
     else:
         out, into = problem.layer.weight.shape
-        shapes["kronecker"] = KroneckerSum(3, out, into, "meta").packed().shape
+        shapes["kronecker"] = formulas.KroneckerSum(3, out, into, "meta").packed().shape
         if problem.pairing is not None:
-            shapes["duality"] = DualitySums(out, into, "meta").state.shape
+            shapes["duality"] = formulas.DualitySums(out, into, "meta").state.shape
     zero = torch.zeros((), dtype=torch.float64, device=problem.device)
     return {name: zero.expand(shape) for name, shape in shapes.items()}
 
@@ -90,8 +83,8 @@ def kronecker_route(problem: NoiseProblem) -> Sums:
     assert layer is not None
     out, into = layer.weight.shape
     gradient = torch.zeros(out, into, dtype=torch.float64, device=device)
-    moments = KroneckerSum(3, out, into, device)
-    duality = DualitySums(out, into, device) if problem.pairing is not None else None
+    moments = formulas.KroneckerSum(3, out, into, device)
+    duality = formulas.DualitySums(out, into, device) if problem.pairing is not None else None
     weight, processes, samples, paired = layer.weight.detach().to(device), problem.trainer.num_devices, 0, 0
     for batch in _batches(problem):
         losses: list[Tensor] = []
@@ -101,12 +94,12 @@ def kronecker_route(problem: NoiseProblem) -> Sums:
             raise NotSeparableError(NOT_A_MEAN)
         a, delta, s = (t.to(gradient) for t in (found.activations, found.gradients, found.curvatures))
         gradient += delta.mT @ a
-        moments.add(linear_blocks(a, delta, s), a)
+        moments.add(formulas.linear_blocks(a, delta, s), a)
         samples += batch.size
         if duality is not None and problem.pairing is not None:
             inputs, labels = (t.to(device) for t in problem.pairing(batch.batch))
             for one, other in _pairs(inputs, labels):
-                duality.add(duality_terms(weight, a[one], delta[one], s[one], a[other] - a[one]))
+                duality.add(formulas.duality_terms(weight, a[one], delta[one], s[one], a[other] - a[one]))
                 paired += len(one)
     counts = gradient.new_tensor([samples, paired, 0.0])
     sums = {"gradient": gradient.flatten(), "kronecker": moments.packed(), "counts": counts}
@@ -175,9 +168,9 @@ def moments_of(sums: Sums, shape: tuple[int, ...]) -> NoiseMoments:
         return NoiseMoments(*common, sums["products"] / samples, sums["hessian"] / samples)
     (out, into), duality = shape, None
     if "duality" in sums:
-        duality = DualitySums(out, into, "meta")
+        duality = formulas.DualitySums(out, into, "meta")
         duality.state = sums["duality"]
-    products, hessian, second = unpacked(sums["kronecker"] / samples, out, into)
+    products, hessian, second = formulas.unpacked(sums["kronecker"] / samples, out, into)
     return NoiseMoments(*common, products, hessian, second, duality)
 
 
@@ -187,5 +180,5 @@ def _pairs(inputs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.sort(labels, stable=True).indices
     halves = order[0::2], order[1::2]
     for half, other in (halves, halves[::-1]):
-        partner = matched_pairs(inputs[half], labels[half], inputs[other], labels[other])
+        partner = formulas.matched_pairs(inputs[half], labels[half], inputs[other], labels[other])
         yield half[partner >= 0], other[partner[partner >= 0]]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature.functional import noise as formulas
 from lightning_curvature.noise import monitor as noise_monitor
 from lightning_curvature.noise import routes as noise_block
 from lightning_curvature.noise import sums as noise_sums
@@ -115,8 +116,8 @@ class FailingCase(NoiseCase):
 
 in_check = failing(noise_block, "linear_statistics", 1)
 in_sums = failing(noise_sums, "linear_statistics", 0)
-in_blocks = failing(noise_sums, "linear_blocks", 1)
-in_pairs = failing(noise_sums, "matched_pairs", 1)
+in_blocks = failing(formulas, "linear_blocks", 1)
+in_pairs = failing(formulas, "matched_pairs", 1)
 in_hessian = failing(noise_sums, "_block_hessian", 1, "network.0.bias")
 in_squares = failing(noise_sums, "_squares", 0, "network.0.bias")
 in_reporting_device = failing(noise_monitor, "sum_device", 1)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.data.ordered import read_ordered_samples
 from lightning_curvature.losses.fixed import ProbeLoss
-from lightning_curvature.losses.samples import SampleLosses
+from lightning_curvature.losses.samples import SampleLosses, equal_up_to_rounding
 from lightning_curvature.replay.isolation import attached
 from lightning_curvature.replay.objective import StepObjective
 from tests.oracles.sample_growth import order_of
@@ -142,6 +142,16 @@ def test_all_ways_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         elif name != "ragged":
             assert calls == ["losses_of_many", "losses_of_many", "loss_of"]
         assert losses._batched == at_once
+
+
+def test_equal_up_to_rounding() -> None:
+    """Every entry, relative to the other tensor; a loss that is not a number equals itself alone."""
+    losses = torch.tensor([1.0, -2e-9, 0.0, math.nan], dtype=torch.float64)
+    assert equal_up_to_rounding(losses * (1.0 + 0.9e-5), losses)
+    for factors in ([1.0 + 2e-5, 1.0, 1.0, 1.0], [1.0, 1.0 + 2e-5, 1.0, 1.0], [1.0, 1.0, math.nan, 1.0]):
+        assert not equal_up_to_rounding(losses * torch.tensor(factors, dtype=torch.float64), losses)
+    assert not equal_up_to_rounding(torch.tensor(1e-30), torch.tensor(0.0))
+    assert not equal_up_to_rounding(torch.tensor(1.0), torch.tensor(math.nan))
 
 
 def test_the_batch_that_a_step_writes_into_comes_back() -> None:
