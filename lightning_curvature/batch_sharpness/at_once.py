@@ -57,7 +57,7 @@ class PairsAtOnce(Pairs):
         draws = [population.draw(problem.key, PAIR * number + index) for number in numbers for index in range(PAIR)]
         copies = copies_of(problem.parameters, len(draws))
         micro_batches = problem.loss.parts_of_many(draws, problem.parameters, copies)
-        operator = problem.curvature(micro_batches, copies, processes=problem.trainer.num_devices)
+        operator = problem.exact(micro_batches, copies)
         pairs = [PairMoments() for _ in numbers]
 
         def curvatures_along(vectors: Tensor, squares: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def pairs_at_once(at_once: PairsAtOnce) -> int:
     wanted = options.batches_at_once
     count = _COUNT if wanted == "auto" else wanted
     # Products with the whole probe set take much longer than to launch a mini-batch.
-    if options.exact or count == 1 or not problem.can_be_stacked or set(options.drawn) == {"lambda_max_b"}:
+    if options.exact or count == 1 or problem.sharded or set(options.drawn) == {"lambda_max_b"}:
         return 1
 
     def compare() -> Mapping[str, Tensor]:
@@ -117,15 +117,17 @@ def pairs_at_once(at_once: PairsAtOnce) -> int:
             raise ValueError("its gradients come out differently there")
         return {}
 
-    error = attempt_together(problem.trainer, compare, {}, "measuring mini-batches at once").error
-    if error is not None and wanted != "auto":
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    outcome = attempt_together(problem.trainer, compare, {}, "measuring mini-batches at once")
+    if outcome.error is None:
+        return (count + 1) // PAIR
+    if wanted != "auto":
+        reason = f"{type(outcome.error).__name__}: {outcome.error}".splitlines()[0]
         warn(
             f"batches_at_once must be 1 for a training step that torch.vmap cannot repeat, got {wanted} ({reason}): "
             "mini-batches are measured one after the other.",
-            any_rank=True,
+            any_rank=outcome.here,
         )
-    return 1 if error is not None else (count + 1) // PAIR
+    return 1
 
 
 def same(one: PairMoments, other: PairMoments) -> bool:

@@ -27,37 +27,32 @@ class Draws:
         lose: called with quantities that cannot be measured, and the error.
     """
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        quantities: Sequence[Quantity],
-        count: int,
-        whole: MiniBatch,
-        lose: Lose,
-    ) -> None:
+    def __init__(self, pairs: Pairs, quantities: Sequence[Quantity], count: int, whole: MiniBatch, lose: Lose) -> None:
         self._pairs, self._quantities, self._count, self._whole, self._lose = pairs, quantities, count, whole, lose
-        self._options, self._problem = pairs.options, pairs.problem
-        self._ranks, self._rank = self._problem.turns
+        self._options, self._problem, (self._ranks, self._rank) = pairs.options, pairs.problem, pairs.problem.turns
         self._moments = {quantity: torch.zeros(6, dtype=torch.float64) for quantity in quantities}
         self._batches = dict.fromkeys(quantities, 0)
         # At η = 0 there is no update over η.
         self._open = [q for q in quantities if q != "lambda_gen" or self._problem.lr]
-        self._zero_gradients = self._unconverged = 0.0
-        self._begun = self._drawn = 0
-
-    @property
-    def enough(self) -> bool:
-        """Whether every quantity is known well enough, or as many batches are drawn as the options allow."""
-        return not self._open or self._drawn >= self._options.num_batches
+        self._begun = self._drawn = self._zero_gradients = self._unconverged = 0
 
     def draw(self) -> None:
-        """Draw until there are enough."""
-        while not self.enough:
-            self._next_pairs()
+        """Draw until every quantity is known well enough, or as many batches are drawn as the options allow."""
+        while not self._is_done():
+            left = math.ceil((self._options.num_batches - self._drawn) / PAIR / self._ranks)
+            count = min(self._count, left)
+            numbers = [self._begun + index * self._ranks + self._rank for index in range(count)]
+            self._begun += count * self._ranks
+            for row in self._exchange(*self._observe(numbers)):
+                if not self._is_done():  # one process would not have drawn what is left
+                    self._add(row)
 
     def give_up(self, error: Exception) -> None:
         """Lose the quantities that are not yet known well enough."""
         self._drop(list(self._open), error)
+
+    def _is_done(self) -> bool:
+        return not self._open or self._drawn >= self._options.num_batches
 
     def _drop(self, quantities: Sequence[Quantity], error: Exception) -> None:
         for quantity in quantities:
@@ -65,12 +60,9 @@ class Draws:
             del self._moments[quantity]
         self._lose(quantities, error)
 
-    def _next_pairs(self) -> None:
-        """Draw pairs on every rank, and add them one after the other. One collective."""
-        left = math.ceil((self._options.num_batches - self._drawn) / PAIR / self._ranks)
-        count, failure = min(self._count, left), None
-        numbers = [self._begun + index * self._ranks + self._rank for index in range(count)]
-        self._begun += count * self._ranks
+    def _observe(self, numbers: Sequence[int]) -> tuple[list[PairMoments], Exception | None]:
+        """Measure this rank's pairs; return them, and the error where this rank failed."""
+        failure = None
         try:
             pairs = self._pairs.observe(numbers, self._open)
         except Exception as error:
@@ -79,29 +71,25 @@ class Draws:
             for pair in pairs:
                 self._multiply_by_whole(pair)
             failure = failure or self._whole.operator.error
-        for row in self._exchange(pairs, failure):
-            if not self.enough:  # one process would not have drawn what is left
-                self._add(row)
+        return pairs, failure
 
     def _multiply_by_whole(self, pair: PairMoments) -> None:
         """Add the curvature along the vectors of every rank's pair: all ranks multiply each by their share."""
         kinds = bool(set(CROSS_PRODUCT) & set(self._open)) + ("lambda_gen" in self._open)
-        add_up = self._problem.reduce or (lambda vector: vector)
+        space, reduce = self._whole.operator.space, self._problem.reduce
         for rank in range(self._ranks):
             for index in range(kinds):
                 cross = pair.crosses[index] if pair.crosses and rank == self._rank else None
-                curvature = 0.0
-                for side in range(PAIR):
-                    vector = self._whole.operator.space.zeros() if cross is None else cross[0][side]
-                    if cross is None and rank == self._rank:
-                        vector.fill_(torch.nan)  # this rank failed: the product is NaN on all of them
-                    curvature += self._whole.curvature_along(add_up(vector))
+                # NaN where this rank failed: the product is NaN on all of them.
+                instead = torch.nan if rank == self._rank else 0.0
+                vectors = cross[0] if cross else (space.zeros().fill_(instead),) * PAIR
+                curvature = sum(self._whole.curvature_along(reduce(v) if reduce else v) for v in vectors)
                 if cross is not None:
                     pair.add_crossed(cross, curvature)
                     self._problem.on_product()
 
     def _exchange(self, pairs: Sequence[PairMoments], failure: Exception | None) -> Tensor:
-        """Return a row of moments and counts for each pair of all ranks, in the order of their numbers."""
+        """Return moments and counts of the pairs of all ranks, a row each, by their numbers. One collective."""
         width = 6 * len(self._quantities) + 2
         empty = torch.zeros(len(pairs), self._ranks, width, dtype=torch.float64, device="cpu")
 
@@ -111,8 +99,7 @@ class Draws:
             table = empty.clone()
             for row, pair in zip(table[:, self._rank], pairs, strict=True):
                 for moments, quantity in zip(row[:-2].split(6), self._quantities, strict=True):
-                    if quantity in pair.moments:
-                        moments.copy_(pair.moments[quantity])
+                    moments.copy_(pair.moments.get(quantity, moments))
                 row[-2], row[-1] = pair.zero_gradients, pair.unconverged
             return {"pairs": table}
 
@@ -123,8 +110,8 @@ class Draws:
     def _add(self, row: Tensor) -> None:
         """Add the moments of a pair, and close the quantities that are now known well enough."""
         self._drawn += PAIR
-        self._zero_gradients += float(row[-2])
-        self._unconverged += float(row[-1]) if "lambda_max_b" in self._open else 0.0
+        self._zero_gradients += int(row[-2])
+        self._unconverged += int(row[-1]) if "lambda_max_b" in self._open else 0
         for quantity, draws in zip(self._quantities, row[:-2].split(6), strict=True):
             if quantity not in self._open:
                 continue
@@ -147,15 +134,13 @@ class Draws:
                 "no mini-batch that was drawn has a gradient, and sharpness along it is not defined: all samples are "
                 "fitted, or the loss is constant."
             )
-        values = {"zero_gradient_batches": self._zero_gradients} if self._moments else {}
+        values = {"zero_gradient_batches": float(self._zero_gradients)} if self._moments else {}
         if "lambda_max_b" in self._moments:
-            values["lambda_max_b_unconverged"] = self._unconverged
+            values["lambda_max_b_unconverged"] = float(self._unconverged)
         for quantity, moments in self._moments.items():
-            values |= {
-                quantity: float(ratio_of_means(moments)),
-                f"{quantity}_stderr": float(ratio_standard_error(moments)),
-                f"{quantity}_batches": float(self._batches[quantity]),
-            }
+            values[quantity] = float(ratio_of_means(moments))
+            values[f"{quantity}_stderr"] = float(ratio_standard_error(moments))
+            values[f"{quantity}_batches"] = float(self._batches[quantity])
         return values
 
 

@@ -22,9 +22,8 @@ class SharpnessMeasurement:
 
     Each quantity is a ratio of two means over independent draws; drawing for it ends as soon as the standard error of
     that ratio falls below ``relative_error`` of it. A draw whose numerator and denominator are both 0 says nothing of a
-    ratio and is left out, lest few others pass for many. Ranks draw different pairs of batches at a time, and then look
-    at them one after the other as one process would, which stops at the same pair. Where parameters are sharded, all
-    ranks measure each pair together (see :class:`~.batch_sharpness.sharded.ShardedProblem`).
+    ratio and is left out, lest few others pass for many. Ranks draw different pairs at a time, exchange their moments
+    and add them in order, as one process would, which stops at the same pair.
 
     Args:
         options: what to measure.
@@ -70,7 +69,13 @@ class SharpnessMeasurement:
     def _drawn_batches(self, problem: SharpnessProblem, lose: Lose) -> dict[str, float]:
         options, quantities, full = self._options, self._options.drawn, None
         needing = [quantity for quantity in quantities if quantity in FULL_GRADIENT]
-        whole = attempted(lambda: self._whole_set(problem), functools.partial(lose, quantities))
+
+        def whole_set() -> MiniBatch:
+            """For its gradient, and with exact products for these."""
+            used = options.exact or needing
+            return MiniBatch(problem.operator(problem.whole() if used else [], multiplied=options.exact))
+
+        whole = attempted(whole_set, functools.partial(lose, quantities))
         if whole is None:
             return {}
         with contextlib.closing(whole):
@@ -86,12 +91,6 @@ class SharpnessMeasurement:
             draws = Draws(pairs, quantities, self.pairs_at_once, whole, lose)
             attempted(draws.draw, draws.give_up)
         return draws.values()
-
-    def _whole_set(self, problem: SharpnessProblem) -> MiniBatch:
-        """Return the whole probe set as one batch: for its gradient, and with exact products for these."""
-        exact = self._options.exact
-        used = exact or set(FULL_GRADIENT) & set(self._options.drawn)
-        return MiniBatch(problem.operator(problem.whole() if used else [], multiplied=exact))
 
 
 def _full_gradient(problem: SharpnessProblem, whole: MiniBatch) -> Tensor:

@@ -18,9 +18,8 @@ from lightning_curvature.batch_sharpness.options import (
     FullHessian,
     Quantity,
 )
-from lightning_curvature.batch_sharpness.problem import SharpnessProblem
+from lightning_curvature.batch_sharpness.problem import SharpnessProblem, check_shares
 from lightning_curvature.batch_sharpness.result import BatchSharpnessResult
-from lightning_curvature.batch_sharpness.sharded import ShardedProblem
 from lightning_curvature.data.population import Population, read_population
 from lightning_curvature.data.probe_set import step_size
 from lightning_curvature.distributed.shards import is_sharded
@@ -40,15 +39,15 @@ from lightning_curvature.reporting.progress import Progress
 
 
 class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResult]):
-    r"""Log how curved the loss of mini-batches is along their own gradients, and its kin.
+    r"""Log how curved the loss of mini-batches is along their own gradients, and related quantities.
 
     g_B, H_B are gradient and Hessian of the loss of a mini-batch B, g and H those of the whole probe set, E_B the mean
     over mini-batches drawn from it as training draws them. Quantities and their keys, written as ``<prefix>/<key>``:
 
     * "batch_sharpness": :math:`E_B[g_B^\top H_B g_B / \lVert g_B\rVert^2]`. SGD hovers where it is 2/η: the edge of
       stochastic stability.
-    * "step_sharpness": :math:`g_B^\top H_B g_B / \lVert g_B\rVert^2` of the batch of the coming step, all of its
-      micro-batches and ranks together. One product.
+    * "step_sharpness": :math:`g_B^\top H_B g_B / \lVert g_B\rVert^2` of the batch of the coming step, with all its
+      micro-batches and ranks. One product.
     * "modified_batch_sharpness": :math:`E_B[g_B^\top H_B g_B] / E_B\lVert g_B\rVert^2`; settles above 2/η.
     * "ias", interaction-aware sharpness: :math:`E_B[g_B^\top H g_B] / E_B\lVert g_B\rVert^2`; stays below 2/η.
     * "gni", gradient–noise interaction: :math:`E_B[g_B^\top H g_B] / \lVert g\rVert^2`; 2/η whenever the loss
@@ -57,41 +56,40 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
       Δθ_B the update over η that the optimizer would make from its present state with g_B; GNI for plain SGD.
     * "lambda_max_b": :math:`E_B[\lambda_{\max}(H_B)]`; between 2/η and 4/η.
 
-    Each comes with ``<key>_stderr``, the standard error of the value over the draws, and ``<key>_batches``, how many
-    batches it took; beside them ``two_over_lr`` (2/η), ``zero_gradient_batches``, drawn batches without a gradient,
-    which batch sharpness leaves out, and ``lambda_max_b_unconverged``, drawn batches whose eigenvalue was not found to
-    ``tolerance`` and counts too small.
+    Each comes with ``<key>_stderr``, the standard error of the value over the draws, and ``<key>_batches``, the number
+    of batches it took. Beside them stand ``two_over_lr`` (2/η); ``zero_gradient_batches``, the number of drawn batches
+    without a gradient, which batch sharpness leaves out; and ``lambda_max_b_unconverged``, the number of drawn batches
+    whose eigenvalue did not converge to ``tolerance`` and counts too small.
 
-    Batches are drawn until the standard error of each value falls below ``relative_error`` of it, in pairs (B, B'). Two
-    batches of a pair are independent, so that :math:`g_B^\top H_{B'} g_B` is :math:`g_B^\top H g_B` in the mean: the
-    full Hessian is never multiplied with.
+    The monitor draws batches in pairs (B, B') until the standard error of each value falls below ``relative_error`` of
+    it. The batches of a pair are independent, so that :math:`g_B^\top H_{B'} g_B` is :math:`g_B^\top H g_B` in the
+    mean, without a product with the full Hessian.
 
-    Cost of a measured step, a batch: its gradient with the graph, and one Hessian–vector product of that batch each for
-    batch sharpness (with the modified one), for IAS (with GNI), and for λ_gen; about eight for λ_max^b. GNI and λ_gen
-    take one forward+backward of the whole probe set more. Other steps cost nothing.
+    Cost of a measured step, for each batch: its gradient with the graph, and one Hessian–vector product of that batch
+    each for batch sharpness (with the modified one), for IAS (with GNI), and for λ_gen; about eight for λ_max^b. GNI
+    and λ_gen take one more forward+backward of the whole probe set. Other steps cost nothing.
 
     BatchNorm in training mode is that of each mini-batch, or of its micro-batches where it is cut. Dropout has one mask
-    a micro-batch; in "step_sharpness" that which the step will use. Parameters that FSDP2 shards are measured by all
-    ranks together, products by differences of gradients: two forward+backwards each.
+    a micro-batch; in "step_sharpness" the mask of the step. All ranks measure parameters that FSDP2 shards together,
+    with products by differences of gradients: two forward+backwards each.
 
     Args:
         quantities: which of the above.
         every_n_train_steps: measure before optimizer steps 0, n, 2n, …
-        num_batches: the most batches of a measurement, over all ranks; drawn in pairs, so that an odd number is rounded
-            up.
-        min_batches: the fewest that have a gradient; standard errors of fewer are not to be trusted.
-        relative_error: relative standard error at which a quantity is known well enough.
+        num_batches: most batches of a measurement, over all ranks; pairs round an odd number up.
+        min_batches: fewest batches with a gradient; standard errors of fewer are not reliable.
+        relative_error: relative standard error at which drawing for a quantity ends.
         batch_size: samples of a drawn batch; default: those of one optimizer step, over ranks and accumulation (with a
             ``probe_dataloader``, too).
         curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of each H.
         full_hessian: "pairs", as above, or "exact": a product with the whole probe set for each batch and each of (IAS
-            with GNI) and λ_gen. Dearer by the size of the set, and each draw says more: worth it on small sets, and
-            where curvature is unevenly spread over samples (nearly fitted data).
-        batches_at_once: how many mini-batches are differentiated at once, by ``torch.vmap``; 1 for one after the other;
+            with GNI) and λ_gen. It costs more by the size of the set, and each draw says more: worth it on small sets,
+            and where curvature is unevenly spread over samples (nearly fitted data).
+        batches_at_once: how many mini-batches to differentiate at once, by ``torch.vmap``; 1 for one after the other;
             "auto" takes 16 of small models (100,000 parameters), whose mini-batches take longer to launch than to
             compute. Where ``vmap`` cannot follow the training step (dropout, ``loss.item()``, BatchNorm's running
             statistics), for "lambda_max_b" and for exact products it is always one after the other.
-        probe_samples: the most samples of the probe set; None for all training data.
+        probe_samples: most samples of the probe set; None for all training data.
         probe_dataloader: where to take them from; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size.
         tolerance: relative residual of λ_max^b.
@@ -110,8 +108,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         MisconfigurationException: at the start of fit or of the first measurement, for what the module, the data or the
             strategy cannot give.
 
-    Source: P4 (edge of stochastic stability), definitions 2 and 3, eqs. 3 and 4, appendices M and P; Lee and Jang 2023
-    (IAS).
+    Source: Edge of stochastic stability (2025), definitions 2 and 3, eqs. 3 and 4, appendices M and P; Lee and Jang
+    2023 (IAS); see docs/references.md.
     """
 
     options: BatchSharpnessOptions
@@ -151,10 +149,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         self._calls_step = -1
         self._step_size: tuple[int | None, int] | None = None
 
-    def charts(self) -> dict[str, list[str]]:
-        """TensorBoard charts: all sharpnesses with the edge."""
-        prefix, names = self.options.prefix, [*self.options.quantities, "two_over_lr"]
-        return {f"{prefix}: mini-batch sharpness and 2/η": [f"{prefix}/{name}" for name in names]}
+    def charted(self) -> dict[str, list[str]]:
+        """Return one chart: all sharpnesses with the edge."""
+        return {"mini-batch sharpness and 2/η": [*self.options.quantities, "two_over_lr"]}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
@@ -208,7 +205,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             failure=failure,
         )
         if self._sharded:
-            ShardedProblem.check_population(population, trainer.world_size)
+            check_shares(population, trainer.world_size)
         # A pair has the Hessian of the samples as they are drawn, which is that of the loss that training descends.
         whole = CROSSED if options.exact else FULL_GRADIENT
         unequal = [q for q in options.quantities if q in whole and population.weighted]
@@ -227,11 +224,12 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         if failure is not None:
             raise failure
         progress = Progress(trainer, "mini-batch sharpness")
-        problem = (ShardedProblem if self._sharded else SharpnessProblem)(
+        problem = SharpnessProblem(
             trainer=trainer,
             curvature=operator_type(self.options.curvature),
             loss=loss,
             parameters=parameters,
+            sharded=self._sharded,
             lr=stability_rule(optimizer).lr,
             population=data,
             step=loss.parts_of_step(calls, trainer.world_size),

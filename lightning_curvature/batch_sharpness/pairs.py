@@ -81,8 +81,18 @@ class Pairs:
         with contextlib.ExitStack() as stack:
             for operator in self.problem.pair(number):
                 batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
-                self._observe_alone(batch, wanted, pair)
                 batches.append(batch)
+                if set(OWN_PRODUCT) & set(wanted):
+                    pair.add_own(batch.self_curvature, batch.squared_norm)
+                    self.problem.on_product()
+                if "lambda_max_b" in wanted:
+                    value, search = batch.largest_eigenvalue(self.options.tolerance, self._eigenvectors)
+                    self.problem.on_product()
+                    if search is not None:
+                        self._eigenvectors = search.vectors
+                        pair.unconverged += not all(search.converged)
+                    pair.add("lambda_max_b", value)
+                pair.zero_gradients += batch.squared_norm == 0.0
                 if self.options.exact or not crossed:
                     batch.close()  # one graph at a time is enough
             if crossed:
@@ -95,20 +105,6 @@ class Pairs:
                     pair.add_crossed(cross, second.curvature_along(one) + first.curvature_along(other))
                     self.problem.on_product()
         return pair
-
-    def _observe_alone(self, batch: MiniBatch, wanted: Collection[Quantity], pair: PairMoments) -> None:
-        """Add the quantities that need one mini-batch alone."""
-        if set(OWN_PRODUCT) & set(wanted):
-            pair.add_own(batch.self_curvature, batch.squared_norm)
-            self.problem.on_product()
-        if "lambda_max_b" in wanted:
-            value, pairs = batch.largest_eigenvalue(self.options.tolerance, self._eigenvectors)
-            self.problem.on_product()
-            if pairs is not None:
-                self._eigenvectors = pairs.vectors
-                pair.unconverged += not all(pairs.converged)
-            pair.add("lambda_max_b", value)
-        pair.zero_gradients += batch.squared_norm == 0.0
 
     def _crosses(
         self, wanted: Collection[Quantity], gradients: tuple[Tensor, Tensor], squares: Sequence[float]

@@ -1,32 +1,49 @@
 """Inputs of one measurement of mini-batch sharpness, and the operators made of them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_curvature.batch_sharpness.options import PAIR
 from lightning_curvature.data.population import Population
 from lightning_curvature.distributed.reduce import sum_over_ranks
+from lightning_curvature.distributed.together import together
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.fixed import ProbeLoss
-from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, MicroBatch
+from lightning_curvature.operators import (
+    CurvatureOperator,
+    GaussNewtonOperator,
+    GradientDifferenceOperator,
+    HessianOperator,
+    MicroBatch,
+    Sharding,
+)
 from lightning_curvature.operators.exact import Reduce
 from lightning_curvature.optimizers.trial_steps import TrialSteps
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class SharpnessProblem:
-    """Inputs of one measurement; each rank measures pairs of mini-batches by itself.
+    """Inputs of one measurement.
+
+    Each rank measures pairs of mini-batches by itself. Sharded parameters, whose backward gathers them and averages
+    over the ranks, are measured by all ranks together: they share out the micro-batches of a mini-batch, as many to
+    each, and products are differences of gradients, so that every rank knows the same of the same pairs. There, where a
+    rank fails before the first forward, all ranks raise; later the others would wait for it, as in training.
 
     Attributes:
         trainer: the Trainer.
-        curvature: makes products with the curvature of micro-batches.
+        curvature: makes products with the curvature of micro-batches, where parameters are whole.
         loss: makes micro-batches of what was drawn.
         parameters: the parameters to differentiate by.
+        sharded: whether ranks hold parts of them.
         lr: η.
         population: the samples to draw mini-batches from, or None where only the step's own batch counts.
         step: this rank's micro-batches of the coming step, weighted as its gradient weights them.
@@ -39,6 +56,7 @@ class SharpnessProblem:
     curvature: type[HessianOperator] | type[GaussNewtonOperator]
     loss: ProbeLoss
     parameters: Sequence[Tensor]
+    sharded: bool
     lr: float
     population: Population | None
     step: Sequence[MicroBatch]
@@ -46,54 +64,75 @@ class SharpnessProblem:
     key: int
     on_product: Callable[[], None]
 
-    # Whether mini-batches can be differentiated many at once.
-    can_be_stacked: ClassVar[bool] = True
+    @cached_property
+    def _sharding(self) -> Sharding | None:
+        """How ranks share the parameters; None where each holds all of them. One collective."""
+        return Sharding.of(self.trainer, self.parameters) if self.sharded else None
 
     @cached_property
     def space(self) -> VectorSpace:
         """The space of the parameters."""
-        return VectorSpace(self.parameters)
+        return VectorSpace(self.parameters) if self._sharding is None else self._sharding.space
 
     @property
     def turns(self) -> tuple[int, int]:
         """Number of ranks that measure different pairs, and this rank's place among them."""
-        return self.trainer.world_size, self.trainer.global_rank
+        return (1, 0) if self.sharded else (self.trainer.world_size, self.trainer.global_rank)
 
     @property
     def reduce(self) -> Reduce | None:
         """Sum over the ranks that measure different pairs; None where there is one."""
-        return sum_over_ranks(self.trainer)
+        return None if self.sharded else sum_over_ranks(self.trainer)
 
     def operator(self, micro_batches: Sequence[MicroBatch], multiplied: bool = True) -> CurvatureOperator:
         """Return the operator of the micro-batches of all ranks.
 
         Args:
-            micro_batches: this rank's.
+            micro_batches: this rank's; as many on each rank where parameters are sharded.
             multiplied: whether products are wanted of it, and not its gradient alone.
         """
+        if self._sharding is not None:
+            return GradientDifferenceOperator(micro_batches, self.parameters, sharding=self._sharding)
         if not multiplied:
             return CurvatureOperator(micro_batches, self.parameters, reduce=self.reduce)
-        return self._curvature_of(micro_batches, reduce=self.reduce)
+        return self.exact(micro_batches, self.parameters, reduce=self.reduce)
 
-    def _curvature_of(self, micro_batches: Sequence[MicroBatch], **options: Any) -> CurvatureOperator:
-        return self.curvature(micro_batches, self.parameters, processes=self.trainer.num_devices, **options)
+    def exact(self, micro_batches: Sequence[MicroBatch], leaves: Sequence[Tensor], **options: Any) -> CurvatureOperator:
+        """Return the operator of this rank's micro-batches by the parameters, or by copies of them."""
+        return self.curvature(micro_batches, leaves, processes=self.trainer.num_devices, **options)
+
+    def pair(self, number: int) -> Iterator[CurvatureOperator]:
+        """Draw the mini-batches of a pair and yield their operators. One collective where parameters are sharded."""
+        numbers = range(PAIR * number, PAIR * (number + 1))
+        if self.sharded:
+            yield from map(self.operator, self._on_all(lambda: list(map(self.draw, numbers)), "drawing a mini-batch"))
+        else:
+            yield from (self.exact(self.draw(one), self.parameters) for one in numbers)
 
     def draw(self, number: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of the mini-batch of this number."""
         assert self.population is not None
         batches = self.population.draw(self.key, number)
-        return self.loss.parts_of(batches, sum(batch.size for batch in batches))
-
-    def pair(self, number: int) -> Iterator[CurvatureOperator]:
-        """Draw the mini-batches of a pair, one after the other, and yield their operators."""
-        for index in range(PAIR):
-            yield self._curvature_of(self.draw(PAIR * number + index))
+        every = self.loss.parts_of(batches, sum(batch.size for batch in batches))
+        if not self.sharded:
+            return every
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        if self.population.own_batches is not None:
+            # Each rank has drawn all of them from its own batches. Seeds of masks go by the places in a mini-batch.
+            count = len(every) // ranks
+            return every[rank * count : (rank + 1) * count]
+        share = every[rank::ranks]
+        # As many forwards on each rank.
+        return share + [replace(every[-1], weight=0.0)] * (-(-len(every) // ranks) - len(share))
 
     def whole(self) -> list[MicroBatch]:
-        """Return this rank's micro-batches of all samples."""
+        """Return this rank's micro-batches of all samples. One collective where parameters are sharded."""
         assert self.population is not None
+        whole = self.population.whole
         try:
-            return self.loss.parts(self.population.whole())
+            if self.sharded:
+                return self._on_all(lambda: self.loss.parts(whole()), "collating the probe set")
+            return self.loss.parts(whole())
         except Exception as error:
             if self.reduce is None:
                 raise
@@ -104,3 +143,25 @@ class SharpnessProblem:
 
         # The other ranks are on their way to the first product: it fails there, and they learn of it.
         return [MicroBatch(fail, 0.0)]
+
+    def _on_all(self, make: Callable[[], Value], what: str) -> Value:
+        """Return what ``make`` returns on this rank; where it raises on one rank, all of them raise."""
+        made: list[Value] = []
+
+        def on_this_rank() -> Mapping[str, Tensor]:
+            made.append(make())
+            return {}
+
+        together(self.trainer, on_this_rank, {}, what)
+        return made[0]
+
+
+def check_shares(population: Population, ranks: int) -> None:
+    """Raise where ranks draw from batches of their own, and a mini-batch takes more from one rank than from another."""
+    count = population.own_batches
+    if count is not None and count % ranks:
+        raise MisconfigurationException(
+            "a mini-batch must take as many batches of each rank where parameters are sharded and the dataset has "
+            f"no indices, got {count} for {ranks} ranks: choose another batch_size or micro_batch_size, or give "
+            "probe_dataloader= over a dataset with indices."
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_curvature.batch_sharpness.sharded import ShardedProblem
+from lightning_curvature.batch_sharpness.problem import SharpnessProblem, check_shares
 from lightning_curvature.data.reading import ProbeBatch
 from lightning_curvature.operators import MicroBatch
 
@@ -23,14 +23,15 @@ def shares(sizes: Sequence[int], ranks: int, own: bool = False) -> list[list[tup
     """What each rank gets of a mini-batch: places of micro-batches in it, and their weights."""
     drawn = [ProbeBatch(place, size, seed=0) for place, size in enumerate(sizes)]
     population: Any = SimpleNamespace(draw=lambda key, number: drawn, own_batches=len(sizes) if own else None)
-    ShardedProblem.check_population(population, ranks)
+    check_shares(population, ranks)
     found = []
     for rank in range(ranks):
         unused: Any = dict.fromkeys(("curvature", "parameters", "lr", "step", "trials", "key", "on_product"))
-        problem = ShardedProblem(
+        problem = SharpnessProblem(
             trainer=SimpleNamespace(world_size=ranks, global_rank=rank),  # type: ignore[arg-type]
             loss=SimpleNamespace(parts_of=parts_of),  # type: ignore[arg-type]
             population=population,
+            sharded=True,
             **unused,
         )
         found.append([(int(part.evaluate()), part.weight) for part in problem.draw(0)])  # type: ignore[call-overload]
