@@ -49,8 +49,16 @@ class Foretelling(pl.Callback):
         self.space = VectorSpace([local(p) for p in self.parameters])
         gradient = self.space.pack([local(p.grad) for p in self.parameters])
         self.trials = TrialSteps(trainer, optimizer, self.parameters)
+        marks = self.marks()
         self.foretold.append(self.trials.update_for(gradient))
+        assert self.marks() == marks
         self.before = self.space.pack([local(p) for p in self.parameters])
+
+    def marks(self) -> list[Any]:
+        """Identity, memory and versions of parameters, of their shards and of their gradients."""
+        tensors = [one for p in self.parameters for one in (p, local(p), p.grad, local(p.grad))]
+        places = [local(one).data_ptr() for one in tensors]
+        return [*places, *(one._version for one in tensors), *(id(p.grad) for p in self.parameters)]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self.made.append(self.before - self.space.pack([local(p) for p in self.parameters]))
