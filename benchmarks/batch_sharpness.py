@@ -25,8 +25,7 @@ from spectrum_nets import Batch, Net, subject
 from timing import Clock, Spread
 
 from lightning_curvature.functional import add_to_moments, ratio_of_means, ratio_standard_error
-from lightning_curvature.operators import HessianOperator
-from lightning_curvature.operators.mini_batch import MiniBatch
+from lightning_curvature.operators import HessianOperator, MiniBatch
 
 SECTIONS = ("cost", "small", "estimates")
 FAST = {

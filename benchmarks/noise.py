@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import curvature_basis, linear_sample_spectra
 from lightning_curvature.metrics import NoiseCurvatureRelation
-from lightning_curvature.noise.linear_layer import linear_statistics
+from lightning_curvature.operators import linear_statistics
 
 PARAMETER = "network.2.weight"
 FAST: dict[str, Any] = {

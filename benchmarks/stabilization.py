@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import random
 import time
 import warnings
 from pathlib import Path
@@ -27,9 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from workloads import Batch, Workload, _example
 
-from lightning_curvature import StabilizationMonitor
-from lightning_curvature.data.ordered import first_of_shuffle
-from lightning_curvature.stabilization.result import SampleGrowth
+from lightning_curvature import SampleGrowth, StabilizationMonitor
 
 # P1, table 3: seconds on its GPU for D = 45, k = 8, S = 64 and 107 million parameters.
 SOURCE = {"subspace": 17.53, "coefficients": 1.777, "direct": 2.197, "quadratic": 3.68e-3, "gaussian_moment": 1.22e-4}
@@ -112,6 +111,15 @@ def ours(
     return monitor.evaluate(module, DataLoader(data, batch_size=arguments.k), trainer)
 
 
+def first_samples(total: int, count: int) -> list[int]:
+    """Return the samples that the monitor takes, in its order (docs/stabilization.md) for seed 0."""
+    shuffle, order = random.Random(0), list(range(total))
+    for place in range(count):
+        other = shuffle.randrange(place, total)
+        order[place], order[other] = order[other], order[place]
+    return order[:count]
+
+
 def main() -> None:
     """Measure and print."""
     arguments = parse_arguments()
@@ -123,7 +131,7 @@ def main() -> None:
     workload, data = _workload(arguments)
     module = fit(workload, device, arguments.train_steps, []).lightning_module.to(device).eval()
     size = sum(p.numel() for p in module.parameters())
-    order = first_of_shuffle(len(data), arguments.k + 1, seed=0)
+    order = first_samples(len(data), arguments.k + 1)
     x, y = (t[order].to(device) for t in data.tensors)
     first, both = (x[:-1], y[:-1]), (x, y)
 

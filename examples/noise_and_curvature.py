@@ -29,13 +29,21 @@ from plotting_noise import draw, draw_suppression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature import NoiseCovarianceMonitor, NoiseCurvature
 from lightning_curvature.functional.noise import cumulative_contribution, power_law, spectral_moments, suppressed
-from lightning_curvature.noise.linear_layer import linear_statistics
-from lightning_curvature.noise.options import QUANTITIES
-from lightning_curvature.noise.result import NoiseCurvature
+from lightning_curvature.operators import linear_statistics
 
 LEARNING_RATE = 0.1
+# All that the monitor can measure.
+QUANTITIES = (
+    "noise_gamma",
+    "noise_gamma_awd",
+    "noise_commutativity",
+    "noise_alignment",
+    "noise_spearman",
+    "noise_coupling",
+    "noise_awd_chain",
+)
 LOSSES = {"ce": "cross-entropy", "mse": "squared error after softmax"}
 # Steps at which the first run of each loss is looked at on its way, as shares of the whole.
 ON_THE_WAY = (0.0, 0.03, 0.1, 0.2, 0.4, 0.7)

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from plotting import tidy
 
-from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
+from lightning_curvature import CriterionRow, SampleGrowth
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 ESTIMATORS = {"direct": ("o", "direct Monte Carlo"), "quadratic": ("s", "quadratic Monte Carlo")}

@@ -9,8 +9,8 @@ from matplotlib.colors import LogNorm
 from plotting import tidy
 from torch import Tensor
 
+from lightning_curvature import NoiseCurvature
 from lightning_curvature.functional.noise import PowerLaw, coupling_matrix, power_law
-from lightning_curvature.noise.result import NoiseCurvature
 
 COLORS = {"ce": "tab:blue", "mse": "tab:orange"}
 NAMES = {"ce": "cross-entropy", "mse": "squared error"}

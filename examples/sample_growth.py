@@ -22,8 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from plotting_growth import draw, shares
 from torch.utils.data import DataLoader
 
-from lightning_curvature import StabilizationMonitor
-from lightning_curvature.stabilization.result import SampleGrowth
+from lightning_curvature import SampleGrowth, StabilizationMonitor
 
 CONTEXT, WIDTH, LAYERS, HEADS = 32, 48, 2, 4
 BATCH_SIZE = 32

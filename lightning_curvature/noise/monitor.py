@@ -14,7 +14,6 @@ from lightning_curvature.losses.samples import BlockSamples, ForbidCollectives
 from lightning_curvature.monitors.occasional import OccasionalMonitor
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.protocol import Prepared
-from lightning_curvature.noise.linear_layer import NotSeparableError
 from lightning_curvature.noise.measurement import measure_noise
 from lightning_curvature.noise.options import NoiseOptions, Pairing, Quantity, keys_of
 from lightning_curvature.noise.problem import NoiseProblem
@@ -28,6 +27,7 @@ from lightning_curvature.noise.routes import (
     why_not_kronecker,
 )
 from lightning_curvature.noise.sums import NOT_A_MEAN, sum_device
+from lightning_curvature.operators import NotSeparableError
 from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import inform, warn
 from lightning_curvature.reporting.progress import Progress

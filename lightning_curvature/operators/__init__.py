@@ -9,7 +9,9 @@ from lightning_curvature.operators.exact import (
     HessianOperator,
     operator_type,
 )
+from lightning_curvature.operators.linear_layer import LinearStatistics, NotSeparableError, linear_statistics
 from lightning_curvature.operators.micro_batches import MicroBatch, micro_batches
+from lightning_curvature.operators.mini_batch import MiniBatch
 
 __all__ = [
     "Curvature",
@@ -17,10 +19,14 @@ __all__ = [
     "GaussNewtonOperator",
     "GradientDifferenceOperator",
     "HessianOperator",
+    "LinearStatistics",
     "MicroBatch",
+    "MiniBatch",
+    "NotSeparableError",
     "PreconditionedOperator",
     "SecondMomentOperator",
     "Sharding",
+    "linear_statistics",
     "micro_batches",
     "operator_type",
 ]

@@ -45,3 +45,21 @@ def same_attention(module: nn.Module) -> Generator[None, None, None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def patched(target: object, **attributes: Any) -> Generator[None, None, None]:
+    """Set attributes on an instance; restore its namespace afterwards, also after an error."""
+    namespace = target.__dict__
+    before = {name: namespace[name] for name in attributes if name in namespace}
+    try:
+        namespace.update(attributes)
+        yield
+    finally:
+        for name, value in attributes.items():
+            # An attribute that other code has set since stays.
+            if namespace.get(name) is value:
+                if name in before:
+                    namespace[name] = before[name]
+                else:
+                    del namespace[name]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.graphs import pull_back, pull_back_rows
 from lightning_curvature.operators.memory import SavedBytes, available_memory
 from lightning_curvature.operators.micro_batches import building_graphs
-from lightning_curvature.replay.isolation import patched
 
 # Share of the free memory for rows of S that are made at once; each needs about what the graph itself holds.
 _SHARE = 0.1
