@@ -28,9 +28,9 @@ from references import References
 from timing import Clock, Spread
 from workloads import WORKLOADS, Workload
 
-# Published cost in forwards. P0 (directional curvature): two for the finite difference, one for the KL estimate with
-# cached outputs; sharing makes both two; up to about ten for a line search (Kalra et al. 2026, as P0 cites them). No
-# paper counts the last two in forwards: measured by others on two CPU cores, by double backward and by one jvp.
+# Published cost in forwards. Directional curvature (2026): two for the finite difference, one for the KL estimate with
+# cached outputs, two for both when they share them, up to about ten for a line search (it cites Kalra et al. 2026). No
+# paper counts "gauss_newton" and "hvp" in forwards: others measured them on two CPU cores.
 PUBLISHED: dict[str, tuple[float, float]] = {
     "kl": (1.0, 1.0),
     "finite_difference": (2.0, 2.0),

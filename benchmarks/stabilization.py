@@ -30,7 +30,7 @@ from workloads import Batch, Workload, _example
 
 from lightning_curvature import SampleGrowth, StabilizationMonitor
 
-# P1, table 3: seconds on its GPU for D = 45, k = 8, S = 64 and 107 million parameters.
+# Curvature-aligned probing (2026), table 3: seconds on its GPU for D = 45, k = 8, S = 64 and 107 million parameters.
 SOURCE = {"subspace": 17.53, "coefficients": 1.777, "direct": 2.197, "quadratic": 3.68e-3, "gaussian_moment": 1.22e-4}
 STAGES = tuple(SOURCE)
 FAST: dict[str, Any] = {"dimension": 6, "train_steps": 4, "repeats": 1, "draws": 8, "workload": "mlp"}
