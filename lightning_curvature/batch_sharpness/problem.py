@@ -12,9 +12,9 @@ from lightning_curvature.batch_sharpness.options import PAIR
 from lightning_curvature.data.population import Population
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, MicroBatch
-from lightning_curvature.operators.exact import Reduce
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 
 

@@ -1,14 +1,9 @@
 """Curvature as operators on the space of the parameters: products with a matrix that is never formed."""
 
+from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.composed import PreconditionedOperator, SecondMomentOperator
 from lightning_curvature.operators.differences import GradientDifferenceOperator, Sharding
-from lightning_curvature.operators.exact import (
-    Curvature,
-    CurvatureOperator,
-    GaussNewtonOperator,
-    HessianOperator,
-    operator_type,
-)
+from lightning_curvature.operators.exact import Curvature, GaussNewtonOperator, HessianOperator, operator_type
 from lightning_curvature.operators.linear_layer import LinearStatistics, NotSeparableError, linear_statistics
 from lightning_curvature.operators.micro_batches import MicroBatch, micro_batches
 from lightning_curvature.operators.mini_batch import MiniBatch

@@ -6,7 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from lightning_curvature.linalg import Eigenpairs, eigenpairs
-from lightning_curvature.operators.exact import CurvatureOperator
+from lightning_curvature.operators.base import CurvatureOperator
 
 # Squared norms between this and its inverse are those of vectors whose products stay in the range of float32 (1e-38);
 # others are brought to unit length first, which takes one more pass over memory.
