@@ -1,4 +1,4 @@
-"""Loss curvature along the steps an optimizer really takes, as Lightning callbacks and torchmetrics metrics."""
+"""Loss curvature along the steps that an optimizer really takes, as Lightning callbacks and torchmetrics metrics."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -25,33 +25,28 @@ class _Stage:
 
 
 class OverlookedBounds:
-    r"""Bounds on eigenvalues that a Krylov space has overlooked, from the randomness of its first vector.
+    r"""Bounds on eigenvalues that a Krylov space has overlooked, from the randomness of its first vector b.
 
-    Let the basis V be multiplied and the rows Q wait: AV = VT + QB. For a unit eigenvector v of eigenvalue λ, y = Vᵀv
-    and c = Qᵀv, this gives yᵀ(λ − T) = cᵀB with ‖c‖ ≤ 1. With T = U diag(θ) Uᵀ and b the first row of V,
+    With AV = VT + QB, where the rows Q wait, and T = U diag(θ) Uᵀ, each unit eigenvector v of eigenvalue λ satisfies
+    yᵀ(λ − T) = (Qᵀv)ᵀB for y = Vᵀv, so that
 
     .. math:: |v \cdot b| = |y^\top e_1| \le f(\lambda),
         \qquad f(t) = \Bigl\lVert \sum_i \frac{(Bu_i)\,(u_i \cdot e_1)}{t - \theta_i} \Bigr\rVert .
 
-    But b is random and independent of v. If b = (w + a r)/‖w + a r‖ with ‖w‖ ≤ 1 and r uniform on the unit sphere of
-    N ≥ 3 dimensions, v·r has a density of at most √(N/2π), so that for every w
+    Let b = (w + a r)/‖w + a r‖ with ‖w‖ ≤ 1 and r uniform on the unit sphere of N ≥ 3 dimensions, independent of v. The
+    density of v·r is at most √(N/2π), so that for every w
 
     .. math:: P(|v \cdot b| < \delta) \le 0.05 \quad\text{for}\quad
-        \delta = 0.05 \sqrt{\frac{\pi}{2N}}\, \frac{a}{1 + a},
+        \delta = 0.05 \sqrt{\frac{\pi}{2N}}\, \frac{a}{1 + a} .
 
-    where a/(1+a) is 1 without w. Apply this to v of the largest eigenvalue: with 95 % probability over the draw of r,
-    no eigenvalue exceeds both the largest θ and the largest t with f(t) ≥ δ. The derivation neglects only the noise of
-    the products.
-
-    For eigenvalue number j + 1, f without the terms of the j largest θ takes the place of f. This takes the j
-    eigenvectors for exact: it is a rule, not a theorem, and blind to further copies of the same eigenvalues.
-
-    After a thick restart, c has components along rows of the new basis, which stand to it as v·b stood to the old one:
-    f is then the norm of the product of the matrices, and the bound continues to shrink.
+    With v of the largest eigenvalue: with 95 % probability over r, and up to the noise of the products, no eigenvalue
+    exceeds both the largest θ and the largest t with f(t) ≥ δ. For eigenvalue number j + 1, f omits the terms of the j
+    largest θ. This takes their vectors as exact: it is a rule, not a theorem, and blind to further copies of the same
+    eigenvalues. After a thick restart f is the norm of a product of matrices, one for each basis.
 
     Args:
         dimension: N.
-        random_part: a/(1 + a); 1 for an entirely random first row.
+        random_part: a/(1 + a); 1 for a first row that is random altogether.
 
     Source: van Dorsselaer, Hochstenbach and van der Vorst 2000 (one random start vector, T tridiagonal); blocks, partly
     random start vectors and restarts are an extension of it.

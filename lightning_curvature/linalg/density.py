@@ -93,11 +93,8 @@ class SpectralDensity:
             half = _FINEST * (abs(low) or 1.0)
             low, high = low - half, high + half
         edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
-        # A node on an edge belongs to the bin on its right; the last edge to the last bin.
-        places = torch.bucketize(self.nodes.flatten(), edges[1:-1], right=True)
-        shares = torch.zeros(bins, dtype=torch.float64)
-        shares.index_add_(0, places, self.weights.flatten() / len(self.nodes))
-        return edges, shares
+        weights = self.weights.flatten() / len(self.nodes)
+        return edges, torch.histogram(self.nodes.flatten(), edges, weight=weights).hist
 
     def _width(self, width: float | None) -> float:
         if width is None:

@@ -84,20 +84,18 @@ def eigenpairs(
     "Largest" and "smallest" are algebraic: of the eigenvalues −10, 5, 3 the largest is 5 and the largest by magnitude
     is −10. Values come in this order: the largest, descending; the smallest, ascending; by magnitude, descending.
 
-    The method is band Lanczos: the basis begins with a block of start vectors, each product adds one vector to it, and
-    Rayleigh–Ritz on the whole basis gives values and residuals. With eigenvectors of a similar operator in ``start`` it
-    begins where that search ended. Full reorthogonalization excludes spurious copies of an eigenvalue. A full basis is
-    restarted from its best Ritz vectors (thick restart), which keeps the residuals exact. A block of p start vectors
-    finds eigenvalues of multiplicity up to p, a single one only one copy of each.
+    The method is band Lanczos with full reorthogonalization: the basis begins with a block of start vectors, each
+    product adds one vector to it, and a full basis is restarted from its best Ritz vectors (thick restart). A block of
+    p start vectors finds eigenvalues of multiplicity up to p, a single one only one copy of each.
 
     A small residual shows that there is an eigenvalue, not that it is the largest: a start vector orthogonal to the
-    eigenvector of the largest never finds it. But the first start vector is at least partly random, and the products
-    bound what it can have overlooked. ``upper`` and ``lower`` hold with 95 % probability each, for any operator and any
-    ``start``, up to the noise of the products. The 5 % are over the random vectors of this search: searches with the
-    same generator on the same operator fail together. The search continues until ``upper`` exceeds the largest by at
-    most 15 % of its size, and likewise for the smallest. For further pairs the same rule takes the pairs before them as
-    exact, which is no theorem: 8 of 180 searches for two or three pairs, one of which had been overtaken by 10 to 40 %,
-    overlooked that one, against 140 by the residuals alone.
+    eigenvector of the largest never finds it. But the first start vector is at least partly random, which bounds what
+    it can have overlooked (:class:`~.bounds.OverlookedBounds`): ``upper`` and ``lower`` hold with 95 % probability
+    each, for any operator and any ``start``. The 5 % are over the random vectors: searches with the same generator on
+    the same operator fail together. The search continues until ``upper`` exceeds the largest by at most 15 % of its
+    size, and likewise for the smallest. For further pairs the same rule takes the pairs before them as exact: 8 of 180
+    searches for two or three pairs, one of which had been overtaken by 10 to 40 %, overlooked that one, against 140 by
+    the residuals alone.
 
     Args:
         matvec: v ↦ Av for a vector of the space; must return a new tensor. Called on every rank.

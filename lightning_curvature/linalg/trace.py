@@ -62,15 +62,12 @@ def trace(
         \left(\operatorname{E}\lVert Bw \rVert^2 - \operatorname{E}[w^\top B w]^2\right)
 
     The standard error is thus reliable from the first few samples on; from the scatter of the samples it would take 15.
-    (Random signs in place of unit vectors would remove the diagonal of B from the variance: 0 to 4 % of it for Hessians
-    of a small network.)
 
     Q consists of the given eigenvectors, at no cost, and of a Krylov basis from a random vector, in which d products
-    give d columns and their share of the trace (Hutch++ takes 2d). The first of them also gives the variance: where
-    samples alone would take fewer products, the basis ends there. On seven spectra at equal products, the root mean
-    square error was 0.3 to 0.9 of that of Hutch++ and 0.6 to 1.4 of that of XTrace. XTrace is ahead by a factor of two
-    for thirty equal outliers, if it may use a column for each; but its samples share their Q, so that their scatter has
-    no known coverage and the estimate cannot be continued until the error is small enough.
+    give d columns (Hutch++ takes 2d). The first of them also gives the variance: where samples alone would take fewer
+    products, the basis ends there. On seven spectra at equal products, the root mean square error was 0.3 to 0.9 of
+    that of Hutch++ and 0.6 to 1.4 of that of XTrace, whose samples share their Q: their scatter has no known coverage,
+    and the estimate cannot be continued until the error is small enough.
 
     Args:
         matvec: v ↦ Av, in a new tensor; called on every rank.

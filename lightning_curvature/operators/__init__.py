@@ -1,4 +1,4 @@
-"""Curvature as operators on the space of the parameters: products with a matrix that is never formed."""
+"""Curvature as operators on the space of the parameters: products with matrices that are never formed."""
 
 from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.composed import PreconditionedOperator, SecondMomentOperator

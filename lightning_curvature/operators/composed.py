@@ -58,13 +58,11 @@ class SecondMomentOperator(HessianOperator):
     without the identity, in which their digits would be lost.
 
     Args:
-        parts: this rank's micro-batches.
-        parameters: see :class:`~.base.CurvatureOperator`.
+        parts, parameters, **options: see :class:`~.exact.HessianOperator`.
         lr: η.
         groups: for each micro-batch the number of its mini-batch; default: each is a mini-batch.
         spread: number of mini-batches, 0, 1, …, whose micro-batches lie on several ranks; each then takes two
             reductions a product. None where every mini-batch lies on one rank: one reduction for all.
-        **options: of :class:`~.exact.HessianOperator`.
 
     Source: Wu et al. 2018; Edge of stochastic stability (2025), eqs. 37 and 39.
 

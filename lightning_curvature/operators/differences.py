@@ -71,10 +71,8 @@ class GradientDifferenceOperator(CurvatureOperator):
     The parameters are perturbed in place, in this rank's shards, and restored bit for bit, also after an error.
 
     Args:
-        parts: see :class:`~.base.CurvatureOperator`.
-        parameters: see :class:`~.base.CurvatureOperator`; also sharded ones.
-        reduce: see :class:`~.base.CurvatureOperator`; unused where parameters are sharded, since their backward
-            reduces.
+        parts, parameters, reduce: see :class:`~.base.CurvatureOperator`; ``reduce`` is unused where parameters are
+            sharded, since their backward reduces.
         sharding: the sharding of the parameters, or None.
 
     Raises:

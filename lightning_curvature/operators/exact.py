@@ -71,9 +71,7 @@ class HessianOperator(_GraphOperator):
     two forward+backwards of the data, otherwise one more.
 
     Args:
-        parts: see :class:`CurvatureOperator`.
-        parameters: see :class:`CurvatureOperator`.
-        reduce: see :class:`CurvatureOperator`.
+        parts, parameters, reduce: see :class:`~.base.CurvatureOperator`.
         keep_graph: True, False, or "auto": as many as fit into memory.
         processes: number of processes that share the memory.
 
@@ -127,9 +125,8 @@ class GaussNewtonOperator(_GraphOperator):
     products; a product then costs about one forward+backward of the data.
 
     Args:
-        parts: see :class:`CurvatureOperator`; their evaluations must hold outputs, in the graph of the loss.
-        parameters: see :class:`CurvatureOperator`.
-        **options: of :class:`HessianOperator`.
+        parts, parameters, **options: see :class:`HessianOperator`; evaluations must hold outputs, in the graph of the
+            loss.
 
     Raises:
         ValueError: if an evaluation has no outputs, or the loss does not depend on them.
