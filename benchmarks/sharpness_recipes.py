@@ -1,4 +1,4 @@
-"""Ways to gᵀHg and ‖g‖² of mini-batches."""
+"""Methods that compute gᵀHg and ‖g‖² of mini-batches."""
 
 from __future__ import annotations
 

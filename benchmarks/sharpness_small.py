@@ -1,4 +1,4 @@
-"""Small models, whose mini-batches take longer to launch than to compute: one after the other, and many at once."""
+"""Compares one mini-batch at a time with many at once, on models that take longer to launch than to compute."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lightning_curvature import BatchSharpnessMonitor
 _SAMPLES, _BATCHES, _CLASSES = 1024, 64, 10
 
 SMALL_LEGEND = f"""\
-`BatchSharpnessMonitor(quantities=("batch_sharpness",))` inside a Trainer, {_BATCHES} mini-batches a measurement: all of
-its time, drawing and collating included, for each mini-batch. *In turn* is `batches_at_once=1`, *at once*
-`batches_at_once=16`. *Plain recipe*: a gradient with its graph and a product of a mini-batch that is there, in PyTorch
-alone. MFLOP of one forward of a mini-batch. Median over measurements; *gain* is in turn over at once [quartiles].
-*auto* says what `batches_at_once="auto"` takes.
+`BatchSharpnessMonitor(quantities=("batch_sharpness",))` inside a Trainer, {_BATCHES} mini-batches a measurement: the
+monitor's whole time for each mini-batch, drawing and collating included. *In turn* is `batches_at_once=1`, *at once*
+`batches_at_once=16`. *Plain recipe*: a gradient with its graph and a product of a given mini-batch, in PyTorch alone.
+MFLOP of one forward of a mini-batch. Median over measurements; *gain* is in turn over at once [quartiles]. *auto* is
+the choice of `batches_at_once="auto"`.
 """
 
 

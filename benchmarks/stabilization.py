@@ -1,4 +1,4 @@
-"""What sample growth costs, beside the source's own procedure written plainly, in one run on one network.
+"""Measures the cost of stabilization beside the source's plain procedure, on one network in one run.
 
 python benchmarks/stabilization.py --fast                  # half a minute: does it run?
 python benchmarks/stabilization.py                         # a GPT of 1.8 million parameters, D = 45, k = 8
@@ -37,12 +37,12 @@ FAST: dict[str, Any] = {"dimension": 6, "train_steps": 4, "repeats": 1, "draws":
 GOALS = {"subspace": 3.0, "coefficients": 10.0, "whole": 3.0}
 
 LEGEND = f"""\
-*Plain* is the source's procedure: power iteration with deflation, {ITERATIONS} iterations at most or until an
+*Plain* is the source's procedure: power iteration with deflation, at most {ITERATIONS} iterations or until an
 eigenvalue changes by {TOLERANCE:g}; D products with the Hessian of each mean; S = {{draws}} evaluations of both means.
-*Ours* is `StabilizationMonitor.evaluate` with one candidate and all three estimators, its own stages as it times them.
-Both on the same network, in turns; median of {{repeats}}. *Residual* is the largest ‖Hu − (uᵀHu)u‖ over the
+*Ours* is `StabilizationMonitor.evaluate` with one candidate and all three estimators, with the times of its own stages.
+Both run on the same network, in turns; median of {{repeats}}. *Residual* is the largest ‖Hu − (uᵀHu)u‖ over the
 directions, relative to the largest |uᵀHu|. Plain power iteration finds the largest magnitudes, ours the largest
-eigenvalues; criteria differ by what is between.
+eigenvalues; the criteria differ by the eigenvalues in between.
 """
 
 
@@ -156,7 +156,7 @@ def report(
     own: list[SampleGrowth],
 ) -> None:
     """Print the table and the goals."""
-    page.add(f"## Sample growth: {name}, D = {arguments.dimension}, k = {arguments.k}", "", hardware(device), "")
+    page.add(f"## Stabilization: {name}, D = {arguments.dimension}, k = {arguments.k}", "", hardware(device), "")
     page.add(*LEGEND.format(draws=arguments.draws, repeats=arguments.repeats).splitlines(), "")
     page.add(
         "| stage | plain, s | ours, s | plain / ours | source, s | plain: value | ours: value |",
@@ -178,11 +178,11 @@ def report(
     ratios["whole"] = whole["plain"] / whole["ours"]
     source = sum(SOURCE.values())
     page.add(f"| whole | {whole['plain']:.4g} | {whole['ours']:.4g} | {ratios['whole']:.3g} | {source:.4g} | | |", "")
+    faster = own[0].seconds["direct"] / own[0].seconds["gaussian_moment"]
     page.add(
         f"Products for the subspace: {plain[0].products['subspace']} plain, {own[0].products} ours; for the "
         f"coefficients {2 * arguments.dimension} with the means plain, {arguments.dimension} with one sample ours. "
-        "Closed form below direct Monte Carlo by "
-        f"{own[0].seconds['direct'] / own[0].seconds['gaussian_moment']:,.0f} (goal 10,000)."
+        f"The closed form is {faster:,.0f} times as fast as direct Monte Carlo (goal 10,000)."
     )
     for goal, factor in GOALS.items():
         page.add(f"- {goal}: {ratios[goal]:.2f} times as fast (goal {factor:g}).")
