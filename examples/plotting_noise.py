@@ -1,4 +1,4 @@
-"""Pictures of the noise against the curvature: power laws, their growth in training, and matrices; suppression."""
+"""Pictures of the noise against the curvature: power laws, their change in training, matrices, suppression."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ Histories = dict[str, list[tuple[int, NoiseCurvature]]]
 
 
 def draw(histories: Histories, path: Path, *, subject: str) -> None:
-    """Write a picture of runs by loss, each a list of steps with what was measured there, to ``path``."""
+    """Write a picture of runs by loss, each a list of steps with their results, to ``path``."""
     figure = plt.figure(figsize=(13.0, 8.4), layout="constrained")
     figure.suptitle(f"SGD noise against curvature\n{subject}", fontsize=13, linespacing=1.5)
     (empirical, duality, training), matrices = figure.subplots(2, 3)

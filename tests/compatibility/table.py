@@ -41,10 +41,10 @@ HEAD = """\
 The tests write this page (`make compatibility`): {versions}.
 
 Each row is one or more tests. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
-an oracle, of one process or of the plain set-up, as the row says. *refused*: the monitor raises one clear sentence at the
-start. *not run*: the test needs a GPU or a missing package. All monitors refuse strategies that no CPU can run (FSDP1,
-DeepSpeed, XLA) and tensor parallelism; `StabilizationMonitor` and `NoiseCovarianceMonitor` refuse sharded parameters
-(FSDP2).
+an oracle, of one process or of the plain set-up, as the row says. *refused*: the monitor raises one clear sentence at
+the start. *not run*: the test needs a GPU or a missing package. All monitors refuse strategies that no CPU can run
+(FSDP1, DeepSpeed, XLA) and tensor parallelism; `StabilizationMonitor` and `NoiseCovarianceMonitor` refuse sharded
+parameters (FSDP2).
 """
 
 # (section, row) → monitor → marks of the tests behind it.
