@@ -195,7 +195,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE@STEP",
         help="lr or batch_size from a step on, the latter from the first epoch that begins then; may be given again",
     )
-    parser.add_argument("--label-noise", type=float, help="share of the labels that are redrawn (digits 0.5; cifar10 0)")
+    parser.add_argument("--label-noise", type=float, help="share of random labels (digits 0.5; cifar10 0)")
     parser.add_argument("--weight-scale", type=float, help="of Kaiming's weights (digits 0.3; cifar10 0.2)")
     parser.add_argument("--dataset", choices=list(DATASETS), default="digits")
     parser.add_argument("--samples", type=int, help="of the training set (digits 1000; --fast 300; cifar10 8000)")

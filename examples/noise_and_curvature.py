@@ -188,9 +188,9 @@ def accuracy(model: Classifier, data: TensorDataset) -> float:
 def suppression(
     model: Classifier, data: TensorDataset, relation: NoiseCurvature
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """H_ii and C_ii (up to a factor) from eigenpairs of single samples: as they are, and with changed eigenvalues.
+    """Return H_ii and C_ii (up to a factor) from original and changed eigenvalues of single samples.
 
-    Also the share of C_ii that the first k eigenvalues contribute, (k, directions).
+    The second value is the share of C_ii that the first k eigenvalues contribute, (k, directions).
     """
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(data), generator=generator)[:SUPPRESSION_SAMPLES]

@@ -109,7 +109,7 @@ def draw_suppression(
 ) -> None:
     """Write a picture of C_ii against H_ii from changed spectra of single samples: a row for each loss.
 
-    The last column is the share of C_ii that the first k eigenvalues of all samples contribute: a line for each
+    The last column shows the share of C_ii that the first k eigenvalues of all samples contribute: a line for each
     direction, and their mean.
     """
     columns = 1 + max(len(experiment) for experiment in experiments.values())
