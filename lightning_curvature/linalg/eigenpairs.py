@@ -91,11 +91,9 @@ def eigenpairs(
     A small residual shows that there is an eigenvalue, not that it is the largest: a start vector orthogonal to the
     eigenvector of the largest never finds it. But the first start vector is at least partly random, which bounds what
     it can have overlooked (:class:`~.bounds.OverlookedBounds`): ``upper`` and ``lower`` hold with 95 % probability
-    each, for any operator and any ``start``. The 5 % are over the random vectors: searches with the same generator on
-    the same operator fail together. The search continues until ``upper`` exceeds the largest by at most 15 % of its
-    size, and likewise for the smallest. For further pairs the same rule takes the pairs before them as exact: 8 of 180
-    searches for two or three pairs, one of which had been overtaken by 10 to 40 %, overlooked that one, against 140 by
-    the residuals alone.
+    each, over the random vectors, for any operator and any ``start``. The search continues until ``upper`` exceeds the
+    largest by at most 15 % of its size, and likewise for the smallest. For further pairs the same rule takes the pairs
+    before them as exact: 8 of 180 searches overlooked one that had been overtaken, against 140 by the residuals alone.
 
     Args:
         matvec: v ↦ Av for a vector of the space; must return a new tensor. Called on every rank.

@@ -20,9 +20,9 @@ Distribution = Literal["normal", "rademacher"]
 class VectorSpace:
     r"""The space in which a list of tensors is one vector of N coordinates.
 
-    A vector is a flat tensor of this rank's coordinates, (n,), so that a dot product, a sum over ranks and a linear
-    combination of many vectors are one operation each, whatever the number of tensors; :meth:`views` gives it the
-    shapes of the list, without a copy. Its type is that of the tensors, float32 at least.
+    A vector is a flat tensor of this rank's coordinates, (n,), so that a dot product and a linear combination of many
+    vectors are one operation each; :meth:`views` gives it the shapes of the list, without a copy. Its type is that of
+    the tensors, float32 at least.
 
     Where each rank holds only some coordinates, ``reduce`` sums over the ranks and ``shares`` weighs coordinates that
     several ranks hold (1 for a coordinate on one rank, 1/ranks for a replica):
@@ -160,12 +160,9 @@ class VectorSpace:
 def _segments(sizes: Sequence[int], shares: Sequence[float]) -> list[tuple[int, int, float]]:
     """Return runs of coordinates with one share: start, stop, share."""
     bounds = [0, *itertools.accumulate(sizes)]
-    segments: list[tuple[int, int, float]] = []
-    for (start, stop), share in zip(itertools.pairwise(bounds), shares, strict=True):
-        if segments and segments[-1][2] == share:
-            start = segments.pop()[0]
-        segments.append((start, stop, share))
-    return segments
+    spans = zip(itertools.pairwise(bounds), shares, strict=True)
+    runs = [(share, [span for span, _ in run]) for share, run in itertools.groupby(spans, key=lambda pair: pair[1])]
+    return [(run[0][0], run[-1][1], share) for share, run in runs]
 
 
 def pairwise_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -65,9 +65,8 @@ def trace(
 
     Q consists of the given eigenvectors, at no cost, and of a Krylov basis from a random vector, in which d products
     give d columns (Hutch++ takes 2d). The first of them also gives the variance: where samples alone would take fewer
-    products, the basis ends there. On seven spectra at equal products, the root mean square error was 0.3 to 0.9 of
-    that of Hutch++ and 0.6 to 1.4 of that of XTrace, whose samples share their Q: their scatter has no known coverage,
-    and the estimate cannot be continued until the error is small enough.
+    products, the basis ends there. Unlike XTrace, whose samples share their Q, the estimate can be continued until its
+    error is small enough. docs/benchmark_spectrum.md compares them.
 
     Args:
         matvec: v ↦ Av, in a new tensor; called on every rank.

@@ -1,5 +1,6 @@
 """Exact products with the Hessian and the Gauss–Newton matrix of a loss."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -42,9 +43,7 @@ class _GraphOperator(CurvatureOperator):
     def quadratic_form(self, vector: Tensor) -> float:
         """Return vᵀAv, over all ranks: one product, and a reduction of a single number."""
         views = self.space.views(vector)
-
-        def zero() -> Tensor:
-            return torch.zeros((), dtype=torch.float64, device=self.space.device)
+        zero = functools.partial(torch.zeros, (), dtype=torch.float64, device=self.space.device)
 
         def local() -> Tensor:
             terms = [
