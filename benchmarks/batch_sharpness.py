@@ -1,4 +1,4 @@
-"""What a mini-batch costs in batch sharpness, and how long an estimate takes, beside other ways to compute it.
+"""Measures the cost of a mini-batch in batch sharpness, and of an estimate, beside other methods.
 
 python benchmarks/batch_sharpness.py --fast                                   # half a minute: does it run?
 python benchmarks/batch_sharpness.py --npz cifar10.npz --clock processor
@@ -25,8 +25,7 @@ from spectrum_nets import Batch, Net, subject
 from timing import Clock, Spread
 
 from lightning_curvature.functional import add_to_moments, ratio_of_means, ratio_standard_error
-from lightning_curvature.operators import HessianOperator
-from lightning_curvature.operators.mini_batch import MiniBatch
+from lightning_curvature.operators import HessianOperator, MiniBatch
 
 SECTIONS = ("cost", "small", "estimates")
 FAST = {
@@ -42,16 +41,17 @@ TARGET = 0.05  # relative standard error of the estimates
 Draw = Callable[[int], tuple[float, float]]
 
 COST_LEGEND = """\
-One mini-batch: gᵀHg and ‖g‖². In forward+backwards of the same mini-batch in the network's own kernels, timed in turns;
-median of the ratios [quartiles]. *Plain recipe*: one gradient with its graph, one product with the flattened gradient,
-one mini-batch at a time. *vmap*: `torch.func` over eight mini-batches at once, time for each. *Pair*: two mini-batches,
-and each one's product with the gradient of the other (IAS, GNI), time for each. *Limit*: a gradient with its graph and
-a product, nothing packed.
+gᵀHg and ‖g‖² of one mini-batch, in forward+backwards of the same mini-batch in the network's own kernels, timed in
+turns; median of the ratios [quartiles]. *Plain recipe*: one gradient with its graph and one product with the flattened
+gradient, one mini-batch at a time. *vmap*: `torch.func` over eight mini-batches at once, time per mini-batch. *Pair*:
+two mini-batches and the product of each with the gradient of the other (IAS, GNI), time per mini-batch. *Limit*: a
+gradient with its graph and a product, nothing packed.
 """
 ESTIMATE_LEGEND = f"""\
-IAS to a relative standard error of {TARGET:.0%}, on {{samples}} samples, mini-batches of {{size}}. *Pairs*: the Hessian
-of the other of two independent mini-batches. *Full*: a product with that of all samples for each mini-batch, graphs
-kept. Spread of one draw relative to the value, seconds of one draw, and what follows: draws and seconds to the target.
+IAS to a relative standard error of {TARGET:.0%}, on {{samples}} samples, in mini-batches of {{size}}. *Pairs*: with the
+Hessian of the other of two independent mini-batches. *Full*: a product with the Hessian of all samples for each
+mini-batch, graphs kept. Spread of one draw relative to the value, seconds of one draw, and the draws and seconds that
+the target takes.
 """
 
 

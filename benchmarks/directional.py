@@ -1,8 +1,8 @@
-"""What the monitor of directional curvature costs: time in forwards, memory in parameter sizes, and against peers.
+"""Measures the cost of the directional curvature monitor: time in forwards, memory in parameter sizes, against peers.
 
-Measured and plain steps of a real Trainer alternate in one run, each followed by one forward under ``no_grad``, so
-that a ratio is taken between neighbours under the same noise, and the median of the ratios is reported. Values are
-compared with float64 derivatives, so that nothing is fast by being wrong.
+Measured and plain steps of a real Trainer alternate in one run, each followed by one forward under ``no_grad``. The
+benchmark reports the median of the ratios between neighbours, which see the same noise. It compares the values with
+float64 derivatives, so that no method is fast by being wrong.
 
     python benchmarks/directional.py                                     # MLP, ResNet-9 and GPT on the CPU
     python benchmarks/directional.py --models gpt --repeats 50
@@ -28,9 +28,9 @@ from references import References
 from timing import Clock, Spread
 from workloads import WORKLOADS, Workload
 
-# Published cost in forwards. P0 (directional curvature): two for the finite difference, one for the KL estimate with
-# cached outputs; sharing makes both two; up to about ten for a line search (Kalra et al. 2026, as P0 cites them). No
-# paper counts the last two in forwards: measured by others on two CPU cores, by double backward and by one jvp.
+# Published cost in forwards. Directional curvature (2026): two for the finite difference, one for the KL estimate with
+# cached outputs, two for both when they share them, up to about ten for a line search (it cites Kalra et al. 2026). No
+# paper counts "gauss_newton" and "hvp" in forwards: others measured them on two CPU cores.
 PUBLISHED: dict[str, tuple[float, float]] = {
     "kl": (1.0, 1.0),
     "finite_difference": (2.0, 2.0),
@@ -53,17 +53,18 @@ _IDLE_PAIRS = 3
 _LEGEND = """\
 * *Forward*: one forward and loss under `no_grad`, timed after each step of the same run.
 * *Extra time* of a measured step beyond the plain step next to it, in forwards: median, and quartiles in brackets.
-  *× published*: its ratio to the published count, to the upper end where that is a range.
+  *× published*: its ratio to the published count, to the upper end of a range.
 * *Calls* of the network on a measured step beyond those of a plain one.
-* *Off by*: largest relative difference over the checked steps from the float64 value of what the estimator stands for
-  (dᵀGd for kl and gauss_newton, dᵀHd for finite_difference, hvp and the peers, the bisected step length for
-  critical), and in brackets the error that the monitor logs beside its value. nan: the monitor logged NaN, its word
-  for a value that rounding hides, or no checked step went downhill.
-* ResNet-9 has ReLU and max pooling: between its ends a second difference (finite_difference, two full gradients) sees
-  kinks of the loss that dᵀHd at one point does not, in float64 as well; where curvature is small they are much of it.
-* *Peak of the step*: most bytes alive at any moment, with parameters, gradients and optimizer state. *Of the probe*:
-  most bytes alive while the step is measured, beyond what stays alive after it. Both in sizes of the parameters.
-* The peers are handed θ_t and d; keeping those is not in their time. `curvlinops` without its determinism check.
+* *Off by*: largest relative difference over the checked steps from the float64 value of the estimated quantity (dᵀGd
+  for kl and gauss_newton, dᵀHd for finite_difference, hvp and the peers, the bisected step length for critical), and in
+  brackets the error that the monitor logs with its value. nan: the monitor logged NaN, because rounding hides the
+  value, or no checked step went downhill.
+* ResNet-9 has ReLU and max pooling: a second difference (finite_difference, two full gradients) includes the kinks of
+  the loss between its ends, dᵀHd at one point does not, in float64 as well; at small curvature they dominate.
+* *Peak of the step*: most bytes alive at any moment, with parameters, gradients and optimizer state. *Of the
+  measurement*: most bytes alive while the step is measured, beyond those alive after it. Both in sizes of the
+  parameters.
+* The peers get θ_t and d; their time does not include storing these. `curvlinops` runs without its determinism check.
 """
 
 
@@ -165,7 +166,7 @@ def section(key: str, workload: Workload, clock: Clock, repeats: int) -> tuple[l
         f"A step that is not measured takes {_number(ratio, 4)} of a step without the monitor, "
         f"{_number(difference.scaled(1e6), 0)} µs more ({ratio.count} pairs).",
         "",
-        "| estimator | published | calls | extra time | × published | off by | peak of the step | of the probe |",
+        "| estimator | published | calls | extra time | × published | off by | peak of the step | of the measurement |",
         "|---|---|---|---|---|---|---|---|",
         *(_row(name, cost, unit) for name, cost in costs.items()),
         "",

@@ -1,4 +1,4 @@
-"""The measurements: a measured step beside an unmeasured one, an idle monitor beside none, peers beside a forward."""
+"""Compares a measured step with an unmeasured one, an idle monitor with none, and peers with a forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of single steps: every allocation of PyTorch counted, on the CPU through its profiler."""
+"""Measures the peak memory of single steps: every allocation of PyTorch, on the CPU through its profiler."""
 
 from __future__ import annotations
 

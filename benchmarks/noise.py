@@ -1,4 +1,4 @@
-"""What the noise covariance costs, beside the source's procedure written plainly and a peer's products, in one run.
+"""Measures the cost of the noise covariance beside the source's plain procedure and a peer's products, in one run.
 
 python benchmarks/noise.py --fast                  # half a minute: does it run?
 python benchmarks/noise.py                         # the source's MLP: D = 2500, 200 samples' spectra, 20,000 samples
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import curvature_basis, linear_sample_spectra
 from lightning_curvature.metrics import NoiseCurvatureRelation
-from lightning_curvature.noise.linear_layer import linear_statistics
+from lightning_curvature.operators import linear_statistics
 
 PARAMETER = "network.2.weight"
 FAST: dict[str, Any] = {
@@ -44,8 +44,8 @@ SPECTRA_GOAL, WHOLE_GOAL, GOAL_SAMPLES = 1000.0, 60.0, 20_000
 
 LEGEND = """\
 *Plain* is the source's procedure: for each sample the D × D Hessian of its loss by D products, and its
-eigendecomposition; timed on {plain} samples and scaled. *Ours* differentiates all samples' losses by the output of the
-layer, and decomposes out × out matrices. Both in {dtype}, with the products (u_m · v_i)² for {top} directions.
+eigendecomposition; timed on {plain} samples and scaled. *Ours* differentiates the losses of all samples by the output
+of the layer, and decomposes out × out matrices. Both in {dtype}, with the products (u_m · v_i)² for {top} directions.
 """
 
 

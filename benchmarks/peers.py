@@ -1,4 +1,4 @@
-"""Other ways to dᵀHd, given θ_t and d: two full gradients, and the Hessian-vector product of curvlinops."""
+"""Other ways to compute dᵀHd from θ_t and d: two full gradients, and the Hessian-vector product of curvlinops."""
 
 from __future__ import annotations
 

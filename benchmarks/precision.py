@@ -1,4 +1,4 @@
-"""How right the estimates are, by precision of the run: real digits, ε found by the monitor, truth in float64.
+"""Compares the estimates with float64, by precision of the run: real digits, ε chosen by the monitor.
 
 python benchmarks/precision.py --write docs/precision_directional.md
 """
@@ -188,10 +188,10 @@ def main() -> None:
         "# Precision of the directional curvature",
         "",
         "Made by `benchmarks/precision.py`: MLP (64-48-48-48-10) on scikit-learn's digits, cross-entropy, every tenth",
-        f"step of each run, ε found by the monitor; torch {torch.__version__}, CPU.",
-        "Distance: |λ/λ₆₄ − 1|, λ₆₄ by automatic differentiation in float64 along the step that was taken (λ_KL and",
-        "λ_GN against dᵀGd, the others against dᵀHd). NaN: how often the monitor gave no value. Last column: ninth",
-        "decile of the true distance over the error that the monitor logged beside its value.",
+        f"step of each run, ε chosen by the monitor; torch {torch.__version__}, CPU.",
+        "Distance: |λ/λ₆₄ − 1|, λ₆₄ by automatic differentiation in float64 along the actual step (λ_KL and λ_GN",
+        "against dᵀGd, the others against dᵀHd). NaN: number of steps without a value. Last column: ninth decile of",
+        "the true distance over the logged error.",
     ]
     for precision, estimators in CASES:
         lines += ["", f"## {precision}, estimators {', '.join(estimators)}", ""]

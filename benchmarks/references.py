@@ -1,4 +1,4 @@
-"""What the timed values should be: float64, differentiated exactly, without any code of the package."""
+"""Computes the exact values in float64, without any code of the package."""
 
 from __future__ import annotations
 

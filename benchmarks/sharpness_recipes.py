@@ -1,4 +1,4 @@
-"""Ways to gᵀHg and ‖g‖² of mini-batches."""
+"""Methods that compute gᵀHg and ‖g‖² of mini-batches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_curvature.operators import HessianOperator
-from lightning_curvature.operators.mini_batch import MiniBatch
+from lightning_curvature.operators import HessianOperator, MiniBatch
 
 Values = list[tuple[float, float]]
 

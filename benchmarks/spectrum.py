@@ -1,7 +1,7 @@
-"""What the largest eigenvalue and the trace of the Hessian cost and give, beside PyHessian and curvlinops in one run.
+"""Measures cost and accuracy of λ_max and the trace of the Hessian beside PyHessian and curvlinops, in one run.
 
-Every tool gets the same parameters, of a network that has been trained for a while, and the same samples in the same
-micro-batches. Values are compared with float64, so that nothing is fast by being wrong.
+Every tool gets the same parameters of a partly trained network and the same samples in the same micro-batches. The
+benchmark compares the values with float64, so that no tool is fast by being wrong.
 
     python benchmarks/spectrum.py --fast                     # a minute: do all sections run?
     python benchmarks/spectrum.py --npz cifar10.npz          # ResNet-9 and GPT, 512 samples

@@ -1,4 +1,4 @@
-"""Cost of one product: in forward+backwards, and against the number of parameters and of samples."""
+"""Measures the cost of one product: in forward+backwards, and against the number of parameters and of samples."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _batched_product(net: Net) -> Action:
 
 PRODUCT_LEGEND = f"""\
 One product with two micro-batches of the data, in forward+backwards of the same data in the network's own kernels,
-timed in turns; median of the ratios [quartiles]. *{_BATCHED} at once*: `is_grads_batched` on kept graphs, time for each
+timed in turns; median of the ratios [quartiles]. *{_BATCHED} at once*: `is_grads_batched` on kept graphs, time per
 vector.
 """
 
@@ -145,9 +145,9 @@ def products(nets: Sequence[Net], clock: Clock, repeats: int) -> list[str]:
 
 
 LINEAR_LEGEND = """\
-Seconds of one product with all samples, graphs kept and not kept, median, and in forward+backwards. The exponent p
-of seconds ∝ sizeᵖ is fitted by least squares over the rows: 1 is linear, below 1 is work that does not grow with
-the size.
+Seconds of one product with all samples, with and without kept graphs, median, and the same in forward+backwards. A
+least-squares fit over the rows gives the exponent p of seconds ∝ sizeᵖ: 1 is linear; below 1 a part of the work does
+not grow with the size.
 """
 
 

@@ -1,4 +1,4 @@
-"""Largest eigenvalue: cold, with random vectors to begin with, and along training, as the monitor follows it."""
+"""Computes the largest eigenvalue: cold, from random vectors, and along training, by the monitor."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COLD_LEGEND = f"""\
 rule at its defaults (two consecutive values within 1e-3). *Seconds* from the network and its data to the value, median
 [quartiles] over starts; *error* is the largest relative difference from the reference: float64, plain double backward,
 residual {_REFERENCE:g}. *Residual*: of the vector that the tool returns (first start), in float64. *Limit*: the fewest
-products of any tool that reached the residual, at the cost of the cheapest product (graph kept), and no other work.
+products of any tool that reached the residual, at the cost of the cheapest product (graph kept), without other work.
 """
 
 
@@ -173,12 +173,12 @@ def _counted(made: list[int]) -> Generator[None, None, None]:
 
 
 TRACKING_LEGEND = f"""\
-λ_max every {{every}} steps of one training run, {{count}} times from step {{first}} on; each search begins with
-the vector of the one before, since step 0, whose cold search is not counted.
-`HessianSpectrumMonitor` at each tolerance inside the Trainer: all of its time before the step, its care for the run
-included. *Ours, cold each time* (residual {TOLERANCE:g}) and PyHessian (its defaults; it has no warm start): on a copy
-of the same parameters at the same steps. *× PyHessian*: median of the ratios at the same step. Errors are relative to
-float64, residual {_TRACKED_REFERENCE:g}.
+λ_max every {{every}} steps of one training run, {{count}} times from step {{first}} on; each search begins with the
+vector of the one before, from step 0 on, whose cold search is not counted. `HessianSpectrumMonitor` at each tolerance
+inside the Trainer: all of its time before the step, including the isolation of the run. *Ours, cold each time*
+(residual {TOLERANCE:g}) and PyHessian (its defaults; it has no warm start) run on a copy of the same parameters at the
+same steps. *× PyHessian*: median of the ratios at the same step. Errors are relative to float64, residual
+{_TRACKED_REFERENCE:g}.
 """
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a search for the largest eigenvalue, beside the peers."""
+"""Measures the peak memory of a search for the largest eigenvalue, beside the peers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ARPACK_VECTORS = 20
 _PEER_PRODUCTS = 2
 _SHORT_BASIS = 6
 MEMORY_LEGEND = f"""\
-Most bytes alive at any moment of a search for λ_max to 1e-3, above what was alive before (parameters, data): every
-allocation of PyTorch, on the CPU through its profiler. Ours from start to end; of the peers {_PEER_PRODUCTS} products,
-after which they do not grow, and for eigsh the {_ARPACK_VECTORS} vectors that it keeps in NumPy added.
+Most bytes alive at any moment of a search for λ_max to 1e-3, above those alive before (parameters, data): every
+allocation of PyTorch, on the CPU through its profiler. Ours runs from start to end; the peers run {_PEER_PRODUCTS}
+products, after which they do not grow, and eigsh adds the {_ARPACK_VECTORS} vectors that it keeps in NumPy.
 """
 
 

@@ -1,4 +1,4 @@
-"""The networks whose Hessian is measured, trained for a while, with the samples that every tool gets."""
+"""Trains the networks whose Hessian is measured, and provides the samples for every tool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""λ_max by this package, PyHessian and curvlinops with SciPy: each with its time, its products and its vector."""
+"""Computes λ_max by this package, PyHessian and curvlinops with SciPy: time, products and vector of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trace at equal standard error: ours, PyHessian's Hutchinson, and Hutch++ and XTrace of curvlinops."""
+"""Estimates the trace at equal standard error: ours, PyHessian's Hutchinson, and Hutch++ and XTrace of curvlinops."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _MOST_PRODUCTS = 600
 _STEP, _MOST_TRIED = 1.5, 100
 
 TRACE_LEGEND = f"""\
-Products and seconds until the standard error of the trace is at the target, relative to the trace. *Ours*: until
-the error that it states is there, graphs kept where they fit, median [quartiles] over seeds; deflation by eigenpairs
-that the monitor has anyway, whose products are not counted. *PyHessian*: its `trace()` returns samples and stops by
-another rule; their standard deviation tells how many it takes: (deviation / (target · trace))², times the seconds of
-one. *Hutch++, XTrace*: `curvlinops`, {COLUMNS} columns at a time; the smallest count, going up by {_STEP} from ours, at
-which the scatter of the repetitions is at the target; only these know no error of their own. *Scatter*: standard
-deviation of the values over the repetitions, relative to the trace (for PyHessian the stated target).
+Products and seconds until the standard error of the trace reaches the target, relative to the trace. *Ours*: until the
+error that it states reaches it, graphs kept where they fit, median [quartiles] over seeds; deflation by eigenpairs that
+the monitor has anyway, whose products are not counted. *PyHessian*: its `trace()` returns samples and stops by another
+rule; their standard deviation gives the number that it takes: (deviation / (target · trace))², times the seconds of
+one. *Hutch++, XTrace*: `curvlinops`, {COLUMNS} columns at a time; the smallest count, rising by a factor of {_STEP}
+from ours, at which the scatter of the repetitions reaches the target; these alone do not estimate their error.
+*Scatter*: standard deviation of the values over the repetitions, relative to the trace (for PyHessian the target).
 """
 
 

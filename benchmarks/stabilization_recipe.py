@@ -1,4 +1,4 @@
-"""The source's procedure for sample growth, written plainly: deflated power iteration, products with both Hessians."""
+"""The source's plain procedure for stabilization: deflated power iteration, products with both Hessians."""
 
 from __future__ import annotations
 

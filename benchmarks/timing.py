@@ -1,4 +1,4 @@
-"""Clocks inside a real Trainer: what stands between the first callback of the list and the last is timed."""
+"""Clocks inside a real Trainer: they time everything between the first callback of the list and the last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained while the clock runs: an MLP, ResNet-9, a GPT of about 2 M parameters and one of 124 M."""
+"""Networks that the benchmarks train: an MLP, ResNet-9, a GPT of about 2 M parameters and one of 124 M."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hyperparameters that change on the way."""
+"""Hyperparameters that change during training."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -11,12 +11,12 @@ from plotting_sharpness import Phase
 
 @dataclass(frozen=True)
 class Change:
-    """A hyperparameter that gets another value on the way.
+    """A new value of a hyperparameter, from a step on.
 
     Attributes:
         name: "lr" or "batch_size".
-        value: from then on.
-        step: first step that may have it.
+        value: the new value.
+        step: first step that can have it.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Change:
 
 
 class Changes(pl.Callback):
-    """Makes changes of η at their steps, and of the batch size where the next epoch begins.
+    """Changes η at the given steps, and the batch size at the beginning of the next epoch.
 
-    To stand before the monitors, which then measure with what the step will use.
+    Place it before the monitors, so that they measure with the values that the step uses.
 
     Args:
-        changes: what to change.
-        data: the datamodule whose batch size they change.
-        phases: the run up to now; each change begins a new one.
+        changes: the changes.
+        data: the datamodule whose batch size changes.
+        phases: the phases of the run so far; each change begins a new one.
     """
 
     def __init__(self, changes: list[Change], data: MiniBatchData, phases: list[Phase]) -> None:
@@ -63,14 +63,14 @@ class Changes(pl.Callback):
             self._begin(trainer.global_step, learning_rate=change.value)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the batch size of the loader that the Trainer asks for next, unless training ends here."""
+        """Set the batch size of the next loader, unless training ends here."""
         if trainer.global_step < trainer.max_steps:
             for change in self._due("batch_size", trainer.global_step):
                 self.data.batch_size = int(change.value)
                 self._begin(trainer.global_step, batch_size=int(change.value))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say which changes were not made."""
+        """Print the changes that were not made."""
         for change in self.waiting:
             print(f"{change.name}={change.value:g}@{change.step}: not made, no epoch began from then on", flush=True)
 

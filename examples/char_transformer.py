@@ -1,8 +1,8 @@
-"""A small character-level transformer with everything a real run has, watched by the monitor as it comes.
+"""A complete training run of a small character-level transformer, with the monitor's default settings.
 
-Weight decay on some parameters only, warm-up and cosine decay, gradient clipping, mini-batches and, if you like, bf16:
-none of it needs a setting, since the monitor measures along the step that was actually taken. Look at
-``curvature/headroom``: by what factor the step could have been longer before it stops lowering the loss.
+Weight decay on some parameters only, warm-up and cosine decay, gradient clipping, mini-batches and optionally bf16 need
+no setting, since the monitor measures along the actual step. ``curvature/headroom`` is the factor by which the step
+could have been longer before it stops lowering the loss.
 
     python examples/char_transformer.py                      # learns Python's own standard library
     python examples/char_transformer.py --text my.txt --precision bf16-mixed
@@ -46,7 +46,7 @@ COLUMNS = {
 
 
 def default_text() -> str:
-    """Sources of the running Python's standard library: text that every machine has, in the order of its names."""
+    """Return the sources of the running Python's standard library, in the order of their names."""
     text = ""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text += path.read_text(encoding="utf-8", errors="ignore")
@@ -170,7 +170,7 @@ class CharTransformer(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def learning_rate_share(self, step: int) -> float:
-        """Share of the peak learning rate at ``step``: linear up to 1, then a cosine down to ``FINAL_LR_SHARE``."""
+        """Return the share of the peak learning rate: linear up to 1, then a cosine down to ``FINAL_LR_SHARE``."""
         warmup = self.hparams.warmup_steps
         if step < warmup:
             return (step + 1) / warmup
@@ -179,7 +179,7 @@ class CharTransformer(pl.LightningModule):
 
 
 def table(curves: CurveLogger) -> str:
-    """What was measured along the run, at up to ``TABLE_ROWS`` of the measured steps."""
+    """Return the values along the run, at up to ``TABLE_ROWS`` of the measured steps."""
     columns = {title: dict(zip(*curves.curve(key), strict=True)) for title, key in COLUMNS.items()}
     measured = curves.curve("curvature/two_over_lr")[0]
     shown = measured[np.unique(np.linspace(0, len(measured) - 1, TABLE_ROWS).round().astype(int))]
@@ -209,7 +209,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, then print what the monitor measured."""
+    """Train, then print the values of the monitor."""
     args = parse_arguments(arguments)
     # The windows are slices of one tensor: a worker would only add its own cost.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,4 +1,4 @@
-"""A logger that keeps what it is given, so that a script can print and draw it at its end."""
+"""A logger that keeps all values, so that a script can print and draw them at its end."""
 
 from typing import Any
 

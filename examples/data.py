@@ -1,4 +1,4 @@
-"""The data of the examples: as one full batch, so that an epoch is one optimizer step, or in shuffled mini-batches."""
+"""The data of the examples: one full batch, so that an epoch is one optimizer step, or shuffled mini-batches."""
 
 import tempfile
 from pathlib import Path
@@ -33,19 +33,19 @@ LABEL_NOISE_SEED = 0
 class FullBatchData(pl.LightningDataModule):
     """Serves a fixed subset as one full batch, or as equal micro-batches to be accumulated into one step.
 
-    The batch is built once and handed out as it is, without workers or collation, so that an epoch of one step
-    costs little more than the step.
+    The batch is built once and reused without workers or collation, so that an epoch of one step costs little
+    more than the step.
 
     Args:
         dataset: "digits" (embedded in scikit-learn), "mnist" or "cifar10".
-        samples: how many samples, from the start of the training set.
+        samples: number of samples, from the start of the training set.
         micro_batch: samples that go through the network at once; None for all. Must divide ``samples``, because
             accumulated gradients are averaged over micro-batches, which is the full-batch gradient only for
             micro-batches of one size.
         data_dir: where torchvision downloads MNIST or CIFAR-10 to.
-        npz: file with ``x_train`` (N, 32, 32, 3) uint8 and ``y_train`` (N,), to be read instead of a download.
+        npz: file with ``x_train`` (N, 32, 32, 3) uint8 and ``y_train`` (N,), read instead of a download.
         one_hot: targets as float vectors (N, classes) for a squared error, instead of class indices (N,).
-        label_noise: share of the labels drawn anew at random.
+        label_noise: share of the labels that are redrawn at random.
         standardize: pixels of mean 0 and deviation 1; else between 0 and 1.
 
     Raises:
@@ -84,7 +84,7 @@ class FullBatchData(pl.LightningDataModule):
 
     @property
     def batches_per_step(self) -> int:
-        """Micro-batches that make one full batch: the Trainer's ``accumulate_grad_batches``."""
+        """Number of micro-batches in the full batch: the Trainer's ``accumulate_grad_batches``."""
         return self.samples // self.micro_batch
 
     @property
@@ -93,7 +93,7 @@ class FullBatchData(pl.LightningDataModule):
         return self.batches[0][0].shape[1:]
 
     def prepare_data(self) -> None:
-        """Download MNIST or CIFAR-10 if they are wanted and not there."""
+        """Download MNIST or CIFAR-10 if they are selected and missing."""
         if self.dataset == "mnist" and not self._mnist_test_files():
             from torchvision.datasets import MNIST
 
@@ -134,14 +134,14 @@ class FullBatchData(pl.LightningDataModule):
         return pixels, torch.tensor(digits.target)
 
     def _mnist_test_files(self) -> list[Path]:
-        """Images and labels of MNIST's test set, if its archives are there and the training set is not."""
+        """Return images and labels of MNIST's test set, if its archives exist and the training set does not."""
         raw = self.data_dir / "MNIST" / "raw"
         files = [raw / f"t10k-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
         alone = not (raw / "train-images-idx3-ubyte").exists()
         return files if alone and all(file.exists() for file in files) else []
 
     def _mnist(self) -> tuple[Tensor, Tensor]:
-        """Images as (N, 1, 28, 28): the training set, or the test set where that alone is there."""
+        """Return images as (N, 1, 28, 28): the training set, or the test set if only its archives exist."""
         from torchvision.datasets import MNIST
         from torchvision.datasets.mnist import read_image_file, read_label_file
         from torchvision.datasets.utils import extract_archive
@@ -178,8 +178,8 @@ class MiniBatchData(FullBatchData):
     """Serves the same subset in shuffled mini-batches of one size.
 
     Args:
-        batch_size: samples of a mini-batch. May be set anew; counts when the Trainer next asks for a loader.
-        **options: those of :class:`FullBatchData` but ``micro_batch``.
+        batch_size: samples of a mini-batch. Can be changed; the Trainer's next loader uses the new value.
+        **options: of :class:`FullBatchData`, except ``micro_batch``.
     """
 
     def __init__(self, *, batch_size: int, **options: Any) -> None:
@@ -187,5 +187,5 @@ class MiniBatchData(FullBatchData):
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader:
-        """A new order every epoch, without the last samples that do not fill a mini-batch."""
+        """Return mini-batches in a new order every epoch, without the last samples that do not fill one."""
         return DataLoader(TensorDataset(*self.batches[0]), batch_size=self.batch_size, shuffle=True, drop_last=True)

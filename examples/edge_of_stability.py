@@ -1,13 +1,12 @@
-"""Gradient descent and AdamW walk up to 2/η and stay there.
+"""The curvature along the steps of gradient descent and AdamW rises to 2/η and stays there.
 
-A full-batch run is the cleanest place to see it: the curvature along the steps that the optimizer takes rises until
-it reaches 2/η, where a step just stops lowering the loss, and hovers there while the loss goes on falling, not
-monotonically any more. The threshold is the same for AdamW as for gradient descent, since momentum and
-preconditioning are already in the step.
+In a full-batch run, the curvature along the optimizer's steps rises until it reaches 2/η, where a step just stops
+lowering the loss. It hovers there while the loss continues to fall, no longer monotonically. The threshold of AdamW is
+that of gradient descent, since the step already contains momentum and preconditioning.
 
-The digits are fitted by squared error to one-hot labels: cross-entropy (--loss cross_entropy) has no curvature left
-once its labels are fitted, which takes a small network a few hundred steps on clean digits, and λ then falls from
-the edge. It stays for longer where the labels are hard to fit, as with --label-noise 0.7.
+The example fits the digits by squared error to one-hot labels. Cross-entropy (--loss cross_entropy) has no curvature
+left when its labels are fitted, which takes a small network a few hundred steps on clean digits; λ then falls from the
+edge. It stays longer where the labels are hard to fit, as with --label-noise 0.7.
 
     python examples/edge_of_stability.py                                       # scikit-learn's digits, on a CPU
     python examples/edge_of_stability.py --model resnet9 --dataset cifar10     # the papers' setting, on a GPU
@@ -65,7 +64,7 @@ LOSS_TITLES = {"squared_error": "squared error", "cross_entropy": "cross-entropy
 
 
 class FullBatchClassifier(pl.LightningModule):
-    """An ordinary classifier; nothing in it knows that it is being measured.
+    """An ordinary classifier, without any code for the measurement.
 
     Args:
         network: module from inputs to logits.
@@ -138,7 +137,7 @@ def train(optimizer: str, learning_rate: float, data: FullBatchData, args: argpa
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line; values left out are filled in where they depend on others."""
+    """Parse the command line; defaults that depend on other options are filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -153,7 +152,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target-loss", type=float, help="stop when the training loss first reaches this")
     parser.add_argument("--every-n-train-steps", type=int, help="steps between measurements (5; 10 with --fast)")
     parser.add_argument("--loss", choices=list(LOSSES), help="(digits: squared_error; cifar10: cross_entropy)")
-    parser.add_argument("--label-noise", type=float, default=0.0, help="share of the labels drawn anew at random")
+    parser.add_argument("--label-noise", type=float, default=0.0, help="share of the labels that are redrawn at random")
     parser.add_argument("--estimators", nargs="+", choices=list(KEYS), default=["hvp", "finite_difference", "kl"])
     parser.add_argument("--model", choices=list(NETWORKS), default="mlp")
     parser.add_argument("--dataset", choices=list(DATASETS), default="digits")

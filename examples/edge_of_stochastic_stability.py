@@ -1,8 +1,8 @@
-"""SGD's mini-batches sharpen up to 2/η and stay there, while λ_max of the whole data stays below.
+"""Batch sharpness of SGD rises to 2/η and stays there, while λ_max of the whole data stays below.
 
-Trained with mini-batches, a network stops sharpening before the largest eigenvalue of its Hessian is at 2/η. What
-rises to 2/η and hovers there is batch sharpness: the curvature of a mini-batch's own loss along its own gradient,
-g_BᵀH_Bg_B / ‖g_B‖², in the mean over mini-batches (edge of stochastic stability, figure 6 of its paper).
+A network that is trained with mini-batches stops sharpening before the largest eigenvalue of its Hessian reaches 2/η.
+Batch sharpness rises to 2/η and hovers there: the mean over mini-batches of the curvature of a mini-batch's own loss
+along its own gradient, g_BᵀH_Bg_B / ‖g_B‖² (Edge of stochastic stability 2025, figure 6).
 
     python examples/edge_of_stochastic_stability.py                              # scikit-learn's digits, on a CPU
     python examples/edge_of_stochastic_stability.py --change lr=0.8@5000         # a catapult: figures 5 and 7
@@ -37,11 +37,11 @@ HIDDEN_LAYERS = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What the two data sets are trained with, two hidden layers and ReLU in both.
+    """Training settings of a data set; both use two hidden layers with ReLU.
 
-    Batch sharpness rises for as long as there is something to learn. So half of the digits get a label drawn anew, to
-    be learned by heart, since without they are fitted before the edge. Not all of the digits, as fewer are learned
-    sooner. The rise begins low, from weights smaller than Kaiming's.
+    Batch sharpness rises as long as the network learns. Clean digits are fitted before the edge, so half of them get
+    a random label, which the network has to memorize; fewer digits are memorized sooner. Weights smaller than
+    Kaiming's make the rise begin low.
     """
 
     width: int
@@ -72,7 +72,7 @@ TOLERANCE = 1e-2
 
 
 class MiniBatchClassifier(pl.LightningModule):
-    """Plain SGD on half the squared error; nothing in it knows that it is being measured.
+    """Plain SGD on half the squared error, without any code for the measurement.
 
     Args:
         network: module from inputs to outputs.
@@ -168,14 +168,14 @@ def train(data: MiniBatchData, args: argparse.Namespace) -> Run:
 
 
 def whole_epochs(curve: Curve) -> Curve:
-    """One point an epoch, without a last one that was cut short: the mean of few batches says little."""
+    """Return one point an epoch, without an incomplete last one: the mean of few batches is not informative."""
     steps, values = curve
     cut = len(steps) > 2 and steps[-1] - steps[-2] < steps[-2] - steps[-3]
     return (steps[:-1], values[:-1]) if cut else curve
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line; values left out are filled in where they depend on others."""
+    """Parse the command line; defaults that depend on other options are filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -195,7 +195,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE@STEP",
         help="lr or batch_size from a step on, the latter from the first epoch that begins then; may be given again",
     )
-    parser.add_argument("--label-noise", type=float, help="share of the labels drawn anew (digits 0.5; cifar10 0)")
+    parser.add_argument("--label-noise", type=float, help="share of random labels (digits 0.5; cifar10 0)")
     parser.add_argument("--weight-scale", type=float, help="of Kaiming's weights (digits 0.3; cifar10 0.2)")
     parser.add_argument("--dataset", choices=list(DATASETS), default="digits")
     parser.add_argument("--samples", type=int, help="of the training set (digits 1000; --fast 300; cifar10 8000)")

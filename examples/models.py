@@ -9,15 +9,14 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Fully connected network.
 
-    The default activation is smooth on purpose: with ReLU the loss has kinks, and a second difference taken across a
-    kink is not a second derivative.
+    The default activation is smooth: with ReLU the loss has kinks, and a second difference across a kink is not a
+    second derivative.
 
     Args:
         in_features: size of a flattened input.
         classes: number of logits.
         width: units of each hidden layer.
-        depth: number of hidden layers. Depth is what sharpens: with two layers of this width the curvature hardly
-            rises.
+        depth: number of hidden layers. With only two layers of this width the curvature hardly rises.
         activation: after each hidden layer.
     """
 
@@ -41,9 +40,9 @@ class MLP(nn.Module):
 
 
 def convolution(in_channels: int, out_channels: int, *, pool: bool = False) -> nn.Sequential:
-    """3×3 convolution and ReLU, then 2×2 max pooling where asked; no BatchNorm anywhere.
+    """Return a 3×3 convolution and ReLU, with optional 2×2 max pooling, without BatchNorm.
 
-    BatchNorm would make the loss of one sample depend on the others and rescale the curvature that is measured.
+    BatchNorm would make the loss of one sample depend on the others and rescale the measured curvature.
     """
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.MaxPool2d(2)) if pool else nn.Sequential(*layers)
@@ -86,7 +85,7 @@ class ResNet9(nn.Module):
 class VGG11(nn.Module):
     """VGG-11 (configuration A) without BatchNorm for 32×32 images, default PyTorch initialization.
 
-    Five poolings leave one pixel of 512 channels, so that one linear layer reads them out.
+    Five poolings leave one pixel of 512 channels for the one linear layer.
     """
 
     def __init__(self, *, classes: int = 10) -> None:
@@ -105,10 +104,10 @@ class VGG11(nn.Module):
 
 
 def build_network(name: str, *, input_shape: torch.Size) -> nn.Module:
-    """The network called ``name`` ("mlp", "resnet9" or "vgg11") for samples of ``input_shape``.
+    """Return the network called ``name`` ("mlp", "resnet9" or "vgg11") for samples of ``input_shape``.
 
     Raises:
-        ValueError: if a convolutional network is asked to read anything but 3×32×32 images.
+        ValueError: if ``input_shape`` of a convolutional network is not 3×32×32.
     """
     if name == "mlp":
         return MLP(in_features=input_shape.numel())

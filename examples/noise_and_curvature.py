@@ -1,9 +1,9 @@
 """How does the noise of SGD's gradient relate to the curvature of the loss, and does the loss function matter?
 
-The networks and the setting of Zhang, Yang and Tu (2026): an MLP or a CNN of ReLU layers without bias, plain SGD with
-η = 0.1, trained by cross-entropy and by squared error after a softmax. On one weight matrix the covariance C of the
-gradient noise is compared with the Hessian H in H's eigenvectors: C_ii ∝ H_ii^γ, with γ near 1 for squared error and
-above 1 for cross-entropy in their experiments.
+The example uses the networks and the setting of Zhang, Yang and Tu (2026): an MLP or a CNN of ReLU layers without bias,
+plain SGD with η = 0.1, cross-entropy or squared error after a softmax. On one weight matrix it compares the covariance
+C of the gradient noise with the Hessian H in the eigenvectors of H: C_ii ∝ H_ii^γ. In the paper γ is near 1 for squared
+error and above 1 for cross-entropy.
 
     python examples/noise_and_curvature.py                                   # digits, on a CPU
     python examples/noise_and_curvature.py --dataset mnist --classes 3 6 10  # torchvision downloads it
@@ -29,15 +29,23 @@ from plotting_noise import draw, draw_suppression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature import NoiseCovarianceMonitor, NoiseCurvature
 from lightning_curvature.functional.noise import cumulative_contribution, power_law, spectral_moments, suppressed
-from lightning_curvature.noise.linear_layer import linear_statistics
-from lightning_curvature.noise.options import QUANTITIES
-from lightning_curvature.noise.result import NoiseCurvature
+from lightning_curvature.operators import linear_statistics
 
 LEARNING_RATE = 0.1
+# All that the monitor can measure.
+QUANTITIES = (
+    "noise_gamma",
+    "noise_gamma_awd",
+    "noise_commutativity",
+    "noise_alignment",
+    "noise_spearman",
+    "noise_coupling",
+    "noise_awd_chain",
+)
 LOSSES = {"ce": "cross-entropy", "mse": "squared error after softmax"}
-# Steps at which the first run of each loss is looked at on its way, as shares of the whole.
+# Steps at which the first run of each loss is also measured, as shares of the whole.
 ON_THE_WAY = (0.0, 0.03, 0.1, 0.2, 0.4, 0.7)
 SUPPRESSION_SAMPLES = 200
 # Directions for three classes, whose Hessian has fewer that are more than rounding: table 2 of the source.
@@ -45,14 +53,14 @@ FEW_CLASSES_TOP = 300
 
 
 def mlp(inputs: int, width: int) -> nn.Sequential:
-    """Three layers of ReLU units without bias; the weight between the hidden ones is looked at."""
+    """Three layers of ReLU units without bias; the monitor measures the weight between the hidden ones."""
     sizes = [inputs, width, width]
     hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b, bias=False), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, CLASSES, bias=False))
 
 
 def cnn(channels: int) -> nn.Sequential:
-    """[32, M, 64, M, 128, 128, M], average pooling, 128 → 20 → 10, without bias; 128 → 20 is looked at."""
+    """[32, M, 64, M, 128, 128, M], average pooling, 128 → 20 → 10, without bias; the monitor measures 128 → 20."""
     features = [
         convolution(channels, 32, pool=True),
         convolution(32, 64, pool=True),
@@ -96,7 +104,7 @@ class Classifier(pl.LightningModule):
 
     @property
     def weight(self) -> tuple[str, nn.Linear]:
-        """Name and layer of the weight that is looked at: the last but one of the linear layers."""
+        """Name and layer of the measured weight: the last but one of the linear layers."""
         layers = [(f"network.{name}.weight", m) for name, m in self.network.named_modules() if isinstance(m, nn.Linear)]
         return layers[-2]
 
@@ -115,7 +123,7 @@ def subset(args: argparse.Namespace, classes: int) -> TensorDataset:
 def train(
     args: argparse.Namespace, data: TensorDataset, classes: int, loss: str, seed: int
 ) -> tuple[Classifier, list[tuple[int, NoiseCurvature]]]:
-    """Train one network; return it with what was measured at its steps, the last of them at the end."""
+    """Train one network; return it with its measurements by step, the last of them at the end."""
     pl.seed_everything(seed, verbose=False)
     shape = data.tensors[0].shape[1:]
     network = cnn(shape[0]) if args.model == "cnn" else mlp(shape.numel(), args.width)
@@ -145,7 +153,7 @@ def train(
 
 
 class History(pl.Callback):
-    """Keeps what a monitor, which stands before it in the list, has measured.
+    """Keeps the results of a monitor that precedes it in the list of callbacks.
 
     Args:
         monitor: the monitor.
@@ -156,11 +164,11 @@ class History(pl.Callback):
         self.found: list[tuple[int, NoiseCurvature]] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        """Look before a step."""
+        """Keep a new result before a step."""
         self._look(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look after the last."""
+        """Keep a new result after the last step."""
         self._look(trainer)
 
     def _look(self, trainer: pl.Trainer) -> None:
@@ -170,7 +178,7 @@ class History(pl.Callback):
 
 
 def accuracy(model: Classifier, data: TensorDataset) -> float:
-    """Share of the training samples that are classified rightly."""
+    """Return the share of the training samples that are classified correctly."""
     inputs, labels = data.tensors
     with torch.no_grad():
         found = torch.cat([model.network(part).argmax(-1) for part in inputs.split(1000)])
@@ -180,9 +188,9 @@ def accuracy(model: Classifier, data: TensorDataset) -> float:
 def suppression(
     model: Classifier, data: TensorDataset, relation: NoiseCurvature
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """H_ii and C_ii (up to a factor) from eigenpairs of single samples: as they are, and with changed eigenvalues.
+    """Return H_ii and C_ii (up to a factor) from original and changed eigenvalues of single samples.
 
-    Also the share of C_ii that the first k eigenvalues contribute, (k, directions).
+    The second value is the share of C_ii that the first k eigenvalues contribute, (k, directions).
     """
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(data), generator=generator)[:SUPPRESSION_SAMPLES]

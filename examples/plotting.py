@@ -1,4 +1,4 @@
-"""What the runs of the edge-of-stability example say in numbers, and their picture."""
+"""Table and picture of the edge-of-stability example."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ STYLES = {
 
 
 def first_step_at_edge(steps: np.ndarray, shares: np.ndarray, length: int = PLATEAU_STEPS) -> int | None:
-    """Measured step from which a curvature, as a share of its threshold, is at the edge; None if it never is.
+    """Return the step from which a curvature, as a share of its threshold, is at the edge; None if it never is.
 
     The median of the next ``length`` steps decides.
     """
@@ -45,13 +45,13 @@ def first_step_at_edge(steps: np.ndarray, shares: np.ndarray, length: int = PLAT
 
 @dataclass(frozen=True)
 class Run:
-    """One optimizer's run, as the picture and the table need it.
+    """One optimizer's run, for the picture and the table.
 
     Attributes:
         title: the optimizer's name.
         learning_rate: η.
         loss: training loss.
-        curvature: λ by its key, e.g. "lambda_kl", in the order to be shown; the first is the reference.
+        curvature: λ by its key, e.g. "lambda_kl", in the order of the picture; the first is the reference.
     """
 
     title: str
@@ -65,7 +65,7 @@ class Run:
         return 2 / self.learning_rate
 
     def edge_step(self) -> int | None:
-        """Measured step from which the reference is at the edge; None if it never gets there."""
+        """Measured step from which the reference is at the edge; None if it never is."""
         steps, values = next(iter(self.curvature.values()))
         return first_step_at_edge(steps, values / self.edge)
 
@@ -119,9 +119,9 @@ def draw(runs: list[Run], path: Path, *, subject: str, loss_label: str, log_loss
     """Write the picture to ``path``: one column a run, the curvatures over the loss.
 
     Args:
-        runs: what to draw.
+        runs: the runs.
         path: PNG.
-        subject: what was trained on what, under the title.
+        subject: network and data, for the title.
         loss_label: axis label of the loss.
         log_loss: whether the loss has a logarithmic axis.
     """
@@ -179,6 +179,6 @@ def share_steps(last: float, *axes: plt.Axes) -> None:
 
 
 def tidy(axis: plt.Axes) -> None:
-    """A pale grid, and no more frame than there are scales."""
+    """Draw a pale grid, and a frame only along the scales."""
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

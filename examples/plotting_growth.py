@@ -1,4 +1,4 @@
-"""The picture of sample growth: decay with k, subspace against full space, estimators against the number of draws."""
+"""The picture of stabilization: decay with k, subspace against full space, estimators against the number of draws."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from plotting import tidy
 
-from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
+from lightning_curvature import CriterionRow, SampleGrowth
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 ESTIMATORS = {"direct": ("o", "direct Monte Carlo"), "quadratic": ("s", "quadratic Monte Carlo")}
@@ -27,10 +27,10 @@ def draw(growth: SampleGrowth, by_draws: dict[int, SampleGrowth], path: Path, *,
     """Write the picture to ``path``.
 
     Args:
-        growth: all k, D and σ.
-        by_draws: one k, D and σ with more and more draws.
+        growth: result with all k, D and σ.
+        by_draws: results of one k, D and σ with increasing numbers of draws.
         path: PNG.
-        subject: what was trained on what, under the title.
+        subject: network and data, for the title.
     """
     sigmas = sorted({row.sigma for row in growth.rows if row.sigma})
     dimensions = sorted({row.dimension for row in growth.rows if row.criterion == "delta_2_subspace"})
@@ -85,7 +85,7 @@ def _draw_ratio(axis: plt.Axes, growth: SampleGrowth, sigmas: list[float], dimen
 
 
 def shares(growth: SampleGrowth, dimension: int, sigma: float) -> dict[int, float]:
-    """By k, mean square of the deformation f − f(w) in the subspace over that in all directions, by the closed form."""
+    """Return by k the mean square of f − f(w) in the subspace over that in all directions, by the closed form."""
     full = {row.k: row.deformation for row in _curve(growth, "delta_2", "gaussian_moment", None, sigma)}
     rows = _curve(growth, "delta_2_subspace", "gaussian_moment", dimension, sigma)
     return {row.k: row.deformation / full[row.k] for row in rows}

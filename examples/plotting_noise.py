@@ -1,4 +1,4 @@
-"""Pictures of the noise against the curvature: power laws, their growth in training, and matrices; suppression."""
+"""Pictures of the noise against the curvature: power laws, their change in training, matrices, suppression."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from matplotlib.colors import LogNorm
 from plotting import tidy
 from torch import Tensor
 
+from lightning_curvature import NoiseCurvature
 from lightning_curvature.functional.noise import PowerLaw, coupling_matrix, power_law
-from lightning_curvature.noise.result import NoiseCurvature
 
 COLORS = {"ce": "tab:blue", "mse": "tab:orange"}
 NAMES = {"ce": "cross-entropy", "mse": "squared error"}
@@ -20,7 +20,7 @@ Histories = dict[str, list[tuple[int, NoiseCurvature]]]
 
 
 def draw(histories: Histories, path: Path, *, subject: str) -> None:
-    """Write a picture of runs by loss, each a list of steps with what was measured there, to ``path``."""
+    """Write a picture of runs by loss, each a list of steps with their results, to ``path``."""
     figure = plt.figure(figsize=(13.0, 8.4), layout="constrained")
     figure.suptitle(f"SGD noise against curvature\n{subject}", fontsize=13, linespacing=1.5)
     (empirical, duality, training), matrices = figure.subplots(2, 3)
@@ -109,7 +109,7 @@ def draw_suppression(
 ) -> None:
     """Write a picture of C_ii against H_ii from changed spectra of single samples: a row for each loss.
 
-    The last column is the share of C_ii that the first k eigenvalues of all samples contribute: a line for each
+    The last column shows the share of C_ii that the first k eigenvalues of all samples contribute: a line for each
     direction, and their mean.
     """
     columns = 1 + max(len(experiment) for experiment in experiments.values())

@@ -1,4 +1,4 @@
-"""What the run of the edge-of-stochastic-stability example says in numbers, and its picture."""
+"""Table and picture of the edge-of-stochastic-stability example."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Phase:
         return 2 / self.learning_rate
 
     def change_from(self, before: "Phase") -> str:
-        """What is not as in the phase before."""
+        """Return the difference from the phase before, as text."""
         changes = []
         if self.learning_rate != before.learning_rate:
             changes.append(f"η {before.learning_rate:g} → {self.learning_rate:g}")
@@ -58,13 +58,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of SGD, as the picture and the table need it.
+    """A run of SGD, for the picture and the table.
 
     Attributes:
-        steps: how many.
-        phases: in order; more than one where hyperparameters were changed.
-        curvature: by its key; the first is batch sharpness, which decides where the edge is reached.
-        errors: standard errors of those that have one.
+        steps: number of steps.
+        phases: in order; more than one if hyperparameters changed.
+        curvature: by its key; the first is batch sharpness, which defines the edge step.
+        errors: standard errors of quantities with one.
         loss: training loss, means over whole epochs.
         step_loss: training loss of single batches.
     """
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def stretch(self) -> int:
-        """Steps over which a plateau and a change are judged."""
+        """Number of steps that define a plateau or a change."""
         return self.steps // PLATEAU_PART
 
     def end(self, phase: Phase) -> int:
@@ -86,13 +86,13 @@ class Run:
         return min((other.start for other in self.phases if other.start > phase.start), default=self.steps)
 
     def shares(self, key: str, phase: Phase) -> Curve:
-        """Steps of a phase and the values there over its 2/η: 1 is the edge. NaN are left out."""
+        """Return steps of a phase and the values over its 2/η, without NaN; 1 is the edge."""
         steps, values = self.curvature[key]
         inside = (steps >= phase.start) & (steps < self.end(phase)) & np.isfinite(values)
         return steps[inside], values[inside] / phase.edge
 
     def edge_step(self, phase: Phase) -> int | None:
-        """Measured step from which batch sharpness is at the edge; None if it never gets there in this phase."""
+        """Return the step from which batch sharpness is at the edge; None if it never is in this phase."""
         return first_step_at_edge(*self.shares(next(iter(self.curvature)), phase), self.stretch)
 
     def plateau(self, key: str, phase: Phase) -> np.ndarray:
@@ -102,7 +102,7 @@ class Run:
         return shares[steps >= start] if start is not None else np.empty(0)
 
     def spike(self, number: int) -> tuple[float, float]:
-        """Training loss of the last epoch before phase ``number``, and of the worst in the stretch from then on.
+        """Return the training loss of the last epoch before phase ``number``, and of the worst in the stretch after it.
 
         NaN where there is no epoch.
         """
@@ -141,9 +141,9 @@ def draw(run: Run, path: Path, *, subject: str) -> None:
     """Write the picture to ``path``: the sharpnesses with 2/η over the loss.
 
     Args:
-        run: what to draw.
+        run: the run.
         path: PNG.
-        subject: what was trained on what, under the title.
+        subject: network and data, for the title.
     """
     figure = plt.figure(figsize=(9.6, 7.0), layout="constrained")
     figure.suptitle(
@@ -199,7 +199,7 @@ def _draw_sharpness(run: Run, axis: plt.Axes) -> None:
 
 
 def _label_change(axis: plt.Axes, step: int, text: str, *, row: int, left: bool) -> None:
-    """Say at the top of a vertical line what changes there, on the side where there is room."""
+    """Label a vertical line with the change there, on the side that has room."""
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "zorder": 6}
     side = {"xytext": (-5 if left else 5, -4 - 17 * row), "ha": "right" if left else "left"}
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}

@@ -1,4 +1,4 @@
-"""What the runs of the progressive-sharpening example say in numbers, and their picture."""
+"""Table and picture of the progressive-sharpening example."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,10 @@ class Track:
     """One eigenvalue along a run.
 
     Attributes:
-        key: as the monitor logs it, e.g. "lambda_max".
+        key: the monitor's key, e.g. "lambda_max".
         steps: measured steps.
         values: the eigenvalue.
-        thresholds: where the optimizer turns unstable, at the same steps.
+        thresholds: of the optimizer, at the same steps.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Track:
         return self.values / self.thresholds
 
     def edge_step(self) -> int | None:
-        """Measured step from which λ is at the edge; None if it never gets there."""
+        """Measured step from which λ is at the edge; None if it never is."""
         return first_step_at_edge(self.steps, self.shares)
 
     def plateau(self) -> np.ndarray:
@@ -73,8 +73,8 @@ class Run:
         learning_rate: η.
         formula: the threshold of the first track, e.g. "2/η".
         loss: training loss.
-        tracks: eigenvalues; the first is the one that the threshold is about.
-        trace: trace of H, and its standard error.
+        tracks: eigenvalues; the threshold belongs to the first.
+        trace: trace of H and its standard error.
     """
 
     title: str
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def threshold(self) -> float:
-        """Threshold of the first track at the end: that of Adam moves in the first steps."""
+        """Threshold of the first track at the end; that of Adam changes in the first steps."""
         return float(self.tracks[0].thresholds[-1])
 
     @property
@@ -100,10 +100,10 @@ class Spectrum:
     """The spectrum of H after the last step of a run.
 
     Attributes:
-        run: of which run.
+        run: the run.
         top: the largest eigenvalues.
-        trace: sum of all of them.
-        density: of all of them.
+        trace: sum of all eigenvalues.
+        density: of all eigenvalues.
     """
 
     run: Run
@@ -147,10 +147,10 @@ def draw(runs: list[Run], spectrum: Spectrum, path: Path, *, subject: str) -> No
     """Write the picture to ``path``: a panel for each run over its loss, and the spectrum over the trace.
 
     Args:
-        runs: what to draw.
+        runs: the runs.
         spectrum: of one of them.
         path: PNG.
-        subject: what was trained on what, under the title.
+        subject: network and data, for the title.
     """
     blocks = -(-(len(runs) + 1) // COLUMNS)
     figure = plt.figure(figsize=(5.8 * COLUMNS, 4.5 * blocks + 0.8), layout="constrained")

@@ -1,11 +1,11 @@
-"""Sharpness rises to where the optimizer turns unstable, and stays there.
+"""Sharpness rises to the stability threshold of the optimizer and stays there.
 
-The largest eigenvalue of the Hessian rises while a network trains with a full batch (progressive sharpening), until
-the optimizer's steps would be unstable on a quadratic of that curvature: at 2/η for gradient descent, at (2+2β)/η for
-heavy ball momentum. There it stays (edge of stability). For AdamW that is not so; but the largest eigenvalue of the
-Hessian preconditioned as AdamW does it, P^{-1/2} H P^{-1/2}, rises to (2+2β₁)/((1−β₁)η). Cohen et al. 2021 and 2022.
+While a network trains with a full batch, the largest eigenvalue of the Hessian rises (progressive sharpening) until the
+optimizer's steps become unstable on a quadratic of that curvature: at 2/η for gradient descent, at (2+2β)/η for heavy
+ball momentum. There it stays (edge of stability). For AdamW the largest eigenvalue of the preconditioned Hessian,
+P^{-1/2} H P^{-1/2}, rises to (2+2β₁)/((1−β₁)η) instead. Sources: Cohen et al. 2021 and 2022.
 
-Two monitors watch each run: one follows the eigenvalues, the other from time to time takes the trace and the density.
+Two monitors measure each run: one the eigenvalues, the other, less often, the trace and the density.
 
     python examples/progressive_sharpening.py                                         # scikit-learn's digits, on a CPU
     python examples/progressive_sharpening.py --dataset cifar10 --optimizers gd       # the paper's setting, on a GPU
@@ -87,7 +87,7 @@ class Classifier(FullBatchClassifier):
 
 
 def train(optimizer: str, data: FullBatchData, args: argparse.Namespace) -> tuple[Run, Classifier]:
-    """Train once, always from the same initialization; return the curves and what was trained."""
+    """Train once, always from the same initialization; return the curves and the module."""
     pl.seed_everything(args.seed, verbose=False)
     learning_rate, max_steps = args.lr[optimizer], args.max_steps[optimizer]
     network = MLP(in_features=data.input_shape.numel(), **NETWORKS[args.dataset])
@@ -136,7 +136,7 @@ def train(optimizer: str, data: FullBatchData, args: argparse.Namespace) -> tupl
 
 
 def collect(optimizer: str, learning_rate: float, curves: CurveLogger) -> Run:
-    """The curves of a run; an eigenvalue without a threshold of its own stands against 2/η."""
+    """Return the curves of a run; an eigenvalue without its own threshold is compared with 2/η."""
     tracks = []
     for key in KEYS[optimizer]:
         steps, values = curves.curve(f"curvature/{key}")
@@ -148,7 +148,7 @@ def collect(optimizer: str, learning_rate: float, curves: CurveLogger) -> Run:
 
 
 def spectrum_of(run: Run, model: Classifier, data: FullBatchData) -> Spectrum:
-    """The spectrum after the last step. The monitors measure before steps, and here is no Trainer any more."""
+    """Return the spectrum after the last step, without a Trainer: the monitors measure before steps."""
     hessian = HessianOperator.of(model.network, F.mse_loss, data.batches)
     top = eigenpairs(hessian, hessian.space, largest=OUTLIERS)
     spectrum = Spectrum(
@@ -162,7 +162,7 @@ def spectrum_of(run: Run, model: Classifier, data: FullBatchData) -> Spectrum:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line; values left out are filled in where they depend on others."""
+    """Parse the command line; defaults that depend on other options are filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,8 +1,8 @@
-"""How much does one more sample change the loss around a trained network, and where can one see it?
+"""How much does one more sample change the loss around a trained network, and in which directions?
 
-A small character transformer is trained for a while. Then the mean loss of its first k sequences is compared with that
-of k + 1, at the parameters (Δ₁), around them in all directions (Δ₂) and in the D sharpest ones alone (Δ₂ of the
-subspace), for k from 1 to some hundreds: curvature-aligned probing, figures 2, 3 and 5 of its paper.
+The example trains a small character transformer. Then it compares the mean loss of the first k sequences with that of
+k + 1, for k from 1 to some hundreds: at the parameters (Δ₁), around them in all directions (Δ₂) and in the D sharpest
+ones (Δ₂ of the subspace), as in figures 2, 3 and 5 of Curvature-aligned probing (2026).
 
     python examples/sample_growth.py               # Python's own standard library, on a CPU
     python examples/sample_growth.py --text my.txt --sigma 1e-4 1e-3
@@ -22,8 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from plotting_growth import draw, shares
 from torch.utils.data import DataLoader
 
-from lightning_curvature import StabilizationMonitor
-from lightning_curvature.stabilization.result import SampleGrowth
+from lightning_curvature import SampleGrowth, StabilizationMonitor
 
 CONTEXT, WIDTH, LAYERS, HEADS = 32, 48, 2, 4
 BATCH_SIZE = 32
@@ -32,7 +31,7 @@ CONVERGENCE_K, CONVERGENCE_DRAWS = 8, (4, 16, 64, 256)
 
 
 def monitor(args: argparse.Namespace, **options: object) -> StabilizationMonitor:
-    """All three estimators on the samples of training."""
+    """Return the monitor with all three estimators, on the training samples."""
     defaults: dict[str, object] = {
         "sample_sizes": args.sample_sizes,
         "subspace_dim": args.subspace_dim,
@@ -48,7 +47,7 @@ def monitor(args: argparse.Namespace, **options: object) -> StabilizationMonitor
 
 
 def converging(args: argparse.Namespace, model: CharTransformer, loader: DataLoader) -> dict[int, SampleGrowth]:
-    """One k, a middle σ and the largest D with more and more draws."""
+    """Measure one k, a middle σ and the largest D with increasing numbers of draws."""
     sigma = sorted(args.sigma)[(len(args.sigma) - 1) // 2]
     found = {}
     for draws in CONVERGENCE_DRAWS:
@@ -65,7 +64,7 @@ def converging(args: argparse.Namespace, model: CharTransformer, loader: DataLoa
 
 
 def ratios(growth: SampleGrowth) -> str:
-    """Δ₂ of the subspace over Δ₂ of the full space by σ and D, in the mean over k, both by direct Monte Carlo."""
+    """Return a table of Δ₂ of the subspace over Δ₂ by σ and D, mean over k, both by direct Monte Carlo."""
     curves = growth.curves()
     direct = {name: rows for name, rows in curves.items() if name[1] == "direct"}
     full = {sigma: rows for (criterion, _, _, sigma), rows in direct.items() if criterion == "delta_2"}

@@ -1,4 +1,4 @@
-"""Loss curvature along the steps an optimizer really takes, as Lightning callbacks and torchmetrics metrics."""
+"""Loss curvature along the steps that an optimizer really takes, as Lightning callbacks and torchmetrics metrics."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,32 +11,40 @@ if TYPE_CHECKING:
         NoiseCovarianceMonitor,
         StabilizationMonitor,
     )
+    from lightning_curvature.noise.result import NoiseCurvature
     from lightning_curvature.optimizers.update import ParameterUpdate
     from lightning_curvature.reporting.loggers import CurvatureWarning
-
-__all__ = [
-    "BatchSharpnessMonitor",
-    "CurvatureWarning",
-    "DirectionalCurvatureMonitor",
-    "HessianSpectrumMonitor",
-    "NoiseCovarianceMonitor",
-    "ParameterUpdate",
-    "StabilizationMonitor",
-]
+    from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
 
 _HOMES = {
     "BatchSharpnessMonitor": "batch_sharpness.monitor",
+    "CriterionRow": "stabilization.result",
     "CurvatureWarning": "reporting.loggers",
     "DirectionalCurvatureMonitor": "directional.monitor",
     "HessianSpectrumMonitor": "spectrum.monitor",
     "NoiseCovarianceMonitor": "noise.monitor",
+    "NoiseCurvature": "noise.result",
     "ParameterUpdate": "optimizers.update",
+    "SampleGrowth": "stabilization.result",
     "StabilizationMonitor": "stabilization.monitor",
 }
 
+__all__ = [
+    "BatchSharpnessMonitor",
+    "CriterionRow",
+    "CurvatureWarning",
+    "DirectionalCurvatureMonitor",
+    "HessianSpectrumMonitor",
+    "NoiseCovarianceMonitor",
+    "NoiseCurvature",
+    "ParameterUpdate",
+    "SampleGrowth",
+    "StabilizationMonitor",
+]
+
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: Lightning loads ``autoload`` for every Trainer, also of scripts that want nothing."""
+    """Import a public name when it is first used: Lightning loads this package, by ``autoload``, for every Trainer."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

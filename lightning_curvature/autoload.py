@@ -1,7 +1,7 @@
-"""Monitors for a script that nobody wants to change: named by an environment variable, added by Lightning to a Trainer.
+"""Monitors for unchanged scripts: an environment variable names them, Lightning adds them to every Trainer.
 
-Lightning calls :func:`monitors` for every Trainer that it makes, through the entry point ``callbacks_factory``. Without
-the variable nothing else of this package is imported.
+Lightning calls :func:`monitors` for each Trainer that it makes, through the entry point ``callbacks_factory``. Without
+the variable, nothing else of this package is imported.
 """
 
 import os
@@ -18,19 +18,19 @@ NAMES = {
     "stabilization": "StabilizationMonitor",
     "noise": "NoiseCovarianceMonitor",
 }
-# Those that must be told which parameter.
+# Monitors that need the name of a parameter.
 _OF_PARAMETER = ("noise",)
 
 
 def monitors() -> "list[Monitor]":
     """Return the monitors that ``LIGHTNING_CURVATURE`` names, none where it is not set or empty.
 
-    Names are separated by commas, "directional", "spectrum", "batch_sharpness", "stabilization" or
-    "noise=<parameter>", each with its defaults (the last two measure when fit ends), or with ``@n`` behind it for
-    ``every_n_train_steps=n``. Keys of a second "noise" come under ``curvature/<parameter>/``.
+    Names are separated by commas: "directional", "spectrum", "batch_sharpness", "stabilization" or
+    "noise=<parameter>". Each monitor has its defaults (the last two measure when fit ends); ``@n`` after a name sets
+    ``every_n_train_steps=n``. Keys of a second "noise" begin with ``curvature/<parameter>/``.
 
     Raises:
-        ValueError: for an unknown name or a number that is none.
+        ValueError: for an unknown name or an invalid number.
 
     Example:
         >>> os.environ["LIGHTNING_CURVATURE"] = "directional@10, spectrum"
@@ -40,11 +40,11 @@ def monitors() -> "list[Monitor]":
         >>> monitors()
         []
     """
-    found: list[Monitor] = []
+    made: list[Monitor] = []
     for entry in os.environ.get(VARIABLE, "").split(","):
         if entry.strip():
-            found.append(_monitor(entry.strip(), {type(one).__name__ for one in found}))
-    return found
+            made.append(_monitor(entry.strip(), {type(one).__name__ for one in made}))
+    return made
 
 
 def _monitor(entry: str, before: "set[str]") -> Any:
@@ -61,6 +61,6 @@ def _monitor(entry: str, before: "set[str]") -> Any:
     options: dict[str, Any] = {"every_n_train_steps": int(number)} if at else {}
     if parameter:
         options["parameter"] = parameter
-        if NAMES[name] in before:  # whose keys are taken
+        if NAMES[name] in before:  # a second monitor needs other keys
             options["prefix"] = f"curvature/{parameter}"
     return getattr(callbacks, NAMES[name])(**options)

@@ -14,6 +14,7 @@ from lightning_curvature.data.population import Population
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.together import together
 from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.operators import (
     CurvatureOperator,
@@ -23,7 +24,6 @@ from lightning_curvature.operators import (
     MicroBatch,
     Sharding,
 )
-from lightning_curvature.operators.exact import Reduce
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 
 Value = TypeVar("Value")

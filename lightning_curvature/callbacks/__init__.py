@@ -1,4 +1,4 @@
-"""When to measure: one Lightning callback for each family of quantities."""
+"""The Lightning callbacks, one for each family of quantities."""
 
 from lightning_curvature.batch_sharpness.monitor import BatchSharpnessMonitor
 from lightning_curvature.directional.monitor import DirectionalCurvatureMonitor

@@ -1,4 +1,4 @@
-"""Algorithms that see a matvec and a vector space, never a model."""
+"""Eigenpairs, trace and spectral density: algorithms on a matvec and a vector space, never on a model."""
 
 from lightning_curvature.linalg.density import SpectralDensity, spectral_density
 from lightning_curvature.linalg.eigenpairs import Eigenpairs, eigenpairs

@@ -10,23 +10,22 @@ from lightning_curvature.linalg.eigenpairs import Eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec
 from lightning_curvature.linalg.space import VectorSpace
 
-# A node of a weight up to this many N-ths may stand for one eigenvalue: its weight is the square of one coordinate of
-# a random unit vector, χ²/N with one degree of freedom, above 10/N in 0.2 % of cases.
+# A node with a weight up to this many N-ths may be a single eigenvalue: the square of one coordinate of a random unit
+# vector is χ²/N with one degree of freedom, above 10/N in 0.2 % of cases.
 _SINGLE = 10.0
-# m Lanczos nodes in an interval of length R lie at most about h = πR/(2m) apart, as Chebyshev points do. Gaussians of
-# deviation h/2 at that distance add up to a line that is flat to 2·exp(−2π²/4) = 1.4 %; sharper ones show the nodes
-# in place of the density.
+# m Lanczos nodes in an interval of length R lie at most about h = πR/(2m) apart, like Chebyshev points. Gaussians of
+# deviation h/2 at that distance add up to a line that is flat to 2·exp(−2π²/4) = 1.4 %; narrower ones show the nodes.
 _WIDTH = math.pi / 4.0
 # No default width is finer than this share of the whole range, so that this many points show everything.
 _FINEST = 1e-3
 _POINTS = 1200
-# The grid goes this many widths beyond the outermost nodes; what a Gaussian has beyond is 3e-7.
+# The grid extends this many widths beyond the outermost nodes, where a Gaussian has 3e-7 left.
 _MARGIN = 5.0
 
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    r"""Share of the eigenvalues at each place, as nodes and weights: one quadrature rule for each random start.
+    r"""Density of the eigenvalues as nodes and weights: one quadrature rule for each random start.
 
     .. math:: \varphi(x) = \frac1N \sum_i \delta(x - \lambda_i) \approx
         \frac1S \sum_s \sum_j w_{sj}\, \delta(x - x_{sj})
@@ -35,7 +34,7 @@ class SpectralDensity:
         nodes: (starts, m) float64 on the CPU; known eigenvalues first, then the nodes of the chain, descending.
         weights: (starts, m), each row sums to 1; 0 where a chain ended early.
         dimension: N.
-        deflated: how many known eigenvalues are among the nodes.
+        deflated: number of known eigenvalues among the nodes.
         matvecs: products made.
     """
 
@@ -60,27 +59,25 @@ class SpectralDensity:
         return (self.weights * self.nodes**power).sum(dim=1)
 
     def default_width(self) -> float:
-        """Return the finest width that the number of nodes resolves."""
+        """Return the finest width of a Gaussian that the number of nodes resolves."""
         nodes, weights = self.nodes[:, self.deflated :], self.weights[:, self.deflated :]
         bulk = nodes[weights > min(_SINGLE / self.dimension, float(weights.max()) / 2.0)]
-        # A chain with nothing left to see has no nodes of weight.
-        steps = max(nodes.shape[1], 1)
-        spacing = _WIDTH * _extent(bulk) / steps
+        # Without a remainder the chain has no nodes of weight.
+        spacing = _WIDTH * _extent(bulk) / max(nodes.shape[1], 1)
         return max(spacing, _FINEST * _extent(self.nodes)) or _FINEST * (float(self.nodes.abs().max()) or 1.0)
 
     def grid(self, width: float | None = None, points: int = _POINTS) -> Tensor:
-        """Return evenly spaced places that hold the density of that width, (points,)."""
+        """Return evenly spaced places, (points,), that cover the density smoothed with that width."""
         margin = _MARGIN * self._width(width)
-        return torch.linspace(
-            float(self.nodes.min()) - margin, float(self.nodes.max()) + margin, points, dtype=torch.float64
-        )
+        low, high = float(self.nodes.min()) - margin, float(self.nodes.max()) + margin
+        return torch.linspace(low, high, points, dtype=torch.float64)
 
     def evaluate(self, grid: Tensor, width: float | None = None) -> Tensor:
         """Return the density at the places of a grid, smoothed by a Gaussian; it integrates to 1.
 
         Args:
-            grid: (points,); :meth:`grid` of the same width holds all of it.
-            width: standard deviation of the Gaussian; default: what the number of nodes resolves.
+            grid: (points,), for example :meth:`grid` of the same width.
+            width: standard deviation of the Gaussian; default: :meth:`default_width`.
         """
         width = self._width(width)
         nodes, weights = self.nodes.flatten(), self.weights.flatten() / len(self.nodes)
@@ -88,7 +85,7 @@ class SpectralDensity:
         return bells @ weights / (width * math.sqrt(2.0 * math.pi))
 
     def histogram(self, bins: int = 100) -> tuple[Tensor, Tensor]:
-        """Return edges, (bins + 1,), and the share of the eigenvalues between them, (bins,), which sums to 1."""
+        """Return edges, (bins + 1,), and the shares of the eigenvalues between them, (bins,), which sum to 1."""
         if bins < 1:
             raise ValueError(f"bins must be at least 1, got {bins}: 100 make a good picture.")
         low, high = float(self.nodes.min()), float(self.nodes.max())
@@ -96,11 +93,8 @@ class SpectralDensity:
             half = _FINEST * (abs(low) or 1.0)
             low, high = low - half, high + half
         edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
-        # A node on an edge belongs to the bin on its right; the last edge to the last bin.
-        places = torch.bucketize(self.nodes.flatten(), edges[1:-1], right=True)
-        shares = torch.zeros(bins, dtype=torch.float64)
-        shares.index_add_(0, places, self.weights.flatten() / len(self.nodes))
-        return edges, shares
+        weights = self.weights.flatten() / len(self.nodes)
+        return edges, torch.histogram(self.nodes.flatten(), edges, weight=weights).hist
 
     def _width(self, width: float | None) -> float:
         if width is None:
@@ -127,17 +121,17 @@ def spectral_density(
     .. math:: v^\top A^p v = \sum_j w_j x_j^p \quad (p \le 2 \cdot \text{steps} - 1), \qquad
         \operatorname{E}[v^\top A^p v] = \operatorname{tr}(A^p) / N
 
-    A random v gives an eigenvalue that stands alone the weight χ²/N, between nothing and several N-ths. Eigenvalues
-    that are known enter with 1/N each, and v is orthogonal to their vectors: the outliers then have their true weight,
-    and the chain spends its steps on the rest.
+    A random v gives an isolated eigenvalue the weight χ²/N, between nothing and several N-ths. Known eigenvalues enter
+    with 1/N each, and v is orthogonal to their vectors: the outliers then have their true weight, and the chain spends
+    its steps on the rest.
 
     Args:
         matvec: v ↦ Av, in a new tensor; called on every rank.
         space: the space of v.
-        starts: random vectors; in large spaces one is enough, and two tell the error.
-        steps: products for each: how fine the picture is.
-        deflation: Ritz pairs of the same operator, as :func:`eigenpairs` returns them; the density is off by their
-            residuals.
+        starts: number of random vectors; in large spaces one suffices, two give an error.
+        steps: products for each, which set the resolution.
+        deflation: Ritz pairs of the same operator, as :func:`eigenpairs` returns them; their residuals are errors of
+            the density.
         generator: of the random vectors, on the device of the space; default: seed 0.
 
     Returns:
@@ -166,7 +160,7 @@ def spectral_density(
     rules = [_rule(matvec, space, steps, deflation, generator) for _ in range(starts)]
     length = max(len(nodes) for nodes, *_ in rules)
     return SpectralDensity(
-        # A chain that ended early is filled up with its last node, which is no new place, and weight 0.
+        # A chain that ended early is padded with its last node, at weight 0.
         nodes=torch.stack([torch.cat([n, n[-1:].expand(length - len(n))]) for n, *_ in rules]),
         weights=torch.stack([torch.cat([w, w.new_zeros(length - len(w))]) for _, w, *_ in rules]),
         dimension=space.dimension,
@@ -178,7 +172,7 @@ def spectral_density(
 def _rule(
     matvec: MatVec, space: VectorSpace, steps: int, deflation: Eigenpairs | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, int, int]:
-    """Nodes and weights of one start, the number of known eigenvalues before them, products made."""
+    """Return nodes and weights of one start, the number of known eigenvalues before them, and of products made."""
     krylov = KrylovSpace(matvec, space)
     if deflation is not None:
         krylov.deflate(deflation.values, deflation.vectors)
@@ -188,14 +182,9 @@ def _rule(
         krylov.step()
     chain = slice(known, krylov.done)
     values, vectors = torch.linalg.eigh(krylov.projected[chain, chain])
-    share = known / space.dimension
+    rest = (1.0 - known / space.dimension) * vectors[:1].flatten().square().flip(0)
     nodes = torch.cat([krylov.projected.diagonal()[:known], values.flip(0)])
-    weights = torch.cat(
-        [
-            torch.full((known,), 1.0 / space.dimension, dtype=torch.float64),
-            (1.0 - share) * vectors[:1].flatten().square().flip(0),
-        ]
-    )
+    weights = torch.cat([torch.full((known,), 1.0 / space.dimension, dtype=torch.float64), rest])
     return nodes, weights, known, krylov.matvecs
 
 

@@ -1,4 +1,4 @@
-"""A growing orthonormal basis and the operator projected onto it: what Lanczos, trace and density share."""
+"""A growing orthonormal basis and the operator projected onto it, shared by Lanczos, trace and density."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,18 +11,18 @@ from lightning_curvature.linalg.space import VectorSpace
 
 MatVec = Callable[[Tensor], Tensor]
 
-# A remainder below this multiple of (machine epsilon × size of the operator) is rounding: the chain it would continue
-# has ended in an invariant subspace. Two passes of Gram–Schmidt leave a few epsilons. Residuals are not asked to be
-# smaller either.
+# A remainder below this multiple of (machine epsilon × size of the operator) is rounding: the chain that it would
+# continue has ended in an invariant subspace. Two passes of Gram–Schmidt leave a few epsilons. No smaller residual is
+# required either.
 _ROUNDING = 16.0
 
 
 class NonFiniteProductError(ArithmeticError):
-    """A product with the operator held a NaN or an infinity."""
+    """A product with the operator contains a NaN or an infinity."""
 
 
 def check_finite(numbers: Sequence[float], product: int) -> None:
-    """Refuse a product, by its number, of which not all dot products are finite."""
+    """Raise unless all dot products with a product are finite; ``product`` is its number."""
     if not all(map(math.isfinite, numbers)):
         raise NonFiniteProductError(
             f"a product with the operator must be finite, got NaN or infinity in product {product}: look at the loss "
@@ -31,12 +31,12 @@ def check_finite(numbers: Sequence[float], product: int) -> None:
 
 
 class KrylovSpace:
-    """Basis V, how many of its rows were multiplied, and T = VᵀAV.
+    """Basis V, the number of its multiplied rows, and T = VᵀAV.
 
-    The first ``done`` rows have been multiplied by A; the rest wait. With full reorthogonalization
-    A V_done = V T[:, :done] holds exactly up to rounding, for a start block of any size, for chains that end, for rows
-    that are added later and after a restart. The residual of a Ritz pair of T[:done, :done] is then what T says of the
-    waiting rows, and costs nothing.
+    The first ``done`` rows have been multiplied by A; the others wait. With full reorthogonalization,
+    A V_done = V T[:, :done] holds up to rounding, for a start block of any size, for chains that end, for rows that are
+    added later and after a restart. The waiting rows of T then give the residual of a Ritz pair of T[:done, :done],
+    without a product.
 
     Args:
         matvec: v ↦ Av, in a new tensor.
@@ -47,9 +47,9 @@ class KrylovSpace:
         projected: T, on the CPU.
         done: rows multiplied.
         matvecs: products made.
-        restarts: times the basis was replaced by fewer vectors.
-        scale: size of the operator as far as it was seen: largest entry of T.
-        asymmetry: largest |v_i·Av_j − v_j·Av_i| seen: the noise of the products.
+        restarts: how often the basis was replaced by fewer vectors.
+        scale: largest entry of T, an estimate of the size of the operator.
+        asymmetry: largest |v_i·Av_j − v_j·Av_i| so far: the noise of the products.
     """
 
     def __init__(self, matvec: MatVec, space: VectorSpace) -> None:
@@ -62,11 +62,11 @@ class KrylovSpace:
 
     @property
     def rounding(self) -> float:
-        """Smallest residual that means anything."""
+        """Smallest residual that rounding can resolve."""
         return self._epsilon * self.scale
 
     def add(self, vector: Tensor) -> bool:
-        """Let a vector wait, made orthogonal to the basis; False where nothing is left of it."""
+        """Add a waiting row, made orthogonal to the basis; return False if nothing is left of it."""
         vector = vector.clone()
         before = self.space.norm(vector)
         self.basis.orthogonalize(vector)
@@ -80,9 +80,7 @@ class KrylovSpace:
 
     def _append(self, vector: Tensor) -> None:
         self.basis.append(vector)
-        grown = torch.zeros(len(self.basis), len(self.basis), dtype=torch.float64)
-        grown[:-1, :-1] = self.projected
-        self.projected = grown
+        self.projected = torch.nn.functional.pad(self.projected, (0, 1, 0, 1))
 
     def step(self) -> None:
         """Multiply the first waiting row.
@@ -91,17 +89,17 @@ class KrylovSpace:
             NonFiniteProductError: if the product is not finite.
         """
         row = self.done
-        # Worked on in place below: a copy, so that an operator may keep what it returned, or return what it got.
+        # A copy, because it is changed in place below: the operator may keep its result, or return its argument.
         vector = self.matvec(self.basis[row]).clone()
         self.matvecs += 1
-        # A is symmetric: what it has along the rows before is known from their products.
+        # A is symmetric: the products with the earlier rows give the components of this one along them.
         c, last = self.basis.orthogonalize_known(vector, self.projected[:row, row])
-        # One transfer to the host, of a handful of numbers: whether to go on is decided there.
+        # One transfer of a few numbers to the host, which decides whether to go on.
         norm_squared = self.space.squared_norm(vector)
-        *coefficients, found, squared = torch.cat([c, last.square().sum().reshape(1), norm_squared]).tolist()
+        *coefficients, removed, squared = torch.cat([c, last.square().sum().reshape(1), norm_squared]).tolist()
         check_finite((*coefficients, squared), self.matvecs)
         column = torch.tensor(coefficients, dtype=torch.float64)
-        if found > squared:
+        if removed > squared:
             column += self.basis.orthogonalize(vector).cpu()
             squared = float(self.space.squared_norm(vector))
         difference = column[:row] - self.projected[:row, row]
@@ -120,13 +118,13 @@ class KrylovSpace:
         """Begin an empty basis with Ritz pairs of the same operator, which count as multiplied.
 
         The relation A V_done = V T holds up to their residuals; projections away from them are exact. A pair that is
-        given twice, as the largest and the largest by magnitude may be one, counts once.
+        given twice (it may be the largest and the largest by magnitude) counts once.
         """
         for value, vector in zip(values.tolist(), vectors, strict=True):
             remainder = vector.clone()
             self.basis.orthogonalize(remainder)
             norm = self.space.norm(remainder)
-            # Ritz vectors of one basis are orthogonal or the same.
+            # Ritz vectors of one basis are either orthogonal or identical.
             if norm > 0.5:
                 self._append(remainder.div_(norm))
                 self.projected[-1, -1] = value
@@ -134,27 +132,25 @@ class KrylovSpace:
                 self.scale = max(self.scale, abs(value))
 
     def drop_waiting(self) -> None:
-        """Forget the rows that have not been multiplied."""
+        """Remove the rows that have not been multiplied."""
         self.basis.truncate(self.done)
         self.projected = self.projected[: self.done, : self.done].clone()
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values in descending order, coordinates in the multiplied rows, couplings to the waiting ones.
+        """Return Ritz values, descending, their coordinates in the multiplied rows, and their couplings.
 
-        A product with a Ritz vector leaves the multiplied rows by its column of the couplings, (waiting rows, d): the
-        norm of that is the residual.
+        Column i of the couplings, (waiting rows, d), is the part of A times Ritz vector i outside the multiplied rows:
+        its norm is the residual.
         """
-        square = self.projected[: self.done, : self.done]
-        values, vectors = torch.linalg.eigh(square)
+        values, vectors = torch.linalg.eigh(self.projected[: self.done, : self.done])
         values, vectors = values.flip(0), vectors.flip(1)
         return values, vectors, self.projected[self.done :, : self.done] @ vectors
 
     def restart(self, vectors: Tensor, values: Tensor) -> None:
         """Keep the given Ritz vectors, as columns, and the waiting rows."""
-        waiting = len(self.basis) - self.done
         coupling = self.projected[self.done :, : self.done] @ vectors
         between = self.projected[self.done :, self.done :]
-        self.basis.replace(vectors, waiting)
+        self.basis.replace(vectors, len(self.basis) - self.done)
         self.projected = torch.cat(
             [torch.cat([torch.diag(values), coupling.T], dim=1), torch.cat([coupling, between], dim=1)]
         )

@@ -1,5 +1,6 @@
-"""Vectors with the structure of a list of tensors, kept flat: what the algorithms know of a model."""
+"""Vectors with the structure of a list of tensors, kept flat: all that the algorithms know of a model."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from torch import Tensor
 
 # Dot products are taken over pieces of this many coordinates in the type of the vectors, and summed in float64. On a
 # CPU a piece stays in the cache; on an accelerator one kernel is worth its launch.
-_PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
+PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
 
 Reduce = Callable[[Tensor], Tensor]
 Cut = Callable[[Tensor], Tensor]
@@ -19,25 +20,25 @@ Distribution = Literal["normal", "rademacher"]
 class VectorSpace:
     r"""The space in which a list of tensors is one vector of N coordinates.
 
-    A vector is a flat tensor of this rank's coordinates, (n,), so that a dot product, a sum over ranks and a linear
-    combination of many vectors are one operation each, whatever the number of tensors; :meth:`views` gives it the
-    shapes of the list, without a copy. Its type is that of the tensors, float32 at least.
+    A vector is a flat tensor of this rank's coordinates, (n,), so that a dot product and a linear combination of many
+    vectors are one operation each; :meth:`views` gives it the shapes of the list, without a copy. Its type is that of
+    the tensors, float32 at least.
 
-    Where ranks hold parts of a vector, ``reduce`` sums over them and ``shares`` says by how much a coordinate that
-    several ranks hold counts on each (1 for a part of one's own, 1/ranks for a replica):
+    Where each rank holds only some coordinates, ``reduce`` sums over the ranks and ``shares`` weighs coordinates that
+    several ranks hold (1 for a coordinate on one rank, 1/ranks for a replica):
 
     .. math:: \langle a, b\rangle = \sum_{\text{ranks}} \sum_i s_i\, a_i b_i .
 
     Args:
-        tensors: the list; this rank's part of each tensor.
+        tensors: the list; this rank's shard of each tensor.
         reduce: sum over the ranks of a small float64 tensor; None where every rank holds all coordinates.
-        shares: s of each tensor; read only with ``reduce``.
-        shapes: full shapes, where ``tensors`` are parts: random vectors are drawn in them and cut.
-        cut: one function for each tensor, from a full tensor to this rank's part.
+        shares: s of each tensor; used only with ``reduce``.
+        shapes: full shapes, where ``tensors`` are shards: random vectors are drawn in them and cut.
+        cut: one function for each tensor, from a full tensor to this rank's shard.
 
     Attributes:
         dtype: type of the vectors.
-        device: where they live: the device of the first tensor.
+        device: device of the vectors, that of the first tensor.
         size: n, coordinates on this rank.
         dimension: N, coordinates in all.
 
@@ -49,7 +50,7 @@ class VectorSpace:
         >>> v = space.pack([torch.ones(2, 2), torch.arange(3.0)])
         >>> space.dimension, space.norm(v)
         (7, 3.0)
-        >>> [tuple(part.shape) for part in space.views(v)]
+        >>> [tuple(view.shape) for view in space.views(v)]
         [(2, 2), (3,)]
     """
 
@@ -65,9 +66,7 @@ class VectorSpace:
         if not tensors:
             raise ValueError("tensors must not be empty, got none: give the parameters that are trained.")
         self.device = tensors[0].device
-        self.dtype = torch.float32
-        for tensor in tensors:
-            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+        self.dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
         self._shapes = [tensor.shape for tensor in tensors]
         self._sizes = [tensor.numel() for tensor in tensors]
         self.size = sum(self._sizes)
@@ -85,21 +84,21 @@ class VectorSpace:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return the vector, (…, n), as the list of tensors, (…, shape); they share its memory."""
-        parts = vector.split(self._sizes, dim=-1)
-        return [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, self._shapes, strict=True)]
+        pieces = vector.split(self._sizes, dim=-1)
+        return [piece.reshape((*vector.shape[:-1], *shape)) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
     def pack(self, tensors: Sequence[Tensor | None], *rows: int) -> Tensor:
         """Return a list of tensors, (rows, shape), as one vector, (rows, n), in new memory; None stands for zeros."""
-        parts = [
+        pieces = [
             torch.zeros(*rows, size, dtype=self.dtype, device=self.device)
             if tensor is None
             else tensor.detach().reshape(*rows, size).to(self.device, self.dtype)
             for tensor, size in zip(tensors, self._sizes, strict=True)
         ]
-        return torch.cat(parts, dim=-1)
+        return torch.cat(pieces, dim=-1)
 
     def add_(self, vector: Tensor, tensors: Sequence[Tensor | None], factor: float) -> Tensor:
-        """Add a multiple of a list of tensors to a vector in place."""
+        """Add a multiple of a list of tensors to a vector in place; None stands for zeros."""
         for view, tensor in zip(self.views(vector), tensors, strict=True):
             if tensor is not None:
                 view.add_(tensor.detach().to(self.device, self.dtype), alpha=factor)
@@ -108,7 +107,7 @@ class VectorSpace:
     def random(self, generator: torch.Generator, distribution: Distribution = "normal") -> Tensor:
         """Return a vector of independent coordinates, mean 0, variance 1.
 
-        Drawn tensor by tensor in its full shape, so that it is the same however the tensors are cut; the generator must
+        Each tensor is drawn in its full shape, so that the vector does not depend on the sharding; the generator must
         be in the same state on every rank.
         """
         vector = self.zeros()
@@ -122,9 +121,9 @@ class VectorSpace:
         return vector
 
     def dots(self, blocks: Sequence[Tensor], vector: Tensor) -> Tensor:
-        """Dot products of a vector with the rows of blocks (m, n), one after the other, float64.
+        """Return the dot products of a vector with the rows of all blocks (m, n), float64; one reduction.
 
-        Summed in float64 over pieces, so that the rounding is that of one piece; where ranks hold parts, one reduction.
+        They are summed in float64 over pieces, so that the rounding is that of one piece.
         """
         totals = []
         for rows in blocks:
@@ -135,44 +134,40 @@ class VectorSpace:
         return self._summed(torch.cat(totals))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        """Dot product."""
+        """Return the dot product of two vectors."""
         return float(self.dots([a.unsqueeze(0)], b))
 
     def squared_norm(self, vector: Tensor) -> Tensor:
-        """Squared norm, (1,) float64: squares of float32 numbers leave its range where the numbers do not."""
+        """Return the squared norm, (1,) float64; squares of float32 numbers can leave its range."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for first, last, share in self._pieces():
-            part = vector[first:last].double()
-            total += share * torch.dot(part, part)
+            piece = vector[first:last].double()
+            total += share * torch.dot(piece, piece)
         return self._summed(total)
 
+    def norm(self, vector: Tensor) -> float:
+        """Return the Euclidean norm."""
+        return float(self.squared_norm(vector)) ** 0.5
+
     def _pieces(self) -> Iterator[tuple[int, int, float]]:
-        """Coordinates that are summed in one operation, with their share."""
-        piece = _PIECE if self.device.type == "cpu" else _ACCELERATOR_PIECE
+        """Yield start, stop and share of the coordinates that one operation sums."""
+        piece = PIECE if self.device.type == "cpu" else _ACCELERATOR_PIECE
         for start, stop, share in self._segments:
             for first in range(start, stop, piece):
                 yield first, min(first + piece, stop), share
 
-    def norm(self, vector: Tensor) -> float:
-        """Euclidean norm."""
-        return float(self.squared_norm(vector)) ** 0.5
-
 
 def _segments(sizes: Sequence[int], shares: Sequence[float]) -> list[tuple[int, int, float]]:
-    """Runs of coordinates with one share: start, stop, share."""
+    """Return runs of coordinates with one share: start, stop, share."""
     bounds = [0, *itertools.accumulate(sizes)]
-    segments: list[tuple[int, int, float]] = []
-    for (start, stop), share in zip(itertools.pairwise(bounds), shares, strict=True):
-        if segments and segments[-1][2] == share:
-            segments[-1] = (segments[-1][0], stop, share)
-        else:
-            segments.append((start, stop, share))
-    return segments
+    spans = zip(itertools.pairwise(bounds), shares, strict=True)
+    runs = [(share, [span for span, _ in run]) for share, run in itertools.groupby(spans, key=lambda pair: pair[1])]
+    return [(run[0][0], run[-1][1], share) for share, run in runs]
 
 
 def pairwise_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Dot products of the rows of a (A, n) with those of b (B, n): (A, B) float64, summed in float64 over pieces."""
+    """Return the dot products of the rows of a (A, n) and b (B, n), (A, B) float64, summed in float64 over pieces."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for first in range(0, a.shape[1], _PIECE):
-        total += (a[:, first : first + _PIECE] @ b[:, first : first + _PIECE].mT).double()
+    for first in range(0, a.shape[1], PIECE):
+        total += (a[:, first : first + PIECE] @ b[:, first : first + PIECE].mT).double()
     return total

@@ -9,11 +9,11 @@ from lightning_curvature.linalg.eigenpairs import Eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec, check_finite
 from lightning_curvature.linalg.space import VectorSpace
 
-# n samples of a remainder that is spread over k equal eigenvalues have the law of χ² with nk degrees of freedom, and
-# their error is known from the same numbers. Three such errors hold in 99 of 100 cases from nk = 16 on, so 6 samples do
-# where three eigenvalues or more are left: after the sketch there always are. (With one alone they hold in 97.)
+# n samples of a remainder with k equal eigenvalues follow χ² with nk degrees of freedom, and their error is estimated
+# from the same numbers. Three standard errors hold in 99 of 100 cases from nk = 16 on: 6 samples suffice where at least
+# three eigenvalues are left, as always after the sketch. (With one eigenvalue they hold in 97.)
 _MIN_SAMPLES = 6
-# Where all of a sample is below this share of the error allowed, the remainder is zero or rounding.
+# A remainder whose samples are all below this share of the allowed error is zero or rounding.
 _NEGLIGIBLE = 0.1
 
 
@@ -24,10 +24,10 @@ class TraceEstimate:
     Attributes:
         value: the estimate.
         standard_error: its standard deviation; three of them hold in 99 of 100 cases.
-        samples: random vectors in it.
+        samples: number of random vectors in it.
         matvecs: products made.
-        converged: whether the standard error is below the one asked for.
-        deflated: dimension of the subspace whose share is exact.
+        converged: whether the standard error is at most ``relative_error`` of the value.
+        deflated: dimension of the subspace on which it is exact.
     """
 
     value: float
@@ -54,38 +54,32 @@ def trace(
     .. math:: \operatorname{tr} A = \operatorname{tr}(Q^\top A Q)
         + m \operatorname{E}[w^\top A w], \qquad B = (I - QQ^\top) A (I - QQ^\top)
 
-    Q has orthonormal columns, w is a random unit vector orthogonal to them, m = N − d the dimension it lives in. The
-    estimate is unbiased for any Q that w does not depend on. Its variance is that of B alone, and the lengths of the
-    products already made tell it:
+    Q has orthonormal columns, w is a random unit vector orthogonal to them, m = N − d the dimension of its space. The
+    estimate is unbiased for any Q that is independent of w. Its variance is that of B alone, and follows from the
+    lengths of the same products:
 
     .. math:: \operatorname{Var}[m\, w^\top B w] = \tfrac{2 m^2}{m + 2}
         \left(\operatorname{E}\lVert Bw \rVert^2 - \operatorname{E}[w^\top B w]^2\right)
 
-    So the standard error is known from the first few samples on, and does not happen to be small because a few samples
-    happen to agree: from their scatter, 15 samples were needed for an error that can be trusted. Random signs in place
-    of unit vectors would take the diagonal of B out of the variance: 0 to 4 % of it for Hessians of a small network.
+    The standard error is thus reliable from the first few samples on; from the scatter of the samples it would take 15.
 
-    Q is first the given eigenvectors, which cost nothing, and then a Krylov basis from a random vector, where
-    d products give d columns and their share of the trace; Hutch++ makes 2d products for them. The first of them also
-    tells the variance: where samples alone would be done sooner, the basis ends there. Measured on seven
-    spectra (outliers with bulk, power laws, bulk alone) at equal products, half of them for the sketch, as root mean
-    square error over that of another method: 0.6 to 0.9 of Hutch++'s at 20 products, 0.3 to 0.8 at 30; 0.8 to 1.4 of
-    XTrace's at 20, 0.6 to 1.0 at 30. XTrace is ahead, by a factor of two, where it can afford a column for each of
-    thirty equal outliers; but its samples share their Q, so that their scatter is no error of known coverage, and more
-    products change all of them, so that it cannot be continued until the error is small enough.
+    Q consists of the given eigenvectors, at no cost, and of a Krylov basis from a random vector, in which d products
+    give d columns (Hutch++ takes 2d). The first of them also gives the variance: where samples alone would take fewer
+    products, the basis ends there. Unlike XTrace, whose samples share their Q, the estimate can be continued until its
+    error is small enough. docs/benchmark_spectrum.md compares them.
 
     Args:
         matvec: v ↦ Av, in a new tensor; called on every rank.
         space: the space of v.
-        relative_error: standard error at which to stop, relative to the value.
-        max_matvecs: products after which to stop in any case.
-        min_samples: samples made in any case, unless nothing is left to sample.
+        relative_error: standard error, relative to the value, at which the sampling ends.
+        max_matvecs: products after which it ends in any case.
+        min_samples: least number of samples, unless nothing is left to sample.
         deflation: Ritz pairs of the same operator, converged or not, as :func:`eigenpairs` returns them.
-        sketch: the most products for Q. Ten serve an error of 5 %; for 1 % take 20.
+        sketch: largest number of products for Q. Ten suit an error of 5 %, twenty one of 1 %.
         generator: of the random vectors, on the device of the space; default: seed 0.
 
     Returns:
-        The estimate, also where it has not converged: a trace near zero has no small relative error.
+        The estimate, also where it did not converge: a trace near zero has no small relative error.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -109,7 +103,7 @@ def trace(
         krylov.add(space.random(generator))
     while krylov.matvecs < sketch and krylov.done < len(krylov.basis):
         krylov.step()
-        if krylov.matvecs == 1 and _samples_do(krylov, relative_error, sketch, min_samples):
+        if krylov.matvecs == 1 and _samples_suffice(krylov, relative_error, sketch, min_samples):
             break
     krylov.drop_waiting()
     known, left = float(krylov.projected.trace()), space.dimension - krylov.done
@@ -121,7 +115,7 @@ def trace(
         samples += 1
         forms, squares = forms + form, squares + square
         value = known + left * forms / samples
-        # ‖Bw‖² ≥ (wᵀBw)², so that only rounding makes the difference of the means negative.
+        # ‖Bw‖² ≥ (wᵀBw)²: only rounding makes the difference of the means negative.
         spread = max(squares / samples - (forms / samples) ** 2, 0.0)
         error = left * math.sqrt(2.0 / (left + 2) * spread / samples)
         allowed = relative_error * abs(value)
@@ -138,10 +132,10 @@ def trace(
     )
 
 
-def _samples_do(krylov: KrylovSpace, relative_error: float, sketch: int, min_samples: int) -> bool:
-    """Whether the error comes down by samples alone before the sketch would be made.
+def _samples_suffice(krylov: KrylovSpace, relative_error: float, sketch: int, min_samples: int) -> bool:
+    """Return whether samples alone reach the error before the sketch would be complete.
 
-    The first vector of the sketch is a random one, w: its product tells wᵀBw and ‖Bw‖² of what is left to sample.
+    The first vector of the sketch is a random w: its product gives wᵀBw and ‖Bw‖² of the remainder.
     """
     row = krylov.done - 1
     left = krylov.space.dimension - row
@@ -157,16 +151,16 @@ def _samples_do(krylov: KrylovSpace, relative_error: float, sketch: int, min_sam
 
 
 def _sample(krylov: KrylovSpace, generator: torch.Generator, number: int) -> tuple[float, float]:
-    """Draw wᵀBw and ‖Bw‖² for a random unit vector w orthogonal to the basis."""
+    """Return wᵀBw and ‖Bw‖² of a random unit vector w orthogonal to the basis."""
     space, basis = krylov.space, krylov.basis
     w = space.random(generator)
     basis.orthogonalize(w)
     w /= space.norm(w)
     product = krylov.matvec(w).clone()
     basis.orthogonalize(product)
-    numbers = torch.cat([space.dots([product.unsqueeze(0)], other) for other in (w, product)]).tolist()
-    check_finite(numbers, number)
-    return numbers[0], numbers[1]
+    form, square = torch.cat([space.dots([product.unsqueeze(0)], other) for other in (w, product)]).tolist()
+    check_finite((form, square), number)
+    return form, square
 
 
 def _check(relative_error: float, max_matvecs: int, min_samples: int, sketch: int) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
 from lightning_curvature.losses.samples import equal_up_to_rounding
 from lightning_curvature.metrics.model import CurvatureMetric, ModelMetric
-from lightning_curvature.noise.linear_layer import linear_statistics
 from lightning_curvature.noise.measurement import relation
 from lightning_curvature.noise.options import NoiseOptions, Quantity
 from lightning_curvature.noise.result import NoiseCurvature
 from lightning_curvature.noise.sums import moments_of
+from lightning_curvature.operators import linear_statistics
 from lightning_curvature.operators.micro_batches import sample_count
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_curvature.distributed.together import together
 from lightning_curvature.functional import noise as formulas
-from lightning_curvature.noise.linear_layer import NotSeparableError
 from lightning_curvature.noise.options import NoiseOptions
 from lightning_curvature.noise.problem import ON_ANOTHER_RANK, NoiseProblem, Route
 from lightning_curvature.noise.result import COMPARED, ChainLink, NoiseCurvature
 from lightning_curvature.noise.sums import NoiseMoments, Sums, moments_of, no_sums, own_sums, squared_products
+from lightning_curvature.operators import NotSeparableError
 
 # Directions of the matrices that are kept for pictures, as many as the source shows.
 _SHOWN = 100

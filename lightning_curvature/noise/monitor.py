@@ -15,12 +15,12 @@ from lightning_curvature.monitors.occasional import OccasionalMonitor
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.noise import routes
-from lightning_curvature.noise.linear_layer import NotSeparableError
 from lightning_curvature.noise.measurement import measure_noise
 from lightning_curvature.noise.options import NoiseOptions, Pairing, Quantity, keys_of
 from lightning_curvature.noise.problem import NoiseProblem
 from lightning_curvature.noise.result import NoiseCurvature, report_noise
 from lightning_curvature.noise.sums import NOT_A_MEAN, sum_device
+from lightning_curvature.operators import NotSeparableError
 from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import inform, warn
 from lightning_curvature.reporting.progress import Progress

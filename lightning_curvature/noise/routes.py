@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_curvature.functional.noise.relation import FEWEST_POINTS
 from lightning_curvature.losses.samples import BlockSamples
-from lightning_curvature.noise.linear_layer import NotSeparableError, linear_statistics
 from lightning_curvature.noise.options import NoiseOptions, Pairing
 from lightning_curvature.noise.sums import NOT_A_MEAN
+from lightning_curvature.operators import NotSeparableError, linear_statistics
 from lightning_curvature.operators.memory import available_memory
 
 # D × D matrices in double precision that exist at one time, with those of an eigensolver; and those for pairs of

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_curvature.functional import noise as formulas
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.samples import BlockSamples, SampleGraphs
-from lightning_curvature.noise.linear_layer import NotSeparableError, linear_statistics
 from lightning_curvature.noise.problem import NoiseProblem
+from lightning_curvature.operators import NotSeparableError, linear_statistics
 from lightning_curvature.operators.graphs import products_at_once, products_with
 from lightning_curvature.operators.micro_batches import building_graphs
 

@@ -1,4 +1,4 @@
-"""Operators made of others: preconditioned, and the second moment of mini-batch Hessians."""
+"""Operators built from others: preconditioned, and the second moment of mini-batch Hessians."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvature.operators.exact import CurvatureOperator, HessianOperator
+from lightning_curvature.operators.base import CurvatureOperator
+from lightning_curvature.operators.exact import HessianOperator
 from lightning_curvature.operators.micro_batches import MicroBatch
 
 
 class PreconditionedOperator:
     r"""Products with :math:`P^{-1/2} A\, P^{-1/2}`, P diagonal and positive.
 
-    Its eigenvalues are those of P⁻¹A, which decide on the stability of an optimizer that divides by P.
+    Its eigenvalues are those of P⁻¹A, which decide the stability of an optimizer that divides by P.
 
     Args:
         operator: A.
@@ -39,33 +40,31 @@ class PreconditionedOperator:
 
     @property
     def error(self) -> Exception | None:
-        """What made this rank fail."""
+        """The error of this rank, or None."""
         return self.operator.error
 
     def close(self) -> None:
-        """Let go of what the operator keeps."""
+        """Release what the operator keeps."""
         self.operator.close()
 
 
 class SecondMomentOperator(HessianOperator):
-    r"""Products with the part of the second-moment contraction that is not the identity.
+    r"""Products with the second-moment contraction minus the identity.
 
     .. math:: S v = -2\eta\, \mathbb E_B[H_B v] + \eta^2\, \mathbb E_B[H_B (H_B v)],
         \qquad \mathbb E_B[(I - \eta H_B)^2] = I + S
 
-    Two products with each mini-batch Hessian H_B; H itself is their mean. The eigenvalues of S are computed without the
-    identity, against which their digits would be lost.
+    A product takes two with each mini-batch Hessian H_B; H itself is their mean. The eigenvalues of S are computed
+    without the identity, in which their digits would be lost.
 
     Args:
-        parts: this rank's micro-batches.
-        parameters: see :class:`~.exact.CurvatureOperator`.
+        parts, parameters, **options: see :class:`~.exact.HessianOperator`.
         lr: η.
         groups: for each micro-batch the number of its mini-batch; default: each is a mini-batch.
-        spread: number of mini-batches, 0, 1, …, that ranks have parts of in common; each then takes two reductions a
-            product. None where every mini-batch lies on one rank: one reduction for all.
-        **options: of :class:`~.exact.HessianOperator`.
+        spread: number of mini-batches, 0, 1, …, whose micro-batches lie on several ranks; each then takes two
+            reductions a product. None where every mini-batch lies on one rank: one reduction for all.
 
-    Source: Wu et al. 2018; P4, eqs. 37 and 39.
+    Source: Wu et al. 2018; Edge of stochastic stability (2025), eqs. 37 and 39.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -98,16 +97,13 @@ class SecondMomentOperator(HessianOperator):
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return Sv."""
-        return self._product(vector) if self._spread else super().__call__(vector)
+        return self.local_product(vector) if self._spread else super().__call__(vector)
 
     # The square of a mini-batch's products is no sum over its micro-batches.
     quadratic_form = CurvatureOperator.quadratic_form
 
     def local_product(self, vector: Tensor) -> Tensor:
-        """This rank's part of Sv."""
-        return self._product(vector)
-
-    def _product(self, vector: Tensor) -> Tensor:
+        """Return this rank's term of Sv; all of Sv where mini-batches lie on several ranks."""
         total = self.space.zeros()
         for batch, weight in zip(self._batches, self._weights.tolist(), strict=True):
             once = self._batch_product(batch, weight, vector)
@@ -116,12 +112,12 @@ class SecondMomentOperator(HessianOperator):
         return total
 
     def _batch_product(self, batch: list[int], weight: float, vector: Tensor) -> Tensor:
-        """H_B v."""
+        """Return H_B v."""
 
-        def own_part() -> Tensor:
+        def local() -> Tensor:
             total, views = self.space.zeros(), self.space.views(vector)
             for index in batch:
                 self.space.add_(total, self.product_of(index, views), self.parts[index].weight / weight)
             return total
 
-        return self.summed(own_part) if self._spread else own_part()
+        return self.summed(local) if self._spread else local()

@@ -12,19 +12,19 @@ from torch import Tensor
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.shards import fresh_shards, is_sharded, local, own_part, shard_count
 from lightning_curvature.linalg import VectorSpace
-from lightning_curvature.operators.exact import CurvatureOperator, Reduce, check_graph
+from lightning_curvature.linalg.space import Reduce
+from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.micro_batches import MicroBatch
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 # Along the sharpest direction of a small network at the edge of stability the curvature changes by 10 % within a length
-# of 0.03 ‖θ‖, along random ones hardly at all. At a tenth of u^{1/3} ‖θ‖ products are off by 3 to 6 u^{2/3} in the mean
-# over random vectors (2e-4 in float32, 3e-10 in float64), by twice that for single ones, and by about as much along the
-# sharpest direction, from initialization to the edge. BatchNorm bends the loss more: 4e-3 in float32 after a long run.
+# of 0.03 ‖θ‖. At a tenth of u^{1/3} ‖θ‖ products are off by 3 to 6 u^{2/3} in the mean over random vectors (2e-4 in
+# float32, 3e-10 in float64), and by about as much along the sharpest direction. With BatchNorm it was 4e-3 in float32.
 _DISTANCE = 0.1
 
-# What users are told of it.
+# The note to users.
 WHERE_SHARDED = (
     "products with the Hessian are made by a difference of gradients, since parameters are sharded and second "
     "derivatives do not reach through their gathering."
@@ -33,12 +33,12 @@ WHERE_SHARDED = (
 
 @dataclass(frozen=True)
 class Sharding:
-    """How ranks share parameters whose backward gathers and averages over them; each must have as many micro-batches.
+    """Sharding of parameters whose backward gathers and averages over the ranks; all need as many micro-batches.
 
     Attributes:
-        space: the space of the parameters, of which ranks hold parts.
-        ranks: how many there are.
-        around: context around passes, which may fail, and with perturbed parts.
+        space: the space of the parameters, with this rank's shards.
+        ranks: number of ranks.
+        around: context for passes, which may fail, with perturbed shards.
     """
 
     space: VectorSpace
@@ -47,7 +47,7 @@ class Sharding:
 
     @classmethod
     def of(cls, trainer: "pl.Trainer", parameters: Sequence[Tensor]) -> "Sharding":
-        """How the ranks of a Trainer share the parameters of its module, one collective."""
+        """Return the sharding of the module of a Trainer, one collective."""
         return cls(
             space=vector_space(trainer, parameters),
             ranks=trainer.world_size,
@@ -65,15 +65,14 @@ class GradientDifferenceOperator(CurvatureOperator):
 
     For models without second derivatives: sharded parameters, whose gathering autograd does not see through, and layers
     whose backward cannot be differentiated. u is the rounding unit of the parameters' type: rounding of the gradients
-    grows as u/r and truncation as r², so their sum is least at a distance that goes as u^{1/3}.
+    grows as u/r and truncation as r², so that their sum is least at a distance proportional to u^{1/3}.
 
-    The parameters are perturbed in place, in this rank's parts, and come back bit for bit, also after an error.
+    The parameters are perturbed in place, in this rank's shards, and restored bit for bit, also after an error.
 
     Args:
-        parts: see :class:`~.exact.CurvatureOperator`.
-        parameters: see :class:`~.exact.CurvatureOperator`; sharded ones too.
-        reduce: see :class:`~.exact.CurvatureOperator`; not used where parameters are sharded: their backward reduces.
-        sharding: how the ranks share the parameters, where they do.
+        parts, parameters, reduce: see :class:`~.base.CurvatureOperator`; ``reduce`` is unused where parameters are
+            sharded, since their backward reduces.
+        sharding: the sharding of the parameters, or None.
 
     Raises:
         ValueError: if a loss has no graph.
@@ -98,17 +97,18 @@ class GradientDifferenceOperator(CurvatureOperator):
         self._originals, self._sharding = list(parameters), sharding
         if sharding is not None:
             self.space = sharding.space
+        self._around = sharding.around if sharding is not None else contextlib.nullcontext
         self._distance: float | None = None
 
     def local_gradient(self) -> Tensor:
-        """This rank's part of ∇L; all of its coordinates where parameters are sharded."""
+        """Return this rank's term of ∇L; of sharded parameters, this rank's coordinates of ∇L."""
         total = self.space.zeros()
         with self._around():
             self._add_gradient(total, 1.0)
         return total
 
     def local_product(self, vector: Tensor) -> Tensor:
-        """This rank's part of Hv; all of its coordinates of Hv where parameters are sharded."""
+        """Return this rank's term of Hv; of sharded parameters, this rank's coordinates of Hv."""
         if self._distance is None:
             unit = max(torch.finfo(p.dtype).eps for p in self.parameters)
             self._distance = _DISTANCE * unit ** (1 / 3) * (self.space.norm(self.space.pack(self.parameters)) or 1.0)
@@ -132,14 +132,10 @@ class GradientDifferenceOperator(CurvatureOperator):
         finally:
             torch._foreach_copy_(targets, kept)
 
-    def _around(self) -> contextlib.AbstractContextManager[object]:
-        return self._sharding.around() if self._sharding else contextlib.nullcontext()
-
     def _add_gradient(self, total: Tensor, factor: float) -> None:
         for part in self.parts:
             with torch.enable_grad():
-                loss = part.evaluate().loss
-                check_graph(loss)
+                loss = part.with_graph().loss
                 if self._sharding:
                     self.space.add_(total, self._backward(loss * (part.weight * self._sharding.ranks)), factor)
                 else:
@@ -147,9 +143,9 @@ class GradientDifferenceOperator(CurvatureOperator):
                     self.space.add_(total, gradients, factor * part.weight)
 
     def _backward(self, loss: Tensor) -> list[Tensor | None]:
-        """Gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the parts from the whole.
+        """Return gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the shards.
 
-        The parameters must have no gradients of their own: see :func:`~lightning_curvature.replay.isolation.untouched`.
+        ``grad`` of the parameters must be None: see :func:`~lightning_curvature.replay.isolation.untouched`.
         """
         loss.backward()
         gradients = [None if p.grad is None else local(p.grad) for p in self._originals]
@@ -159,7 +155,7 @@ class GradientDifferenceOperator(CurvatureOperator):
 
 
 def vector_space(trainer: "pl.Trainer", parameters: Sequence[Tensor]) -> VectorSpace:
-    """The space of the parameters, of which ranks may hold parts."""
+    """Return the space of parameters, which may be sharded."""
     if not is_sharded(parameters):
         return VectorSpace(parameters)
     return VectorSpace(

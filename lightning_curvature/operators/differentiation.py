@@ -1,4 +1,4 @@
-"""Contexts in which a model can be differentiated twice, and runs the same code without gradients as with them."""
+"""Contexts in which a model can be differentiated twice, or runs the same code without gradients as with them."""
 
 import contextlib
 from collections.abc import Callable, Generator
@@ -12,12 +12,12 @@ from torch.utils.checkpoint import CheckpointFunction
 
 @contextlib.contextmanager
 def differentiable() -> Generator[None, None, None]:
-    """Fused attention has no double backward and no forward mode, compiled graphs and reentrant checkpoints neither."""
+    """Replace code without double backward or forward mode: fused attention, compiled graphs, reentrant checkpoints."""
 
     def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return function(*args)
 
-    # An inherited classmethod: what is set on the class itself comes off again, by the outermost of nested contexts.
+    # An inherited classmethod: the outermost of nested contexts removes the attribute of the class itself again.
     nested = "apply" in vars(CheckpointFunction)
     CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign, assignment]
     try:
@@ -30,9 +30,9 @@ def differentiable() -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def same_attention(module: nn.Module) -> Generator[None, None, None]:
-    """Keep attention layers in eval mode off their inference path, which the step itself, with gradients, did not take.
+    """Disable the inference path of attention layers in eval mode, which the step, with gradients, did not take.
 
-    It leaves padded positions at zero: other outputs, not only another rounding.
+    That path leaves padded positions at zero: other outputs, not only another rounding.
     """
     layers = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
     trained = any(
@@ -45,3 +45,21 @@ def same_attention(module: nn.Module) -> Generator[None, None, None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def patched(target: object, **attributes: Any) -> Generator[None, None, None]:
+    """Set attributes on an instance; restore its namespace afterwards, also after an error."""
+    namespace = target.__dict__
+    before = {name: namespace[name] for name in attributes if name in namespace}
+    try:
+        namespace.update(attributes)
+        yield
+    finally:
+        for name, value in attributes.items():
+            # An attribute that other code has set since stays.
+            if namespace.get(name) is value:
+                if name in before:
+                    namespace[name] = before[name]
+                else:
+                    del namespace[name]

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a graph holds."""
+"""Free memory, and the memory that a graph holds."""
 
 import contextlib
 import os
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace
 
-# What is taken to be free where the system does not say.
+# Assumed free memory where the system does not report it.
 _UNKNOWN = 2**30
 _NO_LIMIT = 2**63
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that can still be allocated on a device: its own, or the machine's, as far as a container may use it.
+    """Return the bytes that can still be allocated on a device; on the CPU, within the limits of a container.
 
     Args:
         device: the device.
-        processes: how many share the machine's memory; accelerators belong to one process each.
+        processes: number of processes that share the machine's memory; each accelerator belongs to one process.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -31,7 +31,7 @@ def available_memory(device: torch.device, processes: int = 1) -> int:
 
 
 def vectors_that_fit(space: VectorSpace, share: float, processes: int) -> float:
-    """How many vectors of a space a share of the memory that is free holds."""
+    """Return how many vectors of a space fit into a share of the free memory."""
     row = space.size * torch.finfo(space.dtype).bits // 8
     return share * available_memory(space.device, processes) / max(row, 1)
 
@@ -46,10 +46,10 @@ def _machine_memory() -> int:
 
 
 def container_memory(root: Path) -> int:
-    """Bytes left under the limits of the control groups that this process is in; no limit counts as all there is.
+    """Return the bytes left under the limits of this process's control groups; without limits, a huge number.
 
     Args:
-        root: where the file systems of the machine hang: ``/``.
+        root: root of the file system: ``/``.
     """
     left = [_NO_LIMIT]
     with contextlib.suppress(OSError, ValueError):
@@ -61,11 +61,9 @@ def container_memory(root: Path) -> int:
                 base, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
             else:
                 continue
-            # A group is also under the limits of those it lies in. Inside a container its path may not be there.
+            # The limits of the parents hold too. Inside a container the group's own path may be missing.
             group = base / path.lstrip("/")
-            for folder in (group, *group.parents):
-                if folder == base or base in folder.parents:
-                    left.append(_left(folder, limit, used))
+            left += [_left(folder, limit, used) for folder in (group, *group.parents) if folder.is_relative_to(base)]
     return min(left)
 
 
@@ -73,17 +71,24 @@ def _left(folder: Path, limit: str, used: str) -> int:
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         allowed = int((folder / limit).read_text(encoding="ascii"))
         statistics = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        # Files that were read and can be dropped: they count as used and are not.
+        # Cached files count as used, and can be dropped.
         cached = sum(int(line.split()[1]) for line in statistics if line.startswith("inactive_file "))
         return allowed - int((folder / used).read_text(encoding="ascii")) + cached
     return _NO_LIMIT
 
 
 class SavedBytes:
-    """Bytes of the distinct tensors that autograd saved inside a block, without those of given tensors."""
+    """Counts the bytes of the distinct tensors that autograd saves, except those of given tensors.
 
-    def __init__(self, but: Iterable[Tensor]) -> None:
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in but}
+    Args:
+        excluded: tensors that do not count.
+
+    Attributes:
+        count: bytes so far.
+    """
+
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in excluded}
         self.count = 0
 
     def _saved(self, tensor: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ class SavedBytes:
             if storage.data_ptr() not in self._seen:
                 self._seen.add(storage.data_ptr())
                 self.count += storage.nbytes()
-        # Not the tensor itself: a node that saves its own output would hold itself, for good.
+        # A node that saves its own output would keep itself alive for good.
         return tensor.detach()
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from lightning_curvature.operators.differentiation import differentiable
 
 @dataclass
 class Evaluation:
-    """Loss and, where they can be had, outputs of one batch.
+    """Loss and, where available, outputs of one batch.
 
     Attributes:
         loss: scalar mean loss.
@@ -30,34 +30,40 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of the data, small enough to be differentiated at once.
+    """Data that is differentiated at once.
 
     Attributes:
-        evaluate: returns the mean loss of the part, and its outputs, at the parameters as they are, with their graph
-            where gradients are enabled. Must give the same every time.
-        weight: its samples over those of all parts of all ranks: the loss is Σ weight · loss.
+        evaluate: returns its mean loss and outputs at the present parameters, with their graph where gradients are
+            enabled. Must return the same every time.
+        weight: its number of samples over that of all ranks: the loss is Σ weight · loss.
     """
 
     evaluate: Callable[[], Evaluation]
     weight: float
 
+    def with_graph(self) -> Evaluation:
+        """Evaluate, and raise unless the loss has a graph."""
+        result = self.evaluate()
+        check_graph(result.loss)
+        return result
+
 
 def micro_batches(
     model: Callable[[Any], Tensor], loss_function: Callable[[Tensor, Any], Tensor], batches: Iterable[tuple[Any, Any]]
 ) -> list[MicroBatch]:
-    """Make micro-batches of (inputs, targets), each weighted by its number of samples.
+    """Return micro-batches of (inputs, targets), each weighted by its number of samples.
 
     Args:
         model: maps inputs to outputs, always in the same way: no dropout, no BatchNorm in training mode.
         loss_function: mean loss of (outputs, targets).
-        batches: all data; kept, since every product goes through it again.
+        batches: all data; kept, since every product evaluates it again.
 
     Raises:
         ValueError: if there are none.
 
     Example:
         >>> data = [(torch.ones(8, 1), torch.ones(8, 1)), (torch.ones(2, 1), torch.ones(2, 1))]
-        >>> [part.weight for part in micro_batches(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, data)]
+        >>> [batch.weight for batch in micro_batches(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, data)]
         [0.8, 0.2]
     """
     kept = list(batches)
@@ -73,22 +79,31 @@ def micro_batches(
 
 
 def sample_count(targets: Any) -> int:
-    """Number of samples: the length of the first tensor in the targets of a batch.
+    """Return the number of samples: the length of the first tensor in the targets of a batch.
 
     Raises:
         ValueError: if there is none.
     """
-    found = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    if not found:
+    for leaf in tree_leaves(targets):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return len(leaf)
+    raise ValueError(
+        f"targets must hold a tensor with the samples along its first dimension, got {type(targets).__name__}: give "
+        "the batches as (inputs, targets)."
+    )
+
+
+def check_graph(loss: Tensor) -> None:
+    """Raise unless a loss has a graph."""
+    if not loss.requires_grad:
         raise ValueError(
-            f"targets must hold a tensor with the samples along its first dimension, got {type(targets).__name__}: "
-            "give the batches as (inputs, targets)."
+            "the loss must depend on the parameters, got a constant: compute it with gradients enabled, without detach "
+            "and outside of no_grad and inference_mode."
         )
-    return len(found[0])
 
 
 @contextlib.contextmanager
 def building_graphs() -> Generator[None, None, None]:
-    """Context in which a graph is built that will be differentiated again."""
+    """Enable gradients in code that can be differentiated twice."""
     with torch.enable_grad(), differentiable():
         yield

@@ -1,4 +1,4 @@
-"""Mini-batches at the parameters as they are: their gradients, and how curved their losses are along vectors."""
+"""Gradients of mini-batches, and the curvature of their losses along vectors."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -6,21 +6,20 @@ from functools import cached_property
 from torch import Tensor
 
 from lightning_curvature.linalg import Eigenpairs, eigenpairs
-from lightning_curvature.operators import CurvatureOperator
+from lightning_curvature.operators.base import CurvatureOperator
 
-# Squared norms between this and its inverse are those of vectors whose products stay in the range of float32 (1e-38);
-# others are brought to unit length first, which takes one more pass over memory.
+# Products with vectors of a squared norm between this and its inverse stay in the range of float32 (1e-38); other
+# vectors are scaled to unit length first, which takes one more pass over memory.
 _LEAST = 1e-16
 
 
 class MiniBatch:
-    """What the sharpness of one mini-batch is made of, each computed when it is first asked for.
+    """Gradient and curvatures of one mini-batch, each computed when it is first used.
 
-    Where the operator keeps its graph, the gradient and all products take one forward together. To be used with
-    ``contextlib.closing``.
+    Where the operator keeps its graph, the gradient and all products take one forward. Use with ``contextlib.closing``.
 
     Args:
-        operator: products with the curvature of the mini-batch's loss, over all ranks if it has parts on several.
+        operator: products with the curvature of the mini-batch's loss, summed over all ranks that hold its samples.
 
     Attributes:
         operator: the operator.
@@ -53,7 +52,7 @@ class MiniBatch:
 
     @cached_property
     def self_curvature(self) -> float:
-        """Curvature along its own gradient, gᵀAg; one product."""
+        """Curvature along its gradient, gᵀAg; one product."""
         return self._curvature_along(self.gradient, self.squared_norm)
 
     def curvature_along(self, vector: Tensor) -> float:
@@ -61,17 +60,17 @@ class MiniBatch:
         return self._curvature_along(vector, float(self.operator.space.squared_norm(vector)))
 
     def largest_eigenvalue(self, tolerance: float, start: Sequence[Tensor]) -> tuple[float, Eigenpairs | None]:
-        """Return λ_max of its curvature, and how it was found; not at all for one parameter, whose only entry it is.
+        """Return λ_max of its curvature with the result of the search; None for one parameter, which needs no search.
 
         Args:
             tolerance: relative residual.
-            start: vectors to begin with.
+            start: start vectors.
         """
         space = self.operator.space
         if space.dimension == 1:
             return self.curvature_along(space.zeros() + 1.0), None
-        found = eigenpairs(self.operator, space, largest=1, tolerance=tolerance, start=start)
-        return float(found.values[0]), found
+        pairs = eigenpairs(self.operator, space, largest=1, tolerance=tolerance, start=start)
+        return float(pairs.values[0]), pairs
 
     def _curvature_along(self, vector: Tensor, square: float) -> float:
         if square == 0.0:
@@ -81,5 +80,5 @@ class MiniBatch:
         return square * self.operator.quadratic_form(vector / square**0.5)
 
     def close(self) -> None:
-        """Let go of the graphs."""
+        """Release the graphs."""
         self.operator.close()

@@ -1,7 +1,7 @@
 """Leave no trace of a repeated step: put back state, gradients and learning rates, and log nothing."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +10,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from torch import Tensor, nn
 
+from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.replay.module_state import ModuleState, RandomState
 from lightning_curvature.replay.objects import CONTAINERS, FUNCTIONS, entries
 
@@ -73,24 +74,6 @@ class ReplayTrainer:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)
         return dict(value) if name in ("callback_metrics", "logged_metrics", "progress_bar_metrics") else value
-
-
-@contextlib.contextmanager
-def patched(target: object, **attributes: Any) -> Iterator[None]:
-    """Set attributes on an instance and put its namespace back afterwards, also after an error."""
-    namespace = target.__dict__
-    before = {name: namespace[name] for name in attributes if name in namespace}
-    try:
-        namespace.update(attributes)
-        yield
-    finally:
-        for name, value in attributes.items():
-            # An attribute that someone else has set since stays.
-            if namespace.get(name) is value:
-                if name in before:
-                    namespace[name] = before[name]
-                else:
-                    del namespace[name]
 
 
 @contextlib.contextmanager

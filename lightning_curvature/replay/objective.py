@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.batches import copied
-from lightning_curvature.replay.isolation import muted, own_buffers, patched
+from lightning_curvature.replay.isolation import muted, own_buffers
 from lightning_curvature.replay.module_state import Bystanders, ModuleState, RandomState
 from lightning_curvature.replay.recording import (
     BackwardLog,

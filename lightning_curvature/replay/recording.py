@@ -8,8 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
-from lightning_curvature.replay.isolation import inert, patched, silent
+from lightning_curvature.replay.isolation import inert, silent
 
 OUTPUTS_REMEDY = (
     "return them from training_step as {'loss': …, 'outputs': …}, compute them by calling self(…) exactly once, or "

@@ -1,13 +1,12 @@
-"""Where numbers go: loggers, ``callback_metrics``, the progress bar, TensorBoard's layout.
+"""Writes values to loggers, ``callback_metrics``, the progress bar and TensorBoard's layout.
 
-The only home of private Trainer attributes.
+No other file uses private attributes of the Trainer for this.
 """
 
 import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -15,29 +14,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-# TensorBoard keeps one layout a run: it is written once for all the monitors of a Trainer.
+# TensorBoard keeps one layout a run: it is written once for all monitors of a Trainer.
 _laid_out: "weakref.WeakSet[Logger]" = weakref.WeakSet()
 
 LAYOUT_TITLE = "Curvature"
 
 
 class CurvatureWarning(UserWarning):
-    """A measurement that could not be made, or cannot be trusted."""
-
-
-@runtime_checkable
-class HasCharts(Protocol):
-    """A monitor that proposes TensorBoard charts."""
-
-    def charts(self) -> dict[str, list[str]]:
-        """Return title → keys drawn together."""
-        ...
+    """A measurement failed, or its values are unreliable."""
 
 
 def warn(message: str, any_rank: bool = False) -> None:
-    """Warn once a process for each distinct message (Python's own registry of warnings sees to that).
+    """Warn once a process for each distinct message, by Python's own registry of warnings.
 
-    On rank 0 only, unless ``any_rank``: what is wrong on one rank is to be seen from there.
+    On rank 0 only, unless ``any_rank``: then the rank on which it happened warns.
     """
     if any_rank:
         warnings.warn(message, category=CurvatureWarning, stacklevel=3)
@@ -46,32 +36,32 @@ def warn(message: str, any_rank: bool = False) -> None:
 
 
 def inform(message: str) -> None:
-    """Say what is no reason to worry, on rank 0, through Lightning's logger."""
+    """Log a message that needs no action, on rank 0, through Lightning's logger."""
     rank_zero_info(message)
 
 
 def report(trainer: pl.Trainer, values: Mapping[str, float], progress_bar: Sequence[str] = ()) -> None:
-    """Write values to every logger at the step Lightning logs at, and make them watchable.
+    """Write values to every logger at the step at which Lightning logs, and to ``trainer.callback_metrics``.
 
-    ``trainer.callback_metrics`` keeps the last finite value of a key: EarlyStopping takes a NaN for the end of
-    training, and a single step that went uphill is not. The loggers get what was measured.
+    ``callback_metrics`` keeps the last finite value of a key, since EarlyStopping ends training at a NaN, and one step
+    uphill is no reason to. The loggers get the measured values.
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=logged_step(trainer))
     for key, value in values.items():
         if math.isfinite(value) or key not in trainer.callback_metrics:
-            # The properties hand out the connector's own dicts, as LearningRateMonitor relies on too.
+            # The properties return the connector's own dicts; LearningRateMonitor relies on this too.
             tensor = torch.tensor(value, dtype=torch.float32, device=trainer.strategy.root_device)
             trainer.callback_metrics[key] = tensor
     trainer.progress_bar_metrics.update({key: values[key] for key in progress_bar if key in values})
 
 
 def add_layout(trainer: pl.Trainer) -> None:
-    """Give TensorBoard the custom layout of all monitors of this Trainer, once for each logger."""
+    """Write the custom layout of all monitors of this Trainer, their ``charts()``, once to each TensorBoard logger."""
     charts: dict[str, list[object]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, HasCharts):
-            charts |= {title: ["Multiline", keys] for title, keys in callback.charts().items()}
+        if callable(of_monitor := getattr(callback, "charts", None)):
+            charts |= {title: ["Multiline", keys] for title, keys in of_monitor().items()}
     for logger in tensorboards(trainer):
         if logger not in _laid_out:
             _laid_out.add(logger)
@@ -89,6 +79,6 @@ def tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
 
 
 def check_tensorboard(trainer: pl.Trainer, quantity: str) -> None:
-    """Say where a quantity that only TensorBoard can show will be dropped."""
+    """Log a message if the Trainer has no TensorBoard logger for a quantity that needs one."""
     if not tensorboards(trainer):
         inform(f"{quantity!r} is written to TensorBoard alone, and this Trainer has no TensorBoardLogger: give it one.")

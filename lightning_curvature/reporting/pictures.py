@@ -1,4 +1,4 @@
-"""Figures without pyplot, whose figures and backend are the user's. matplotlib is optional."""
+"""Figures without pyplot, whose figures and backend belong to the user; matplotlib is optional."""
 
 from typing import Any
 

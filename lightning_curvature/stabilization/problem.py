@@ -16,8 +16,7 @@ from lightning_curvature.distributed.together import cause_together, together
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.samples import SampleLosses
 from lightning_curvature.operators import HessianOperator
-from lightning_curvature.operators.exact import check_graph
-from lightning_curvature.operators.micro_batches import building_graphs
+from lightning_curvature.operators.micro_batches import building_graphs, check_graph
 from lightning_curvature.stabilization.options import StabilizationOptions
 
 

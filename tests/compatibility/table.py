@@ -1,4 +1,4 @@
-"""A pytest plugin that writes what the tests found as a table: set-ups down, monitors across.
+"""A pytest plugin that writes the outcomes of the tests as a table: set-ups down, monitors across.
 
 python -m pytest -p tests.compatibility.table --table docs/compatibility.md tests/compatibility tests/distributed
 """
@@ -38,13 +38,13 @@ MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run"}
 HEAD = """\
 # Where the monitors run
 
-Written by the tests themselves (`make compatibility`): {versions}.
+The tests write this page (`make compatibility`): {versions}.
 
-A row is a test, or several. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
-an oracle, of one process or of the plain set-up, as the row says. *refused*: one clear sentence at the start.
-*not run*: needs a GPU, or a package that was missing. Strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor
-parallelism are refused by all monitors, sharded parameters (FSDP2) by `StabilizationMonitor` and
-`NoiseCovarianceMonitor`.
+Each row is one or more tests. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
+an oracle, of one process or of the plain set-up, as the row says. *refused*: the monitor raises one clear sentence at
+the start. *not run*: the test needs a GPU or a missing package. All monitors refuse strategies that no CPU can run
+(FSDP1, DeepSpeed, XLA) and tensor parallelism; `StabilizationMonitor` and `NoiseCovarianceMonitor` refuse sharded
+parameters (FSDP2).
 """
 
 # (section, row) → monitor → marks of the tests behind it.

@@ -112,9 +112,9 @@ def test_what_may_stand_in_the_place_of_each(
 ) -> None:
     module: Any = sys.modules[eigenpairs.__module__]
     values = torch.tensor([9.0, 3.0, 0.0, -5.0, -10.0], dtype=torch.float64)
-    chosen = module._choose(values, largest, smallest, magnitude)
+    wanted = module._Wanted(largest, smallest, magnitude)
     bounds = Told([9.5, 4.0, 1.0], [-12.0, -6.0, -5.5])
-    assert module._overlooked(bounds, values, chosen, largest, smallest).tolist() == pytest.approx(expected)
+    assert wanted.overlooked(bounds, values[wanted.choose(values)]).tolist() == pytest.approx(expected)
 
 
 def test_cut_off_before_another_is_excluded() -> None:

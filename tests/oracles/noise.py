@@ -119,12 +119,12 @@ class Duality:
 
 
 def weight_change(weight: Tensor, a: Tensor, shift: Tensor) -> Tensor:
-    """ΔW* as a function of W, flat: P2, eq. 54, row by row."""
+    """ΔW* as a function of W, flat: Zhang, Yang and Tu (2026), eq. 54, row by row."""
     return torch.cat([(row @ shift) / (a @ a) * a for row in weight])
 
 
 def two_terms(samples: Samples, weight: Tensor, activations: Tensor, p: int, other: int) -> tuple[Tensor, Tensor]:
-    """h_p Δw_p and (∇Δw_p)ᵀ∇ℓ_p, P2, eq. 57, with ∂Δw/∂w by automatic differentiation."""
+    """h_p Δw_p and (∇Δw_p)ᵀ∇ℓ_p of eq. 57, with ∂Δw/∂w by automatic differentiation."""
     weight, a = weight.detach().double(), activations[p]
     shift = activations[other] - a
     change = weight_change(weight, a, shift)
@@ -133,7 +133,7 @@ def two_terms(samples: Samples, weight: Tensor, activations: Tensor, p: int, oth
 
 
 def duality_of(samples: Samples, weight: Tensor, activations: Tensor, batches: Sequence[Pairs]) -> Duality:
-    """P2's chain, eqs. 58–70, in loops over pairs of mini-batches, samples and eigendirections.
+    """The source's chain, eqs. 58–70, in loops over pairs of mini-batches, samples and eigendirections.
 
     The covariance of single samples is B times that of a mini-batch, of B samples.
     """
@@ -148,7 +148,7 @@ def duality_of(samples: Samples, weight: Tensor, activations: Tensor, batches: S
             sums["hh_sd"] += torch.outer(one, one) / (2 * count)
             for two in terms:
                 sums["hh"] += torch.outer(one, two[0]) / (2 * count)
-                # P2 has one of both orders in eq. 58; the matrix is symmetric with both only.
+                # The source has one of both orders in eq. 58; the matrix is symmetric with both only.
                 sums["hg"] += (torch.outer(one, two[1]) + torch.outer(two[1], one)) / (2 * count)
         for _, one in terms:
             for _, two in terms:
@@ -174,7 +174,7 @@ def in_coordinates(values: Tensor, basis: Tensor) -> Tensor:
 
 
 def shifted_gradients(hessian: Tensor, sigma: float) -> Tensor:
-    """Gradients H δ of the random-shift model (P2, eq. 99), (2D, D): their δ have the covariance σ²I exactly."""
+    """Gradients H δ of the random-shift model (eq. 99), (2D, D): the covariance of their δ is exactly σ²I."""
     shifts = sigma * len(hessian) ** 0.5 * torch.eye(len(hessian), dtype=torch.float64)
     return torch.cat([shifts, -shifts]) @ hessian
 
