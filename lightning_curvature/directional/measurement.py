@@ -194,7 +194,9 @@ class DirectionalMeasurement:
         Raises:
             Exception: on every rank, where an evaluation along the step failed on one.
         """
-        failures: list[Exception] = []  # of this rank; the other ranks learn of it in the next exchange
+        # Of this rank; the other ranks learn of them in the next exchange.
+        failures: list[Exception] = []
+        exact_failures: list[Exception] = []
         forwards = attempted(lambda: evaluations.forwards(window, epsilon, self.estimators), failures.append) or {}
 
         def exchange(make: Callable[[], Values], names: tuple[str, ...]) -> Numbers:
@@ -215,15 +217,13 @@ class DirectionalMeasurement:
             return forwards | values | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
         critical = self._search(loss_at, base_loss) if "critical" in self.estimators else None
-        exact_failures: list[Exception] = []
         names = ("exact_failed", "exact_mistaken", *evaluations.names(self.estimators, self._model is not None))
         values = exchange(with_exact, names)
         if "positions" in values:
             values["positions"] *= trainer.world_size
-        if not values["exact_failed"]:
-            return values, critical, None
-        mistake = values["exact_mistaken"] > 0.0
-        return values, critical, exact_failures[0] if exact_failures else elsewhere("an exact product", mistake)
+        if values["exact_failed"] and not exact_failures:
+            exact_failures.append(elsewhere("an exact product", mistake=values["exact_mistaken"] > 0.0))
+        return values, critical, exact_failures[0] if exact_failures else None
 
     def _search(self, loss_at: Callable[[float], float], base_loss: float) -> CriticalStep:
         """Return the critical step, which starts the next search."""
@@ -257,9 +257,10 @@ class DirectionalMeasurement:
         self._distance = result.norm * choose_epsilon(epsilon, models)
         self._learned = astuple(rounding.growth) + astuple(rounding.offset)
         estimates = {name: self._judged(name, one) for name, one in estimates.items()}
-        hidden = [name for name, one in estimates.items() if math.isnan(one.quadratic)]
         result = replace(result, estimates=estimates, descent=descent)
         if descent <= 0.0:
             return result.with_reason(self.estimators, "the step goes uphill: gᵀd ≤ 0")
+        if result.critical is not None and math.isnan(result.critical.factor):
+            result = result.with_reason(["critical"], "critical_max_forwards came before the search had a bracket")
         hidden = [name for name, one in estimates.items() if math.isnan(one.quadratic)]
         return result.with_reason(hidden, "rounding or truncation hides it")

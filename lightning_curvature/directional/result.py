@@ -42,8 +42,8 @@ class DirectionalResult:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def with_reason(self, estimators: Sequence[str], reason: str) -> "DirectionalResult":
-        """Return this result with the reason why some estimators have no values."""
-        return replace(self, reasons={**self.reasons, **{KEYS[name]: reason for name in estimators}})
+        """Return this result with the reason why some estimators have no values, unless it has one already."""
+        return replace(self, reasons={**{KEYS[name]: reason for name in estimators}, **self.reasons})
 
     def values(self) -> dict[str, float]:
         """Return all values with their errors by key, in units of 1/η; NaN where one could not be measured."""
