@@ -26,7 +26,4 @@ with the data that it holds, and read from its current position.
 
 **Memory.** The data stays in memory, on the CPU unless the dataset makes its samples elsewhere. Users copy a batch
 before they compute, because a training step may write into it.
-
-**Failures.** A rank that failed before the reading passes its error as ``failure``: it reads nothing and raises that
-error. Wherever one rank fails, all ranks raise.
 """

@@ -31,12 +31,7 @@ class OrderedSamples:
 
 
 def read_ordered_samples(
-    trainer: pl.Trainer,
-    dataloader: Any | None = None,
-    *,
-    samples: int,
-    seed: int = 0,
-    failure: Exception | None = None,
+    trainer: pl.Trainer, dataloader: Any | None = None, *, samples: int, seed: int = 0, failure: Exception | None = None
 ) -> OrderedSamples:
     """Return single samples of a run in a fixed order, under the rules of :mod:`~lightning_curvature.data`.
 

@@ -17,8 +17,7 @@ from lightning_curvature.data.reading import Reading
 from lightning_curvature.data.samplers import cuts_batches, source_sampler
 from lightning_curvature.replay.batches import copied
 
-# The last number in the keys of seeds, by their use: the choice of samples, the batch hooks, a collate_fn. The keys of
-# a probe set end in 1.
+# The last number in the keys of seeds: for the choice of samples, batch hooks, a collate_fn. A probe set's end in 1.
 _CHOICE, _HOOKS, _COLLATION = 2, 3, 4
 
 
@@ -31,7 +30,6 @@ class Population:
 
     Attributes:
         total: number of samples over all ranks.
-        seed: seed of all draws.
         share: this rank's micro-batches of the whole population.
         members: batches of the loader, or indices of samples.
         collated: gives a micro-batch its data in place of indices.
@@ -104,14 +102,12 @@ def read_population(
     micro-batches of ``micro_batch_size``, of which the last may be smaller. It is drawn
 
     * uniformly without replacement, as the mini-batches of a shuffled epoch are, for any sampler but these:
-    * with replacement for ``RandomSampler(replacement=True)``, where the Trainer has kept it (on several ranks, the
-      Trainer replaces it by one without);
+    * with replacement for ``RandomSampler(replacement=True)``, where the Trainer keeps it (not on several ranks);
     * by the weights of a ``WeightedRandomSampler``, with replacement or, without, like the first batch of an epoch.
 
     Every rank reads all n samples, keeps them in memory, and draws the same mini-batch ``number`` of measurement
     ``key``, on any number of ranks. A sample has one random augmentation, the same in all mini-batches; ``collate_fn``
-    draws anew in each micro-batch. Batches are collated on demand: each call of ``whole`` collates n / W samples, which
-    live as long as the caller holds them.
+    draws anew in each micro-batch. Batches are collated on demand: each call of ``whole`` collates n / W samples.
 
     *Any other loader*: each rank keeps the batches that it has read, and a mini-batch consists of as many of them as
     make up a step, drawn without replacement. All batches have equal weight, in a mini-batch (as in a step) and in the
@@ -120,20 +116,12 @@ def read_population(
     ``batch_size``), an incomplete last batch is left out, and the size of a batch is the largest divisor of the
     mini-batch's size that is at most ``micro_batch_size``. Whole batches stay as they are; both sizes must be left out.
 
-    Args:
-        trainer: see :func:`~.data.probe_set.read_probe_set`.
-        dataloader: see there.
-        samples: see there.
-        batch_size: samples of a mini-batch. Default: the data of an optimizer step as it is now (batch size of the
-            Trainer's loader · ``accumulate_grad_batches`` · ranks), or all samples where training has fewer; one batch
-            of a given ``dataloader`` where the Trainer's has no size, or where the given one hands out whole batches.
-        micro_batch_size: samples of a micro-batch; default: the batch size of the loader.
-        seed: seed of the choice of samples, of random augmentations, and of the draws.
-        failure: see :func:`~.data.probe_set.read_probe_set`.
-
-    Raises:
-        Exception: see :func:`~.data.probe_set.read_probe_set`.
-        MisconfigurationException: a mini-batch is larger than the population, or a size is given for whole batches.
+    The other arguments and the errors are those of :func:`~.data.probe_set.read_probe_set`; ``seed`` also seeds the
+    draws. The default of ``batch_size`` is the data of an optimizer step as it is now (batch size of the Trainer's
+    loader · ``accumulate_grad_batches`` · ranks), or all samples where training has fewer; it is one batch of a given
+    ``dataloader`` where the Trainer's has no size, or where the given one hands out whole batches. The default of
+    ``micro_batch_size`` is the batch size of the loader. A MisconfigurationException also says that a mini-batch is
+    larger than the population, or that a size is given for whole batches.
 
     Example:
         >>> loader = torch.utils.data.DataLoader(range(100), batch_size=4)
@@ -184,17 +172,13 @@ def _read_samples(reading: Reading, every: Sequence[int], size: int, by_step: bo
             batch = copied(collate([copied(rows[index]) for index in probe.batch]))
         return replace(probe, batch=shaped(batch))
 
-    return reading.shares(indices), lambda share: Population(
-        share.total,
-        reading.seed,
-        share,
-        indices,
-        collated,
-        batch_size=size,
-        micro_batch_size=reading.size,
-        replacement=replacement,
-        weights=weights,
-    )
+    def finish(share: ProbeSet) -> Population:
+        sizes = {"batch_size": size, "micro_batch_size": reading.size}
+        return Population(
+            share.total, reading.seed, share, indices, collated, **sizes, replacement=replacement, weights=weights
+        )
+
+    return reading.shares(indices), finish
 
 
 def _read_batches(reading: Reading, count: int, size: int | None) -> Share[Population]:

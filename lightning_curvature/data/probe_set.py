@@ -29,11 +29,9 @@ class ProbeSet:
     """The batches of this rank, and the size of the whole.
 
     Attributes:
-        batches: this rank's share.
         total: number of samples over all ranks.
         rounds: largest number of batches on a rank.
         count: number of batches over all ranks.
-        spread: see :class:`ProbeBatch`.
     """
 
     batches: tuple[ProbeBatch, ...]
@@ -71,13 +69,13 @@ def read_probe_set(
         batch_size: size of a batch; default: that of the loader. Whole batches cannot be cut.
         group_size: number of consecutive batches in a group; a group lies on one rank where there is one for each rank.
         seed: seed of the choice of samples and of random augmentations.
-        failure: this rank's error before the reading, or None.
+        failure: this rank's error before the reading, with which it reads nothing, or None.
 
     Raises:
         Exception: ``failure``.
         ValueError: ``samples`` or ``batch_size`` is less than 1.
         MisconfigurationException: there is more than one loader, or it cannot be copied, has no end or no samples.
-        RuntimeError: the reading failed on another rank.
+        RuntimeError: another rank failed before or during the reading.
     """
     check_numbers(trainer, samples, batch_size=batch_size)
 

@@ -6,25 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.utils.data as torch_data
 from lightning.fabric.utilities.data import sized_len
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler
 
 # Samplers that give the whole dataset on every rank unless they are made distributed.
-WHOLE = (SequentialSampler, RandomSampler)
+WHOLE = (torch_data.SequentialSampler, torch_data.RandomSampler)
 
 
 def is_iterable(loader: Any) -> bool:
     """Whether the loader reads an iterable dataset."""
-    return isinstance(getattr(loader, "dataset", None), IterableDataset)
+    return isinstance(getattr(loader, "dataset", None), torch_data.IterableDataset)
 
 
 def cuts_batches(loader: Any) -> bool:
@@ -32,7 +24,7 @@ def cuts_batches(loader: Any) -> bool:
     kind = type(loader)
     return (
         isinstance(loader, DataLoader)
-        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.batch_sampler) is torch_data.BatchSampler
         and (kind.__iter__, kind._get_iterator) == (DataLoader.__iter__, DataLoader._get_iterator)
     )
 
@@ -58,7 +50,7 @@ def is_ordered(loader: Any) -> bool:
         return True
     if isinstance(sampler, DistributedSampler):
         return not sampler.shuffle and source_sampler(loader) is sampler
-    return type(sampler) is SequentialSampler
+    return type(sampler) is torch_data.SequentialSampler
 
 
 def indices_of(sampler: Any) -> Sequence[int] | None:
@@ -67,9 +59,9 @@ def indices_of(sampler: Any) -> Sequence[int] | None:
         return range(len(sampler.dataset))  # type: ignore[arg-type]
     if type(sampler) in WHOLE:
         return range(len(sampler.data_source))
-    if type(sampler) is SubsetRandomSampler:
+    if type(sampler) is torch_data.SubsetRandomSampler:
         return sorted(int(index) for index in sampler.indices)
-    if type(sampler) is WeightedRandomSampler:
+    if type(sampler) is torch_data.WeightedRandomSampler:
         return torch.nonzero(sampler.weights).flatten().tolist()
     length = sized_len(sampler)
     if length is None:

@@ -1,7 +1,6 @@
 """Quadratic forms along the step with their errors, from the numbers of one measurement.
 
-All inputs are numbers of the whole job. All errors are relative: the sum of a rounding part (one standard deviation)
-and a truncation part.
+All inputs are numbers of the whole job. All errors are relative, a rounding part (one deviation) and a truncation part.
 """
 
 import math
@@ -35,8 +34,7 @@ _SLOPE_DISAGREEMENT = 0.5
 _WELL_BEHAVED = 0.3
 # The error of gᵀd as a share of its bound (see _with_slope). Measured in bf16: 0.2 to 0.3, one time in ten 1.
 _SLOPE_SHARE = 0.5
-# The KL estimators share one ε with the second difference and have the first word on it: they resolve curvature in
-# precisions where the loss does not.
+# The KL estimators share ε with the second difference and weigh more: they resolve curvature that the loss rounds away.
 _KL_WEIGHT = {False: 5.0, True: 25.0}  # in half precision the loss hardly resolves curvature at any ε
 
 
@@ -46,8 +44,7 @@ class Estimate:
 
     Attributes:
         quadratic: dᵀHd or dᵀGd; NaN where rounding hides it.
-        error: relative error.
-        model: how that error depends on ε, None where there is no ε.
+        model: how the relative error depends on ε, None where there is no ε.
     """
 
     quadratic: float
@@ -58,15 +55,7 @@ class Estimate:
 def estimate(
     wanted: Collection[str], values: Numbers, epsilon: float, distance: float, rounding: Rounding
 ) -> dict[str, Estimate]:
-    """Return the estimates of one measurement by estimator.
-
-    Args:
-        wanted: names of the estimators.
-        values: numbers of the whole job, named as in ``evaluations``.
-        epsilon: ε in steps.
-        distance: ε‖d‖.
-        rounding: rounding of the forward pass; learns from this measurement.
-    """
+    """Return the estimates of one measurement by estimator; ``distance`` is ε‖d‖, ``rounding`` learns from them."""
     if "loss_plus" in values:
         rounding.learn(values, epsilon, distance)
     estimates: dict[str, Estimate] = {}
@@ -117,8 +106,7 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
         truncation = _SYMMETRIC_TRUNCATION * _excess(values, rounding)
         truncation += _SATURATION * abs(values["fourth"]) / (12.0 * signal)
         return _known(signal / epsilon**2, ErrorModel(noise, truncation, 2, weight, crossed), doubt=truncation)
-    # The network bends on the scale of the outputs themselves, √(signal/spread gain) = |δ|/|z|; the softmax's own bend,
-    # none for a Gaussian, is known.
+    # The network bends on the scale of the outputs, √(signal/spread gain) = |δ|/|z|; the bend of the softmax is known.
     spread = values["spread_gain"]
     truncation = _ONE_SIDED_TRUNCATION * math.sqrt(signal / spread) if spread > 0 else math.inf
     truncation += values["departure"] / signal
@@ -159,8 +147,7 @@ def _with_slope(one: Estimate, values: Numbers, rounding: Rounding) -> Estimate:
         bound = math.sqrt(abs(one.quadratic) * rounding.unit**2 * values["noise_gain"])
         error += _SLOPE_SHARE * bound / values["descent"]
     noise = one.model.noise if one.model is not None else 0.0
-    # In half precision rounding and truncation are of one size and sit in the same numbers: their sum decides, rounding
-    # at twice its deviation.
+    # In half precision rounding and truncation are equally large and inseparable: their sum decides, rounding doubled.
     if rounding.half and not error + noise <= NOISE_LIMIT:
         # A lost value never comes with an error that looks small.
         return Estimate(math.nan, max(error, NOISE_LIMIT), one.model)
@@ -180,8 +167,7 @@ def loss_descent(values: Numbers, epsilon: float, rounding: Rounding, pair: Esti
     if pair is None or pair.model is None or not math.isfinite(pair.quadratic) or pair.model.total() > _WELL_BEHAVED:
         return kept, True
     slope = (values["loss_plus"] - values["loss_minus"]) / (2.0 * epsilon)
-    # The slope's own error: rounding, and the third order: the softmax's share is known, the network's estimated as in
-    # _SLOPE_TRUNCATION.
+    # The slope's error: rounding, and the third order, known of the softmax, of the network as in _SLOPE_TRUNCATION.
     rounded = 3.0 * rounding.loss_deviation(values)
     bent = abs(values.get("third", 0.0)) / 6.0 + 2.0 * epsilon**2 * abs(pair.quadratic) * math.sqrt(pair.error)
     changed = abs(slope - kept) > (rounded + bent) / epsilon + _SLOPE_DISAGREEMENT * abs(slope)

@@ -1,7 +1,6 @@
 """Evaluations of the objective along the step, reduced to the numbers that a measurement consists of.
 
-Every function returns scalars of *this rank* whose mean over all ranks is the number of the job. Nothing here
-communicates.
+Every function returns scalars of *this rank* whose mean over all ranks is that of the job. None communicates.
 """
 
 import functools
@@ -12,16 +11,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from lightning_curvature import functional
 from lightning_curvature.directional.options import EXACT
 from lightning_curvature.directional.problem import Window
-from lightning_curvature.functional import (
-    PairStatistics,
-    divergence_statistics,
-    hessian_quadratic_form,
-    output_noise_gain,
-    output_quadratic_form,
-    pair_statistics,
-)
+from lightning_curvature.functional import PairStatistics, output_noise_gain
 from lightning_curvature.operators.differentiation import differentiable
 
 Values = dict[str, Tensor]
@@ -75,7 +68,7 @@ def _one_sided(window: Window, epsilon: float) -> Values:
     assert window.model is not None
     loss, shifted = _pass(window, epsilon)
     statistics = [
-        divergence_statistics(z, moved, window.model.likelihood, mask)
+        functional.divergence_statistics(z, moved, window.model.likelihood, mask)
         for (z, mask), moved in zip(window.outputs, shifted, strict=True)
     ]
     return {
@@ -93,7 +86,7 @@ def _symmetric_pair(window: Window, epsilon: float) -> Values:
     if window.model is None:
         return values
     statistics = [
-        pair_statistics(z, up, down, window.model.likelihood, mask)
+        functional.pair_statistics(z, up, down, window.model.likelihood, mask)
         for (z, mask), up, down in zip(window.outputs, plus, minus, strict=True)
     ]
     fields = zip(PairStatistics._fields, zip(*statistics, strict=True), strict=True)
@@ -147,7 +140,7 @@ def _hessian(window: Window, direction: list[Tensor]) -> Values:
     forms = []
     for index, result in enumerate(window.evaluations()):
         _check_loss(window, index, result.loss)
-        forms.append(hessian_quadratic_form(result.loss, window.update.parameters, direction))
+        forms.append(functional.hessian_quadratic_form(result.loss, window.update.parameters, direction))
     descents, quadratics = zip(*forms, strict=True)
     return {"hvp_descent": window.total(descents), "hvp_quadratic": window.total(quadratics)}
 
@@ -175,6 +168,6 @@ def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
                 "outputs and loss must depend on the parameters that moved, got no derivative: check outputs=."
             )
         _check_loss(window, index, loss)
-        quadratics.append(output_quadratic_form(z, u, window.model.likelihood, mask))
+        quadratics.append(functional.output_quadratic_form(z, u, window.model.likelihood, mask))
         descents.append(slope)
     return {"gauss_newton_descent": window.total(descents), "gauss_newton_quadratic": window.scaled_total(quadratics)}

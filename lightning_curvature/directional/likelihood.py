@@ -41,8 +41,7 @@ class OutputModel:
         reduction: how the loss sums the elements.
         class_dimension: dimension of ``outputs`` that holds the vector of one position.
         factor: constant by which the step multiplies the loss.
-        shift: by how many positions of a sequence the target runs ahead of the outputs: 1 where a language model
-            predicts its own input.
+        shift: positions by which the target runs ahead of the outputs: 1 where a language model predicts its input.
         reproduced: whether all that gives the loss that the step had.
         mismatch: |loss over what the reading says − 1| where it does not.
     """
@@ -57,11 +56,7 @@ class OutputModel:
     mismatch: float = field(default=0.0, compare=False)
 
     def arrange(self, outputs: Tensor | None) -> Tensor:
-        """Return outputs as (..., C), those without a target left out.
-
-        Raises:
-            ValueError: if an evaluation returned none.
-        """
+        """Return outputs as (..., C), without those that have no target; raise where an evaluation returned none."""
         if outputs is None:
             raise ValueError("outputs must come with every evaluation, got none in a repetition: return them always.")
         if self.shift:
@@ -116,7 +111,7 @@ def confirm(
     """Return a reading after a check on another step: itself or another that holds, else itself as not reproduced.
 
     The first batch may fit several readings (one sample: mean and sum; no padding: any ignored index; equal logits: any
-    class weights). Arguments as in :func:`identify`.
+    class weights). Arguments are those of :func:`identify`.
     """
     if model.target is None:
         return model
@@ -136,23 +131,14 @@ def identify(
 
     Of all readings of the batch that fit by shape and type the one that reproduces the loss wins, then the one of which
     the loss is a whole fraction. Where none does (label smoothing, class weights, extra terms), a categorical or named
-    likelihood keeps the mean reduction.
-
-    Args:
-        outputs: outputs of the step.
-        batch: the batch.
-        loss: loss of the step, or None where it is not known.
-        likelihood: "auto" or a likelihood.
-        mask: weight of each position, where the objective gave them.
-
-    Returns:
-        The model, or None where nothing fits "auto".
+    likelihood keeps the mean reduction. The result is None where nothing fits "auto". ``mask`` holds the weight of each
+    position where the objective gave them; ``loss`` is None where it is not known.
     """
-    parts = tensors(batch)
-    readings = list(_readings(outputs, parts, likelihood))
+    candidates = tensors(batch)
+    readings = list(_readings(outputs, candidates, likelihood))
     ratios = [math.nan] * len(readings)
     if loss is not None and outputs.is_floating_point():
-        ratios = [_ratio(outputs, parts, loss, r, mask) for r in readings]
+        ratios = [_ratio(outputs, candidates, loss, r, mask) for r in readings]
         tolerance = max(_MATCH, 2.0 * torch.finfo(loss.dtype).eps)
         fitting = [(abs(1.0 - ratio), i) for i, ratio in enumerate(ratios) if abs(1.0 - ratio) < tolerance]
         if fitting:
@@ -168,15 +154,15 @@ def identify(
         if reading.reduction == "mean" and not reading.shift
     ]
     # Among several integer tensors (token ids beside labels) one with ignored positions is the target.
-    plain.sort(key=lambda r: r.likelihood != "categorical" or not bool((r.targets(parts) == IGNORED).any()))
-    candidates = [r for r in plain if likelihood != "auto" or r.likelihood == "categorical"]
-    if candidates:
-        return candidates[0]
+    plain.sort(key=lambda r: r.likelihood != "categorical" or not bool((r.targets(candidates) == IGNORED).any()))
+    plain = [r for r in plain if likelihood != "auto" or r.likelihood == "categorical"]
+    if plain:
+        return plain[0]
     if likelihood != "auto":
         return OutputModel(likelihood, None, "mean", reproduced=False)  # type: ignore[arg-type]
     vectors = outputs.ndim > 1 and outputs.shape[-1] > 1
-    like_outputs = any(t.is_floating_point() and t.shape == outputs.shape for t in parts)
-    classes = vectors and not like_outputs and any(map(_is_integer, parts))
+    like_outputs = any(t.is_floating_point() and t.shape == outputs.shape for t in candidates)
+    classes = vectors and not like_outputs and any(map(_is_integer, candidates))
     return OutputModel("categorical", None, "mean", reproduced=False) if classes else None
 
 

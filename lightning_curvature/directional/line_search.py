@@ -29,13 +29,8 @@ def critical_step(loss_at: Callable[[float], float], base_loss: float, start: fl
     """Return the step length at which the loss first exceeds its value at θ_t.
 
     From ``start`` (the last value) the length doubles while the loss has not increased, or halves while it has; then
-    the bracket is bisected. A NaN or infinite loss counts as increased, so that a search always ends.
-
-    Args:
-        loss_at: loss over the whole job at θ_t − c·d.
-        base_loss: loss at θ_t.
-        start: first c to try, in steps.
-        max_forwards: cap on evaluations.
+    the bracket is bisected. A NaN or infinite loss counts as increased, so that a search always ends. ``loss_at``
+    returns the loss of the whole job at θ_t − c·d, ``base_loss`` is that at θ_t, and c is in steps.
 
     Source: Kalra et al. 2026 (arXiv 2601.16979), with bisection to a relative width instead of a fixed count.
     """

@@ -1,5 +1,6 @@
 """One directional measurement: evaluations on every rank, two exchanges of numbers, estimates, the next ε."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
@@ -30,11 +31,7 @@ _START = ("loss", "descent", "squared_norm", "squared_size", "modelled")
 class DirectionalMeasurement:
     """Measures steps one after the other, and learns from each at which ε to evaluate the next.
 
-    Args:
-        options: what to measure.
-
-    Attributes:
-        estimators: the estimators that the module allows; known after the first measured step.
+    After the first measured step, ``estimators`` are those that the module allows.
     """
 
     def __init__(self, options: DirectionalOptions) -> None:
@@ -67,14 +64,9 @@ class DirectionalMeasurement:
         """Measure one step.
 
         Every rank calls it, also one that has nothing to measure, and takes part in all collectives: two, and one for
-        each evaluation of the line search.
-
-        Args:
-            trainer: the Trainer.
-            window: the step, or None where it could not be recorded.
-            failure: why not.
-            fail: called on every rank with the error that ended the measurement, or that of its exact products; returns
-                where training goes on.
+        each evaluation of the line search. ``window`` is None, with the reason in ``failure``, where the step could not
+        be recorded. ``fail`` is called on every rank with the error that ended the measurement, or with that of its
+        exact products; it returns where training goes on.
         """
         reasons: list[str] = []
 
@@ -82,10 +74,8 @@ class DirectionalMeasurement:
             reasons.append(str(error))
             fail(error)
 
-        def prepare() -> Numbers:
-            return means_together(trainer, lambda: self._prepare(window, failure), _START, "preparing the measurement")
-
-        start = attempted(prepare, failed)
+        prepare = functools.partial(self._prepare, window, failure)
+        start = attempted(lambda: means_together(trainer, prepare, _START, "preparing the measurement"), failed)
         if start is None or window is None:
             return self._lost(reasons[0])
         norm, lr = math.sqrt(max(start["squared_norm"], 0.0)), window.update.lr
@@ -189,10 +179,9 @@ class DirectionalMeasurement:
     def _evaluate(
         self, trainer: pl.Trainer, window: Window, epsilon: float, base_loss: float
     ) -> tuple[Numbers, CriticalStep | None, Exception | None]:
-        """Return the numbers of the job, the outcome of the line search, and the failure of exact products.
+        """Return the numbers of the job, the line search's outcome, and the failure of exact products.
 
-        Raises:
-            Exception: on every rank, where an evaluation along the step failed on one.
+        Raise on every rank where an evaluation along the step failed on one.
         """
         # Of this rank; the other ranks learn of them in the next exchange.
         failures: list[Exception] = []

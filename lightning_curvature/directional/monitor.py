@@ -1,7 +1,5 @@
 """The monitor of curvature along the true update."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -32,8 +30,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
 
     * ``lambda_dir`` ("hvp"), ``lambda_fd`` ("finite_difference"), ``lambda_kl`` ("kl"), ``lambda_gn``
       ("gauss_newton"), ``critical_sharpness`` ("critical"), in units of 1/η, each with ``<key>_error``, its estimated
-      relative error. A value that rounding hides is NaN, and so is any where gᵀd ≤ 0; there ``<key>_numerator``
-      (ΔθᵀHΔθ) is logged beside it.
+      relative error. A value is NaN where rounding hides it, and where gᵀd ≤ 0; there ``<key>_numerator`` is ΔθᵀHΔθ.
     * ``two_over_lr`` (the edge), ``headroom`` ((2/η)/λ of the best estimator at hand; 1 is the edge), ``descent``
       (gᵀΔθ), ``update_norm`` (‖Δθ‖), ``epsilon``.
 
@@ -105,14 +102,10 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         """Take up ε and the line search where a checkpoint left them."""
         self._measurement.load_state_dict(state_dict)
 
-    def charts(self) -> dict[str, list[str]]:
-        """TensorBoard charts: every λ with the edge, and the headroom."""
-        prefix = self.options.prefix
-        curvatures = [f"{prefix}/{KEYS[name]}" for name in self.options.estimators]
-        return {
-            f"{prefix}: λ and 2/η": [*curvatures, f"{prefix}/two_over_lr"],
-            f"{prefix}: headroom": [f"{prefix}/headroom"],
-        }
+    def charted(self) -> dict[str, list[str]]:
+        """Chart every λ with the edge, and the headroom."""
+        curvatures = [KEYS[name] for name in self.options.estimators]
+        return {"λ and 2/η": [*curvatures, "two_over_lr"], "headroom": ["headroom"]}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check strategy and precision against the estimators."""

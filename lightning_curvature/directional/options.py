@@ -24,11 +24,7 @@ EXACT, NEED_OUTPUTS = ("hvp", "gauss_newton"), ("kl", "gauss_newton")
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionalOptions(MonitorOptions):
-    """Options of :class:`~lightning_curvature.DirectionalCurvatureMonitor`, which documents them.
-
-    Raises:
-        ValueError: for a value outside its rule.
-    """
+    """Options of :class:`~lightning_curvature.DirectionalCurvatureMonitor`, which documents them."""
 
     estimators: Sequence[Estimator] = ("kl", "finite_difference")
     every_n_train_steps: int | None = 10

@@ -23,7 +23,6 @@ class Window:
 
     Attributes:
         objective: repeats the recorded steps.
-        update: the optimizer step.
         records: the recorded batches; one, or several under gradient accumulation.
         precision: makes the context of a forward.
         segment: manual optimization: which of the optimizer steps of the last batch is measured.

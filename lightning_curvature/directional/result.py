@@ -24,7 +24,6 @@ class DirectionalResult:
     Attributes:
         estimators: the estimators that the measurement has keys for.
         estimates: dᵀHd or dᵀGd by estimator, without those that failed.
-        critical: outcome of the line search, or None.
         descent: gᵀd, NaN where unknown.
         norm: ‖d‖.
         lr: η of the step.

@@ -3,8 +3,7 @@
 Rounding of the outputs. A forward in a type with unit roundoff u returns z + n with n about κ·u·rms(z), independent
 from one ε to the next. Measured on networks of 3 to 12 layers: κ between 1 and 2.3 in float32, where dot products
 accumulate their own rounding, and between 0.3 and 0.8 in bf16 and fp16, where they accumulate in float32 and only
-their result is rounded. From the symmetric pair the same noise can be read: it makes up 3/2 σ² of ``defect``, so
-defect/1.5 bounds it from above.
+their result is rounded. The symmetric pair shows the same noise: 3/2 σ² of ``defect``, so defect/1.5 bounds it.
 
 Rounding of the loss. Each position's value is rounded at unit scale (log(1 + small) loses what lies below u), the
 mean over n positions at its own; and each position sees the noise of its outputs through ∂ℓ/∂z. Positions are
@@ -124,12 +123,8 @@ def first_epsilon(values: Numbers, dtype: torch.dtype, symmetric: bool) -> float
     """Return ε of the first measurement, for which nothing is known but the step itself.
 
     The second difference has rounding A/ε² with A = √6 u|L|/dᵀHd, and truncation (ε/ε_T)², ε_T the step number at which
-    the network bends; they meet at √(ε_T √A). One-sided it is ε/ε_T, and (A ε_T)^⅓.
-
-    Args:
-        values: loss, gᵀd, ‖d‖² and ‖θ‖² of the whole job.
-        dtype: type of the forward pass.
-        symmetric: whether the loss is evaluated at θ ± εd, rather than at θ − εd alone.
+    the network bends; they meet at √(ε_T √A). Where the loss is evaluated at θ − εd alone, not ``symmetric``, the
+    truncation is ε/ε_T, and they meet at (A ε_T)^⅓.
     """
     loss, descent, squared_size = abs(values["loss"]), values["descent"], values["squared_size"]
     reach = _FIRST_REACH * math.sqrt(squared_size) / math.sqrt(values["squared_norm"]) if squared_size > 0.0 else 1.0

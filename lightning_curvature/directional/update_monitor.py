@@ -1,7 +1,5 @@
 """The base of monitors that follow optimizer steps: it records the step and keeps its gradient and parameters."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,8 +38,7 @@ class UpdateMonitor(Monitor):
     On a measured optimizer step it records the calls of ``training_step`` that make the step, keeps the gradients as
     they are after ``backward`` (before clipping, before other callbacks' ``on_before_optimizer_step``, and before the
     ``on_after_backward`` of callbacks that stand after it in the Trainer's list), θ_t and η as of
-    ``on_before_optimizer_step``, and calls :meth:`measure` in ``on_train_batch_end``. On other steps its hooks compare
-    two integers.
+    ``on_before_optimizer_step``, and calls :meth:`measure` in ``on_train_batch_end``. On other steps its hooks return.
     """
 
     def __init__(self, options: MonitorOptions) -> None:
@@ -51,10 +48,7 @@ class UpdateMonitor(Monitor):
         self._step = _Step()
 
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
-        """Measure a completed step; ``window`` is None, with the reason in ``failure``, where it could not be recorded.
-
-        Called on every rank, also one that failed, since all take part in its collectives.
-        """
+        """Measure a step on every rank; where one did not record it, ``window`` is None, the reason in ``failure``."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,14 +144,9 @@ class UpdateMonitor(Monitor):
                 self._note_failure(error)
                 self.measure(trainer, None, error)
                 return
-            window = Window(
-                objective=objective,
-                update=update,
-                records=objective.records,
-                precision=self._precision(trainer),
-                segment=self._step.segment,
-                averaged=module.automatic_optimization or objective.function is not None,
-            )
+            precision, segment = self._precision(trainer), self._step.segment
+            averaged = module.automatic_optimization or objective.function is not None
+            window = Window(objective, update, objective.records, precision, segment, averaged)
             self.measure(trainer, window, None)
             objective.bystanders.settle()
 

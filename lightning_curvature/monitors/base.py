@@ -1,7 +1,5 @@
 """The base of all monitors: when to measure, which optimizer to follow, where to write, what a failure does."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Generator, Iterable, Mapping
@@ -20,14 +18,7 @@ from lightning_curvature.reporting.loggers import add_layout, report, warn
 
 
 class Monitor(pl.Callback):
-    """Base of all monitors.
-
-    Args:
-        options: its options; each can be read as an attribute of the monitor, too.
-
-    Attributes:
-        options: frozen.
-    """
+    """Base of all monitors; each of its options can also be read as an attribute of the monitor."""
 
     options: MonitorOptions
 
@@ -61,9 +52,8 @@ class Monitor(pl.Callback):
                     f"prefix must differ between monitors of one class, got {self.options.prefix!r} of two "
                     f"{type(self).__name__}s: give one of them another prefix."
                 )
-        if stage != "fit" or self.options.objective is not None:
-            return
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        needs_batch = stage == "fit" and self.options.objective is None
+        if needs_batch and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise MisconfigurationException(
                 f"{type(self).__name__} must see the batch of a step, got training_step(dataloader_iter): take "
                 "(batch, batch_idx) instead."
@@ -140,11 +130,9 @@ class Monitor(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, values: Mapping[str, float], shown: Iterable[str] = ()) -> None:
         """Write values under the prefix, and show some of them on the progress bar."""
-        report(
-            trainer,
-            {f"{self.options.prefix}/{key}": value for key, value in values.items()},
-            [f"{self.options.prefix}/{key}" for key in shown],
-        )
+        prefix = self.options.prefix
+        named = {f"{prefix}/{key}": value for key, value in values.items()}
+        report(trainer, named, [f"{prefix}/{key}" for key in shown])
 
     def _warn_once(self, about: str, message: str) -> None:
         """Warn the first time in a fit: a message with a number in it would be a new one each time."""

@@ -44,11 +44,7 @@ def check_fraction(argument: str, value: object, remedy: str) -> None:
 
 
 def check_numbers(argument: str, value: object, remedy: str, least: int = 1) -> tuple[int, ...]:
-    """Return one whole number or several, as they ascend; none only where 0 may be among them.
-
-    Raises:
-        ValueError: if one is not a whole number of at least ``least``.
-    """
+    """Return one number or several, ascending; raise unless all are whole and at least ``least`` (none only if 0)."""
     numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     # Also those of numpy.
     numbers = tuple(int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n for n in numbers)

@@ -1,7 +1,5 @@
 """The base of the monitors that measure now and then: when fit ends, at named steps, every n steps, or by hand."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +20,7 @@ from lightning_curvature.replay.objective import StepObjective
 
 
 class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
-    """Base of the monitors whose measurement is long, and of a model rather than of a step.
-
-    Args:
-        options: its options.
-    """
+    """Base of the monitors whose measurement is long, and of a model rather than of a step."""
 
     options: OccasionalOptions
 
@@ -42,15 +36,12 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
     ) -> ResultT:
         """Measure a module as it is, a checkpoint for example, without a fit; nothing is logged.
 
-        The module comes back as it was, on the device where it was.
+        The module comes back as it was, on the device where it was. ``result`` keeps the returned result.
 
         Args:
             module: the module; all its parameters that require gradients count as trained.
             dataloader: a DataLoader with the samples; default: ``probe_dataloader``.
             trainer: gives device and precision; default: a Trainer on the device that Lightning finds.
-
-        Returns:
-            What the measurement gave, also in ``result``.
 
         Raises:
             MisconfigurationException: for what the module or the data cannot give.
@@ -112,12 +103,6 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
                 "derivatives do not reach: train with strategy='ddp', or call evaluate() on a checkpoint."
             )
 
-    def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
-        # By hand there is one optimizer, of all parameters.
-        index = self.options.optimizer_index if len(trainer.optimizers) > self.options.optimizer_index else 0
-        groups = trainer.optimizers[index].param_groups if trainer.optimizers else []
-        return [p for group in groups for p in group["params"] if p.requires_grad]
-
     def _due(self, trainer: pl.Trainer) -> bool:
         step, asked = trainer.global_step, self._asked_step
         periodic = super()._due(trainer)
@@ -131,7 +116,7 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
 
 
 def _quiet_trainer() -> pl.Trainer:
-    """A Trainer on the device that Lightning finds, which does not tell of it: there may be one for each checkpoint."""
+    """Return a Trainer on the device that Lightning selects, without its log lines: there may be many checkpoints."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.WARNING)

@@ -76,6 +76,10 @@ class ProbeSetOptions(MonitorOptions):
         )
         check_choice("probe_mode", self.probe_mode, ("train", "eval"), "'train' leaves the module as it trains")
 
+    def keys(self) -> list[str]:
+        """Return the keys of all values."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OccasionalOptions(ProbeSetOptions):

@@ -1,7 +1,5 @@
 """The base of the monitors that measure on a fixed probe set, before an optimizer step is made."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -29,11 +27,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
 
     They measure at θ_t, in ``on_train_batch_start`` of the first batch of optimizer step t, with the learning rate and
     the optimizer's state as the step will find them; their values stand in the logs beside those of the same step. The
-    probe set is read once, at the first measured step of a fit
-    (see :func:`~lightning_curvature.data.probe_set.read_probe_set`).
-
-    Args:
-        options: its options.
+    probe set is read once, at the first measured step of a fit.
 
     Attributes:
         capacities: names of the capacities that :meth:`prepare` returns.
@@ -52,10 +46,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         self._measured_step = -1
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Any) -> Prepared[Problem]:
-        """Return the inputs of a measurement on the data that ``_read`` returned.
-
-        May fail on one rank alone, and must not communicate.
-        """
+        """Return the inputs of a measurement; may fail on one rank alone, and must not communicate."""
         raise NotImplementedError
 
     def measure(self, trainer: pl.Trainer, prepared: Prepared[Problem]) -> ResultT:
@@ -64,7 +55,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
 
     def keys(self) -> list[str]:
         """Return the keys of all values, the same for every measurement."""
-        raise NotImplementedError
+        return self.options.keys()
 
     def beside(self, trainer: pl.Trainer) -> dict[str, float]:
         """Return the values that need no measurement, such as thresholds, as they are now."""
@@ -105,8 +96,9 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             )
 
     def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
-        """The parameters that the followed optimizer moves."""
-        groups = trainer.optimizers[self.options.optimizer_index].param_groups if trainer.optimizers else []
+        """Return the parameters that the followed optimizer moves; by hand there is one optimizer, of all of them."""
+        index = self.options.optimizer_index if len(trainer.optimizers) > self.options.optimizer_index else 0
+        groups = trainer.optimizers[index].param_groups if trainer.optimizers else []
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def on_train_batch_start(
@@ -155,13 +147,9 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         read: Callable[[Exception | None], Any],
         report: Callable[[Prepared[Problem], ResultT], None],
     ) -> ResultT:
-        """Read the data, measure at the parameters as they are, report the result, and put everything back.
-
-        ``read`` takes this rank's failure, of which all ranks then learn.
-        """
+        """Read the data (``read`` shares this rank's failure with all), measure, report, and put everything back."""
         with contextlib.ExitStack() as stack:
-            # An error on one rank alone is kept until the others can learn of it: they are on their way to the next
-            # collective, and would wait there.
+            # An error on one rank alone is kept until the others learn of it, which wait at the next collective.
             failure: Exception | None = None
             try:
                 objective.bystanders.save_all()
@@ -217,11 +205,11 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         )
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
-        """Size of a micro-batch; None for that of the loader."""
+        """Return the size of a micro-batch; None for that of the loader."""
         return self.options.micro_batch_size
 
     def _step_groups(self, trainer: pl.Trainer, batch: Any) -> tuple[int | None, int]:
-        """Size of a micro-batch, and how many hold the data of one optimizer step, of all its batches and ranks."""
+        """Return the size of a micro-batch, and how many make up an optimizer step, with all its batches and ranks."""
         given = self.options.probe_dataloader
         loader = trainer.train_dataloader if given is None else given
         batches = trainer.accumulate_grad_batches * trainer.world_size
@@ -229,7 +217,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         cut = self.options.micro_batch_size or getattr(loader, "batch_size", None)
         if cut is None:
             return None, batches
-        # The largest part of a step's data that is no larger than asked for, and makes it up exactly.
+        # The largest size up to the requested one that divides a step's data.
         size = max(n for n in range(1, min(cut, step) + 1) if step % n == 0)
         return size, step // size
 

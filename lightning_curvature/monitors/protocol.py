@@ -14,7 +14,7 @@ Problem = TypeVar("Problem")
 
 
 class Result(Protocol):
-    """What a measurement returns: frozen, and it knows its keys."""
+    """Result of a measurement, frozen."""
 
     @property
     def reasons(self) -> Mapping[str, str]:
@@ -31,8 +31,7 @@ class Prepared(Generic[Problem]):
     Attributes:
         problem: the inputs that the family defines.
         progress: shows that the measurement is under way.
-        capacities: numbers by name of which every rank must use the same, the smallest over the ranks: how many vectors
-            fit into its memory, say, or 1 where it can take a route and 0 where it cannot.
+        capacities: by name, reduced by minimum: vectors that fit into memory, or whether a route is possible, 1 or 0.
     """
 
     problem: Problem
@@ -43,19 +42,12 @@ class Prepared(Generic[Problem]):
 def prepare_together(
     trainer: pl.Trainer, prepare: Callable[[], Prepared[Problem]], capacities: Sequence[str]
 ) -> Prepared[Problem]:
-    """Prepare a measurement on every rank and reduce the capacities by minimum. One collective.
+    """Prepare a measurement on every rank and reduce the named capacities by minimum. One collective.
 
-    Args:
-        trainer: its ranks.
-        prepare: prepares on this rank; may fail, must not communicate.
-        capacities: their names.
-
-    Raises:
-        Exception: this rank's error, or that preparing failed on another rank.
+    ``prepare`` must not communicate. Where it fails on one rank, every rank raises.
     """
     prepared: list[Prepared[Problem]] = []
-    shape = (trainer.world_size, len(capacities))
-    empty = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    empty = torch.zeros(trainer.world_size, len(capacities), dtype=torch.float64, device="cpu")
 
     def make() -> Tensors:
         prepared.append(prepare())

@@ -1,7 +1,5 @@
 """Which Trainers and strategies a monitor works under: one sentence for each of the others."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import lightning.pytorch as pl
@@ -13,22 +11,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-# The other package of the same authors; its Trainer takes callbacks of this one, and its classes are not of this one.
-_TWIN = "pytorch_lightning"
-
 
 def check_strategy(trainer: pl.Trainer, module: nn.Module, monitor: str) -> None:
-    """Raise unless a monitor works under the Trainer's strategy; called in ``setup`` and when all is set up.
-
-    Args:
-        trainer: the Trainer.
-        module: the module that it trains.
-        monitor: name of the monitor.
-
-    Raises:
-        MisconfigurationException: if it does not.
-    """
-    strange = [cls for cls in type(trainer).__mro__ if cls.__module__.partition(".")[0] == _TWIN]
+    """Raise unless a monitor works under the Trainer's strategy; called in ``setup`` and when all is set up."""
+    # The twin package's Trainer takes callbacks of lightning, but its classes are others.
+    strange = [cls for cls in type(trainer).__mro__ if cls.__module__.partition(".")[0] == "pytorch_lightning"]
     if strange:
         raise MisconfigurationException(
             f"trainer must be one of lightning.pytorch for {monitor}, got {strange[0].__module__}."
@@ -68,7 +55,7 @@ def check_strategy(trainer: pl.Trainer, module: nn.Module, monitor: str) -> None
 
 
 def _strangely_cut(module: nn.Module) -> Iterator[str]:
-    """Names of parameters that are cut, or held as DTensors, by other means than data parallelism."""
+    """Yield names of parameters that are cut, or held as DTensors, by other means than data parallelism."""
     units = [m for m in module.modules() if isinstance(m, FSDPModule)]
     sharded = {id(p) for unit in units for p in unit.parameters()}  # type: ignore[attr-defined]
     for name, p in module.named_parameters():
@@ -79,8 +66,7 @@ def _strangely_cut(module: nn.Module) -> Iterator[str]:
 def _is_cut_twice(parameter: DTensor) -> bool:
     """Whether a parameter is cut along another dimension of the mesh than the last.
 
-    FSDP2 cuts along the last one and repeats along those before it; together with tensor parallelism, whose dimension
-    stands last, it cuts along one before.
+    FSDP2 alone cuts along the last one and repeats along those before; tensor parallelism puts its dimension last.
     """
     *before, _ = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
     return any(size > 1 and not placement.is_replicate() for size, placement in before)

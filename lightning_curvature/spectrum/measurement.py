@@ -9,20 +9,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_curvature import linalg
 from lightning_curvature.distributed.together import Outcome, attempt_together, attempted
-from lightning_curvature.linalg import (
-    Eigenpairs,
-    NonFiniteProductError,
-    SpectralDensity,
-    VectorSpace,
-    eigenpairs,
-    spectral_density,
-    trace,
-)
+from lightning_curvature.linalg import Eigenpairs, NonFiniteProductError, SpectralDensity, eigenpairs
+from lightning_curvature.operators import CurvatureOperator, PreconditionedOperator
 from lightning_curvature.optimizers.stability import NotYetSteppedError
 from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.spectrum.options import EXACT_ONLY, UPPER, SpectrumOptions, largest_name, with_error
-from lightning_curvature.spectrum.problem import Operator, SpectrumProblem
+from lightning_curvature.spectrum.problem import SpectrumProblem
 from lightning_curvature.spectrum.result import Spectrum
 
 # Gradients of the same loss by two ways differ by rounding, 1e-6 in float32 and 1e-2 in half precision.
@@ -41,12 +35,8 @@ class _Numbers:
 class SpectrumMeasurement:
     """Measures the spectrum again and again, each time starting from the last eigenvectors.
 
-    Args:
-        options: what to measure.
-        warn_once: warns the first time in a fit; called with a topic and a message.
-
-    Attributes:
-        vectors: eigenvectors by operator, on the CPU: between measurements the device keeps nothing.
+    ``vectors`` holds these by operator, on the CPU: between measurements the device keeps nothing. ``warn_once`` warns
+    the first time in a fit, and takes a topic and a message.
     """
 
     def __init__(self, options: SpectrumOptions, warn_once: Callable[[str, str], None]) -> None:
@@ -55,23 +45,16 @@ class SpectrumMeasurement:
         self.begin()
 
     def begin(self, sharded: bool = False) -> None:
-        """Forget the module: a new fit may bring another. Eigenvectors stay, and are used where they fit.
-
-        Args:
-            sharded: whether ranks hold parts of the parameters, so that products are differences.
-        """
+        """Forget the module: a new fit may bring another. Eigenvectors stay, and are used where they fit."""
         self._difference = sharded or self._options.products == "difference"
 
     def measure(self, problem: SpectrumProblem, basis: int, fail: Callable[[Exception], None]) -> Spectrum:
         """Measure all quantities.
 
         Every rank calls it and makes the same products. A rank that fails sends NaN in its product, or in one more, so
-        that all of them leave the operator at once; the other operators are still measured.
-
-        Args:
-            problem: inputs.
-            basis: vectors of the eigensolver's basis, the same on every rank: they restart at the same product.
-            fail: called with the error that ended the measurement of one operator; returns where training goes on.
+        that all of them leave the operator at once; the other operators are still measured. ``fail`` is called with the
+        error that ended one, and returns where training goes on. ``basis`` is the length of the eigensolver's basis,
+        the same on every rank: all restart at the same product.
         """
         options = self._options
         numbers = _Numbers(dict.fromkeys(options.keys(), math.nan))
@@ -89,7 +72,8 @@ class SpectrumMeasurement:
         self, problem: SpectrumProblem, kind: str, wanted: Sequence[str], basis: int, numbers: _Numbers
     ) -> None:
         failure = self._attempt(problem, kind, wanted, basis, numbers)
-        if failure is not None and failure.lacking and self._may_fall_back(kind):
+        may_fall_back = self._options.products == "auto" and not self._difference and kind not in EXACT_ONLY
+        if failure is not None and failure.lacking and may_fall_back:
             self._difference = True
             second = self._attempt(problem, kind, wanted, basis, numbers)
             # Where differences fail as well, second derivatives were not missing: the next measurement is exact.
@@ -103,9 +87,6 @@ class SpectrumMeasurement:
             failure = second
         if failure is not None and failure.error is not None:
             raise failure.error from None
-
-    def _may_fall_back(self, kind: str) -> bool:
-        return self._options.products == "auto" and not self._difference and kind not in EXACT_ONLY
 
     def _attempt(
         self, problem: SpectrumProblem, kind: str, wanted: Sequence[str], basis: int, numbers: _Numbers
@@ -136,7 +117,7 @@ class SpectrumMeasurement:
 
     def _measure_on(
         self,
-        operator: Operator,
+        operator: CurvatureOperator | PreconditionedOperator,
         problem: SpectrumProblem,
         kind: str,
         wanted: Sequence[str],
@@ -155,6 +136,7 @@ class SpectrumMeasurement:
         smallest = int("lambda_min" in wanted)
         largest = options.k if "lambda_max" in wanted else 0 if kind == "hessian" else 1
         if largest + smallest:
+            start = [v.to(space.device, space.dtype) for v in self.vectors.get(kind, ())]
             pairs = eigenpairs(
                 matvec,
                 space,
@@ -163,7 +145,7 @@ class SpectrumMeasurement:
                 tolerance=options.tolerance,
                 max_matvecs=options.max_products,
                 max_basis=basis,
-                start=self._start(space, kind),
+                start=start if all(len(v) == space.size for v in start) else [],
                 generator=generator,
             )
             mismatch = getattr(operator, "mismatch", None)
@@ -175,9 +157,10 @@ class SpectrumMeasurement:
                     "makes the outputs, outputs='head', or give objective=.",
                 )
             self.vectors[kind] = [v.to("cpu") for v in pairs.vectors]
-            numbers.values |= self._eigenvalues(pairs, kind, largest)
+            names = [*map(largest_name, range(1, largest + 1)), "lambda_min"] if kind == "hessian" else wanted
+            numbers.values |= self._eigenvalues(pairs, kind, names)
         if "hessian_trace" in wanted:
-            found = trace(
+            estimate = linalg.trace(
                 matvec,
                 space,
                 relative_error=options.trace_error,
@@ -185,9 +168,9 @@ class SpectrumMeasurement:
                 deflation=pairs,
                 generator=generator,
             )
-            numbers.values |= {"hessian_trace": found.value, "hessian_trace_stderr": found.standard_error}
+            numbers.values |= {"hessian_trace": estimate.value, "hessian_trace_stderr": estimate.standard_error}
         if "spectral_density" in wanted:
-            numbers.density = spectral_density(
+            numbers.density = linalg.spectral_density(
                 matvec,
                 space,
                 starts=options.density_starts,
@@ -196,21 +179,10 @@ class SpectrumMeasurement:
                 generator=generator,
             )
 
-    def _start(self, space: VectorSpace, kind: str) -> list[Tensor]:
-        vectors = [v.to(space.device, space.dtype) for v in self.vectors.get(kind, ())]
-        return vectors if all(len(v) == space.size for v in vectors) else []
-
-    def _eigenvalues(self, pairs: Eigenpairs, kind: str, largest: int) -> dict[str, float]:
+    def _eigenvalues(self, pairs: Eigenpairs, kind: str, names: Sequence[str]) -> dict[str, float]:
         options, values = self._options, dict[str, float]()
-        names = {
-            "hessian": [*(largest_name(i) for i in range(1, largest + 1)), "lambda_min"],
-            "gauss_newton": ["gauss_newton_lambda_max"],
-            "preconditioned": ["preconditioned_lambda_max"],
-            "second_moment": ["second_moment_contraction"],
-        }[kind]
-        for name, value, error, converged in zip(
-            names, pairs.values.tolist(), pairs.errors.tolist(), pairs.converged, strict=False
-        ):
+        numbers = zip(names, pairs.values.tolist(), pairs.errors.tolist(), pairs.converged, strict=False)
+        for name, value, error, converged in numbers:
             scale = abs(value)
             if kind == "second_moment":
                 # Found without the identity: next to 1 its digits would be lost.
@@ -224,7 +196,7 @@ class SpectrumMeasurement:
                 )
             relative = error / abs(value) if value else math.inf if error else 0.0
             values |= dict(zip(with_error(name), (value, relative, float(converged)), strict=True))
-        if kind == "hessian" and largest:
+        if "lambda_max" in names:
             values[UPPER] = pairs.upper
         if pairs.matvecs >= options.max_products and not all(pairs.converged):
             warn(

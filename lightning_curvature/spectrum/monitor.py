@@ -1,7 +1,5 @@
 """The monitor of the Hessian's spectrum."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -21,14 +19,7 @@ from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import check_tensorboard, warn
 from lightning_curvature.reporting.progress import Progress
 from lightning_curvature.spectrum.measurement import SpectrumMeasurement
-from lightning_curvature.spectrum.options import (
-    EXACT_ONLY,
-    Products,
-    Quantity,
-    SpectrumOptions,
-    largest_name,
-    operator_of,
-)
+from lightning_curvature.spectrum.options import EXACT_ONLY, Products, Quantity, SpectrumOptions, largest_name
 from lightning_curvature.spectrum.problem import SpectrumProblem, basis_length
 from lightning_curvature.spectrum.result import Spectrum, report_density
 
@@ -87,8 +78,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         objective: callable (module, batch) → loss, or → {"loss", "outputs"}, in place of training_step.
         optimizer_index: which optimizer to follow where there are several.
         probe_mode: "train" leaves the module in its modes, "eval" switches it for the measurement.
-        probe_precision: "32-true" runs without autocast; None in the precision of the run, whose rounding then shows in
-            the errors.
+        probe_precision: "32-true" runs without autocast; None in the run's precision, whose rounding raises the errors.
         seed: of the choice of samples, of dropout masks and of random vectors.
         prefix: prefix of the keys.
         progress_bar: show the eigenvalues on the progress bar.
@@ -166,7 +156,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         asked, k, products = self.options.quantities, self.options.k, self.options.products
         self._sharded = is_sharded(parameters)
         self._measurement.begin(self._sharded)
-        exact = [q for q in asked if operator_of(q) in EXACT_ONLY]
+        exact = [q for kind, quantities in self.options.operators.items() if kind in EXACT_ONLY for q in quantities]
         if exact and (self._sharded or products == "difference"):
             raise MisconfigurationException(
                 f"quantities must not need exact products where parameters are sharded or products='difference', got "
@@ -206,7 +196,6 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
             parameters=parameters,
             sharded=self._sharded,
             optimizer=optimizer,
-            rule=stability_rule(optimizer),
             groups=data.groups(),
             spread=data.spread,
             # Other random vectors at every step, and the same ones in a resumed run.
@@ -219,10 +208,6 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         """Measure the spectrum at the parameters as they are."""
         return self._measurement.measure(prepared.problem, int(prepared.capacities["basis"]), self._fail)
 
-    def keys(self) -> list[str]:
-        """Return the keys of all values, the same for every measurement."""
-        return self.options.keys()
-
     def shown(self) -> list[str]:
         """Return the keys that the progress bar shows."""
         shown = [key for key in self.keys() if key.endswith(("lambda_max", "lambda_min"))]
@@ -234,11 +219,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         if rule.note is not None:
             warn(rule.note)
         thresholds = {"lambda_max": rule.hessian, "preconditioned_lambda_max": rule.preconditioned}
-        return {
-            f"{quantity}_threshold": threshold
-            for quantity, threshold in thresholds.items()
-            if quantity in self.options.quantities and not math.isnan(threshold)
-        }
+        wanted = self.options.quantities
+        return {f"{q}_threshold": edge for q, edge in thresholds.items() if q in wanted and not math.isnan(edge)}
 
     def draw(self, trainer: pl.Trainer, result: Spectrum) -> None:
         """Write the density as a histogram and a picture."""

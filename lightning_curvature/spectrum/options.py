@@ -30,18 +30,9 @@ _OPERATORS: dict[str, str] = {
 EXACT_ONLY = ("gauss_newton", "second_moment")
 
 
-def operator_of(quantity: str) -> str:
-    """Return the name of the operator that a quantity is measured on."""
-    return _OPERATORS.get(quantity, "hessian")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SpectrumOptions(ProbeSetOptions):
-    """Options of :class:`~lightning_curvature.HessianSpectrumMonitor`, which documents them.
-
-    Raises:
-        ValueError: for a value outside its rule.
-    """
+    """Options of :class:`~lightning_curvature.HessianSpectrumMonitor`, which documents them."""
 
     quantities: Sequence[Quantity] = ("lambda_max",)
     k: int = 1
@@ -61,9 +52,8 @@ class SpectrumOptions(ProbeSetOptions):
         super().__post_init__()
         check_names("quantities", self.quantities, QUANTITIES)
         check_count("k", self.k, 1, "1 is the largest eigenvalue alone")
-        check_count(
-            "max_products", self.max_products, max(20, self.k + 1), "a search for one eigenvalue takes about ten"
-        )
+        least, remedy = max(20, self.k + 1), "a search for one eigenvalue takes about ten"
+        check_count("max_products", self.max_products, least, remedy)
         check_count("density_starts", self.density_starts, 1, "2 tell the error")
         check_count("density_steps", self.density_steps, 2, "40 make a good picture")
         check_fraction("tolerance", self.tolerance, "1e-3 gives eigenvalues to five digits or so")
@@ -77,7 +67,7 @@ class SpectrumOptions(ProbeSetOptions):
         """Quantities by the operator that they are measured on."""
         by_operator: dict[str, list[str]] = {}
         for quantity in self.quantities:
-            by_operator.setdefault(operator_of(quantity), []).append(quantity)
+            by_operator.setdefault(_OPERATORS.get(quantity, "hessian"), []).append(quantity)
         return by_operator
 
     def keys(self, quantities: Sequence[str] | None = None) -> list[str]:

@@ -31,10 +31,7 @@ class Spectrum:
 
 
 def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> None:
-    """Write a spectral density to every TensorBoard logger: a histogram of all N eigenvalues, and a picture of it.
-
-    The picture needs matplotlib; without it the histogram comes alone, with one warning.
-    """
+    """Write a density to all TensorBoard loggers: a histogram of all N eigenvalues, and with matplotlib its picture."""
     step = logged_step(trainer)
     writers = [logger.experiment for logger in tensorboards(trainer)]
     if not writers or not trainer.is_global_zero:
@@ -59,7 +56,7 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
 
 
 def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
-    """The density on a logarithmic scale as an image, (H, W, 3) uint8, or None without matplotlib."""
+    """Return the density on a logarithmic scale as an image, (H, W, 3) uint8, or None without matplotlib."""
     figure = new_figure(figsize=(6.4, 3.6), dpi=100)
     if figure is None:
         warn("the spectral density comes without a picture: install matplotlib to have one beside the histogram.")
@@ -68,8 +65,7 @@ def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
     axes = figure.add_subplot()
     values = density.evaluate(grid).numpy()
     axes.semilogy(grid.numpy(), values, linewidth=1.2)
-    # Below a tenth of one eigenvalue there is nothing to see but the tails of the smoothing. They go down to 1e-300 and
-    # would decide where the upper end is.
+    # Below a tenth of one eigenvalue lie only the tails of the smoothing, whose 1e-300 would set the axis.
     axes.set_ylim(0.1 / (density.dimension * density.default_width()), 3.0 * values.max())
     axes.set_xlabel("eigenvalue of the Hessian")
     axes.set_title(f"{key} at step {step}", fontsize=10)

@@ -29,14 +29,11 @@ def increments_at(problem: StabilizationProblem, k: int) -> Tensor:
 def increment_model(
     problem: StabilizationProblem, k: int, operator: HessianOperator, subspace: Subspace | None
 ) -> tuple[QuadraticIncrement, Tensor]:
-    r"""Return a, c and B of each new sample, and ‖∇L_{k+1} − ∇L_k‖² in the full space.
+    r"""Return a, c and B of each new sample, and ‖∇L_{k+1} − ∇L_k‖² in the full space, (candidates,) float64.
 
     .. math:: B = \frac{U^\top \nabla^2\ell\, U - U^\top \nabla^2 L_k\, U}{k + 1}
 
     takes D products with the one new sample: the search for U has made the second term.
-
-    Returns:
-        The model, of as many increments as there are new samples, and (candidates,) float64.
 
     Source: Curvature-aligned probing (2026), eqs. 7 and 12, which multiplies with both means; see docs/references.md.
     """

@@ -9,23 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvature.functional import (
-    QuadraticIncrement,
-    gaussian_moment,
-    increment,
-    relative_model_error,
-    sampled_gaussian_moment,
-)
+from lightning_curvature import functional
+from lightning_curvature.functional import QuadraticIncrement, relative_model_error, sampled_gaussian_moment
 from lightning_curvature.operators.differentiation import differentiable
+from lightning_curvature.stabilization import perturbed
 from lightning_curvature.stabilization.increments import increment_model, increments_at
 from lightning_curvature.stabilization.options import Quantity
-from lightning_curvature.stabilization.perturbed import (
-    DirectionalTerms,
-    increments_in,
-    losses_around,
-    rounding_of,
-    terms_along,
-)
+from lightning_curvature.stabilization.perturbed import DirectionalTerms
 from lightning_curvature.stabilization.problem import StabilizationProblem
 from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
 from lightning_curvature.stabilization.subspace import Subspace, subspace_at
@@ -38,8 +28,7 @@ Moments = tuple[Tensor, float, Tensor]
 
 def measure_stabilization(problem: StabilizationProblem) -> SampleGrowth:
     """Measure all criteria at the parameters as they are; raise on all ranks where a loss fails on one."""
-    # Also for losses without derivatives: a compiled module would be compiled anew for single samples, and the run's
-    # code with it.
+    # Also for losses without derivatives: single samples would compile a module anew, and the run's code with it.
     with differentiable():
         return _Measurement(problem).result()
 
@@ -114,15 +103,15 @@ class _Measurement:
             error, true, modelled, closed = math.nan, None, None, None
             if compared and (direct or dimension == len(subspace.basis)):
                 with problem.timed("direct" if direct else "validation"):
-                    true, rounding = increments_in(problem, k, subspace.basis[:dimension], draws[:compared])
+                    true, rounding = perturbed.increments_in(problem, k, subspace.basis[:dimension], draws[:compared])
                 error = relative_model_error(true, part.at(draws[:compared]), rounding)
             if "quadratic" in options.estimators:
                 with problem.timed("quadratic"):
                     modelled = part.at(draws[: options.draws])
             if "gaussian_moment" in options.estimators:
                 with problem.timed("gaussian_moment"):
-                    moments = gaussian_moment(part, sigma)
-                closed = moments, 0.0, gaussian_moment(part.without_value(), sigma)
+                    moments = functional.gaussian_moment(part, sigma)
+                closed = moments, 0.0, functional.gaussian_moment(part.without_value(), sigma)
             place: Place = ("delta_2_subspace", k, dimension, sigma)
             known = {"model_error": error, "converged": subspace.converged}
             self._add_estimators(place, model.a, {"direct": true, "quadratic": modelled}, closed, **known)
@@ -131,16 +120,16 @@ class _Measurement:
         """Evaluate the losses at perturbed parameters, and the terms of the model along random directions."""
         options, problem, compared = self._options, self._problem, self._options.compared_in_full_space
         modelled = max(compared, options.draws if "quadratic" in options.estimators else 0)
-        perturbed = max(compared, options.draws if "direct" in options.estimators else 0)
-        if perturbed:
+        evaluated = max(compared, options.draws if "direct" in options.estimators else 0)
+        if evaluated:
             with problem.timed("direct, full space"):
-                self._losses = {sigma: losses_around(problem, perturbed, sigma) for sigma in options.sigmas}
+                self._losses = {s: perturbed.losses_around(problem, evaluated, s) for s in options.sigmas}
         if modelled:
             with problem.timed("quadratic, full space"):
-                self._draws = terms_along(problem, modelled, "draws")
+                self._draws = perturbed.terms_along(problem, modelled, "draws")
         if "gaussian_moment" in options.estimators:
             with problem.timed("traces, full space"):
-                self._traces = terms_along(problem, options.trace_vectors, "signs")
+                self._traces = perturbed.terms_along(problem, options.trace_vectors, "signs")
 
     def _add_full_space(self, k: int, a: Tensor, squares: Tensor | None) -> None:
         """Add all estimators of the full space."""
@@ -149,16 +138,16 @@ class _Measurement:
             error, true, modelled, closed = math.nan, None, None, None
             if sigma in self._losses:
                 losses = self._losses[sigma]
-                true = increment(losses[:, list(problem.new(k))], losses[:, :k].mean(1, keepdim=True), k)
+                true = functional.increment(losses[:, list(problem.new(k))], losses[:, :k].mean(1, keepdim=True), k)
             if self._draws:
                 modelled = self._draws[k].at(a, sigma)
             if true is not None and modelled is not None and compared:
-                error = relative_model_error(true[:compared], modelled[:compared], rounding_of(problem, losses, k))
+                rounding = perturbed.rounding_of(problem, losses, k)
+                error = relative_model_error(true[:compared], modelled[:compared], rounding)
             if self._traces and squares is not None:
                 closed = _of_traces(a, squares, self._traces[k], sigma)
             place: Place = ("delta_2", k, problem.space.dimension, sigma)
-            drawn = {"direct": true, "quadratic": modelled}
-            self._add_estimators(place, a, drawn, closed, model_error=error)
+            self._add_estimators(place, a, {"direct": true, "quadratic": modelled}, closed, model_error=error)
 
     def _add_estimators(
         self, place: Place, a: Tensor, drawn: Mapping[str, Tensor | None], closed: Moments | None, **known: Any

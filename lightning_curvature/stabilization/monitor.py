@@ -1,7 +1,5 @@
 """The monitor of stabilization: how much one more sample changes the loss around a point."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -45,8 +43,7 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
     increment on some draws, and warns where the model is not within ``model_tolerance`` at a σ.
 
     A sample is what the training step gives a loss for when it is alone in its batch: an example, or a sequence. Each
-    of ``candidates`` samples that follow the first k stands for the next one, so that every criterion is a mean with
-    its standard error.
+    of ``candidates`` samples after the first k stands for the next one: a criterion is a mean with a standard error.
 
     The monitor writes ``<prefix>/<quantity>`` and ``<quantity>_stderr`` (over samples and draws) for the largest k and
     D and the first σ and estimator; ``validated_sigma``, the largest σ up to which the model holds in the subspace, and
@@ -57,9 +54,8 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
 
     Cost, for each k: an eigensolver's products with the first k samples (3 to 15 for each of the D directions, most
     where k or D is small), D products with each candidate; "direct" S forwards of k + candidates samples for each D and
-    σ. In the full space, for all k together: ``trace_vectors`` and ``validation_draws`` products with all samples, S
-    for "quadratic", S forwards of all samples for each σ for "direct". The basis stays in memory: three times D + 16
-    vectors of N numbers during the search.
+    σ. In the full space, for all k at once: ``trace_vectors`` and ``validation_draws`` products with all samples, S for
+    "quadratic", S forwards of them for each σ for "direct". The search keeps 3 D + 16 vectors of N numbers in memory.
 
     Args:
         sample_sizes: k, or several.
@@ -70,13 +66,11 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
         candidates: number of samples that stand for the next one.
         draws: S, Monte-Carlo draws.
         trace_vectors: random vectors for the traces that "gaussian_moment" needs in the full space.
-        validation_draws: draws on which the model is compared, in the subspace where "direct" is not asked for; 0 for
-            none.
+        validation_draws: draws on which the model is compared, in the subspace only without "direct"; 0 for none.
         model_tolerance: relative error (root mean square) up to which the model counts as valid.
         order: p of :math:`E|L_{k+1} - L_k|^p`; the closed form exists for 2 alone.
         law: "top" and "bottom" eigenvectors, "random" directions, "gradients" of the D samples with the longest ones.
-        directions: callable module → (D, N) vectors to span the subspace, in place of ``law``; their rows are made
-            orthonormal one after the other.
+        directions: callable module → (D, N) vectors to span the subspace, orthonormalized in order; replaces ``law``.
         at_end: measure when fit ends.
         at_steps: measure before these optimizer steps.
         every_n_train_steps: measure before steps 0, n, 2n, …; None for not.
@@ -94,8 +88,7 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
 
     Raises:
         ValueError: for an argument outside its rule.
-        MisconfigurationException: at the start of fit or of the first measurement, for what the module, the data or the
-            strategy cannot give.
+        MisconfigurationException: at the start of fit or first measurement, for what module, data or strategy lack.
 
     Source: Curvature-aligned probing (2026), eqs. 1–4 and 11–15; see docs/references.md.
     """
@@ -169,19 +162,6 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
         """Measure at the parameters as they are, and warn of values that cannot be trusted."""
         at_once = int(prepared.capacities["vectors_at_once"])
         result = measure_stabilization(replace(prepared.problem, vectors_at_once=at_once))
-        self._warn_of(result)
-        return result
-
-    def keys(self) -> list[str]:
-        """Return the keys of all values, the same for every measurement."""
-        return self.options.keys()
-
-    def draw(self, trainer: pl.Trainer, result: SampleGrowth) -> None:
-        """Write curves, table and picture."""
-        report_table(trainer, self.options.prefix, result)
-
-    def _warn_of(self, result: SampleGrowth) -> None:
-        """Warn of values that cannot be trusted."""
         for where, in_subspace in (("subspace", True), ("full space", False)):
             errors, valid = result.model_errors(in_subspace), result.validated(in_subspace)
             beyond = [sigma for sigma in self.options.sigmas if sigma in errors and not sigma <= valid]
@@ -200,3 +180,8 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
                 f"eigenvectors did not converge within max_products={self.options.product_limit} products: rows of the "
                 "table say where. Raise max_products or tolerance, or lower subspace_dim."
             )
+        return result
+
+    def draw(self, trainer: pl.Trainer, result: SampleGrowth) -> None:
+        """Write curves, table and picture."""
+        report_table(trainer, self.options.prefix, result)

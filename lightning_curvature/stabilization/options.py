@@ -28,9 +28,6 @@ class StabilizationOptions(OccasionalOptions):
     Attributes:
         subspace_dims: ``subspace_dim`` as a tuple, descending.
         sigmas: ``sigma`` as a tuple.
-
-    Raises:
-        ValueError: for a value outside its rule.
     """
 
     sample_sizes: Sequence[int] = (4, 8, 16, 32, 64)
@@ -119,12 +116,9 @@ class StabilizationOptions(OccasionalOptions):
 
     def validity_keys(self) -> tuple[str, ...]:
         """Return the keys of the largest σ up to which the quadratic model holds."""
-        keys = []
-        if "delta_2_subspace" in self.quantities and self.compared_in_subspace:
-            keys.append("validated_sigma")
-        if "delta_2" in self.quantities and self.compared_in_full_space:
-            keys.append("validated_sigma_full_space")
-        return tuple(keys)
+        subspace = "delta_2_subspace" in self.quantities and self.compared_in_subspace > 0
+        full_space = "delta_2" in self.quantities and self.compared_in_full_space > 0
+        return ("validated_sigma",) * subspace + ("validated_sigma_full_space",) * full_space
 
     def keys(self) -> list[str]:
         """Return the keys of all values."""

@@ -25,8 +25,6 @@ class StabilizationProblem:
     """Inputs of one stabilization measurement.
 
     Attributes:
-        options: the monitor's options.
-        trainer: the Trainer.
         losses: losses of single samples.
         parameters: the parameters to differentiate by and to perturb.
         directions: vectors that span the subspace in place of those of ``law``, (D, n), or None.

@@ -28,8 +28,7 @@ class CriterionRow:
         value: mean over the new samples.
         stderr_samples: its standard error over them; NaN for one.
         stderr_draws: its standard error over the draws; 0 for a closed form.
-        deformation: the same mean power of f − f(w), the increment without its value at the parameters: the part that
-            depends on where one looks.
+        deformation: the same mean power of f − f(w), the part of the increment that varies with the position.
         model_error: root mean square error of the quadratic model, relative to the increment, where it was compared.
         converged: whether the eigenvectors converged to the tolerance.
     """
@@ -142,11 +141,7 @@ class SampleGrowth:
             writer.writerows(asdict(row) for row in self.rows)
 
     def __str__(self) -> str:
-        """The table as text: a line for each curve with its slope against k + 1, and the seconds by stage.
-
-        ± is the standard error of the slope, from the scatter about the line. Standard errors of the values,
-        deformations and model errors are in ``rows``.
-        """
+        """Return the table as text, with slopes against k + 1 ± standard errors from the scatter about the line."""
         sizes = sorted({row.k for row in self.rows})
         width = 2 + max([16, *(len(row.criterion) for row in self.rows)])
         lines = [f"{'criterion':<{width}}{'estimator':<17}{'D':>9}{'σ':>9}" + "".join(f"{f'k={k}':>11}" for k in sizes)]
@@ -169,11 +164,7 @@ class SampleGrowth:
         return "\n".join(lines)
 
     def draw(self, title: str = "") -> Any:
-        """Draw all criteria against k with their slopes, on logarithmic axes.
-
-        Returns:
-            A matplotlib figure, or None without matplotlib.
-        """
+        """Return a matplotlib figure of all criteria against k with their slopes; None without matplotlib."""
         from lightning_curvature.stabilization.pictures import draw_curves  # which needs the rows
 
         return draw_curves(self, title)
