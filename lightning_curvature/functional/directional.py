@@ -62,12 +62,8 @@ def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
 
     .. math:: \frac{2\, g^\top d}{d^\top H d} = \frac{2/\eta}{\lambda}
 
-    Args:
-        quadratic: dᵀHd, scalar.
-        descent: gᵀd, scalar.
-
-    Returns:
-        The factor; 1 is the edge, infinity where the loss does not curve upward along the step, NaN where gᵀd ≤ 0.
+    It is 1 at the edge, infinite where the loss does not curve upward along the step, and NaN where gᵀd ≤ 0. Arguments
+    as for :func:`directional_curvature`.
 
     Source: Directional curvature (2026), eqs. 2 and 3.
 
@@ -85,8 +81,6 @@ def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Sca
 
     .. math:: \frac{L(\theta+\epsilon d) - 2L(\theta) + L(\theta-\epsilon d)}{\epsilon^2} = d^\top H d + O(\epsilon^2)
 
-    The subtraction is in float64: only the rounding of the three losses remains.
-
     Args:
         loss_plus: L(θ + εd), scalar.
         loss: L(θ), scalar.
@@ -94,7 +88,7 @@ def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Sca
         epsilon: ε > 0, in steps.
 
     Returns:
-        dᵀHd in float64.
+        dᵀHd in float64: only the rounding of the three losses remains.
 
     Raises:
         ValueError: if a plain number ε is not positive.
@@ -238,14 +232,11 @@ def gauss_newton_curvature(
 
 
 def critical_sharpness(critical_factor: Scalar, lr: Scalar = 1.0) -> Tensor:
-    r"""Return the critical sharpness :math:`2/\eta_c`; at the learning rate η_c the step would begin to raise the loss.
+    r"""Return the critical sharpness :math:`2/\eta_c`, whose edge is 2/η; from η_c on the step raises the loss.
 
     Args:
         critical_factor: η_c/η, the length at which L(θ − c·d) first exceeds L(θ), in steps.
         lr: η of the step.
-
-    Returns:
-        2/η_c; its edge is 2/η.
 
     Source: Kalra et al. 2026 (arXiv 2601.16979).
 

@@ -118,10 +118,7 @@ def _categorical_divergence(z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence_statistics(
-    outputs: Tensor,
-    shifted_outputs: Tensor,
-    likelihood: Likelihood = "categorical",
-    weights: Tensor | None = None,
+    outputs: Tensor, shifted_outputs: Tensor, likelihood: Likelihood = "categorical", weights: Tensor | None = None
 ) -> DivergenceStatistics:
     r"""Return the KL divergence from the distribution at ``outputs`` to that at ``shifted_outputs``, and its limit.
 
@@ -160,10 +157,7 @@ def divergence_statistics(
 
 
 def kl_divergence(
-    outputs: Tensor,
-    shifted_outputs: Tensor,
-    likelihood: Likelihood = "categorical",
-    weights: Tensor | None = None,
+    outputs: Tensor, shifted_outputs: Tensor, likelihood: Likelihood = "categorical", weights: Tensor | None = None
 ) -> Tensor:
     """Return the mean KL divergence in nats a position; arguments and errors as in :func:`divergence_statistics`.
 
@@ -175,10 +169,7 @@ def kl_divergence(
 
 
 def output_quadratic_form(
-    outputs: Tensor,
-    change: Tensor,
-    likelihood: Likelihood = "categorical",
-    weights: Tensor | None = None,
+    outputs: Tensor, change: Tensor, likelihood: Likelihood = "categorical", weights: Tensor | None = None
 ) -> Tensor:
     r"""Return the mean of :math:`\delta^\top (\partial^2 \ell / \partial z^2)\, \delta` over the positions.
 
@@ -206,9 +197,7 @@ def output_noise_gain(outputs: Tensor, likelihood: Likelihood = "categorical", w
 
     Outputs computed with relative rounding u carry errors of about u·rms(z) a position: u² times this value is what
     they add to :func:`output_quadratic_form`. For the categorical case Var_p of independent errors of variance σ² is
-    σ²(1 − Σp²).
-
-    Arguments, units and errors as for :func:`output_quadratic_form`.
+    σ²(1 − Σp²). Arguments, units and errors as for :func:`output_quadratic_form`.
 
     Example:
         >>> output_noise_gain(torch.tensor([[3.0, 4.0]]), likelihood="gaussian")
@@ -217,10 +206,8 @@ def output_noise_gain(outputs: Tensor, likelihood: Likelihood = "categorical", w
     check_outputs(likelihood, outputs)
 
     def statistics(z: Tensor) -> tuple[Tensor]:
-        if likelihood == "gaussian":
-            return (z.square().sum(-1),)
-        if likelihood == "bernoulli":
-            return ((z.sigmoid() * (-z).sigmoid() * z.square()).sum(-1),)
+        if likelihood != "categorical":
+            return (_quadratic_rows(z, z, likelihood),)
         return ((1.0 - z.softmax(-1).square().sum(-1)).clamp_min(0.0) * z.square().mean(-1),)
 
     return position_means(statistics, weights, outputs)[0]

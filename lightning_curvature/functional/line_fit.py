@@ -48,10 +48,7 @@ def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySl
 
     Args:
         sample_sizes: k.
-        values: Δ at each k; values that are not positive and finite are left out.
-
-    Returns:
-        The fit; all NaN if fewer than two values remain.
+        values: Δ at each k; those not positive and finite are left out. The fit is NaN if fewer than two remain.
 
     Source: Curvature-aligned probing (2026), figure 2, and theorem 2 for the exponent −2.
 

@@ -35,20 +35,10 @@ def pair_statistics(
     likelihood: Likelihood = "categorical",
     weights: Tensor | None = None,
 ) -> PairStatistics:
-    """Return :class:`PairStatistics` in one pass over the outputs.
+    """Return :class:`PairStatistics`, four scalars, in one pass over z, z_+ and z_−, shape (..., C) each.
 
-    Args:
-        outputs: ``z``, shape (..., C).
-        outputs_plus: ``z_+``, same shape.
-        outputs_minus: ``z_−``, same shape.
-        likelihood: "categorical", "gaussian" or "bernoulli".
-        weights: weight of each position, shape (...); default 1 each.
-
-    Returns:
-        Four scalars, NaN when no position has weight.
-
-    Raises:
-        ValueError: for an unknown likelihood or shapes that do not agree.
+    They are NaN when no position has weight. Other arguments and errors as for
+    :func:`~lightning_curvature.functional.divergence_statistics`.
 
     Example:
         >>> import torch

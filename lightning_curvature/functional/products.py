@@ -50,13 +50,9 @@ def hessian_quadratic_form(
 
 
 def check_differentiable(gradients: Sequence[Tensor | None]) -> None:
-    """Raise unless gradients can be differentiated: ``grad`` silently takes what cannot for a constant.
+    """Raise RuntimeError if a backward in the graph of the gradients is marked ``once_differentiable``.
 
-    Args:
-        gradients: made with ``create_graph=True``.
-
-    Raises:
-        RuntimeError: if a backward in their graph is marked ``once_differentiable``.
+    A second ``grad`` silently takes gradients made by that backward with ``create_graph=True`` for constants.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

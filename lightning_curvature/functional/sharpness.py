@@ -23,12 +23,7 @@ def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0
     .. math:: \bar x' = \bar x + \frac{x - \bar x}{n + 1}, \qquad
         S_{xy}' = S_{xy} + \frac{n}{n + 1} (x - \bar x)(y - \bar y)
 
-    Equal draws leave S at exactly 0.
-
-    Args:
-        moments: (6,) float64.
-        numerator: x.
-        denominator: y; 1 makes the ratio a plain mean of x.
+    Equal draws leave S at exactly 0. A denominator of 1 makes the ratio a plain mean of x.
 
     Source: Welford 1962.
 
@@ -49,13 +44,8 @@ def merge_moments(stacked: Tensor) -> Tensor:
 
     .. math:: S_{xy} = S^a_{xy} + S^b_{xy} + \frac{n_a n_b}{n_a + n_b} (\bar x_b - \bar x_a)(\bar y_b - \bar y_a)
 
-    Sets are merged one after the other: one sum over all of them rounds the mean of equal numbers.
-
-    Args:
-        stacked: (sets, 6) float64; a set without draws is zeros.
-
-    Returns:
-        (6,) float64; the same bits for the same order of sets.
+    ``stacked`` is (sets, 6), with zeros for a set without draws. Sets are merged one after the other, which gives the
+    same bits for the same order: one sum over all of them rounds the mean of equal numbers.
 
     Source: Chan, Golub and LeVeque 1983.
 
@@ -78,15 +68,11 @@ def merge_moments(stacked: Tensor) -> Tensor:
 
 
 def ratio_of_means(moments: Tensor) -> Tensor:
-    r"""Return :math:`r = \bar x / \bar y`.
+    r"""Return :math:`r = \bar x / \bar y`, (…) float64, from moments (…, 6).
 
-    Args:
-        moments: (…, 6) float64.
-
-    Returns:
-        (…) float64. The bias as an estimate of E x / E y is of order 1/n, below the standard error's 1/√n. NaN without
-        draws, and where ȳ ≤ 0: denominators estimate a positive number (a squared norm, the descent of an update), and
-        noise hides it there.
+    The bias as an estimate of E x / E y is of order 1/n, below the standard error's 1/√n. The ratio is NaN without
+    draws, and where ȳ ≤ 0: denominators estimate a positive number (a squared norm, the descent of an update), and
+    noise hides it there.
 
     Example:
         >>> ratio_of_means(torch.tensor([2.0, 6.0, 3.0, 0.0, 0.0, 0.0], dtype=torch.float64))
@@ -103,13 +89,8 @@ def ratio_standard_error(moments: Tensor) -> Tensor:
         = \frac{1}{\bar y} \sqrt{\frac{S_{xx} - 2 r S_{xy} + r^2 S_{yy}}{n (n-1)}}
 
     With y = 1 it is the standard error of a mean. Equal draws give exactly 0; if x is proportional to y, the terms
-    cancel down to a rounding of 1e-8 of the spread of x.
-
-    Args:
-        moments: (…, 6) float64.
-
-    Returns:
-        (…) float64; NaN for fewer than two draws, and where the ratio is NaN.
+    cancel down to a rounding of 1e-8 of the spread of x. Shapes as for :func:`ratio_of_means`; NaN for fewer than two
+    draws, and where the ratio is NaN.
 
     Source: Cochran 1977, section 6.4.
 
@@ -198,16 +179,9 @@ class NoiseTerms:
         samples: int,
         replacement: bool = False,
     ) -> "NoiseTerms":
-        """Return the terms from measurements with batches of one size.
+        """Return the terms from E_B[g_BᵀHg_B] and E_B‖g_B‖², ``batch_curvature`` and ``batch_square``, at one size b.
 
-        Args:
-            batch_curvature: E_B[g_BᵀHg_B].
-            batch_square: E_B‖g_B‖².
-            gradient_curvature: gᵀHg.
-            gradient_square: ‖g‖².
-            batch_size: b.
-            samples: n.
-            replacement: whether a batch can hold a sample twice.
+        Other arguments as for :func:`batch_factor` and the class.
 
         Raises:
             ValueError: for a batch size out of range, or batches of all samples, which have no noise.

@@ -94,14 +94,7 @@ class QuadraticIncrement:
         return QuadraticIncrement(torch.zeros_like(self.a), self.c, self.b)
 
     def at(self, z: Tensor) -> Tensor:
-        """Return q at each of S perturbations.
-
-        Args:
-            z: (S, D).
-
-        Returns:
-            (S, …) float64.
-        """
+        """Return q at S perturbations z, (S, D), as (S, …) float64."""
         z = z.double()
         linear = torch.einsum("sd,...d->s...", z, self.c)
         quadratic = torch.einsum("sd,...de,se->s...", z, self.b, z)
@@ -114,12 +107,7 @@ def gaussian_moment(model: QuadraticIncrement, sigma: Scalar) -> Tensor:
     .. math:: E[q(z)^2] = a^2 + a \sigma^2 \operatorname{Tr} B + \sigma^2 \lVert c\rVert^2
         + \tfrac{\sigma^4}{4} \left(2 \operatorname{Tr} B^2 + (\operatorname{Tr} B)^2\right)
 
-    Args:
-        model: a, c and B.
-        sigma: σ, a number or a tensor that broadcasts with a.
-
-    Returns:
-        (…) float64.
+    σ is a number or a tensor that broadcasts with a; the value is (…) float64.
 
     Raises:
         ValueError: if σ is not positive.

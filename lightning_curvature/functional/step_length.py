@@ -47,7 +47,6 @@ def choose_epsilon(epsilon: float, models: Sequence[ErrorModel]) -> float:
         The next ε, in steps; ``epsilon`` if no model is finite.
 
     Example:
-        >>> from lightning_curvature.functional import ErrorModel
         >>> round(choose_epsilon(1.0, [ErrorModel(noise=1e-6, truncation=1e-2)]), 1)  # (1e-6/1e-2)^(1/4)
         0.1
     """

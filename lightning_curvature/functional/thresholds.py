@@ -9,12 +9,7 @@ import math
 
 
 def momentum_threshold(
-    lr: float,
-    momentum: float = 0.0,
-    *,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
+    lr: float, momentum: float = 0.0, *, dampening: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> float:
     r"""Return the eigenvalue of the Hessian at which gradient descent with momentum turns unstable.
 
@@ -47,10 +42,9 @@ def momentum_threshold(
         >>> momentum_threshold(lr=0.1), round(momentum_threshold(lr=0.1, momentum=0.9), 9)
         (20.0, 38.0)
     """
-    _check_lr(lr)
+    _check_not_negative("lr", lr, "pass the learning rate of the step")
     _check_decay("momentum", momentum)
-    if not weight_decay >= 0.0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}: pass 0 for none.")
+    _check_not_negative("weight_decay", weight_decay, "pass 0 for none")
     if nesterov and dampening != 0.0:
         raise ValueError(
             f"dampening must be 0 with Nesterov momentum, got {dampening}: torch.optim.SGD refuses it too."
@@ -84,11 +78,7 @@ def adaptive_threshold(
         decoupled_weight_decay: λ ≥ 0 of AdamW.
         bias_correction: c = 1 − β₁ᵗ of the first moment, in (0, 1]; 1 once t is large.
 
-    Returns:
-        The threshold, in units of 1/η; infinite at η = 0, negative if weight decay alone is unstable.
-
-    Raises:
-        ValueError: for values outside these ranges.
+    Return value and errors as for :func:`momentum_threshold`.
 
     Source: Cohen et al. 2022 (arXiv 2207.14484) for λ = 0, c = 1.
 
@@ -96,10 +86,9 @@ def adaptive_threshold(
         >>> round(adaptive_threshold(lr=0.1, beta1=0.9), 9)  # 38/η
         380.0
     """
-    _check_lr(lr)
+    _check_not_negative("lr", lr, "pass the learning rate of the step")
     _check_decay("beta1", beta1)
-    if not decoupled_weight_decay >= 0.0:
-        raise ValueError(f"decoupled_weight_decay must not be negative, got {decoupled_weight_decay}: pass 0 for none.")
+    _check_not_negative("decoupled_weight_decay", decoupled_weight_decay, "pass 0 for none")
     if not 0.0 < bias_correction <= 1.0:
         raise ValueError(f"bias_correction must lie in (0, 1], got {bias_correction}: it is 1 − beta1 ** step.")
     if not lr:
@@ -107,9 +96,9 @@ def adaptive_threshold(
     return (2.0 - lr * decoupled_weight_decay) * (1.0 + beta1) * bias_correction / ((1.0 - beta1) * lr)
 
 
-def _check_lr(lr: float) -> None:
-    if not lr >= 0.0:
-        raise ValueError(f"lr must not be negative, got {lr}: pass the learning rate of the step.")
+def _check_not_negative(name: str, value: float, remedy: str) -> None:
+    if not value >= 0.0:
+        raise ValueError(f"{name} must not be negative, got {value}: {remedy}.")
 
 
 def _check_decay(name: str, value: float) -> None:

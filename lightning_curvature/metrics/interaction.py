@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_curvature.functional import NoiseTerms, add_to_moments, merge_moments
+from lightning_curvature.metrics.model import LossFunction
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.micro_batches import sample_count
@@ -35,7 +36,7 @@ class FullCurvatureMetric(MiniBatchMetric):
     def __init__(
         self,
         model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
+        loss_function: LossFunction,
         *,
         data: Sequence[Batch] | None = None,
         curvature: Curvature = "hessian",
@@ -91,10 +92,8 @@ class FullCurvatureMetric(MiniBatchMetric):
     def noise_terms(self, replacement: bool = False) -> NoiseTerms:
         """Return the contributions of gradient and noise; takes ``data``, and one more product with it.
 
-        Mini-batches of several sizes count with their harmonic mean. All ranks must call it.
-
-        Args:
-            replacement: whether a mini-batch can hold a sample twice.
+        Mini-batches of several sizes count with their harmonic mean. All ranks must call it. ``replacement`` says
+        whether a mini-batch can hold a sample twice.
 
         Raises:
             ValueError: without ``data``, without mini-batches, or for mini-batches of all samples.
@@ -124,9 +123,7 @@ class FullCurvatureMetric(MiniBatchMetric):
     def over_batch_sizes(self, sizes: int | Sequence[int], replacement: bool = False) -> Tensor:
         """Return the value at one batch size, a scalar, or at several, (sizes,), from :meth:`noise_terms`; float64.
 
-        Args:
-            sizes: one batch size or several.
-            replacement: whether a mini-batch, measured or asked for, can hold a sample twice.
+        ``replacement`` says whether a mini-batch, measured or asked for, can hold a sample twice.
         """
         return type(self)._at_batch_sizes(self.noise_terms(replacement), sizes, replacement)
 
@@ -151,13 +148,11 @@ class InteractionAwareSharpness(FullCurvatureMetric):
     since they share no sample: the numerator is then off by b/(n−b) of its distance to
     :math:`E_B[g_B^\top H_B\, g_B]`.
 
+    Other arguments are those of :class:`~lightning_curvature.metrics.BatchSharpness`.
+
     Args:
-        model: maps inputs to outputs, in training or eval mode as you set it, without dropout.
-        loss_function: mean loss of (outputs, targets).
         data: batches of any sizes that make up all samples, the same on every rank; None for pairs.
-        curvature: "hessian", or "gauss_newton" for the Gauss–Newton matrix in place of H.
         keep_graph: for ``data``; see :class:`~lightning_curvature.operators.HessianOperator`.
-        **kwargs: of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: for an unknown ``curvature``, or ``data`` without a batch.

@@ -9,6 +9,8 @@ from torchmetrics import Metric
 
 from lightning_curvature.operators import Curvature, MicroBatch, micro_batches, operator_type
 
+LossFunction = Callable[[Tensor, Any], Tensor]
+
 
 class CurvatureMetric(Metric):
     """Base of all metrics here: values have no gradient, and none is better than another."""
@@ -18,14 +20,9 @@ class CurvatureMetric(Metric):
     full_state_update = False
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one value or several.
+        """Return figure and axes of a plot of ``val``, a value of ``compute`` or a sequence of them.
 
-        Args:
-            val: a value of ``compute`` or a sequence of them; default: ``compute()`` now.
-            ax: matplotlib axes to draw into.
-
-        Returns:
-            Figure and axes.
+        Without ``val`` the plot shows ``compute()`` now; ``ax`` are matplotlib axes to draw into.
         """
         return self._plot(val, ax)
 
@@ -33,26 +30,14 @@ class CurvatureMetric(Metric):
 class ModelMetric(CurvatureMetric):
     """A metric that keeps a model and its loss, and differentiates them at the parameters as they are.
 
-    Args:
-        model: maps inputs to outputs.
-        loss_function: mean loss of (outputs, targets).
-        curvature: "hessian" or "gauss_newton".
-        **kwargs: of ``torchmetrics.Metric``.
-
-    Raises:
-        ValueError: for an unknown ``curvature``.
+    Arguments and errors are those of :class:`~lightning_curvature.metrics.BatchSharpness`.
     """
 
     # Attributes that a copy shares with the original.
     _shared: ClassVar[tuple[str, ...]] = ("_model",)
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
-        *,
-        curvature: Curvature = "hessian",
-        **kwargs: Any,
+        self, model: nn.Module, loss_function: LossFunction, *, curvature: Curvature = "hessian", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         # A list hides the model from ``nn.Module``: moving or resetting the metric leaves it alone.

@@ -1,6 +1,6 @@
 """Metrics of the gradient noise of SGD: sums over samples, which merge over ranks, and the relation to curvature."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
 from lightning_curvature.losses.samples import equal_up_to_rounding
-from lightning_curvature.metrics.model import CurvatureMetric, ModelMetric
+from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric
 from lightning_curvature.noise.measurement import relation
 from lightning_curvature.noise.options import NoiseOptions, Quantity
 from lightning_curvature.noise.result import NoiseCurvature
@@ -117,7 +117,7 @@ class NoiseCurvatureRelation(ModelMetric):
     def __init__(
         self,
         model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
+        loss_function: LossFunction,
         *,
         parameter: str,
         batch_size: int = 1,

@@ -1,6 +1,6 @@
 """Metrics of mini-batch sharpness: means over mini-batches that the caller draws, with standard errors."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.functional.sharpness import Scalar
 from lightning_curvature.linalg import Eigenpairs
-from lightning_curvature.metrics.model import CurvatureMetric, ModelMetric
-from lightning_curvature.operators import Curvature
+from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric
 from lightning_curvature.operators.mini_batch import MiniBatch
 
 
@@ -69,12 +68,12 @@ class MiniBatchMetric(ModelMetric, RatioOfMeans):
     """Base: a ratio of means; ``update`` evaluates a mini-batch, which gives one draw.
 
     A draw of 0/0 has no information on the ratio: it is left out of the count, and counted in the state ``skipped``.
-    Arguments as for :class:`~lightning_curvature.metrics.model.ModelMetric`.
+    Arguments are those of :class:`BatchSharpness`.
     """
 
     skipped: Tensor
 
-    def __init__(self, model: nn.Module, loss_function: Callable[[Tensor, Any], Tensor], **options: Any) -> None:
+    def __init__(self, model: nn.Module, loss_function: LossFunction, **options: Any) -> None:
         super().__init__(model, loss_function, **options)
         # MetricCollection merges metrics whose states are close after the first batch, and updates only one of them.
         # NaN is close to nothing.
@@ -228,15 +227,9 @@ class BatchLambdaMax(MiniBatchMetric):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
-        *,
-        curvature: Curvature = "hessian",
-        tolerance: float = 1e-2,
-        **kwargs: Any,
+        self, model: nn.Module, loss_function: LossFunction, *, tolerance: float = 1e-2, **options: Any
     ) -> None:
-        super().__init__(model, loss_function, curvature=curvature, **kwargs)
+        super().__init__(model, loss_function, **options)
         self.tolerance = tolerance
         self.pairs: Eigenpairs | None = None
 

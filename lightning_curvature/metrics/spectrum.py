@@ -1,6 +1,6 @@
 """Metrics of the spectrum of the Hessian: ``update`` collects data, ``compute`` evaluates all of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.distributed.reduce import has_group, sum_in_group
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
-from lightning_curvature.metrics.model import ModelMetric
+from lightning_curvature.metrics.model import LossFunction, ModelMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.micro_batches import sample_count
 
@@ -26,7 +26,7 @@ class _OperatorMetric(ModelMetric):
     def __init__(
         self,
         model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
+        loss_function: LossFunction,
         *,
         curvature: Curvature = "hessian",
         keep_graph: bool | Literal["auto"] = "auto",
@@ -100,17 +100,9 @@ class HessianEigenvalues(_OperatorMetric):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
-        *,
-        k: int = 1,
-        tolerance: float = 1e-3,
-        curvature: Curvature = "hessian",
-        keep_graph: bool | Literal["auto"] = "auto",
-        **kwargs: Any,
+        self, model: nn.Module, loss_function: LossFunction, *, k: int = 1, tolerance: float = 1e-3, **options: Any
     ) -> None:
-        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
+        super().__init__(model, loss_function, **options)
         self.k = k
         self.tolerance = tolerance
         self.pairs: Eigenpairs | None = None
@@ -124,12 +116,7 @@ class HessianEigenvalues(_OperatorMetric):
             generator = torch.Generator(operator.space.device).manual_seed(self._searches)
             self._searches += 1
             self.pairs = eigenpairs(
-                operator,
-                operator.space,
-                largest=self.k,
-                tolerance=self.tolerance,
-                start=start,
-                generator=generator,
+                operator, operator.space, largest=self.k, tolerance=self.tolerance, start=start, generator=generator
             )
         return self.pairs.values
 
@@ -154,16 +141,9 @@ class HessianTrace(_OperatorMetric):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
-        *,
-        relative_error: float = 0.05,
-        curvature: Curvature = "hessian",
-        keep_graph: bool | Literal["auto"] = "auto",
-        **kwargs: Any,
+        self, model: nn.Module, loss_function: LossFunction, *, relative_error: float = 0.05, **options: Any
     ) -> None:
-        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
+        super().__init__(model, loss_function, **options)
         self.relative_error = relative_error
         self.estimate: TraceEstimate | None = None
 
@@ -196,17 +176,9 @@ class HessianDensity(_OperatorMetric):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_function: Callable[[Tensor, Any], Tensor],
-        *,
-        starts: int = 2,
-        steps: int = 40,
-        curvature: Curvature = "hessian",
-        keep_graph: bool | Literal["auto"] = "auto",
-        **kwargs: Any,
+        self, model: nn.Module, loss_function: LossFunction, *, starts: int = 2, steps: int = 40, **options: Any
     ) -> None:
-        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
+        super().__init__(model, loss_function, **options)
         self.starts, self.steps = starts, steps
         self.density: SpectralDensity | None = None
 

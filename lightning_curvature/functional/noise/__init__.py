@@ -21,13 +21,7 @@ from lightning_curvature.functional.noise.covariance import (
     in_basis,
     noise_covariance,
 )
-from lightning_curvature.functional.noise.duality import (
-    CHAIN,
-    DualitySums,
-    DualityTerms,
-    duality_terms,
-    matched_pairs,
-)
+from lightning_curvature.functional.noise.duality import CHAIN, DualitySums, DualityTerms, duality_terms, matched_pairs
 from lightning_curvature.functional.noise.kronecker import KroneckerSum, kronecker_sums, linear_blocks, unpacked
 from lightning_curvature.functional.noise.relation import (
     PowerLaw,

@@ -12,13 +12,9 @@ from torch import Tensor
 
 
 def coupling_matrix(covariance: Tensor) -> Tensor:
-    r"""Return :math:`R_{ij} = C_{ij} / \sqrt{|C_{ii} C_{jj}|}`.
+    r"""Return :math:`R_{ij} = C_{ij} / \sqrt{|C_{ii} C_{jj}|}`, (𝒩, 𝒩) float64, for C in the eigenbasis of H.
 
-    Args:
-        covariance: C in the eigenbasis of H, (𝒩, 𝒩).
-
-    Returns:
-        R, (𝒩, 𝒩) float64; NaN in rows and columns whose diagonal entry is 0.
+    Rows and columns whose diagonal entry is 0 are NaN.
 
     Source: Zhang, Yang and Tu (2026), eq. 6.
 
@@ -34,13 +30,9 @@ def coupling_matrix(covariance: Tensor) -> Tensor:
 
 
 def mean_coupling(coupling: Tensor) -> float:
-    r"""Return :math:`\mu = \operatorname{mean}_{i \ne j} |R_{ij}|`, over the entries that are not NaN.
+    r"""Return :math:`\mu = \operatorname{mean}_{i \ne j} |R_{ij}|` of R, (𝒩, 𝒩).
 
-    Args:
-        coupling: R, (𝒩, 𝒩).
-
-    Returns:
-        μ; NaN if all entries are.
+    Entries that are NaN are left out; μ is NaN if all are.
 
     Source: Zhang, Yang and Tu (2026), eq. 7.
 
@@ -56,11 +48,7 @@ def mean_coupling(coupling: Tensor) -> float:
 def effective_spikes(covariance: Tensor) -> float:
     r"""Return the participation ratio of the spectrum, :math:`M = (\operatorname{tr} C)^2 / \operatorname{tr} C^2`.
 
-    Args:
-        covariance: C, (D, D), in any basis.
-
-    Returns:
-        M, between 1 and D for a positive semidefinite C; NaN for C = 0.
+    C is (D, D), in any basis. M lies between 1 and D for a positive semidefinite C, and is NaN for C = 0.
 
     Example:
         >>> effective_spikes(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0])))
@@ -72,12 +60,9 @@ def effective_spikes(covariance: Tensor) -> float:
 
 
 def random_coupling(spikes: float) -> float:
-    r"""Return the expected μ for a C independent of H, :math:`\sqrt{2/\pi} / \sqrt M`.
+    r"""Return the expected μ for a C of M spikes that is independent of H, :math:`\sqrt{2/\pi} / \sqrt M`.
 
     Valid for 1 ≪ M ≪ D, where the diagonal of a rotated C hardly scatters; elsewhere take :func:`haar_coupling`.
-
-    Args:
-        spikes: M.
 
     Raises:
         ValueError: if M is not positive.
@@ -112,7 +97,7 @@ class CouplingTest(NamedTuple):
 
 
 def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTest:
-    r"""Return a test of whether μ is below what chance gives.
+    r"""Return a test of whether μ of R, (𝒩, 𝒩), is below the expectation by chance for M spikes.
 
     .. math:: Z = \frac{\mu - \mu_0}{SE}, \qquad \mu_0 = \sqrt{\frac{2}{\pi M}}, \qquad
         SE = \frac1{\mathcal N} \sqrt{\frac{1 - 2/\pi}{M}}
@@ -121,13 +106,8 @@ def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTe
     every 𝒩, and SE assumes independent entries of R, which holds for equal spikes only: for C rotated at random,
     D = 𝒩 = 400, Z was between −87 and 68. :func:`haar_coupling` gives the true mean and scatter.
 
-    Args:
-        coupling: μ.
-        spikes: M.
-        directions: 𝒩, the size of R.
-
     Raises:
-        ValueError: if M is not positive, or 𝒩 below 2.
+        ValueError: if M, ``spikes``, is not positive, or 𝒩, ``directions``, is below 2.
 
     Source: Zhang, Yang and Tu (2026), eqs. 42–46.
 
@@ -145,15 +125,10 @@ def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTe
 
 
 def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return C with its eigenvectors rotated at random, in the first 𝒩 of the new directions.
+    """Return C, (D, D), with its eigenvectors rotated at random, in the first 𝒩 of the new directions.
 
-    Args:
-        covariance: C, (D, D).
-        directions: 𝒩.
-        generator: source of the rotation, on the device of C.
-
-    Returns:
-        (𝒩, 𝒩) float64, with the law of the leading block of QΛQᵀ for Haar-distributed Q.
+    It is (𝒩, 𝒩) float64, with the law of the leading block of QΛQᵀ for Haar-distributed Q, which ``generator`` draws on
+    the device of C.
 
     Raises:
         ValueError: if 𝒩 is not between 1 and D.

@@ -38,13 +38,9 @@ def noise_covariance(gradients: Tensor, batch_size: int = 1) -> Tensor:
 
 
 def covariance_of_sums(products: Tensor, gradient: Tensor, samples: int, batch_size: int = 1) -> Tensor:
-    """Return the covariance of :func:`noise_covariance` from sums over samples, which merge by addition.
+    """Return the covariance of :func:`noise_covariance` from sums over n samples, which merge by addition.
 
-    Args:
-        products: Σ g gᵀ, (D, D) float64.
-        gradient: Σ g, (D,) float64.
-        samples: n.
-        batch_size: b.
+    ``products`` is Σ g gᵀ, (D, D) float64, and ``gradient`` is Σ g, (D,) float64.
 
     Raises:
         ValueError: if n or b is below 1.
@@ -107,11 +103,7 @@ def curvature_basis(hessian: Tensor, top: int | None = None) -> CurvatureBasis:
 
 
 def in_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Return VMVᵀ, (𝒩, 𝒩) float64.
-
-    Args:
-        matrix: M, (D, D).
-        vectors: V, (𝒩, D): vectors as rows.
+    """Return VMVᵀ, (𝒩, 𝒩) float64, for a matrix M, (D, D), and vectors as the rows of V, (𝒩, D).
 
     Example:
         >>> in_basis(torch.tensor([[1.0, 2.0], [2.0, 5.0]]), torch.tensor([[0.0, 1.0]]))

@@ -27,11 +27,7 @@ def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_la
 
     .. math:: p' = \arg\min_{k:\, y_k = y_p} \lVert x_k - x_p\rVert_2
 
-    Args:
-        inputs: x_p, (n, …).
-        labels: y_p, (n,).
-        other_inputs: x_k, (n', …).
-        other_labels: y_k, (n',).
+    Inputs are x_p, (n, …), and x_k, (n', …), of the other mini-batch; labels are y_p, (n,), and y_k, (n',).
 
     Returns:
         Indices into the other mini-batch, (n,), the first of several at the same distance; −1 if it has no sample of
@@ -59,10 +55,10 @@ class DualityTerms(NamedTuple):
     Attributes:
         hessian: S W Δa, (n, out): term I is hessian · aᵀ.
         activations: a, (n, in).
-        gradients: δ, (n, out): term II is gradients · Δaᵀ.
+        gradients: δ = ∂ℓ/∂z, (n, out): term II is gradients · Δaᵀ.
         shifts: Δa, (n, in).
         moved: W Δa, (n, out).
-        curvatures: S, (n, out, out).
+        curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
     """
 
     hessian: Tensor
@@ -84,14 +80,7 @@ class DualityTerms(NamedTuple):
 def duality_terms(
     weight: Tensor, activations: Tensor, gradients: Tensor, curvatures: Tensor, shifts: Tensor
 ) -> DualityTerms:
-    """Return :class:`DualityTerms` of n samples.
-
-    Args:
-        weight: W, (out, in).
-        activations: a, (n, in).
-        gradients: δ = ∂ℓ/∂z, (n, out).
-        curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
-        shifts: Δa, (n, in).
+    """Return :class:`DualityTerms` of n samples, for a weight W, (out, in); other arguments as in that class.
 
     Source: Zhang, Yang and Tu (2026), eqs. 11, 12 and 57.
 
@@ -109,15 +98,10 @@ def duality_terms(
 
 
 class DualitySums:
-    """Sums over pairs of mini-batches, from which the approximations of C follow; they merge by addition.
+    """Sums over pairs of mini-batches for W, (``out``, ``into``), from which the approximations of C follow.
 
     A pair of mini-batches of B samples has g_μν = (1/B) Σ_p (I_p + II_p) and adds B/2 g_μν g_μνᵀ, which makes C that of
-    single samples at every B.
-
-    Args:
-        out: rows of W.
-        into: columns of W.
-        device: device of the sums.
+    single samples at every B. The sums of several sets of pairs merge by addition.
     """
 
     # Gradients of this many mini-batches are multiplied in one product: each product writes all of D × D.

@@ -60,11 +60,7 @@ def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = N
 class KroneckerSum:
     """The sum of :func:`kronecker_sums` over small batches, collected before they are multiplied.
 
-    Args:
-        kinds: q.
-        out: rows of the weight.
-        into: columns of the weight.
-        device: device of the sum.
+    ``kinds`` is q, and the weight is (``out``, ``into``).
     """
 
     # Numbers that are collected, 32 MB: each product writes all of the sum.
@@ -91,12 +87,7 @@ class KroneckerSum:
 
 
 def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
-    """Return packed sums of :func:`kronecker_sums` as full matrices, (q, D, D).
-
-    Args:
-        sums: (q, out (out + 1) / 2, in (in + 1) / 2).
-        out: rows of the weight.
-        into: columns of the weight.
+    """Return packed sums of :func:`kronecker_sums` for a weight (``out``, ``into``) as full matrices, (q, D, D).
 
     Example:
         >>> unpacked(torch.tensor([[[1.0, 2.0, 4.0]]]), 1, 2)  # (1, 1), (1, 2), (2, 2)
@@ -120,12 +111,7 @@ def _places(size: int, device: torch.device) -> Tensor:
 
 
 def linear_blocks(activations: Tensor, gradients: Tensor, curvatures: Tensor) -> Tensor:
-    r"""Return the blocks of g gᵀ, h and h²: (n, 3, out, out) float64.
-
-    Args:
-        activations: a, (n, in).
-        gradients: δ = ∂ℓ/∂z, (n, out).
-        curvatures: S = ∂²ℓ/∂z∂zᵀ, (n, out, out).
+    r"""Return the blocks of g gᵀ, h and h², (n, 3, out, out) float64, from a (n, in), δ (n, out) and S (n, out, out).
 
     Example:
         >>> linear_blocks(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), torch.tensor([[[2.0]]])).flatten()

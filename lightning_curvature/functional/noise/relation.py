@@ -66,20 +66,13 @@ def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> Powe
 
 
 def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
-    r"""Return the commutativity error of two symmetric matrices.
+    r"""Return the commutativity error of two symmetric matrices, (D, D) each; NaN if one is zero.
 
     .. math:: \frac{\lVert CH - HC\rVert_F}{\lVert C\rVert_F \lVert H\rVert_F}
 
     It is 0 for matrices with common eigenvectors and at most √2. Unrelated matrices with a few large eigenvalues have
     about √(2/D), others less; :func:`random_commutativity_error` gives the number. "≈ 1.4 for random matrices" in the
     source is on another scale, :func:`relative_commutativity_error`.
-
-    Args:
-        covariance: C, (D, D).
-        hessian: H, (D, D).
-
-    Returns:
-        The error; NaN if a matrix is zero.
 
     Raises:
         ValueError: if the shapes differ.
@@ -150,15 +143,11 @@ def random_commutativity_error(covariance: Tensor, hessian: Tensor, relative: bo
 
 
 def eigen_alignment(covariance: Tensor) -> float:
-    r"""Return the share of the energy of C on its diagonal, in the eigenbasis of H.
+    r"""Return the share of the energy of C, (𝒩, 𝒩) in the eigenbasis of H, on its diagonal.
 
     .. math:: \frac{\sum_i C_{ii}^2}{\sum_{ij} C_{ij}^2}
 
-    Args:
-        covariance: C in the eigenbasis, (𝒩, 𝒩).
-
-    Returns:
-        The share, 1 for a diagonal C; NaN if C is zero.
+    It is 1 for a diagonal C, and NaN if C is zero.
 
     Source: Zhang, Yang and Tu (2026), figure 4(c).
 
@@ -171,14 +160,9 @@ def eigen_alignment(covariance: Tensor) -> float:
 
 
 def spearman_correlation(a: Tensor, b: Tensor) -> float:
-    """Return the rank correlation of two sequences; ties share their mean rank.
+    """Return the rank correlation of two sequences, (𝒩,) each; ties share their mean rank.
 
-    Args:
-        a: (𝒩,).
-        b: (𝒩,).
-
-    Returns:
-        The correlation; NaN if a sequence is constant or holds a NaN, which has no rank.
+    It is NaN if a sequence is constant or holds a NaN, which has no rank.
 
     Raises:
         ValueError: if the lengths differ.

@@ -23,7 +23,7 @@ class SampleSpectra(NamedTuple):
 
 
 def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tensor) -> SampleSpectra:
-    r"""Return the eigenpairs of h_p = S_p ⊗ a_p a_pᵀ, from those of S_p, (σ_m, s_m).
+    r"""Return m = out eigenpairs of each h_p = S_p ⊗ a_p a_pᵀ, from those of S_p, (σ_m, s_m).
 
     .. math:: \kappa_m = \sigma_m \lVert a\rVert^2, \qquad u_m = s_m \otimes a / \lVert a\rVert
 
@@ -34,9 +34,6 @@ def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tens
         activations: a, (n, in).
         curvatures: S, (n, out, out).
         vectors: v_i, (𝒩, out · in).
-
-    Returns:
-        m = out eigenpairs a sample.
 
     Source: exact for a weight that enters once, as z = W a; Zhang, Yang and Tu (2026) decompose h_p (eq. 23).
 
@@ -62,8 +59,7 @@ def spectral_moments(spectra: SampleSpectra) -> tuple[Tensor, Tensor]:
     .. math:: H_{ii} = E_p \sum_m \kappa_m (u_m \cdot v_i)^2, \qquad
         \frac{2b}{\sigma_w^2} C_{ii} = E_p \sum_m \kappa_m^2 (u_m \cdot v_i)^2
 
-    Args:
-        spectra: of the samples; with values changed by :func:`suppressed`, the moments of the changed landscape.
+    With values changed by :func:`suppressed` they are the moments of the changed landscape.
 
     Source: Zhang, Yang and Tu (2026), eqs. 15–17 and 27. Where all h_p are positive semidefinite, the second moment
     lies between H_ii² and κ_max H_ii (eq. 19).
@@ -130,11 +126,7 @@ def suppressed(
 def cumulative_contribution(spectra: SampleSpectra) -> Tensor:
     r"""Return the share of 2b C_ii/σ_w² from the first k eigenvalues of all samples, (m, 𝒩), for k = 1 … m.
 
-    Args:
-        spectra: of the samples.
-
-    Returns:
-        The shares; NaN in directions without noise.
+    The shares are NaN in directions without noise.
 
     Source: Zhang, Yang and Tu (2026), figure 13, column 2.
 
