@@ -157,7 +157,7 @@ def haar_coupling(covariance: Tensor, directions: int, draws: int, generator: to
     Other arguments and errors as for :func:`haar_rotated`.
 
     Example:
-        >>> haar_coupling(torch.diag(torch.tensor([1.0, 0.0, 0.0])), 3, draws=2)  # rank one: |R_ij| = 1
+        >>> haar_coupling(torch.diag(torch.tensor([1.0, 0.0, 0.0])), 3, draws=2).round(decimals=9)  # rank one: |R| = 1
         tensor([1., 1.], dtype=torch.float64)
     """
     rotated = (haar_rotated(covariance, directions, generator) for _ in range(draws))
