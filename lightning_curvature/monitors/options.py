@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
+from lightning_curvature.losses.fixed import ProbeMode
 from lightning_curvature.monitors.checks import check_choice, check_count, check_numbers
 from lightning_curvature.replay.objective import ObjectiveFunction
 
 OnError = Literal["warn", "raise"]
-ProbeMode = Literal["train", "eval"]
 ProbePrecision = Literal["32-true"] | None
 Options = TypeVar("Options", bound="MonitorOptions")
 
