@@ -26,8 +26,8 @@ def monitors() -> "list[Monitor]":
     """Return the monitors that ``LIGHTNING_CURVATURE`` names, none where it is not set or empty.
 
     Names are separated by commas: "directional", "spectrum", "batch_sharpness", "stabilization" or
-    "noise=<parameter>". Each monitor has its defaults (the last two measure when fit ends); ``@n`` after a name sets
-    ``every_n_train_steps=n``. Keys of a second "noise" begin with ``curvature/<parameter>/``.
+    "noise=<parameter>". ``@n`` after a name sets ``every_n_train_steps=n``; everything else has its default. Keys of a
+    second "noise" begin with ``curvature/<parameter>/``.
 
     Raises:
         ValueError: for an unknown name or an invalid number.

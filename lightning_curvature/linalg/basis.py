@@ -10,11 +10,7 @@ _BLOCK = 8
 
 
 class Basis:
-    """Orthonormal vectors v_1 … v_m as rows, in blocks of memory that are allocated when they are needed.
-
-    Args:
-        space: the space of the vectors.
-    """
+    """Orthonormal vectors v_1 … v_m of a space as rows, in blocks of memory that are allocated when they are needed."""
 
     def __init__(self, space: VectorSpace) -> None:
         self.space = space
@@ -58,8 +54,7 @@ class Basis:
     def orthogonalize(self, vector: Tensor) -> Tensor:
         """Subtract the projection onto the rows from a vector, in place; return its coefficients, (m,) float64.
 
-        Classical Gram–Schmidt, twice: the second pass removes the projection that rounding left in the first ("twice is
-        enough"). Both passes are matrix-vector products; the modified form goes row by row.
+        Classical Gram–Schmidt, twice ("twice is enough"): both passes are matrix-vector products.
         """
         total = torch.zeros(self._count, dtype=torch.float64, device=self.space.device)
         for _ in range(2 if self._count else 0):
@@ -67,18 +62,12 @@ class Basis:
         return total
 
     def orthogonalize_known(self, vector: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Orthogonalize a vector whose coefficients along the first rows are known, in place.
+        """Orthogonalize a vector, in place; return its coefficients, (m,) float64, and those of the last pass.
 
-        Takes half the passes over the basis of :meth:`orthogonalize`: the known projection and that onto the other rows
-        are subtracted first, so that the one pass over all rows removes little more than rounding. Where it removes as
-        much as it leaves, the vector lay within the rows and needs one more pass.
-
-        Args:
-            vector: the vector.
-            known: (l,) float64 on the CPU, mostly zeros.
-
-        Returns:
-            The coefficients of all rows, (m,) float64, and those of the last pass.
+        Takes half the passes of :meth:`orthogonalize`: the ``known`` coefficients along the first rows, (l,) float64 on
+        the CPU, and then those along the other rows are subtracted, so that the one pass over all rows removes little
+        more than rounding. Where it removes as much as it leaves, the vector lay within the rows and needs another
+        pass.
         """
         for block, part in zip(self._filled(), known.split(_BLOCK), strict=False):
             if part.any():
@@ -96,12 +85,7 @@ class Basis:
         return coefficients
 
     def replace(self, combinations: Tensor, tail: int) -> None:
-        """Replace the first rows by combinations of themselves, followed by the last ``tail`` rows.
-
-        Args:
-            combinations: (m − tail, l) with orthonormal columns, l ≤ m − tail.
-            tail: number of last rows to keep as they are.
-        """
+        """Replace the first m − tail rows by orthonormal combinations of them, (m − tail, l); the last rows stay."""
         head, kept = combinations.shape
         assert head + tail == self._count
         for first in range(0, self.space.size, PIECE):

@@ -9,9 +9,9 @@ from torch import Tensor
 # Bounds hold with 95 % probability.
 _FAILURE = 0.05
 
-# The crossing is searched for between the distance at which it can be excluded and 2^-64 of that, below the resolution
-# of float64: on 65 points a factor of 2 apart, then on 65 between two of those, a factor of 1.01 apart. The outer one
-# of the last two is reported: the bound is up to 1.1 % of its distance to the Ritz value too wide.
+# The crossing is searched for from the distance at which it can be excluded down to 2^-64 of that: on points a factor
+# of 2 apart, then a factor of 1.01 apart. The outer one of the last two is reported, up to 1.1 % of the distance too
+# wide.
 _POINTS = 64
 
 
@@ -68,13 +68,7 @@ class OverlookedBounds:
         self._first, self._rows, self._begun = 0, 1, False
 
     def update(self, values: Tensor, vectors: Tensor, couplings: Tensor) -> None:
-        """Take the present state of the basis.
-
-        Args:
-            values: θ, (d,) float64, descending.
-            vectors: U, (d, d).
-            couplings: BU, (waiting rows, d).
-        """
+        """Take the present θ, descending, U and BU, as :meth:`~.krylov.KrylovSpace.ritz` returns them."""
         rows = vectors[self._first : self._first + self._rows]
         if self._begun:
             self._stages.pop()
@@ -97,8 +91,7 @@ class OverlookedBounds:
     def _bound(self, stages: list[_Stage]) -> float:
         # Poles of f: a restart may have dropped the vector of the outermost.
         base = torch.stack([stage.values[0] for stage in stages]).max()
-        # At this distance the first factor of f is below half of the threshold, and the others are at most little above
-        # 1, their value for rows that have not been multiplied.
+        # At this distance the first factor of f is below half of the threshold, and the others hardly exceed 1.
         distance = 2.0 * max(float(stage.couplings.norm() * stage.weights.norm()) for stage in stages) / self.threshold
         for factor in (2.0, 2.0 ** (1.0 / _POINTS)):
             distances = distance * factor ** -torch.arange(_POINTS + 1, dtype=torch.float64)

@@ -11,9 +11,8 @@ from lightning_curvature.linalg.space import VectorSpace
 
 MatVec = Callable[[Tensor], Tensor]
 
-# A remainder below this multiple of (machine epsilon × size of the operator) is rounding: the chain that it would
-# continue has ended in an invariant subspace. Two passes of Gram–Schmidt leave a few epsilons. No smaller residual is
-# required either.
+# A remainder below this multiple of (machine epsilon × size of the operator) is rounding, of which two passes of
+# Gram–Schmidt leave a few epsilons: the chain has ended in an invariant subspace. Residuals need not be smaller.
 _ROUNDING = 16.0
 
 
@@ -117,8 +116,7 @@ class KrylovSpace:
     def deflate(self, values: Tensor, vectors: Sequence[Tensor]) -> None:
         """Begin an empty basis with Ritz pairs of the same operator, which count as multiplied.
 
-        The relation A V_done = V T holds up to their residuals; projections away from them are exact. A pair that is
-        given twice (it may be the largest and the largest by magnitude) counts once.
+        A V_done = V T holds up to their residuals. A pair given twice (largest, and by magnitude) counts once.
         """
         for value, vector in zip(values.tolist(), vectors, strict=True):
             remainder = vector.clone()
@@ -137,10 +135,9 @@ class KrylovSpace:
         self.projected = self.projected[: self.done, : self.done].clone()
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Ritz values, descending, their coordinates in the multiplied rows, and their couplings.
+        """Return Ritz values, descending, their vectors in coordinates of the multiplied rows, and their couplings.
 
-        Column i of the couplings, (waiting rows, d), is the part of A times Ritz vector i outside the multiplied rows:
-        its norm is the residual.
+        Couplings, (waiting rows, d), are the part of A times the vectors outside these rows: their norms are residuals.
         """
         values, vectors = torch.linalg.eigh(self.projected[: self.done, : self.done])
         values, vectors = values.flip(0), vectors.flip(1)

@@ -9,9 +9,8 @@ from lightning_curvature.linalg.eigenpairs import Eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec, check_finite
 from lightning_curvature.linalg.space import VectorSpace
 
-# n samples of a remainder with k equal eigenvalues follow χ² with nk degrees of freedom, and their error is estimated
-# from the same numbers. Three standard errors hold in 99 of 100 cases from nk = 16 on: 6 samples suffice where at least
-# three eigenvalues are left, as always after the sketch. (With one eigenvalue they hold in 97.)
+# n samples of a remainder with k equal eigenvalues follow χ² with nk degrees of freedom: three standard errors hold in
+# 99 of 100 cases from nk = 16 on. 6 samples suffice for three eigenvalues, as after the sketch. (For one, in 97 cases.)
 _MIN_SAMPLES = 6
 # A remainder whose samples are all below this share of the allowed error is zero or rounding.
 _NEGLIGIBLE = 0.1
@@ -133,10 +132,7 @@ def trace(
 
 
 def _samples_suffice(krylov: KrylovSpace, relative_error: float, sketch: int, min_samples: int) -> bool:
-    """Return whether samples alone reach the error before the sketch would be complete.
-
-    The first vector of the sketch is a random w: its product gives wᵀBw and ‖Bw‖² of the remainder.
-    """
+    """Return whether samples alone reach the error before the sketch: its first product gives wᵀBw and ‖Bw‖²."""
     row = krylov.done - 1
     left = krylov.space.dimension - row
     if left <= sketch + min_samples:

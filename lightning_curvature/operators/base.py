@@ -122,8 +122,7 @@ class CurvatureOperator:
         """Return the operator of a model's loss on (inputs, targets), for the parameters that require gradients.
 
         Args:
-            model: in the mode in which its curvature is wanted: dropout off, and BatchNorm in eval mode unless each
-                batch is to be normalized by its own statistics.
+            model: with dropout off, and BatchNorm in eval mode unless each batch is normalized by its own statistics.
             loss_function: mean loss of (outputs, targets).
             batches: all data, in batches of any size.
             **options: of the class.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.distributed.reduce import sum_over_ranks
-from lightning_curvature.distributed.shards import fresh_shards, is_sharded, local, own_part, shard_count
+from lightning_curvature.distributed.shards import fresh_shards, local, own_part, shard_count
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import CurvatureOperator
@@ -38,7 +38,7 @@ class Sharding:
     Attributes:
         space: the space of the parameters, with this rank's shards.
         ranks: number of ranks.
-        around: context for passes, which may fail, with perturbed shards.
+        around: context for passes with perturbed shards, which may fail.
     """
 
     space: VectorSpace
@@ -48,11 +48,14 @@ class Sharding:
     @classmethod
     def of(cls, trainer: "pl.Trainer", parameters: Sequence[Tensor]) -> "Sharding":
         """Return the sharding of the module of a Trainer, one collective."""
-        return cls(
-            space=vector_space(trainer, parameters),
-            ranks=trainer.world_size,
-            around=lambda: fresh_shards(trainer.lightning_module),
+        space = VectorSpace(
+            [local(p) for p in parameters],
+            reduce=sum_over_ranks(trainer),
+            shares=[shard_count(p) / trainer.world_size for p in parameters],
+            shapes=[p.shape for p in parameters],
+            cut=[functools.partial(own_part, like=p) for p in parameters],
         )
+        return cls(space, trainer.world_size, lambda: fresh_shards(trainer.lightning_module))
 
 
 class GradientDifferenceOperator(CurvatureOperator):
@@ -152,16 +155,3 @@ class GradientDifferenceOperator(CurvatureOperator):
         for p in self._originals:
             p.grad = None
         return gradients
-
-
-def vector_space(trainer: "pl.Trainer", parameters: Sequence[Tensor]) -> VectorSpace:
-    """Return the space of parameters, which may be sharded."""
-    if not is_sharded(parameters):
-        return VectorSpace(parameters)
-    return VectorSpace(
-        [local(p) for p in parameters],
-        reduce=sum_over_ranks(trainer),
-        shares=[shard_count(p) / trainer.world_size for p in parameters],
-        shapes=[p.shape for p in parameters],
-        cut=[functools.partial(own_part, like=p) for p in parameters],
-    )

@@ -120,15 +120,5 @@ def products_at_once(space: VectorSpace, processes: int) -> int:
 def products_with(
     gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], space: VectorSpace, vectors: Tensor
 ) -> Tensor:
-    """Return products of the Hessian of one loss with q vectors, from the graph of its gradient, which is kept.
-
-    Args:
-        gradients: of the loss, with their graph.
-        parameters: by which the loss was differentiated.
-        space: of the vectors.
-        vectors: (q, n).
-
-    Returns:
-        (q, n).
-    """
+    """Return products of the Hessian of one loss with vectors, (q, n), from its gradients, whose graph is kept."""
     return space.pack(_pull_back_each(gradients, parameters, space.views(vectors)), len(vectors))

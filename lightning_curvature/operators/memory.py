@@ -16,11 +16,9 @@ _NO_LIMIT = 2**63
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:
-    """Return the bytes that can still be allocated on a device; on the CPU, within the limits of a container.
+    """Return the bytes that one of the processes of a machine can still allocate on its device.
 
-    Args:
-        device: the device.
-        processes: number of processes that share the machine's memory; each accelerator belongs to one process.
+    Accelerators belong to one process each; the memory of the CPU is that within the limits of a container.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -46,11 +44,7 @@ def _machine_memory() -> int:
 
 
 def container_memory(root: Path) -> int:
-    """Return the bytes left under the limits of this process's control groups; without limits, a huge number.
-
-    Args:
-        root: root of the file system: ``/``.
-    """
+    """Return the bytes left under the limits of this process's control groups; ``root`` is that of the file system."""
     left = [_NO_LIMIT]
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines():
@@ -78,14 +72,7 @@ def _left(folder: Path, limit: str, used: str) -> int:
 
 
 class SavedBytes:
-    """Counts the bytes of the distinct tensors that autograd saves, except those of given tensors.
-
-    Args:
-        excluded: tensors that do not count.
-
-    Attributes:
-        count: bytes so far.
-    """
+    """Counts the bytes of the distinct tensors that autograd saves, except ``excluded`` ones, in ``count``."""
 
     def __init__(self, excluded: Iterable[Tensor]) -> None:
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in excluded}

@@ -21,9 +21,6 @@ class MiniBatch:
     Args:
         operator: products with the curvature of the mini-batch's loss, summed over all ranks that hold its samples.
 
-    Attributes:
-        operator: the operator.
-
     Source: Edge of stochastic stability (2025), definition 3.
 
     Example:
@@ -60,12 +57,7 @@ class MiniBatch:
         return self._curvature_along(vector, float(self.operator.space.squared_norm(vector)))
 
     def largest_eigenvalue(self, tolerance: float, start: Sequence[Tensor]) -> tuple[float, Eigenpairs | None]:
-        """Return λ_max of its curvature with the result of the search; None for one parameter, which needs no search.
-
-        Args:
-            tolerance: relative residual.
-            start: start vectors.
-        """
+        """Return λ_max to a relative residual, and the search; None for one parameter, which needs no search."""
         space = self.operator.space
         if space.dimension == 1:
             return self.curvature_along(space.zeros() + 1.0), None

@@ -13,10 +13,10 @@ _PATIENCE_SECONDS = 3.0
 
 
 class Progress:
-    """Shows a long measurement on the progress bar and removes the note afterwards.
+    """Shows a long measurement on the Trainer's progress bar, if it is one of Lightning's.
 
     Args:
-        trainer: writes to its progress bar, if it is one of Lightning's.
+        trainer: the Trainer.
         name: name of the measurement.
         clock: returns seconds.
         unit: name of the counted items.
