@@ -20,9 +20,8 @@ from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.reporting.progress import Progress
 from lightning_curvature.stabilization.measurement import measure_stabilization
 from lightning_curvature.stabilization.options import Directions, Estimator, Law, Quantity, StabilizationOptions
-from lightning_curvature.stabilization.pictures import report_table
 from lightning_curvature.stabilization.problem import StabilizationProblem, check_directions
-from lightning_curvature.stabilization.result import SampleGrowth
+from lightning_curvature.stabilization.result import SampleGrowth, report_table
 
 # Samples evaluated at once where micro_batch_size is None.
 _MICRO_BATCH = 16

@@ -2,17 +2,19 @@
 
 import csv
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_curvature.functional import DecaySlope, decay_slope, validated_sigma
-
-# Criterion, estimator, D and σ of a curve.
-Curve = tuple[str, str, int, float]
+from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
+from lightning_curvature.reporting.pictures import picture_of
+from lightning_curvature.stabilization.pictures import Curve, draw_curves
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,38 @@ class SampleGrowth:
 
     def draw(self, title: str = "") -> Any:
         """Return a matplotlib figure of all criteria against k with their slopes; None without matplotlib."""
-        from lightning_curvature.stabilization.pictures import draw_curves  # which needs the rows
+        return draw_curves(self.curves(), self.slopes(), title)
 
-        return draw_curves(self, title)
+
+def report_table(trainer: pl.Trainer, prefix: str, result: SampleGrowth) -> None:
+    """Write the table: to TensorBoard against k and as a picture, and as files where loggers write."""
+    if not trainer.is_global_zero:
+        return
+    step = logged_step(trainer)
+    figure = result.draw(f"{prefix}: stabilization at step {step}") if trainer.loggers else None
+    if figure is None and trainer.loggers:
+        warn("the stabilization table comes without a picture: install matplotlib to have one.")
+    for writer in (logger.experiment for logger in tensorboards(trainer)):
+        for (criterion, estimator, dimension, sigma), curve in result.curves().items():
+            words = [criterion, *([f"D={dimension}"] if dimension else []), *([f"sigma={sigma:g}"] if sigma else [])]
+            for k, row in curve.items():
+                writer.add_scalar(f"{prefix}_by_samples/step={step}/{'_'.join([*words, estimator])}", row.value, k)
+        if figure is not None:
+            writer.add_image(f"{prefix}/sample_growth", picture_of(figure), step, dataformats="HWC")
+    folder = next((logger.log_dir for logger in trainer.loggers if getattr(logger, "log_dir", None)), None)
+    if folder is None:
+        return
+    name = os.path.join(folder, f"{prefix.replace('/', '-')}-stabilization-step={step}")
+    try:
+        files = get_filesystem(folder)
+        files.makedirs(folder, exist_ok=True)
+        result.to_csv(f"{name}.csv")
+        if figure is not None:
+            with files.open(f"{name}.png", "wb") as file:
+                figure.savefig(file)
+    except OSError as error:
+        # On one rank alone, where the others go on.
+        warn(
+            f"the logger's folder must be one that can be written to, got {folder!r} ({error}): the table is in the "
+            "monitor's result alone."
+        )
