@@ -243,10 +243,6 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         """Measure at the parameters as they are."""
         return self._measurement.measure(prepared.problem, self._fail)
 
-    def keys(self) -> list[str]:
-        """Return the keys of all values, the same for every measurement."""
-        return self.options.keys()
-
     def shown(self) -> Sequence[str]:
         """Return the keys that the progress bar shows."""
         return self.options.quantities if self.options.progress_bar else ()

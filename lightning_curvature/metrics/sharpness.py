@@ -11,6 +11,7 @@ from lightning_curvature.functional import add_to_moments, merge_moments, ratio_
 from lightning_curvature.functional.sharpness import Scalar
 from lightning_curvature.linalg import Eigenpairs
 from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric
+from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.mini_batch import MiniBatch
 
 
@@ -227,9 +228,15 @@ class BatchLambdaMax(MiniBatchMetric):
     """
 
     def __init__(
-        self, model: nn.Module, loss_function: LossFunction, *, tolerance: float = 1e-2, **options: Any
+        self,
+        model: nn.Module,
+        loss_function: LossFunction,
+        *,
+        tolerance: float = 1e-2,
+        curvature: Curvature = "hessian",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, loss_function, **options)
+        super().__init__(model, loss_function, curvature=curvature, **kwargs)
         self.tolerance = tolerance
         self.pairs: Eigenpairs | None = None
 

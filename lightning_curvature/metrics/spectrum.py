@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from lightning_curvature.distributed.reduce import has_group, sum_in_group
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
 from lightning_curvature.metrics.model import LossFunction, ModelMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
+from lightning_curvature.operators.graphs import KeepGraph
 from lightning_curvature.operators.micro_batches import sample_count
 
 
@@ -29,7 +30,7 @@ class _OperatorMetric(ModelMetric):
         loss_function: LossFunction,
         *,
         curvature: Curvature = "hessian",
-        keep_graph: bool | Literal["auto"] = "auto",
+        keep_graph: KeepGraph = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, loss_function, curvature=curvature, sync_on_compute=False, **kwargs)
@@ -100,9 +101,17 @@ class HessianEigenvalues(_OperatorMetric):
     """
 
     def __init__(
-        self, model: nn.Module, loss_function: LossFunction, *, k: int = 1, tolerance: float = 1e-3, **options: Any
+        self,
+        model: nn.Module,
+        loss_function: LossFunction,
+        *,
+        k: int = 1,
+        tolerance: float = 1e-3,
+        curvature: Curvature = "hessian",
+        keep_graph: KeepGraph = "auto",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, loss_function, **options)
+        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
         self.k = k
         self.tolerance = tolerance
         self.pairs: Eigenpairs | None = None
@@ -141,9 +150,16 @@ class HessianTrace(_OperatorMetric):
     """
 
     def __init__(
-        self, model: nn.Module, loss_function: LossFunction, *, relative_error: float = 0.05, **options: Any
+        self,
+        model: nn.Module,
+        loss_function: LossFunction,
+        *,
+        relative_error: float = 0.05,
+        curvature: Curvature = "hessian",
+        keep_graph: KeepGraph = "auto",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, loss_function, **options)
+        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
         self.relative_error = relative_error
         self.estimate: TraceEstimate | None = None
 
@@ -176,9 +192,17 @@ class HessianDensity(_OperatorMetric):
     """
 
     def __init__(
-        self, model: nn.Module, loss_function: LossFunction, *, starts: int = 2, steps: int = 40, **options: Any
+        self,
+        model: nn.Module,
+        loss_function: LossFunction,
+        *,
+        starts: int = 2,
+        steps: int = 40,
+        curvature: Curvature = "hessian",
+        keep_graph: KeepGraph = "auto",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, loss_function, **options)
+        super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
         self.starts, self.steps = starts, steps
         self.density: SpectralDensity | None = None
 
