@@ -135,7 +135,7 @@ def same(one: PairMoments, other: PairMoments) -> bool:
     if one.zero_gradients != other.zero_gradients or one.moments.keys() != other.moments.keys():
         return False
     # n and the means of x and y; deviations from the means are rounding alone.
-    return all(all(map(equal_up_to_rounding, one.moments[q][:3], other.moments[q][:3])) for q in one.moments)
+    return all(equal_up_to_rounding(one.moments[q][:3], other.moments[q][:3]) for q in one.moments)
 
 
 def _is_small(problem: SharpnessProblem) -> bool:

@@ -213,7 +213,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             raise MisconfigurationException(
                 f"quantities must not hold {unequal[0]!r} where samples are drawn by unequal weights, got a "
                 "WeightedRandomSampler, whose mean loss is not that of the probe set: leave it out, or give "
-                "probe_dataloader= one that draws all alike."
+                "probe_dataloader= one that draws all equally often."
             )
         return population
 
