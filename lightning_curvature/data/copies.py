@@ -13,8 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_curvature.replay import objects
 from lightning_curvature.replay.module_state import RandomState
-from lightning_curvature.replay.objects import CONTAINERS, STANDARD, contents, generator_state, opens, parts, walk
 
 # A transform inside RandomApply inside Compose inside a Subset's dataset is eight steps away, each container being one.
 _DEPTH = 10
@@ -48,27 +48,29 @@ class DataRandomness:
         self._device = device
         self._generators: list[Any] = []
         self._holders: list[Any] = []
-        walk(roots, self._visit, {})
+        objects.walk(roots, self._visit, {})
 
     def _visit(self, value: Any, level: int) -> Iterable[Any]:
-        if generator_state(value) is not None:
+        container = isinstance(value, (*objects.CONTAINERS, tuple, frozenset))
+        if not container and objects.generator_state(value) is not None:
             self._generators.append(value)
             return ()
-        data = isinstance(value, (*CONTAINERS, tuple, frozenset)) and len(value) > _DATA_LENGTH
-        if data or isinstance(value, Tensor) or not opens(value, STANDARD):
+        data = len(value) > _DATA_LENGTH if container else isinstance(value, Tensor)
+        if data or not objects.opens(value, objects.STANDARD):
             return ()
         self._holders.append(value)
-        return parts(value) if level < _DEPTH else ()
+        return objects.parts(value) if level < _DEPTH else ()
 
     @contextlib.contextmanager
     def kept(self) -> Generator[None, None, None]:
         """Set all of them back as they are now, also after an error."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(RandomState(self._device).restore)
-            for holder in (*self._generators, *self._holders):
-                for restore in contents(holder):
-                    stack.callback(restore)
+        restorers: list[objects.Restore] = [RandomState(self._device).restore]
+        for holder in (*self._generators, *self._holders):
+            restorers += objects.contents(holder)
+        try:
             yield
+        finally:
+            objects.put_back(restorers)
 
     def seed(self, *key: int) -> None:
         """Set all of them to states that follow from the key."""

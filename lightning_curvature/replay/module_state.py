@@ -91,8 +91,7 @@ class ModuleState:
         """
         self._gently = gently
         with torch.no_grad():
-            for restorer in self._restorers:
-                restorer()
+            objects.put_back(self._restorers)
 
     def _visit(self, value: Any, level: int) -> Iterable[Any]:
         """Save an object and return those inside it; attributes of modules are on level 1."""
@@ -109,11 +108,11 @@ class ModuleState:
         elif isinstance(value, nn.Module):
             self._restorers.append(objects.entries(value._buffers))
             return [*value._buffers.values(), *self._save_attributes(value)]
-        elif (restore := objects.generator_state(value) or objects.array_state(value)) is not None:
-            self._restorers.append(restore)
         elif isinstance(value, (*objects.CONTAINERS, tuple)):
             self._restorers += objects.contents(value)
             return objects.parts(value) if len(value) <= _RECORD_LENGTH and level <= _DEPTH + 1 else ()
+        elif (restore := objects.generator_state(value) or objects.array_state(value)) is not None:
+            self._restorers.append(restore)
         elif level <= _DEPTH and objects.opens(value, objects.STANDARD | objects.FRAMEWORKS):
             return self._save_attributes(value)
         return ()

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import functools
+import operator
 import random
 import sys
 import types
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 
 Restore = Callable[[], object]
+Keep = Callable[[Any, Any], bool]
 
 # Constants and handles. A Trainer knows everything: a walk would never end.
 _ATOMS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, pl.Trainer)
@@ -22,7 +24,7 @@ _ATOMS += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_for
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 CONTAINERS = (list, deque, set, dict)
 # Other objects of the standard library belong to other threads (queues, log handlers) or hold no computation's state.
-_BAGS = (types.SimpleNamespace, argparse.Namespace, random.Random)
+_BAGS = (types.SimpleNamespace, argparse.Namespace, random.Random, torch.Generator)
 _OPEN = (*CONTAINERS, tuple, frozenset, *FUNCTIONS, weakref.ref, *_BAGS)
 # Attributes of functions, methods and partials that refer to other objects.
 _LINKS = ("__self__", "__func__", "func", "args", "keywords", "__defaults__", "__kwdefaults__")
@@ -52,7 +54,8 @@ def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen:
 def opens(value: Any, closed: Iterable[str]) -> bool:
     """Return whether an object is a container, a function, or can be put back and is not of a closed package."""
     package = type(value).__module__.partition(".")[0]
-    return isinstance(value, _OPEN) or (package not in closed and bool(contents(value)))
+    stateful = hasattr(value, "__dict__") or package == "numpy" or bool(_slots(value))
+    return isinstance(value, _OPEN) or (package not in closed and stateful)
 
 
 def parts(value: Any) -> list[Any]:
@@ -83,6 +86,8 @@ def _namespace(value: Any) -> dict[str, Any] | None:
 
 
 def _slots(value: Any) -> list[str]:
+    if not hasattr(type(value), "__slots__"):
+        return []
     classes = [vars(cls) for cls in type(value).__mro__ if "__slots__" in vars(cls)]
     return [name for names in classes for name, one in names.items() if isinstance(one, types.MemberDescriptorType)]
 
@@ -92,14 +97,26 @@ def _cells(function: Any) -> list[types.CellType]:
     return [cell for cell in cells if cell != types.CellType()]  # an empty one has no content
 
 
-def contents(value: Any, keep: Callable[[str, Any], bool] | None = None) -> list[Restore]:
+def put_back(restorers: Iterable[Restore]) -> None:
+    """Call all functions, also where one fails, and raise the first error afterwards."""
+    errors = []
+    for restore in restorers:
+        try:
+            restore()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def contents(value: Any, keep: Keep | None = None) -> list[Restore]:
     """Return functions that put elements, attributes, closure variables and a state back into the same object.
 
     ``keep(name, attribute)`` says which attributes are put back; default: all.
     """
-    if (restore := generator_state(value) or array_state(value)) is not None:
-        return [restore]
     restorers = [entries(value)] if isinstance(value, CONTAINERS) else []
+    if not restorers and (restore := generator_state(value) or array_state(value)) is not None:
+        return [restore]
     if (namespace := _namespace(value)) is not None:
         restorers.append(entries(namespace, keep))
     members = [(value, name) for name in _slots(value)] + [(cell, "cell_contents") for cell in _cells(value)]
@@ -113,42 +130,42 @@ def _set(owner: Any, name: str, content: object) -> None:
         object.__delattr__(owner, name)
 
 
-def entries(holder: Any, keep: Callable[[Any, Any], bool] | None = None) -> Restore:
+def entries(holder: Any, keep: Keep | None = None) -> Restore:
     """Return a function that gives a list, deque, set or dict the entries that it has now, in their order.
 
     It writes only where they have changed: some mappings refuse to be written. ``keep(key, value)`` says which entries
     of a dict are put back; default: all.
     """
+    return functools.partial(_restore_entries, holder, _kept(holder, keep), keep)
 
-    def kept() -> Any:
-        if isinstance(holder, dict):
-            return {key: value for key, value in holder.items() if keep is None or keep(key, value)}
-        return list(holder)
 
-    before = kept()
+def _kept(holder: Any, keep: Keep | None) -> Any:
+    if keep is not None:
+        return {key: value for key, value in holder.items() if keep(key, value)}
+    return dict(holder) if isinstance(holder, dict) else list(holder)
 
-    def restore() -> None:
-        now = kept()
-        if _identical(now, before):
-            return
-        if not isinstance(holder, dict):
-            holder.clear()
-            (holder.update if isinstance(holder, set) else holder.extend)(before)
-            return
-        for key in now:
-            if key not in before:
-                del holder[key]
-        if not _identical([key for key in holder if key in before], list(before)):
-            # One was deleted: the order of buffers is that of state_dict.
-            for key in before:
-                holder.pop(key, None)
-        holder.update(before)
 
-    return restore
+def _restore_entries(holder: Any, before: Any, keep: Keep | None) -> None:
+    now = holder if keep is None else _kept(holder, keep)
+    if _identical(now, before):
+        return
+    if not isinstance(holder, dict):
+        holder.clear()
+        (holder.update if isinstance(holder, set) else holder.extend)(before)
+        return
+    for key in [*now]:
+        if key not in before:
+            del holder[key]
+    if not _identical([key for key in holder if key in before], list(before)):
+        # One was deleted: the order of buffers is that of state_dict.
+        for key in before:
+            holder.pop(key, None)
+    holder.update(before)
 
 
 def _identical(one: Any, other: Any) -> bool:
-    return [*map(id, elements(one))] == [*map(id, elements(other))]
+    same = len(one) == len(other) and all(map(operator.is_, one, other))
+    return same and not (isinstance(one, dict) and not all(map(operator.is_, one.values(), other.values())))
 
 
 def array_state(value: Any) -> Restore | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -13,7 +14,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_curvature.replay.objects import contents, opens, parts, walk
+from lightning_curvature.replay.objects import Restore, contents, opens, parts, put_back, walk
 
 # Objects of these are handles of the machine (process groups, compiled code) or know the whole run: they are left out.
 _HANDLES = ("torch._", "torch.distributed", "lightning", "pytorch_lightning")
@@ -40,27 +41,28 @@ def restored(
     """
     left_out, closed = {id(tensor) for tensor in spared}, set[int]()
     memory, seen = set[tuple[int, int]](), dict[int, Any]()
+    restorers: list[Restore] = []
 
-    with contextlib.ExitStack() as stack:  # each restorer is called, also where another fails
+    def visit(value: Any, level: int) -> Iterable[Any]:
+        handle = type(value).__module__.startswith(_HANDLES) and not isinstance(value, _OPENED)
+        if handle or id(value) in left_out:
+            return ()
+        if not opens(value, sys.stdlib_module_names):
+            closed.add(id(value))
+            return ()
+        if isinstance(value, Tensor):
+            _save_tensor(value, restorers, memory)
+        restorers.extend(contents(value))
+        prepare(value)
+        return parts(value)
 
-        def visit(value: Any, level: int) -> Iterable[Any]:
-            handle = type(value).__module__.startswith(_HANDLES) and not isinstance(value, _OPENED)
-            if handle or id(value) in left_out:
-                return ()
-            if not opens(value, sys.stdlib_module_names):
-                closed.add(id(value))
-                return ()
-            if isinstance(value, Tensor):
-                _save_tensor(value, stack, memory)
-            for restore in contents(value):
-                stack.callback(restore)
-            prepare(value)
-            return parts(value)
-
+    try:
         walk(roots, visit, seen)
         if closed:
             _replace(closed, seen)
         yield
+    finally:
+        put_back(reversed(restorers))
 
 
 def _replace(closed: set[int], seen: dict[int, Any]) -> None:
@@ -74,20 +76,20 @@ def _replace(closed: set[int], seen: dict[int, Any]) -> None:
                     holder[key] = copy.deepcopy(value, memo)
 
 
-def _save_tensor(value: Tensor, stack: contextlib.ExitStack, memory: set[tuple[int, int]]) -> None:
+def _save_tensor(value: Tensor, restorers: list[Restore], memory: set[tuple[int, int]]) -> None:
     if not value.is_inference():
-        stack.enter_context(_unsafe_preserve_version_counter(value))
+        restorers.append(_unsafe_preserve_version_counter(value).__exit__)
     if value.is_leaf:
-        stack.callback(_restore_leaf, value, value.requires_grad, value.grad)
+        restorers.append(functools.partial(_restore_leaf, value, value.requires_grad, value.grad))
     if is_traceable_wrapper_subclass(value):
         return  # the tensors inside are attributes
-    stack.callback(setattr, value, "data", value.data)
+    restorers.append(functools.partial(setattr, value, "data", value.data))
     for plain in (value,) if value.layout == torch.strided else (value._indices(), value._values()):
         storage = plain.untyped_storage()
         place = storage.data_ptr(), storage.nbytes()
         if place not in memory:
             memory.add(place)
-            stack.callback(_refill, storage, _bytes_of(storage).clone())
+            restorers.append(functools.partial(_refill, storage, _bytes_of(storage).clone()))
 
 
 def _restore_leaf(value: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
