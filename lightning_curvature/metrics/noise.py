@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
 from lightning_curvature.losses.samples import equal_up_to_rounding
 from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric
-from lightning_curvature.noise.measurement import relation
+from lightning_curvature.noise.measurement import noise_curvature_of
 from lightning_curvature.noise.options import NoiseOptions, Quantity
 from lightning_curvature.noise.result import NoiseCurvature
 from lightning_curvature.noise.sums import moments_of
@@ -189,5 +189,5 @@ class NoiseCurvatureRelation(ModelMetric):
             "counts": self.gradient.new_tensor([float(self.samples), 0.0]),
         }
         moments = moments_of(sums, weight.shape)
-        self.relation = relation(self.options, moments, self.batch_size, weight.dtype, "kronecker")
+        self.relation = noise_curvature_of(self.options, moments, self.batch_size, weight.dtype, "kronecker")
         return self.relation.values()

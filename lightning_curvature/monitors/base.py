@@ -43,7 +43,7 @@ class Monitor(pl.Callback):
         return self._generate_state_key(prefix=self.options.prefix)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that no other monitor writes the same keys, and what can be checked before optimizers exist."""
+        """Check that no other monitor of this class has the same prefix, and the training step."""
         if stage == "fit":
             check_strategy(trainer, pl_module, type(self).__name__)
         for other in trainer.callbacks:  # type: ignore[attr-defined]

@@ -65,7 +65,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         """Return the keys that the progress bar shows."""
         return ()
 
-    def draw(self, trainer: pl.Trainer, result: ResultT) -> None:
+    def write_pictures(self, trainer: pl.Trainer, result: ResultT) -> None:
         """Write pictures and tables of a result."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -180,7 +180,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         values = dict.fromkeys(self.keys(), math.nan) if result is None else result.values()
         self._write(trainer, values | self.beside(trainer), self.shown())
         if result is not None:
-            self.draw(trainer, result)
+            self.write_pictures(trainer, result)
 
     def _read(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Any:
         """Read the data of all measurements of a fit; a rank that failed takes part, so that the others learn of it."""

@@ -47,10 +47,10 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
         return sums["squares"] / moments.samples
 
     batch_size, dtype = problem.batch_size, problem.parameter.dtype
-    return relation(options, moments, batch_size, dtype, problem.route, squares, problem.why_unpaired)
+    return noise_curvature_of(options, moments, batch_size, dtype, problem.route, squares, problem.why_unpaired)
 
 
-def relation(
+def noise_curvature_of(
     options: NoiseOptions,
     moments: NoiseMoments,
     batch_size: int,

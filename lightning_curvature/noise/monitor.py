@@ -244,7 +244,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         """Return the keys of all values, the same for every measurement."""
         return keys_of(self.options.quantities)
 
-    def draw(self, trainer: pl.Trainer, result: NoiseCurvature) -> None:
+    def write_pictures(self, trainer: pl.Trainer, result: NoiseCurvature) -> None:
         """Write the pictures."""
         if self.options.pictures:
             report_noise(trainer, self.options.prefix, result)

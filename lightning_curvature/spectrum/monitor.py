@@ -222,7 +222,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         wanted = self.options.quantities
         return {f"{q}_threshold": edge for q, edge in thresholds.items() if q in wanted and not math.isnan(edge)}
 
-    def draw(self, trainer: pl.Trainer, result: Spectrum) -> None:
+    def write_pictures(self, trainer: pl.Trainer, result: Spectrum) -> None:
         """Write the density as a histogram and a picture."""
         if result.density is not None:
             report_density(trainer, f"{self.options.prefix}/spectral_density", result.density)

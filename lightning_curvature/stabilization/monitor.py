@@ -181,6 +181,6 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
             )
         return result
 
-    def draw(self, trainer: pl.Trainer, result: SampleGrowth) -> None:
+    def write_pictures(self, trainer: pl.Trainer, result: SampleGrowth) -> None:
         """Write curves, table and picture."""
         report_table(trainer, self.options.prefix, result)
