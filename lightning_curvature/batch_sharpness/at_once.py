@@ -49,8 +49,7 @@ class PairsAtOnce(Pairs):
     def stacked(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
         """Measure the wanted quantities, but "lambda_max_b", of all mini-batches at once.
 
-        Raises:
-            Exception: where ``vmap`` cannot follow the training step, or the mini-batches differ in shape.
+        Raise where ``vmap`` cannot follow the training step, or the mini-batches differ in shape.
         """
         problem, population = self.problem, self.problem.population
         assert population is not None

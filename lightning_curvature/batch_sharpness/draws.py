@@ -20,8 +20,6 @@ class Draws:
     """Draws pairs on every rank until the quantities are known well enough.
 
     Args:
-        pairs: measures pairs.
-        quantities: the quantities to estimate.
         count: number of pairs that each rank draws between two exchanges.
         whole: the whole probe set, shared out over the ranks, for exact products.
         lose: called with quantities that cannot be measured, and the error.

@@ -25,9 +25,6 @@ class SharpnessMeasurement:
     ratio and is left out, lest few others pass for many. Ranks draw different pairs at a time, exchange their moments
     and add them in order, as one process would, which stops at the same pair.
 
-    Args:
-        options: what to measure.
-
     Attributes:
         pairs_at_once: how many pairs each rank measures at once; None lets the next measurement choose.
     """
@@ -39,11 +36,8 @@ class SharpnessMeasurement:
     def measure(self, problem: SharpnessProblem, fail: Callable[[Exception], None]) -> BatchSharpnessResult:
         """Measure all quantities. Every rank calls it, and leaves it together with the others.
 
-        A failure takes with it the quantities that need what failed, and no others.
-
-        Args:
-            problem: inputs.
-            fail: called with the error that ended a part of the measurement; returns where training goes on.
+        A failure takes with it the quantities that need what failed, and no others. ``fail`` is called with its error,
+        and returns where training goes on.
         """
         values, reasons = dict.fromkeys(self._options.keys(), math.nan), dict[str, str]()
 

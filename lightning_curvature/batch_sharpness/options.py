@@ -25,11 +25,7 @@ PAIR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSharpnessOptions(ProbeSetOptions):
-    """Options of :class:`~lightning_curvature.BatchSharpnessMonitor`, which documents them.
-
-    Raises:
-        ValueError: for a value outside its rule.
-    """
+    """Options of :class:`~lightning_curvature.BatchSharpnessMonitor`, which documents them and their errors."""
 
     quantities: Sequence[Quantity] = ("batch_sharpness",)
     every_n_train_steps: int | None = 100

@@ -59,13 +59,7 @@ class PairMoments:
 
 
 class Pairs:
-    """Measures pairs, one mini-batch after the other.
-
-    Args:
-        options: which quantities, how well.
-        problem: inputs.
-        full: ∇L of the whole probe set, where a quantity needs it.
-    """
+    """Measures pairs, one mini-batch after the other; ``full``: ∇L of the whole probe set where a quantity needs it."""
 
     def __init__(self, options: BatchSharpnessOptions, problem: SharpnessProblem, full: Tensor | None) -> None:
         self.options, self.problem, self._full = options, problem, full

@@ -16,14 +16,10 @@ from lightning_curvature.distributed.together import together
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.losses.fixed import ProbeLoss
-from lightning_curvature.operators import (
-    CurvatureOperator,
-    GaussNewtonOperator,
-    GradientDifferenceOperator,
-    HessianOperator,
-    MicroBatch,
-    Sharding,
-)
+from lightning_curvature.operators.base import CurvatureOperator
+from lightning_curvature.operators.differences import GradientDifferenceOperator, Sharding
+from lightning_curvature.operators.exact import GaussNewtonOperator, HessianOperator
+from lightning_curvature.operators.micro_batches import MicroBatch
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 
 Value = TypeVar("Value")
@@ -39,10 +35,8 @@ class SharpnessProblem:
     rank fails before the first forward, all ranks raise; later the others would wait for it, as in training.
 
     Attributes:
-        trainer: the Trainer.
         curvature: makes products with the curvature of micro-batches, where parameters are whole.
         loss: makes micro-batches of what was drawn.
-        parameters: the parameters to differentiate by.
         sharded: whether ranks hold parts of them.
         lr: η.
         population: the samples to draw mini-batches from, or None where only the step's own batch counts.
@@ -85,11 +79,9 @@ class SharpnessProblem:
         return None if self.sharded else sum_over_ranks(self.trainer)
 
     def operator(self, micro_batches: Sequence[MicroBatch], multiplied: bool = True) -> CurvatureOperator:
-        """Return the operator of the micro-batches of all ranks.
+        """Return the operator of the micro-batches of all ranks, as many on each where parameters are sharded.
 
-        Args:
-            micro_batches: this rank's; as many on each rank where parameters are sharded.
-            multiplied: whether products are wanted of it, and not its gradient alone.
+        ``micro_batches`` are this rank's. Unless ``multiplied``, it gives the gradient alone if parameters are whole.
         """
         if self._sharding is not None:
             return GradientDifferenceOperator(micro_batches, self.parameters, sharding=self._sharding)

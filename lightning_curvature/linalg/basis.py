@@ -52,10 +52,8 @@ class Basis:
         return total
 
     def orthogonalize(self, vector: Tensor) -> Tensor:
-        """Subtract the projection onto the rows from a vector, in place; return its coefficients, (m,) float64.
-
-        Classical Gram–Schmidt, twice ("twice is enough"): both passes are matrix-vector products.
-        """
+        """Subtract the projection onto the rows from a vector, in place; return its coefficients, (m,) float64."""
+        # Classical Gram–Schmidt, twice ("twice is enough"): both passes are matrix-vector products.
         total = torch.zeros(self._count, dtype=torch.float64, device=self.space.device)
         for _ in range(2 if self._count else 0):
             total += self._subtract_projection(vector)
@@ -65,9 +63,8 @@ class Basis:
         """Orthogonalize a vector, in place; return its coefficients, (m,) float64, and those of the last pass.
 
         Takes half the passes of :meth:`orthogonalize`: the ``known`` coefficients along the first rows, (l,) float64 on
-        the CPU, and then those along the other rows are subtracted, so that the one pass over all rows removes little
-        more than rounding. Where it removes as much as it leaves, the vector lay within the rows and needs another
-        pass.
+        the CPU, and then those along the other rows are subtracted, so that the one pass over all rows removes hardly
+        anything but rounding. Where it removes as much as it leaves, the vector lay in the rows and needs another pass.
         """
         for block, part in zip(self._filled(), known.split(_BLOCK), strict=False):
             if part.any():

@@ -9,9 +9,8 @@ from torch import Tensor
 # Bounds hold with 95 % probability.
 _FAILURE = 0.05
 
-# The crossing is searched for from the distance at which it can be excluded down to 2^-64 of that: on points a factor
-# of 2 apart, then a factor of 1.01 apart. The outer one of the last two is reported, up to 1.1 % of the distance too
-# wide.
+# The crossing is searched for from the distance at which it can be excluded down to 2^-64 of that: by factors of 2,
+# then of 1.01. The outer one of the last two points is reported, up to 1.1 % of the distance too wide.
 _POINTS = 64
 
 

@@ -35,7 +35,6 @@ class SpectralDensity:
         weights: (starts, m), each row sums to 1; 0 where a chain ended early.
         dimension: N.
         deflated: number of known eigenvalues among the nodes.
-        matvecs: products made.
     """
 
     nodes: Tensor
@@ -73,11 +72,9 @@ class SpectralDensity:
         return torch.linspace(low, high, points, dtype=torch.float64)
 
     def evaluate(self, grid: Tensor, width: float | None = None) -> Tensor:
-        """Return the density at the places of a grid, smoothed by a Gaussian; it integrates to 1.
+        """Return the density at the places of a grid, (points,), smoothed by a Gaussian; it integrates to 1.
 
-        Args:
-            grid: (points,), for example :meth:`grid` of the same width.
-            width: standard deviation of the Gaussian; default: :meth:`default_width`.
+        ``width`` is the standard deviation; default: :meth:`default_width`. :meth:`grid` gives the places for it.
         """
         width = self._width(width)
         nodes, weights = self.nodes.flatten(), self.weights.flatten() / len(self.nodes)
@@ -130,12 +127,8 @@ def spectral_density(
         space: the space of v.
         starts: number of random vectors; in large spaces one suffices, two give an error.
         steps: products for each, which set the resolution.
-        deflation: Ritz pairs of the same operator, as :func:`eigenpairs` returns them; their residuals are errors of
-            the density.
+        deflation: Ritz pairs of the same operator, of :func:`eigenpairs`; their residuals are errors of the density.
         generator: of the random vectors, on the device of the space; default: seed 0.
-
-    Returns:
-        Nodes and weights, with moments, histogram and smoothed density.
 
     Raises:
         ValueError: if an argument is out of range.

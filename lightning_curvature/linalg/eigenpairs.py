@@ -40,9 +40,7 @@ class Eigenpairs:
         converged: whether the search for each ended: its residual and the noise of the products are below the
             tolerance, and it is unlikely that a further eigenvalue was overlooked. A pair with a small residual and
             without ``converged`` is an eigenpair, possibly the wrong one.
-        upper: no eigenvalue is larger, with 95 % probability: see :func:`eigenpairs`.
-        lower: no eigenvalue is smaller, with 95 % probability.
-        matvecs: products made.
+        upper, lower: no eigenvalue is larger, or smaller, with 95 % probability each: see :func:`eigenpairs`.
         iterations: restarts of the basis, plus one.
         asymmetry: largest |u·Av − v·Au| among basis vectors: the noise of the products.
     """
@@ -104,13 +102,9 @@ def eigenpairs(
         tolerance: relative residual at which a pair has converged; not below the limit that rounding sets.
         max_matvecs: products after which the search ends; pairs that did not converge by then are returned as they are.
         max_basis: vectors kept in memory; rounded up to the minimum for the number of pairs.
-        start: vectors near the eigenvectors, any number, of any length; a random part is added to each. None: random
-            ones.
+        start: vectors near the eigenvectors, any number and length; a random part is added to each. None: random ones.
         block_size: number of random start vectors where ``start`` is empty; default: number of pairs at either end.
         generator: of the random vectors, on the device of the space; default: seed 0.
-
-    Returns:
-        The eigenpairs, also those that did not converge.
 
     Raises:
         ValueError: if no pair is requested, as many as there are coordinates or more, or an argument is out of range.

@@ -37,15 +37,10 @@ class KrylovSpace:
     added later and after a restart. The waiting rows of T then give the residual of a Ritz pair of T[:done, :done],
     without a product.
 
-    Args:
-        matvec: v ↦ Av, in a new tensor.
-        space: the space of v.
-
     Attributes:
         basis: V.
         projected: T, on the CPU.
         done: rows multiplied.
-        matvecs: products made.
         restarts: how often the basis was replaced by fewer vectors.
         scale: largest entry of T, an estimate of the size of the operator.
         asymmetry: largest |v_i·Av_j − v_j·Av_i| so far: the noise of the products.

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Dot products are taken over pieces of this many coordinates in the type of the vectors, and summed in float64. On a
-# CPU a piece stays in the cache; on an accelerator one kernel is worth its launch.
+# Dot products are taken over pieces of so many coordinates in the type of the vectors, and summed in float64: their
+# rounding is that of one piece. On a CPU it stays in the cache; on an accelerator one kernel is worth its launch.
 PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
 
 Reduce = Callable[[Tensor], Tensor]
@@ -37,7 +37,6 @@ class VectorSpace:
         cut: one function for each tensor, from a full tensor to this rank's shard.
 
     Attributes:
-        dtype: type of the vectors.
         device: device of the vectors, that of the first tensor.
         size: n, coordinates on this rank.
         dimension: N, coordinates in all.
@@ -121,10 +120,7 @@ class VectorSpace:
         return vector
 
     def dots(self, blocks: Sequence[Tensor], vector: Tensor) -> Tensor:
-        """Return the dot products of a vector with the rows of all blocks (m, n), float64; one reduction.
-
-        They are summed in float64 over pieces, so that the rounding is that of one piece.
-        """
+        """Return the dot products of a vector with the rows of all blocks (m, n), float64; one reduction."""
         totals = []
         for rows in blocks:
             total = torch.zeros(len(rows), dtype=torch.float64, device=self.device)

@@ -21,10 +21,8 @@ class TraceEstimate:
     """A trace with its error.
 
     Attributes:
-        value: the estimate.
         standard_error: its standard deviation; three of them hold in 99 of 100 cases.
         samples: number of random vectors in it.
-        matvecs: products made.
         converged: whether the standard error is at most ``relative_error`` of the value.
         deflated: dimension of the subspace on which it is exact.
     """

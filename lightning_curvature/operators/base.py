@@ -22,10 +22,6 @@ class CurvatureOperator:
         parameters: the parameters to differentiate by, each once.
         reduce: sum over the ranks, in place or not; None on one process.
 
-    Attributes:
-        space: the vector space.
-        error: the error of this rank, or None.
-
     Raises:
         ValueError: if there are no parameters.
     """

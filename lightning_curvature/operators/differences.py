@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # float32, 3e-10 in float64), and by about as much along the sharpest direction. With BatchNorm it was 4e-3 in float32.
 _DISTANCE = 0.1
 
-# The note to users.
 WHERE_SHARDED = (
     "products with the Hessian are made by a difference of gradients, since parameters are sharded and second "
     "derivatives do not reach through their gathering."
@@ -37,7 +36,6 @@ class Sharding:
 
     Attributes:
         space: the space of the parameters, with this rank's shards.
-        ranks: number of ranks.
         around: context for passes with perturbed shards, which may fail.
     """
 
@@ -68,14 +66,12 @@ class GradientDifferenceOperator(CurvatureOperator):
 
     For models without second derivatives: sharded parameters, whose gathering autograd does not see through, and layers
     whose backward cannot be differentiated. u is the rounding unit of the parameters' type: rounding of the gradients
-    grows as u/r and truncation as r², so that their sum is least at a distance proportional to u^{1/3}.
-
-    The parameters are perturbed in place, in this rank's shards, and restored bit for bit, also after an error.
+    grows as u/r and truncation as r², so that their sum is least at a distance proportional to u^{1/3}. The parameters
+    are perturbed in place, in this rank's shards, and restored bit for bit, also after an error.
 
     Args:
-        parts, parameters, reduce: see :class:`~.base.CurvatureOperator`; ``reduce`` is unused where parameters are
-            sharded, since their backward reduces.
-        sharding: the sharding of the parameters, or None.
+        parts, parameters, reduce: see :class:`~.base.CurvatureOperator`.
+        sharding: of the parameters, whose backward then reduces in place of ``reduce``; or None.
 
     Raises:
         ValueError: if a loss has no graph.
@@ -146,10 +142,8 @@ class GradientDifferenceOperator(CurvatureOperator):
                     self.space.add_(total, gradients, factor * part.weight)
 
     def _backward(self, loss: Tensor) -> list[Tensor | None]:
-        """Return gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the shards.
-
-        ``grad`` of the parameters must be None: see :func:`~lightning_curvature.replay.isolation.untouched`.
-        """
+        """Return gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the shards."""
+        # ``p.grad`` must be None before: see :func:`~lightning_curvature.replay.isolation.untouched`.
         loss.backward()
         gradients = [None if p.grad is None else local(p.grad) for p in self._originals]
         for p in self._originals:

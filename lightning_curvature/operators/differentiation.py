@@ -30,10 +30,8 @@ def differentiable() -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def same_attention(module: nn.Module) -> Generator[None, None, None]:
-    """Disable the inference path of attention layers in eval mode, which the step, with gradients, did not take.
-
-    That path leaves padded positions at zero: other outputs, not only another rounding.
-    """
+    """Disable the inference path of attention layers in eval mode, which the step, with gradients, did not take."""
+    # That path leaves padded positions at zero: other outputs, not only another rounding.
     layers = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
     trained = any(
         isinstance(m, layers) and not m.training and any(p.requires_grad for p in m.parameters())

@@ -16,8 +16,7 @@ Graph = TypeVar("Graph")
 # Share of the memory that is free once the first graph is built for all kept graphs: products need room for the
 # intermediate values of one more graph, and the basis for its vectors.
 _SHARE = 0.5
-# Share of the free memory for vectors that are multiplied at once: a product makes a few times as many intermediate
-# values.
+# Share of the free memory for vectors that are multiplied at once: a product makes a few times as many temporaries.
 _BATCH_SHARE = 0.05
 
 
@@ -31,13 +30,8 @@ class Graphs(Generic[Graph]):
     """Graphs by index, each built when it is first used.
 
     A kept graph saves every later product the forward and the first backward. ``"auto"`` keeps as many as fit, in
-    order: the bytes that autograd saves for the first, counted while it is built, give their number.
-
-    Args:
-        count: number of graphs.
-        keep: True, False or "auto".
-        parameters: tensors that all graphs share.
-        processes: number of processes that share the memory.
+    order: the bytes that autograd saves for the first, counted while it is built, give their number. All graphs share
+    the ``parameters``, and ``processes`` share the memory.
     """
 
     def __init__(self, count: int, keep: KeepGraph, parameters: Sequence[Tensor], processes: int = 1) -> None:

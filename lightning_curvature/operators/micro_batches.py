@@ -15,13 +15,7 @@ from lightning_curvature.operators.differentiation import differentiable
 
 @dataclass
 class Evaluation:
-    """Loss and, where available, outputs of one batch.
-
-    Attributes:
-        loss: scalar mean loss.
-        outputs: outputs of shape (B, …), or None.
-        mask: weight of each position, or None.
-    """
+    """Scalar mean loss of one batch and, where available, outputs, (B, …), and mask: the weight of each position."""
 
     loss: Tensor
     outputs: Tensor | None = None
@@ -33,8 +27,7 @@ class MicroBatch:
     """Data that is differentiated at once.
 
     Attributes:
-        evaluate: returns its mean loss and outputs at the present parameters, with their graph where gradients are
-            enabled. Must return the same every time.
+        evaluate: returns loss and outputs at the present parameters, always the same, with a graph if gradients are on.
         weight: its number of samples over that of all ranks: the loss is Σ weight · loss.
     """
 
@@ -79,11 +72,7 @@ def micro_batches(
 
 
 def sample_count(targets: Any) -> int:
-    """Return the number of samples: the length of the first tensor in the targets of a batch.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Return the number of samples: length of the first tensor in a batch's targets; raise ValueError without one."""
     for leaf in tree_leaves(targets):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return len(leaf)

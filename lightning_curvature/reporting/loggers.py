@@ -25,10 +25,7 @@ class CurvatureWarning(UserWarning):
 
 
 def warn(message: str, any_rank: bool = False) -> None:
-    """Warn once a process for each distinct message, by Python's own registry of warnings.
-
-    On rank 0 only, unless ``any_rank``: then the rank on which it happened warns.
-    """
+    """Warn once a process for each distinct message (Python's registry): on rank 0, or on this rank if ``any_rank``."""
     if any_rank:
         warnings.warn(message, category=CurvatureWarning, stacklevel=3)
     else:

@@ -13,14 +13,7 @@ _PATIENCE_SECONDS = 3.0
 
 
 class Progress:
-    """Shows a long measurement on the Trainer's progress bar, if it is one of Lightning's.
-
-    Args:
-        trainer: the Trainer.
-        name: name of the measurement.
-        clock: returns seconds.
-        unit: name of the counted items.
-    """
+    """Shows a long measurement on the Trainer's progress bar, if it is one of Lightning's, with a count of ``unit``."""
 
     def __init__(
         self, trainer: pl.Trainer, name: str, clock: Callable[[], float] = time.monotonic, unit: str = "products"
