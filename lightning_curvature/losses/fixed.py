@@ -13,9 +13,8 @@ from torch import Tensor
 from lightning_curvature.data.copies import DataRandomness
 from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, to_device
 from lightning_curvature.losses.stacked import Stacked, stack
-from lightning_curvature.operators import MicroBatch
 from lightning_curvature.operators.differentiation import differentiable, same_attention
-from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.module_state import ModuleState, RandomState
 from lightning_curvature.replay.objective import StepObjective
@@ -34,8 +33,6 @@ class ProbeLoss:
     To be made and used inside :func:`~.replay.isolation.untouched`.
 
     Args:
-        trainer: the Trainer.
-        objective: the training step.
         precision: makes the context of a forward.
         mode: "train" leaves the module as it trains, "eval" switches it.
     """
@@ -96,13 +93,9 @@ class ProbeLoss:
     def losses_of_many(
         self, stacked: Stacked, seed: int, parameters: Sequence[Tensor] = (), copies: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Return the losses of stacked batches, (batches,), each at its own copy of some parameters.
+        """Return the losses of stacked batches, (batches,), each at its copy of ``parameters``.
 
-        Args:
-            stacked: batches that were moved, by :func:`~.losses.stacked.stack`.
-            seed: of their random numbers.
-            parameters: those that have copies.
-            copies: of each, (batches, shape).
+        Batches are moved, then stacked by :func:`~.losses.stacked.stack`; ``copies`` are (batches, shape) each.
 
         Raises:
             Exception: any that ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers,
@@ -137,9 +130,7 @@ class ProbeLoss:
     def parts_of_step(self, calls: Sequence[tuple[Any, int, RandomState]], ranks: int) -> list[MicroBatch]:
         """Return micro-batches of a step about to be made, weighted as Lightning averages their gradients: equally.
 
-        Args:
-            calls: batch on the device, ``batch_idx`` and random state of each call of ``training_step`` on this rank.
-            ranks: number of ranks.
+        ``calls`` are batch on the device, ``batch_idx`` and random state of each ``training_step`` on this rank.
         """
         return [MicroBatch(functools.partial(self._repeat, *call), 1 / len(calls) / ranks) for call in calls]
 

@@ -15,13 +15,11 @@ from lightning_curvature.data.ordered import OrderedSamples
 from lightning_curvature.data.probe_set import ProbeBatch
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.stacked import Stacked, copies_of, single_samples, stack
-from lightning_curvature.operators import MicroBatch
 from lightning_curvature.operators.differentiation import differentiable
 from lightning_curvature.operators.graphs import pull_back_rows
-from lightning_curvature.operators.micro_batches import Evaluation, building_graphs
+from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch, building_graphs
 
-# Another order of the sums changes a few units in the seventh digit of float32. Half precision rounds by more, and then
-# takes the slower way.
+# Reordered sums differ by a few units in float32's seventh digit; half precision by more, so it takes the slower way.
 _AGREEMENT = 1e-5
 
 
@@ -92,13 +90,8 @@ class SampleLosses:
     """Losses ℓ_i of single samples, and means of them, at the parameters as they are.
 
     Where the loss of a batch is the mean of its samples' (checked once for each batch), means come from whole batches;
-    else from single samples, batched where supported. To be made for each measurement, inside
-    :func:`~.replay.isolation.untouched`.
-
-    Args:
-        loss: repeats the training step.
-        samples: the samples.
-        size: number of samples in a batch.
+    else from single samples, batched where supported. A batch has ``size`` samples. To be made for each measurement,
+    inside :func:`~.replay.isolation.untouched`.
     """
 
     def __init__(self, loss: ProbeLoss, samples: OrderedSamples, size: int) -> None:

@@ -73,8 +73,7 @@ def noise_curvature_of(
             f"gradients and Hessians by {options.parameter!r} must be finite, got others: the loss overflows, or has a "
             "kink where a derivative is not defined (a square root at 0)."
         )
-    # C is a difference of two means, summed in double precision, of gradients in the precision of the run, whose
-    # roundings go in all directions.
+    # C subtracts two means, in double precision, of gradients whose roundings, those of the run, go in all directions.
     unit, double, size = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps, len(hessian)
     scale = float(moments.products.trace()) / batch_size
     of_trace, of_entry = (scale * (16.0 * double + 4.0 * unit**2 / directions) for directions in (1, size))
@@ -93,8 +92,7 @@ def noise_curvature_of(
     silent = projected.diagonal() <= of_entry
     projected[silent] = projected[:, silent] = 0.0
     variances = projected.diagonal()
-    # H is a mean of numbers in the precision of the run: eigenvalues below its rounding are none, and the directions of
-    # rounding say nothing about C.
+    # H is rounded as the run is: eigenvalues below that are none, and the directions of rounding say nothing about C.
     floor = unit * float(values.abs().max())
     curved = values.abs() > floor
     within, shown = projected[curved][:, curved], min(_SHOWN, len(values))

@@ -25,8 +25,7 @@ from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import inform, warn
 from lightning_curvature.reporting.progress import Progress
 
-# The monitor warns above these shares: of samples without a partner (the last batch of most data leaves a few), and of
-# eigenvalues that equal the one before.
+# The monitor warns above these shares: samples without a partner (a last batch leaves a few), repeated eigenvalues.
 _UNPAIRED, _DEGENERATE = 0.05, 0.2
 
 

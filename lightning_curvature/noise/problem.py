@@ -21,9 +21,6 @@ class NoiseProblem:
     """Inputs of one measurement of the noise covariance.
 
     Attributes:
-        trainer: the Trainer.
-        loss: repeats the training step.
-        probe_set: the samples.
         parameter: the block, of D entries.
         device: device of the sums over samples.
         batch_size: b, samples of an optimizer step.

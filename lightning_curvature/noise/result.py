@@ -33,8 +33,7 @@ class ChainLink(NamedTuple):
 
     Attributes:
         gamma: its power law against H, or None.
-        norm: ‖·‖_F.
-        distance: ‖· − C‖_F / ‖C‖_F.
+        norm, distance: ‖·‖_F, and ‖· − C‖_F / ‖C‖_F.
         diagonal: in H's eigenbasis, (𝒩,).
     """
 
@@ -51,30 +50,21 @@ class NoiseCurvature:
     Numbers that were not asked for are None or NaN.
 
     Attributes:
-        parameter: name of the block.
-        quantities: the quantities that were asked for.
+        parameter, quantities: name of the block, and the quantities that were asked for.
         route: "kronecker", from the factors of a linear layer, or "general".
-        samples: n.
-        batch_size: b.
-        dimension: D.
+        samples, batch_size, dimension: n, b and D.
         curved: number of directions whose curvature is above rounding; others stand in the arrays, and in no number.
         curvatures: H_ii, descending, (𝒩,) float64.
         variances: C_ii, (𝒩,).
         second_moments: E_p[Σ_m κ_m² (u_m · v_i)²] = 2b C_ii/σ_w² by duality, (𝒩,).
         vectors: v_i as rows, (𝒩, D).
-        shown: C in the eigenbasis, its leading part.
-        shown_random: C with random eigenvectors, as large.
-        gamma: power law of C_ii against H_ii.
-        gamma_awd: power law of ``second_moments`` against H_ii.
+        shown, shown_random: leading part of C in the eigenbasis, and as large a part of C with random eigenvectors.
+        gamma, gamma_awd: power laws against H_ii, of C_ii and of ``second_moments``.
         commutativity: ‖CH − HC‖_F / (‖C‖_F ‖H‖_F).
-        relative_commutativity: ‖CH − HC‖_F / ‖CH‖_F.
-        random_commutativity: the latter for a C with random eigenvectors.
-        alignment: energy on the diagonal of C.
-        spearman: rank correlation of C_ii and H_ii.
-        coupling: μ.
-        spikes: M, the participation ratio of C's eigenvalues.
-        haar: μ of randomly rotated C, (draws,).
-        test: μ against theory.
+        relative_commutativity, random_commutativity: ‖CH − HC‖_F / ‖CH‖_F, and for a C with random eigenvectors.
+        alignment, spearman: energy on the diagonal of C; rank correlation of C_ii and H_ii.
+        coupling, spikes: μ; M, the participation ratio of C's eigenvalues.
+        haar, test: μ of randomly rotated C, (draws,); μ against theory.
         weight_variance: σ_w².
         degenerate: share of the eigenvalues that equal the one before: eigenvectors within such a group may be any
             directions, and entries of C with them.

@@ -16,8 +16,7 @@ from lightning_curvature.noise.sums import NOT_A_MEAN
 from lightning_curvature.operators import NotSeparableError, linear_statistics
 from lightning_curvature.operators.memory import available_memory
 
-# D × D matrices in double precision that exist at one time, with those of an eigensolver; and those for pairs of
-# mini-batches.
+# D × D matrices in double precision that exist at once, an eigensolver's among them; those for pairs of mini-batches.
 _MATRICES, _PAIR_MATRICES = 10, 10
 # Share of the free memory that they may take.
 _SHARE = 0.8

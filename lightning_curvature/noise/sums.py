@@ -26,8 +26,7 @@ class NoiseMoments(NamedTuple):
         samples: n.
         unpaired: share of the samples that have no partner of their class.
         gradient: ḡ, (D,).
-        products: E[g gᵀ], (D, D).
-        hessian: H = E[h], (D, D).
+        products, hessian: E[g gᵀ] and H = E[h], (D, D).
         second: E[h²], (D, D), on the Kronecker route.
         duality: sums over pairs of mini-batches, where they were asked for.
     """

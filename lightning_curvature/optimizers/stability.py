@@ -65,9 +65,8 @@ def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
         The rule. Thresholds are infinite where all learning rates are 0, and NaN where none exists: for
         ``maximize=True``, which climbs, and for settings that are never stable (momentum of 1).
 
-    Source: Cohen et al. 2021 (arXiv 2103.00065) and 2022 (arXiv 2207.14484); see
-    :func:`~lightning_curvature.functional.momentum_threshold` and
-    :func:`~lightning_curvature.functional.adaptive_threshold`.
+    Source: Cohen et al. 2021 (arXiv 2103.00065) and 2022 (arXiv 2207.14484); see the functions ``momentum_threshold``
+    and ``adaptive_threshold`` of :mod:`lightning_curvature.functional`.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))

@@ -20,8 +20,7 @@ from lightning_curvature.replay.isolation import gradient_hooks, muted, without_
 from lightning_curvature.replay.module_state import ModuleState, RandomState
 from lightning_curvature.replay.snapshot import restored
 
-# Torch keeps the hooks on the steps of all optimizers in these dictionaries. The names are private: where they differ,
-# trial steps call those hooks.
+# Torch's dictionaries of hooks on all optimizers. The names are private: where they differ, trial steps call the hooks.
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
@@ -77,11 +76,7 @@ class TrialSteps:
 
     @staticmethod
     def check(optimizer: Any) -> None:
-        """Raise unless the optimizer can step on gradients alone.
-
-        Raises:
-            MisconfigurationException: where ``step`` needs an argument, as L-BFGS its closure.
-        """
+        """Raise a MisconfigurationException where ``step`` needs an argument, as L-BFGS its closure."""
         arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
         needed = [a.name for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
         if needed:
@@ -92,13 +87,10 @@ class TrialSteps:
 
     @torch.no_grad()
     def update_for(self, gradient: Tensor) -> Tensor:
-        """Return the update that the optimizer would make with a gradient.
+        """Return the update d = θ − θ', (n,), that the optimizer would make with a gradient, in fresh memory.
 
         Args:
-            gradient: flat, (n,), this rank's shards in the order of ``parameters``; unclipped, unscaled; only read.
-
-        Returns:
-            d = θ − θ', flat, (n,), in the order of ``parameters``; fresh memory.
+            gradient: flat like d, this rank's shards in the order of ``parameters``; unclipped, unscaled; only read.
 
         Raises:
             MisconfigurationException: if something that the optimizer holds can neither be put back nor copied, or if

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lightning_curvature.distributed.shards import local, shard_count
 
-# Parameters are processed in pieces of this many numbers: on a CPU they stay in its cache, on an accelerator one kernel
-# is worth its launch; and no temporary is as large as a large parameter.
+# Numbers in a piece of a parameter: it fits a CPU's cache, is worth an accelerator's launch, and bounds temporaries.
 _PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
 
 
@@ -135,10 +134,7 @@ class ParameterUpdate:
 
     @contextlib.contextmanager
     def direction(self) -> Generator[list[Tensor], None, None]:
-        """Set the parameters to θ_t inside the block, which receives d.
-
-        d takes the memory of the copy of θ_t: after this block the update is used up.
-        """
+        """Set the parameters to θ_t inside the block, which receives d in the memory of their copy, once only."""
         with self._moved() as targets:
             before, self._before = self._before, []
             with torch.no_grad():

@@ -93,10 +93,7 @@ def attached(
 ) -> Generator[None, None, None]:
     """Let a Trainer that does not run hold a module inside the block, on the Trainer's device.
 
-    Args:
-        trainer: the Trainer.
-        module: the module.
-        parameters: those that may be moved, as if an optimizer held them; all others are put back in each repetition.
+    ``parameters`` may be moved, as if an optimizer held them; all others are put back in each repetition.
     """
     strategy, connector = trainer.strategy, trainer._data_connector
     places: list[tuple[Any, str]] = [(m, "_trainer") for m in module.modules() if isinstance(m, pl.LightningModule)]
@@ -115,21 +112,14 @@ def attached(
 
 
 def own_buffers(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Let the module compute with copies of its buffers inside the block, so that a graph made there stays valid.
-
-    BatchNorm writes into its running statistics, which its graph has saved.
-    """
+    """Let the module compute with copies of its buffers in the block: BatchNorm writes to those its graph has saved."""
     return _replaced([m._buffers for m in module.modules()], {id(b): b.clone() for b in module.buffers()})
 
 
 def parameters_replaced(module: nn.Module, values: Mapping[int, Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Let the module compute with other tensors in place of its parameters inside the block.
+    """Let the module compute with other tensors, by ``id`` of the parameter that they replace, inside the block.
 
     Unlike ``torch.func.functional_call`` it puts parameters back right in a submodule that has two names.
-
-    Args:
-        module: the module.
-        values: tensors by the ``id`` of the parameter that they replace, wherever it stands.
     """
     return _replaced([m._parameters for m in module.modules()], values)
 

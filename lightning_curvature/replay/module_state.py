@@ -17,10 +17,7 @@ from lightning_curvature.replay import objects
 
 
 class RandomState:
-    """State of every random-number generator that a training step may draw from.
-
-    Python's, numpy's (where it is imported), torch's on the CPU and on the module's device.
-    """
+    """State of all random generators of a step: Python's, numpy's if imported, torch's on the CPU and on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._python = random.getstate()
@@ -46,8 +43,7 @@ _STRUCTURE = {"_trainer", "_fabric", "prepare_data_per_node"}
 _STRUCTURE |= {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}  # hooks among them
 # Plain objects inside a module (an average meter, a replay buffer) are followed this deep, containers one level deeper.
 _DEPTH = 2
-# A longer list or dict is a record that steps add to, not a set of running averages (one for each parameter of a
-# large model is several hundred): its elements are not copied.
+# A longer list or dict is a record that steps add to, not running averages (several hundred): elements are not copied.
 _RECORD_LENGTH = 1000
 
 
@@ -60,7 +56,6 @@ class ModuleState:
     file, the variables of a hook.
 
     Args:
-        module: the module.
         parameters: parameters whose values are saved too. The trained ones are not among them: they are θ.
 
     Attributes:
@@ -83,12 +78,7 @@ class ModuleState:
         self._seen.clear()
 
     def restore(self, gently: bool = False) -> None:
-        """Put all of it back.
-
-        Args:
-            gently: leave unchanged tensors alone, at the price of a comparison: writing would tell autograd that graphs
-                which saved them are void.
-        """
+        """Put all back; ``gently`` compares, and leaves unchanged tensors alone: graphs that saved them stay valid."""
         self._gently = gently
         with torch.no_grad():
             objects.put_back(self._restorers)
@@ -165,14 +155,7 @@ class Bystanders:
 
     Which of them a step writes shows only when it has run. Until a step was repeated once, every parameter that could
     be a copy of a trained one (it has the shape of one) is saved with the module's state; from then on those that were
-    written, so that a frozen backbone costs nothing.
-
-    Args:
-        module: the module.
-        optimizers: its optimizers.
-
-    Attributes:
-        saved: the parameters to save.
+    written, so that a frozen backbone costs nothing. ``saved`` are the parameters to save.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Any]) -> None:

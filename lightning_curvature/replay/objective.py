@@ -55,7 +55,6 @@ class StepObjective:
     precision and writes no logs; the caller puts states back (see :func:`~.replay.isolation.untouched`).
 
     Args:
-        module: the module.
         device: the device it trains on.
         outputs: name of the submodule whose output counts as the outputs; default: the module's own forward.
         function: replaces ``training_step`` in repetitions; called as ``function(module, batch)``.
@@ -172,9 +171,7 @@ class StepObjective:
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     def evaluate(self, record: RecordedBatch, segment: int = 0) -> Evaluation:
-        """Repeat a recorded step with the parameters as they are now.
-
-        Under ``torch.no_grad`` unless the caller enabled gradients.
+        """Repeat a recorded step at the present parameters, under ``torch.no_grad`` unless gradients are enabled.
 
         Raises:
             ValueError: if the loss is not a scalar.

@@ -36,10 +36,8 @@ FRAMEWORKS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "li
 def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen: dict[int, Any]) -> None:
     """Call ``visit(value, level)`` once for each object, nearest first; it returns the objects to visit next.
 
-    Args:
-        roots: the objects on level 0.
-        visit: not called for constants.
-        seen: receives the visited objects by ``id``, which thereby stays theirs; those in it are not visited.
+    Roots are on level 0. Constants are not visited, nor the objects in ``seen``, which receives the visited objects by
+    ``id`` and keeps them alive, so that no other object has it.
     """
     values, level = list(roots), 0
     while values:
