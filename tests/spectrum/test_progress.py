@@ -113,7 +113,7 @@ def test_short_measurements_are_silent(bar: Any, monkeypatch: pytest.MonkeyPatch
 def test_note_goes_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     notes = Notes(1.0, monkeypatch)
 
-    def late(measurement: Any, problem: Any, fail: Any) -> None:
+    def late(measurement: Any, problem: Any, basis: int, fail: Any) -> None:
         for _ in range(5):
             problem.on_product()
         raise RuntimeError("late")
