@@ -52,7 +52,7 @@ def prepare_together(
     def make() -> Tensors:
         prepared.append(prepare())
         table = torch.zeros_like(empty)
-        table[trainer.global_rank] = torch.tensor([prepared[0].capacities[name] for name in capacities])
+        table[trainer.global_rank] = table.new_tensor([prepared[0].capacities[name] for name in capacities])
         return {"capacities": table}
 
     table = together(trainer, make, {"capacities": empty}, "preparing the measurement")["capacities"]

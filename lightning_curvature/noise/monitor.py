@@ -16,7 +16,7 @@ from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.noise import routes
 from lightning_curvature.noise.measurement import measure_noise
-from lightning_curvature.noise.options import NoiseOptions, Pairing, Quantity, keys_of
+from lightning_curvature.noise.options import NoiseOptions, Pairing, Quantity
 from lightning_curvature.noise.problem import NoiseProblem
 from lightning_curvature.noise.result import NoiseCurvature, report_noise
 from lightning_curvature.noise.sums import NOT_A_MEAN, sum_device
@@ -238,10 +238,6 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
                 f"samples must have a partner of their class in the other half of their batch, got "
                 f"{result.unpaired:.1%} without, which 'noise_awd_chain' leaves out: raise micro_batch_size.",
             )
-
-    def keys(self) -> list[str]:
-        """Return the keys of all values, the same for every measurement."""
-        return keys_of(self.options.quantities)
 
     def write_pictures(self, trainer: pl.Trainer, result: NoiseCurvature) -> None:
         """Write the pictures."""

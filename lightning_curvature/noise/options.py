@@ -80,3 +80,7 @@ class NoiseOptions(OccasionalOptions):
     def pairs(self) -> bool:
         """Whether samples of mini-batches are paired."""
         return "noise_awd_chain" in self.quantities
+
+    def keys(self) -> list[str]:
+        """Return the keys of all values."""
+        return keys_of(self.quantities)
