@@ -9,8 +9,8 @@ import pytest
 
 from tests.distributed import alone_jobs as jobs
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch
 from tests.distributed.sharpness_cases import lost
+from tests.helpers.processes import run_on_ranks
 
 Results = dict[str, list[Any]]
 
@@ -25,9 +25,9 @@ LOST = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, jobs.JOBS, tmp_path_factory.mktemp("alone")).results()
+    return run_on_ranks(jobs.__name__, jobs.JOBS)
 
 
 @pytest.mark.parametrize("name", [*jobs.SPECTRUM, *jobs.SHARPNESS])

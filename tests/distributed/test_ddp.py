@@ -10,15 +10,15 @@ import torch
 from tests.distributed import ddp_jobs as jobs
 from tests.distributed.cases import Outcome
 from tests.distributed.compare import assert_same_state, assert_same_values
-from tests.distributed.launch import Launch
+from tests.helpers.processes import run_on_ranks
 
 Results = dict[str, list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, jobs.JOBS, tmp_path_factory.mktemp("ddp")).results()
+    return run_on_ranks(jobs.__name__, jobs.JOBS)
 
 
 @pytest.mark.parametrize("name", ["sgd_64", "adamw_64", "squared_error", "accumulated", "unused", "rare", "uneven"])

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import failing_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch, needs_fsdp2
+from tests.helpers.processes import needs_fsdp2, outcomes, run_on_ranks
 
 pytestmark = needs_fsdp2
 
@@ -21,10 +21,9 @@ ENDING_SECONDS = 90
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs that go on to the end, by one pair of processes."""
-    folder = tmp_path_factory.mktemp("failures")
-    return Launch(jobs.__name__, [*jobs.DDP_JOBS, *jobs.FSDP2_JOBS, "at_first_step"], folder).results()
+    return run_on_ranks(jobs.__name__, [*jobs.DDP_JOBS, *jobs.FSDP2_JOBS, "at_first_step"])
 
 
 def assert_lost_one_step(together: list[Outcome]) -> None:
@@ -64,15 +63,15 @@ def test_all_ranks_evaluate_at_the_same_distance_after_a_failed_first_step(resul
         assert all(math.isnan(outcome.rows[0][f"curvature/{key}"]) for key in ("update_norm", "descent", "lambda_kl"))
 
 
-def test_raising_raises_on_both_ranks(tmp_path: Any) -> None:
-    first, second = Launch(jobs.__name__, ["raised"], tmp_path).results()["raised"]
+def test_raising_raises_on_both_ranks() -> None:
+    first, second = run_on_ranks(jobs.__name__, ["raised"])["raised"]
     assert len(first) == len(jobs.fatal)
     assert all("failed on another rank" in end for end in first)
     assert second == [f"RuntimeError: {jobs.MESSAGE}"] * len(jobs.fatal)
 
 
-def test_raising_ends_both_processes(tmp_path: Any) -> None:
-    launch = Launch(jobs.__name__, ["fatal_search"], tmp_path, collective_seconds=1800)
-    codes = launch.wait(ENDING_SECONDS)
-    assert all(code > 0 for code in codes)  # ended by an error, not by a signal
-    assert jobs.MESSAGE in launch.outputs()[1]
+def test_raising_ends_both_processes() -> None:
+    """By an error, long before a collective that one of them never enters gives up."""
+    first, second = outcomes(jobs.__name__, ["fatal_search"], collective_seconds=1800, seconds=ENDING_SECONDS)
+    assert "failed on another rank; see that rank's log" in first["error"].splitlines()[-1]
+    assert second["error"].splitlines()[-1] == f"RuntimeError: {jobs.MESSAGE}"

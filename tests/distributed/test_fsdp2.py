@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from tests.distributed import fsdp2_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
 from tests.distributed.compare import assert_same_state, assert_same_values
-from tests.distributed.launch import Launch, needs_fsdp2
+from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
 pytestmark = needs_fsdp2
 
@@ -19,11 +19,9 @@ Results = dict[str, list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(
-        jobs.__name__, [*jobs.JOBS, "refusal", "tensor_parallel", "interrupted"], tmp_path_factory.mktemp("fsdp2")
-    ).results()
+    return run_on_ranks(jobs.__name__, [*jobs.JOBS, "refusal", "tensor_parallel", "interrupted"])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "as_one", "squared_error", "one_sided", "accumulated"])

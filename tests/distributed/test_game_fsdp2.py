@@ -11,7 +11,7 @@ import torch
 from tests.compatibility.test_several_optimizers import BATCHES, PLAYERS
 from tests.distributed import game_jobs as jobs
 from tests.distributed.game_jobs import Outcome
-from tests.distributed.launch import Launch, needs_fsdp2
+from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
 pytestmark = needs_fsdp2
 
@@ -24,9 +24,9 @@ TOLERANCES = {"directional": 1e-10, "spectrum": 1e-6, "sharpness": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All games of this file, by one pair of processes."""
-    return Launch(jobs.__name__, [*jobs.GAMES, "unwatched"], tmp_path_factory.mktemp("games")).results()
+    return run_on_ranks(jobs.__name__, [*jobs.GAMES, "unwatched"])
 
 
 def of_monitor(rows: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:

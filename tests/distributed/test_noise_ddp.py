@@ -11,9 +11,9 @@ import pytest
 from lightning_curvature.noise.result import NoiseCurvature
 from tests.distributed import noise_jobs as jobs
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch
 from tests.distributed.noise_cases import assert_same_noise, assert_same_result
 from tests.distributed.noise_jobs import Results
+from tests.helpers.processes import run_on_ranks
 
 # Sums over the ranks in another order, in two steps of training, too: hundreds of roundings of 1e-16.
 ROUNDING = 1e-10
@@ -21,9 +21,9 @@ MORE = ["raised", "communication", "unequal", "by_hand"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, [*jobs.JOBS, *MORE], tmp_path_factory.mktemp("noise")).results()
+    return run_on_ranks(jobs.__name__, [*jobs.JOBS, *MORE])
 
 
 ROUTES = {"general": "general", "forced": "general", "one_general": "general", "late": "general"}

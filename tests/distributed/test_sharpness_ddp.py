@@ -9,9 +9,9 @@ import pytest
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.distributed import sharpness_jobs as jobs
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch
 from tests.distributed.sharpness_cases import assert_complete, assert_same_sharpness, lost, same_text
 from tests.distributed.sharpness_jobs import Results
+from tests.helpers.processes import run_on_ranks
 
 # Sums over the ranks in another order, of the gradients of two steps and of ∇L: hundreds of roundings of 1e-16. An
 # eigenvalue owes 1e-12 to its residual, from another start on each rank. Measured: 5e-12.
@@ -19,9 +19,9 @@ ROUNDING = 1e-10
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, [*jobs.JOBS, "raised"], tmp_path_factory.mktemp("sharpness")).results()
+    return run_on_ranks(jobs.__name__, [*jobs.JOBS, "raised"])
 
 
 @pytest.mark.parametrize(

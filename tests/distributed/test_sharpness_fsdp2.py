@@ -9,9 +9,9 @@ import pytest
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.distributed import sharpness_fsdp2_jobs as jobs
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch, needs_fsdp2
 from tests.distributed.sharpness_cases import assert_complete, assert_same_sharpness, lost, same_text
 from tests.distributed.sharpness_jobs import Results
+from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
 pytestmark = needs_fsdp2
 
@@ -22,9 +22,9 @@ TOLD = (
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, [*jobs.JOBS, "foretold", "refused"], tmp_path_factory.mktemp("sharded")).results()
+    return run_on_ranks(jobs.__name__, [*jobs.JOBS, "foretold", "refused"])
 
 
 # A difference is within 3e-10 of a product in float64, within 2e-4 in float32 (see operators/differences.py); where

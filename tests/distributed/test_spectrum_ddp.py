@@ -11,8 +11,8 @@ import torch
 
 from tests.distributed import spectrum_jobs as jobs
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch
 from tests.distributed.spectrum_cases import Outcome, assert_complete, assert_same_bits, assert_same_spectra
+from tests.helpers.processes import run_on_ranks
 
 Results = dict[str, list[Outcome]]
 
@@ -24,10 +24,10 @@ BEFORE_ADAM = [f"preconditioned_lambda_max{end}" for end in ("", "_error", "_con
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
     names = [*jobs.DDP_JOBS, *jobs.FAILING_JOBS, "resumed", "raised"]
-    return Launch(jobs.__name__, names, tmp_path_factory.mktemp("spectrum")).results()
+    return run_on_ranks(jobs.__name__, names)
 
 
 @pytest.mark.parametrize(

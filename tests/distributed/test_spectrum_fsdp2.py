@@ -9,8 +9,8 @@ import torch
 
 from tests.distributed import spectrum_jobs as jobs
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch, needs_fsdp2
 from tests.distributed.spectrum_cases import Outcome, assert_complete, assert_same_bits, assert_same_spectra
+from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
 pytestmark = needs_fsdp2
 
@@ -18,9 +18,9 @@ Results = dict[str, list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, [*jobs.FSDP2_JOBS, "refused"], tmp_path_factory.mktemp("sharded")).results()
+    return run_on_ranks(jobs.__name__, [*jobs.FSDP2_JOBS, "refused"])
 
 
 # A difference is within 3e-10 of a product in float64, within 2e-4 in float32 (see operators/differences.py); the sum

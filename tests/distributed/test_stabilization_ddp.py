@@ -11,9 +11,9 @@ from lightning_curvature.stabilization.options import QUANTITIES
 from lightning_curvature.stabilization.result import SampleGrowth
 from tests.distributed import stabilization_jobs as jobs
 from tests.distributed.compare import assert_same_state
-from tests.distributed.launch import Launch
 from tests.distributed.stabilization_cases import Outcome, assert_same_growth, assert_same_table, same_text
 from tests.distributed.stabilization_jobs import Results
+from tests.helpers.processes import run_on_ranks
 
 # Sums over the ranks in another order, in two steps of training, too: hundreds of roundings of 1e-16. Eigenvectors owe
 # 1e-9 to their residual, and what is measured in them the square of that.
@@ -22,9 +22,9 @@ MORE = ["raised", "communication", "unequal_memory", "by_hand"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All runs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, [*jobs.JOBS, *MORE], tmp_path_factory.mktemp("stabilization")).results()
+    return run_on_ranks(jobs.__name__, [*jobs.JOBS, *MORE])
 
 
 def assert_complete(outcome: Outcome) -> None:

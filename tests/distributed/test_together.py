@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from lightning_curvature.distributed.together import attempt_together, cause_together, means_together, together
 from tests.distributed import together_jobs as jobs
-from tests.distributed.launch import Launch
+from tests.helpers.processes import run_on_ranks
 
 Results = dict[str, list[Any]]
 HERE, THERE = "RuntimeError: out of memory", "RuntimeError: adding failed on another rank; see that rank's log"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results() -> Any:
     """All jobs of this file, by one pair of processes."""
-    return Launch(jobs.__name__, jobs.JOBS, tmp_path_factory.mktemp("together")).results()
+    return run_on_ranks(jobs.__name__, jobs.JOBS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torchmetrics import MetricCollection
 
 from lightning_curvature.functional.noise import noise_covariance, power_law
 from lightning_curvature.metrics import NoiseCovariance, NoiseCurvatureRelation
-from tests.distributed.launch import Launch
+from tests.helpers.processes import run_on_ranks
 from tests.oracles.noise import Samples, samples_of
 
 COUNT = 60
@@ -154,9 +153,9 @@ def on_ranks(rank: int, world_size: int) -> dict[str, Any]:
     return {"relation": relation.compute(), "covariance": covariance.compute()}
 
 
-def test_two_ranks_give_the_values_of_one(tmp_path: Path) -> None:
+def test_two_ranks_give_the_values_of_one() -> None:
     expected = fed(made()).compute()
     covariance = noise_covariance(dense().gradients)
-    for found in Launch(__name__, ["on_ranks"], tmp_path).results()["on_ranks"]:
+    for found in run_on_ranks(__name__, ["on_ranks"])["on_ranks"]:
         assert found["relation"] == pytest.approx(expected, abs=CLOSE)
         torch.testing.assert_close(found["covariance"], covariance, rtol=1e-12, atol=1e-16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_curvature.metrics import BatchSharpness
-from tests.distributed.launch import Launch
+from tests.helpers.processes import run_on_ranks
 from tests.metrics.sharpness_cases import (
     BATCHES,
     CLOSE,
@@ -55,8 +55,8 @@ def on_ranks(rank: int, world_size: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return Launch(__name__, ["on_ranks"], tmp_path_factory.mktemp("ranks")).results()["on_ranks"]
+def by_rank() -> list[dict[str, Any]]:
+    return run_on_ranks(__name__, ["on_ranks"])["on_ranks"]
 
 
 @every_metric
