@@ -1,9 +1,13 @@
 """Settings of every test."""
 
+import gc
 import logging
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from tests.helpers.graphs import Marked
 
 # Two processes share the cores in the distributed tests; one thread each keeps sums in one order, too.
 torch.set_num_threads(1)
@@ -18,3 +22,23 @@ def _quiet() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def informed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What the package has said about its ways."""
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    return lambda: [m for m in caplog.messages if m.startswith("noise covariance of")]
+
+
+TEN = 10
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    Marked.tokens.clear()
+    gc.disable()
+    yield
+    gc.enable()

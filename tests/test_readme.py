@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.runs import Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.runs import Classifier, classification, loader, make_trainer, mlp
 
 README = Path(__file__).parent.parent / "README.md"
 

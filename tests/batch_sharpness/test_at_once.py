@@ -17,9 +17,9 @@ from lightning_curvature import CurvatureWarning
 from lightning_curvature.batch_sharpness import at_once, measurement
 from lightning_curvature.batch_sharpness.pairs import PairMoments
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
-from tests.batch_sharpness.test_counts import Passes, counted
-from tests.batch_sharpness.test_values import Run, fit, learner, monitor, samples, sgd
-from tests.runs import Classifier, mlp
+from tests.helpers.batch_sharpness import Run, counted, fit, learner, monitor, samples, sgd
+from tests.helpers.counting import Passes
+from tests.helpers.runs import Classifier, mlp
 
 # Sums of a few hundred products in another order, as in ``test_sharpness_values.py``.
 SAME = 1e-10

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_curvature.optimizers.trial_steps import TrialSteps
-from tests.batch_sharpness.test_values import BATCH, SAMPLES, learner, loader, samples
-from tests.batch_sharpness.test_values import monitor as of_values
-from tests.runs import Capture, make_trainer
-from tests.spectrum.test_counts import Passes, Reads
+from tests.helpers.batch_sharpness import BATCH, SAMPLES, counted, learner, loader, samples
+from tests.helpers.batch_sharpness import monitor as of_values
+from tests.helpers.counting import Passes, Reads
+from tests.helpers.runs import Capture, make_trainer
 
 STEPS, EVERY, DRAWS = 8, 3, 6
 MEASURED = (0, 3, 6)
@@ -34,14 +34,6 @@ def fit(follow: Any, *callbacks: Any, module: Any = None, data: Any = None, **op
     trainer = make_trainer(*callbacks, *([follow] if follow else []), logger=capture, **({"max_epochs": 2} | options))
     trainer.fit(module or learner(), data or loader())
     return capture
-
-
-def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
-    """Grows with every call of a method."""
-    calls: list[int] = []
-    real = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda self, *args: calls.append(1) or real(self, *args))
-    return calls
 
 
 @pytest.mark.parametrize(

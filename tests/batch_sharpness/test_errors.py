@@ -14,17 +14,13 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_curvature import BatchSharpnessMonitor
 from lightning_curvature.batch_sharpness.options import QUANTITIES
-from tests.batch_sharpness.test_setups import Stream, whole_batches
-from tests.batch_sharpness.test_values import DRAWN, loader, monitor, sgd
-from tests.runs import Batch, Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_errors import Plain, warned
-from tests.spectrum.test_values import rows
+from tests.helpers.batch_sharpness import DRAWN, Stream, loader, monitor, sgd, whole_batches
+from tests.helpers.modules import Plain, sharded
+from tests.helpers.runs import Batch, Capture, Classifier, make_trainer, mlp, rows, warned
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
@@ -69,14 +65,6 @@ def test_bad_arguments(arguments: dict[str, Any], sentence: str) -> None:
 def test_arguments_are_keyword_only() -> None:
     with pytest.raises(TypeError):
         BatchSharpnessMonitor(("ias",))  # type: ignore[misc]
-
-
-def sharded(module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a module whose last layer has become a shard, by other means than FSDP2's."""
-    network: Any = module.get_submodule("network")
-    mesh = init_device_mesh("cpu", (1,))
-    network[2].weight = nn.Parameter(distribute_tensor(network[2].weight.detach(), mesh, [Shard(0)]))
-    return sgd(module)
 
 
 def lbfgs(module: nn.Module) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.batch_sharpness.test_values import DRAWN, EXACT, Dense, Make, estimate, fit, learner, monitor, sgd
+from tests.helpers.batch_sharpness import DRAWN, EXACT, Dense, Make, estimate, fit, learner, monitor, sgd
 from tests.oracles.hessian_spectrum import Curvature
 
 OPTIMIZERS: dict[str, Make] = {

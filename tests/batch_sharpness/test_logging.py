@@ -16,11 +16,9 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.batch_sharpness.options import QUANTITIES
-from tests.batch_sharpness.test_values import DRAWN, learner, loader, monitor, sgd
-from tests.reporting.test_loggers import charts, layouts
-from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_logging import read
-from tests.spectrum.test_values import rows
+from tests.helpers.batch_sharpness import DRAWN, learner, loader, monitor, sgd
+from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp, rows
+from tests.helpers.tensorboard import charts, layouts, read
 
 
 def keys(*quantities: str) -> set[str]:

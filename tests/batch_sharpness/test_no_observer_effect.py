@@ -12,11 +12,11 @@ import torch
 
 from lightning_curvature import BatchSharpnessMonitor, CurvatureWarning
 from lightning_curvature.batch_sharpness.options import QUANTITIES
-from tests.directional.test_no_observer_effect import SETUPS, Measured
-from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
-from tests.runs import classification
-from tests.spectrum.test_no_observer_effect import DATA, Boom, Hooked, Trapped
-from tests.witness import Record, assert_same, copies, frozen, watch
+from tests.helpers.habits import HABITS, Habitual
+from tests.helpers.runs import classification
+from tests.helpers.setups import SETUPS, Measured
+from tests.helpers.traps import DATA, Boom, Hooked, Trapped
+from tests.helpers.witness import Record, assert_same, copies, frozen, watch
 
 # Its step needs a closure.
 NO_TRIALS = ("lbfgs",)

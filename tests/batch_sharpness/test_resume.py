@@ -11,9 +11,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature.batch_sharpness.options import QUANTITIES
-from tests.batch_sharpness.test_values import monitor, samples
-from tests.runs import Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_values import rows
+from tests.helpers.batch_sharpness import monitor, samples
+from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows
 
 
 def fit(epochs: int, resume: str | None = None, **options: Any) -> tuple[pl.Trainer, dict[int, dict[str, float]]]:

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lightning_curvature import CurvatureWarning
 from lightning_curvature.batch_sharpness import pairs
 from lightning_curvature.operators import mini_batch
-from tests.batch_sharpness.test_values import Dense, fit, learner, loader, monitor, samples, sgd
+from tests.helpers.batch_sharpness import Dense, fit, learner, loader, monitor, samples, sgd
+from tests.helpers.runs import Classifier, make_trainer, mlp
 from tests.oracles.hessian_spectrum import Curvature
-from tests.runs import Classifier, make_trainer, mlp
 
 # Sums over the same samples in another order.
 SAME = 1e-10

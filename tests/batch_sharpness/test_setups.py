@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
-from tests.batch_sharpness.test_values import DRAWN, Run, fit, learner, loader, monitor, samples, sgd
-from tests.runs import Classifier, make_trainer, mlp
+from tests.helpers.batch_sharpness import DRAWN, Run, Stream, fit, learner, loader, monitor, samples, sgd, whole_batches
+from tests.helpers.runs import Classifier, make_trainer, mlp
 
 # Sums over parts of a mini-batch in another order.
 SAME = 1e-12
@@ -140,17 +139,6 @@ def test_a_dataloader_for_the_measurement() -> None:
     first = {(name, step): row[name] for step, row in run.rows.items() for name in ("batch_sharpness", "gni")}
     other = fit(monitor(probe_dataloader=DataLoader(Subset(held.dataset, list(range(6, 14))), batch_size=5)))
     assert all(abs(other.rows[step][name] / value - 1.0) > 1e-3 for (name, step), value in first.items())
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        yield from zip(*samples(), strict=True)
-
-
-def whole_batches() -> DataLoader[Any]:
-    x, y = samples()
-    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 14, 4)]
-    return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("data", [lambda: DataLoader(Stream(), batch_size=4), whole_batches])

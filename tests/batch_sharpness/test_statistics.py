@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from tests.batch_sharpness.test_values import DRAWN, Make, fit, monitor, sgd
+from tests.helpers.batch_sharpness import DRAWN, Make, fit, monitor, sgd
+from tests.helpers.runs import Classifier, mlp
 from tests.oracles.mini_batches import MiniBatches
-from tests.runs import Classifier, mlp
 
 # Of a normal distribution one value in 16,000 lies further out than four standard errors; the seeds are fixed.
 DEVIATIONS = 4.0

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.batch_sharpness.test_values import EXACT, Dense, fit, learner, loader, monitor, samples, sgd
+from tests.helpers.batch_sharpness import EXACT, Dense, fit, learner, loader, monitor, samples, sgd
+from tests.helpers.runs import Classifier, StepRecorder, make_trainer, mlp
 from tests.oracles.hessian_spectrum import Curvature, Part
-from tests.runs import Classifier, StepRecorder, make_trainer, mlp
 
 
 class Gradients(pl.Callback):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import BatchSharpnessMonitor
-from tests.batch_sharpness.test_values import DRAWN, Dense, estimate, fit, learner, loader, monitor
+from tests.helpers.batch_sharpness import DRAWN, Dense, estimate, fit, learner, loader, monitor
 from tests.oracles.hessian_spectrum import Curvature
 
 QUANTITIES = ("batch_sharpness", "modified_batch_sharpness", "ias", "gni")

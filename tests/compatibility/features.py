@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.runs import Classifier, classification
-from tests.witness import (
+from tests.helpers.runs import Classifier, classification
+from tests.helpers.witness import (
     Record,
     copies,
     watch,

@@ -19,8 +19,8 @@ from lightning_curvature import (
 )
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from lightning_curvature.monitors.base import Monitor
-from tests.runs import classification
-from tests.witness import ALL, LAMBDAS
+from tests.helpers.runs import classification
+from tests.helpers.witness import ALL, LAMBDAS
 
 # The others are made of the same products, or of many more.
 SPECTRUM = ("lambda_max", "gauss_newton_lambda_max", "preconditioned_lambda_max")

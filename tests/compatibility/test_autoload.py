@@ -21,8 +21,8 @@ from lightning_curvature import (
     autoload,
 )
 from lightning_curvature.monitors.base import Monitor
-from tests.runs import Capture, classification, make_trainer, mlp
-from tests.runs import Classifier as Learner
+from tests.helpers.runs import Capture, classification, make_trainer, mlp
+from tests.helpers.runs import Classifier as Learner
 
 
 def of_trainer(trainer: pl.Trainer) -> list[Monitor]:

@@ -15,11 +15,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_curvature import CurvatureWarning
 from tests.compatibility.monitors import MONITORS
-from tests.directional.test_manual import Manual, momentum
+from tests.helpers.manual import Manual, momentum
+from tests.helpers.runs import Batch, Classifier, MakeOptimizer, classification, rows
+from tests.helpers.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, Witness, assert_same, copies, watch
 from tests.oracles.along_step import DIFFERENCE, EXACT
-from tests.runs import Batch, Classifier, MakeOptimizer, classification
-from tests.spectrum.test_values import rows
-from tests.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, Witness, assert_same, copies, watch
 
 # BatchNorm couples samples; and torch's counter of operations hooks modules.
 pytestmark = [

@@ -15,9 +15,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.batch_sharpness.options import QUANTITIES
+from tests.helpers.runs import Classifier, Outcome, Step, StepRecorder, classification, mlp
+from tests.helpers.witness import ALL, Record, assert_same, copies, watch
 from tests.oracles.along_step import check_row, rows_of
-from tests.runs import Classifier, Outcome, Step, StepRecorder, classification, mlp
-from tests.witness import ALL, Record, assert_same, copies, watch
 
 STEPS = 3  # of which those that measure every second step measure two
 SPECTRUM: tuple[Any, ...] = ("lambda_max", "hessian_trace", "second_moment_contraction")

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.compatibility.features import Learner, data
 from tests.compatibility.monitors import MONITORS, SPECTRUM, Kind, each_monitor
-from tests.witness import Record, assert_same, watch, without_curvature
+from tests.helpers.witness import Record, assert_same, watch, without_curvature
 
 Rows = dict[int, dict[str, Any]]
 

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature.monitors.base import Monitor
 from tests.compatibility.monitors import MONITORS
-from tests.directional.test_precision import SINGLE
+from tests.helpers.directional import SINGLE
+from tests.helpers.runs import Classifier, Step, StepRecorder, classification, mlp
+from tests.helpers.witness import Record, assert_same, watch
 from tests.oracles.along_step import DIFFERENCE
 from tests.oracles.matrices import Matrices
 from tests.oracles.noise import samples_of
 from tests.oracles.sample_growth import order_of
-from tests.runs import Classifier, Step, StepRecorder, classification, mlp
-from tests.witness import Record, assert_same, watch
 
 # Near the edge, where gradients lie along large eigenvalues and what is measured along them stands out of rounding.
 LR, STEPS = 4.0, 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_curvature.monitors.checks import check_not_quantized
 from tests.compatibility.monitors import Kind, each_monitor
-from tests.runs import Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.modules import stand_in
+from tests.helpers.runs import Classifier, classification, loader, make_trainer, mlp
 
 
 def dynamic(network: nn.Sequential) -> None:
@@ -51,12 +51,6 @@ def test_quantized_modules_are_refused(kind: Kind, change: Callable[[nn.Sequenti
     assert "\n" not in str(caught.value)
     module.predict_step = lambda batch, batch_idx: batch[1]
     assert len(make_trainer(follow, precision="32-true").predict(module, batches)) == 2
-
-
-def stand_in(name: str, base: type) -> Any:
-    """A class that calls itself one of another package."""
-    place, _, own = name.rpartition(".")
-    return type(own, (base,), {"__module__": place})
 
 
 MODULES = (

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.compatibility.monitors import EVERY, MONITORS
+from tests.helpers.runs import Batch, Capture, Classifier, Outcome, StepRecorder, classification, make_trainer, rows
+from tests.helpers.witness import frozen
 from tests.oracles.along_step import EXACT, check, monitors
 from tests.oracles.hessian_spectrum import Curvature, Moment
 from tests.oracles.hessian_spectrum import Part as MicroBatch
-from tests.runs import Batch, Capture, Classifier, Outcome, StepRecorder, classification, make_trainer
-from tests.spectrum.test_values import rows
-from tests.witness import frozen
 
 BATCHES, EPOCHS = 4, 2
 

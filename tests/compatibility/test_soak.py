@@ -27,7 +27,7 @@ from lightning_curvature import (
     StabilizationMonitor,
 )
 from lightning_curvature.replay.isolation import ReplayTrainer
-from tests.runs import Capture, make_trainer
+from tests.helpers.runs import Capture, make_trainer
 
 STEPS, EVERY = 20_000, 200
 # Of the repeated training steps one in so many fails, so that most measurements succeed and many do not.

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from tests.compatibility.features import FEATURES, Learner, data, plain
 from tests.compatibility.monitors import MONITORS, Kind, each_monitor
-from tests.runs import make_trainer
-from tests.witness import Record, Rows, assert_same, frozen, module_state, random_states
+from tests.helpers.runs import make_trainer
+from tests.helpers.witness import Record, Rows, assert_same, frozen, module_state, random_states
 
 
 @functools.cache

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.compatibility.features import Feature, Learner, data, plain
 from tests.compatibility.monitors import MONITORS, Kind, each_monitor
-from tests.runs import Capture, make_trainer
-from tests.witness import Record, assert_same, frozen, without_curvature
+from tests.helpers.runs import Capture, make_trainer
+from tests.helpers.witness import Record, assert_same, frozen, without_curvature
 
 
 @each_monitor

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_curvature.data.ordered import OrderedSamples, first_of_shuffle, read_ordered_samples
-from tests.data.test_probe_set_ranks import WHOLE, Noisy, Sharded, read_all
+from tests.helpers.reading_ranks import WHOLE, Noisy, Sharded, read_all
 
 
 def order(ranks: int, samples: int, make: Any = lambda rank: DataLoader(Noisy(), 4), **options: Any) -> list[Any]:

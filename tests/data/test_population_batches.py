@@ -11,9 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_curvature.data.population import read_population
-from tests.data.test_population import assert_frequencies, given, numbers, populate
-from tests.data.test_probe_set import NUMBERS, WHOLE, Doubled, Endless, Growing, Stream
-from tests.runs import make_trainer
+from tests.helpers.population import assert_frequencies, given, numbers, populate
+from tests.helpers.probe_sets import NUMBERS, WHOLE, Doubled, Endless, Growing, Stream
+from tests.helpers.runs import make_trainer
 
 ACCUMULATION = {"accumulate_grad_batches": 2}
 

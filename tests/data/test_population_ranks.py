@@ -11,8 +11,8 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from lightning_curvature.data.population import read_population
-from tests.data.test_population import assert_same, numbers
-from tests.data.test_probe_set_ranks import NUMBERS, WHOLE, Noisy, Sharded, distributed, read_all
+from tests.helpers.population import assert_same, numbers
+from tests.helpers.reading_ranks import NUMBERS, WHOLE, Noisy, Sharded, distributed, read_all
 
 
 def populate_all(ranks: int, make: Callable[[int], Any], given: Any = False, **options: Any) -> list[Any]:

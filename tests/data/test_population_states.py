@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_curvature.data.population import Population, read_population
-from tests.data.test_population import given
-from tests.data.test_probe_set_states import IN_PROCESS, LOADERS, Augment, Samples, assert_equal, everything, fit
-from tests.runs import make_trainer
+from tests.helpers.population import given
+from tests.helpers.reading_states import IN_PROCESS, LOADERS, Augment, Samples, assert_equal, everything, fit
+from tests.helpers.runs import make_trainer
 
 
 class Drawer(pl.Callback):

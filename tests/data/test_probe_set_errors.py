@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature.data.probe_set import read_probe_set
-from tests.runs import make_trainer
+from tests.helpers.runs import make_trainer
 
 NUMBERS = list(range(10))
 WHOLE = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5, 6])]

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_curvature.data.probe_set import ProbeSet
-from tests.data.test_probe_set_ranks import NUMBERS, WHOLE, batches, read_all, shares
+from tests.helpers.reading_ranks import NUMBERS, WHOLE, batches, read_all, shares
 
 
 def of_size(batch_size: int) -> Callable[[int], Any]:

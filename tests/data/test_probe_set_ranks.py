@@ -2,97 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler
 
-from lightning_curvature.data.probe_set import ProbeSet, read_probe_set
+from tests.helpers.reading_ranks import NUMBERS, WHOLE, Noisy, Sharded, batches, distributed, read_all, shares
 
-NUMBERS = list(range(11))
 FIVES = [[NUMBERS[:5], NUMBERS[10:]], [NUMBERS[5:10]]]
-
-
-class Noticed(Exception):
-    """Ends a reading at its collective."""
-
-
-def read_all(
-    ranks: int,
-    make: Callable[[int], Any],
-    given: Any = False,
-    epoch: float = math.inf,
-    reader: Callable[..., Any] = read_probe_set,
-    **options: Any,
-) -> list[Any]:
-    """Return what the reader returns or raises on each rank.
-
-    Each rank reads twice: first to collect what the ranks send, then with the sum. ``given`` is a loader, or whether
-    that of the Trainer is given.
-    """
-    sent: list[Tensor] = []
-
-    def send(values: Tensor, reduce_op: str) -> Tensor:
-        sent.append(values)
-        raise Noticed
-
-    def receive(values: Tensor, reduce_op: str) -> Tensor:
-        return torch.stack(sent).mean(0)
-
-    def read(rank: int, reduce: Any) -> Any:
-        strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
-        loader = make(rank)
-        probed = given if isinstance(given, DataLoader) else loader if given else None
-        trainer: Any = SimpleNamespace(
-            world_size=ranks,
-            global_rank=rank,
-            strategy=strategy,
-            train_dataloader=loader,
-            num_training_batches=epoch,
-            overfit_batches=0,
-            accumulate_grad_batches=2,
-        )
-        try:
-            return reader(trainer, probed, **({"samples": None} | options))
-        except Exception as error:
-            return error
-
-    first = [read(rank, send) for rank in range(ranks)]
-    # A rank that leaves alone would leave the others waiting.
-    assert len(sent) in (0, ranks)
-    if not sent:
-        return first
-    return [read(rank, receive) for rank in range(ranks)]
-
-
-def shares(sets: list[ProbeSet]) -> list[list[int]]:
-    """Return the samples of each rank; check the counts over all ranks."""
-    for probes in sets:
-        assert all(probe.size == len(probe.batch) for probe in probes.batches)
-        assert probes.total == sum(probe.size for one in sets for probe in one.batches)
-        assert probes.rounds == max(len(one.batches) for one in sets)
-    return [[int(i) for probe in probes.batches for i in probe.batch.flatten()] for probes in sets]
-
-
-def distributed(rank: int, **options: Any) -> Any:
-    return DistributedSampler(NUMBERS, num_replicas=2, rank=rank, **options)  # type: ignore[arg-type]
 
 
 def wrapped(rank: int) -> Any:
     return DistributedSamplerWrapper(SubsetRandomSampler([4, 8, 2, 6, 0]), num_replicas=2, rank=rank, shuffle=True)
-
-
-def batches(sets: list[ProbeSet]) -> list[list[list[int]]]:
-    """Return the samples of each batch of each rank."""
-    shares(sets)
-    return [[probe.batch.tolist() for probe in one.batches] for one in sets]
 
 
 @pytest.mark.parametrize(
@@ -134,29 +59,6 @@ def test_the_same_batches_on_any_number_of_ranks() -> None:
     whole = [sorted((p.seed, p.batch.tolist()) for one in several for p in one.batches) for several in sets]
     assert all(found == whole[0] for found in whole)
     assert len({index for _, batch in whole[0] for index, _ in batch}) == 7
-
-
-class Noisy(Dataset[Tensor]):
-    """Augments its samples at random."""
-
-    def __len__(self) -> int:
-        return 11
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor([float(index), torch.rand(()).item()])
-
-
-class Sharded(IterableDataset[int]):
-    """An iterable dataset that shards itself; rank 0 gets more samples."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(10) if self.rank == 0 else range(20, 23))
-
-
-WHOLE = [torch.tensor([2 * i, 2 * i + 1]) for i in range(5)]
 
 
 def whole(rank: int) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_curvature.data.probe_set import read_probe_set, to_device
-from tests.runs import make_trainer
+from tests.helpers.runs import make_trainer
 
 
 class Hooked(pl.LightningModule):

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import CurvatureWarning
-from tests.directional.test_errors import Plain, monitor, regression, warned
-from tests.runs import Batch, classification, run
+from tests.helpers.directional import monitor, regression
+from tests.helpers.modules import Plain
+from tests.helpers.runs import Batch, classification, run, warned
 
 
 class Returns(Plain):

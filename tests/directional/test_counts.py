@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.runs import Batch, Classifier, classification, mlp, run
+from tests.helpers.runs import Batch, Classifier, classification, mlp, run
 
 FORWARDS = {
     ("kl",): 1,

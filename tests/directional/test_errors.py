@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_curvature import CurvatureWarning, DirectionalCurvatureMonitor
-from tests.runs import Batch, Capture, Classifier, classification, loader, make_trainer, mlp, run
+from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.directional import monitor, regression
+from tests.helpers.modules import Plain, sgd
+from tests.helpers.runs import Batch, Capture, classification, loader, make_trainer, run, warned
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     *(
@@ -56,21 +56,6 @@ def test_arguments_are_keyword_only() -> None:
         DirectionalCurvatureMonitor(("kl",))  # type: ignore[misc]
 
 
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
-
-
-class Plain(Classifier):
-    """A classifier that counts its steps."""
-
-    def __init__(self, network: nn.Module | None = None, loss: Any = F.cross_entropy) -> None:
-        super().__init__(network or mlp(4, 6, 3), sgd, loss)
-        self.seen = torch.zeros((), dtype=torch.long)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seen += 1
-
-
 class TwoOptimizers(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -91,10 +76,6 @@ class FromIterator(Plain):
     def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
         batch, _, _ = next(dataloader_iter)
         return self.loss(self(batch[0]), batch[1])
-
-
-def monitor(**options: Any) -> DirectionalCurvatureMonitor:
-    return DirectionalCurvatureMonitor(**({"every_n_train_steps": 1} | options))
 
 
 MISFITS: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], dict[str, Any], type[Exception], str]] = {
@@ -174,14 +155,6 @@ class Hidden(Plain):
         return self.loss(self.network(batch[0]), batch[1])
 
 
-def warned(action: Callable[[], Any]) -> list[str]:
-    """Messages of the package's warnings, each as often as a user would see it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.resetwarnings()
-        action()
-    return [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
-
-
 @pytest.mark.parametrize("estimators", [("kl",), ("gauss_newton",), ("kl", "finite_difference", "hvp")])
 def test_kl_by_name_without_outputs_names_the_three_ways(estimators: tuple[str, ...]) -> None:
     with pytest.raises(MisconfigurationException) as caught:
@@ -210,11 +183,6 @@ def test_the_default_pair_goes_on_without_outputs() -> None:
 def penalized(z: Tensor, y: Tensor) -> Tensor:
     """A loss that belongs to no likelihood the batch could tell."""
     return (z - y).square().mean() + z.abs().mean()
-
-
-def regression(count: int) -> list[Batch]:
-    g = torch.Generator().manual_seed(2)
-    return [tuple(torch.randn(8, size, generator=g).double() for size in (4, 3)) for _ in range(count)]  # type: ignore[misc]
 
 
 def test_a_likelihood_that_cannot_be_read_is_asked_for() -> None:

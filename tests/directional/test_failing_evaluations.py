@@ -17,8 +17,19 @@ from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.reporting.loggers import CurvatureWarning
-from tests.runs import Classifier, classification
-from tests.witness import ALL, LAMBDAS, Record, Rows, Witness, assert_same, copies, module_state, random_states, watch
+from tests.helpers.runs import Classifier, classification
+from tests.helpers.witness import (
+    ALL,
+    LAMBDAS,
+    Record,
+    Rows,
+    Witness,
+    assert_same,
+    copies,
+    module_state,
+    random_states,
+    watch,
+)
 
 
 class Boom(RuntimeError):

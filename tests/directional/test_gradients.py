@@ -11,8 +11,8 @@ import torch
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.reporting.loggers import CurvatureWarning
+from tests.helpers.runs import Batch, Classifier, Outcome, classification, mlp, run
 from tests.oracles.along_step import DIFFERENCE, EXACT, check, monitors, norm_of, rows_of
-from tests.runs import Batch, Classifier, Outcome, classification, mlp, run
 
 
 def spoil(pl_module: pl.LightningModule, factor: float = 0.5) -> None:

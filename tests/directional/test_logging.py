@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.reporting.test_loggers import charts, layouts
-from tests.runs import YAML_TRAINER, Capture, Classifier, classification, loader, make_trainer, mlp, run
+from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, classification, loader, make_trainer, mlp, run
+from tests.helpers.tensorboard import charts, layouts
 
 KEYS = {
     "hvp": "lambda_dir",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.runs import Classifier, classification, loader, make_trainer
+from tests.helpers.runs import Classifier, classification, loader, make_trainer
 
 # No other tensor of a run has this many elements.
 SHAPE = (37, 41)

@@ -10,8 +10,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.directional import SINGLE
+from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp, run
 from tests.oracles.along_line import classification_reference
-from tests.runs import Batch, Classifier, MakeOptimizer, mlp, run
 
 KEYS = {"hvp": "lambda_dir", "gauss_newton": "lambda_gn", "kl": "lambda_kl", "finite_difference": "lambda_fd"}
 EVERY = 20
@@ -73,12 +74,6 @@ def rows(name: str, precision: str, estimators: tuple[str, ...]) -> dict[str, li
             distance = logged[key] / (quadratic / truth.descent / step.lr) - 1.0
             found[estimator].append(Row(distance, logged[f"{key}_error"], logged["train_loss"]))
     return found
-
-
-# What is asked of float32: differentiation loses a few of its seven digits to cancellation in the sums over samples
-# and parameters; kl and finite_difference have what the best ε leaves between rounding (6e-8 of a loss some thousand
-# times the signal) and truncation, in a direction that the next step may change.
-SINGLE = {"hvp": 1e-3, "gauss_newton": 1e-3, "kl": 0.01, "finite_difference": 0.05}
 
 
 @pytest.mark.parametrize("estimator", SINGLE)

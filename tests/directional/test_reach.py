@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.runs import Classifier, Outcome, classification, mlp, run
 from tests.oracles.along_step import ALL, DIFFERENCE, EXACT, first_crossing, monitors, rows_of
 from tests.oracles.dense import loss_along
-from tests.runs import Classifier, Outcome, classification, mlp, run
 
 
 def fit(lr: float, *callbacks: Any, batches: int = 1, momentum: float = 0.0, **options: Any) -> Outcome:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.directional.result import DirectionalResult
-from tests.runs import Classifier, Outcome, classification, mlp, run
+from tests.helpers.runs import Classifier, Outcome, classification, mlp, run
 
 ALL = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.helpers.runs import Batch, Classifier, MakeOptimizer, Outcome, classification, mlp, run
+from tests.helpers.setups import regression
 from tests.oracles.along_step import check, monitors, rows_of
 from tests.oracles.dense import Loss
-from tests.runs import Batch, Classifier, MakeOptimizer, Outcome, classification, mlp, run
 
 
 def momentum(m: nn.Module) -> torch.optim.Optimizer:
@@ -169,12 +170,6 @@ def halved_squares(z: Tensor, y: Tensor) -> Tensor:
 
 def smoothed_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, label_smoothing=0.1)
-
-
-def regression(count: int = 3, **_: Any) -> list[Batch]:
-    g = torch.Generator().manual_seed(1)
-    draw = lambda: torch.randn(8, 4, generator=g, dtype=torch.float64)  # noqa: E731
-    return [(draw(), draw()[:, :3]) for _ in range(count)]
 
 
 def several_labels(count: int = 3) -> list[Batch]:

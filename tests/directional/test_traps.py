@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.reporting.loggers import CurvatureWarning
+from tests.helpers.runs import Batch, Classifier, Outcome, classification, mlp, run
 from tests.oracles.along_step import ALL, DIFFERENCE, EXACT
-from tests.runs import Batch, Classifier, Outcome, classification, mlp, run
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:

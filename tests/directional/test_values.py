@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.runs import Classifier, MakeOptimizer, Outcome, classification, mlp, run
 from tests.oracles.along_step import check, monitors, rows_of
-from tests.runs import Classifier, MakeOptimizer, Outcome, classification, mlp, run
 
 
 class Lion(torch.optim.Optimizer):

@@ -26,7 +26,7 @@ from tests.distributed.failing_jobs import MESSAGE, Failing, Unrecorded
 from tests.distributed.sharpness_cases import SharpnessCase
 from tests.distributed.spectrum_cases import Measuring, SpectrumCase, dataset
 from tests.distributed.spectrum_jobs import adam, classifier
-from tests.runs import Batch, Classifier, mlp
+from tests.helpers.runs import Batch, Classifier, mlp
 
 FAILING_RANK, FAILING_STEP = 1, 1
 

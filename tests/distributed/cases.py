@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.runs import Batch, Capture, classification, loader, make_trainer
+from tests.helpers.runs import Batch, Capture, classification, loader, make_trainer
 
 EVERY = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
 

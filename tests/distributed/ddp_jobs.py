@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from tests.distributed.cases import BATCHES, Case, adamw, batches, momentum
-from tests.runs import Batch, Classifier, MakeOptimizer, mlp
+from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp
 
 
 def classifier(make_optimizer: MakeOptimizer = momentum, *hidden: int, dtype: torch.dtype = torch.float64) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.distributed import ddp_jobs, fsdp2_jobs
 from tests.distributed.cases import EVERY, Case, momentum
-from tests.runs import Batch, Classifier, mlp
+from tests.helpers.runs import Batch, Classifier, mlp
 
 # The optimizer step whose measurement fails.
 FAILING_STEP = 1

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.distributed.shards import fresh_shards
 from tests.distributed.cases import Case, adamw, batches, momentum
-from tests.runs import Batch, Classifier, MakeOptimizer, loader, make_trainer, mlp
+from tests.helpers.runs import Batch, Classifier, MakeOptimizer, loader, make_trainer, mlp
 
 FORWARD_ONLY = ("kl", "finite_difference", "critical")
 strategy = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.distributed.shards import local
-from tests.compatibility.test_several_optimizers import PLAYERS, Gan, Player, data
 from tests.distributed.cases import EPSILON
 from tests.distributed.fsdp2_jobs import strategy
-from tests.runs import Capture, loader, make_trainer
+from tests.helpers.games import PLAYERS, Gan, Player, data
+from tests.helpers.runs import Capture, loader, make_trainer
 
 MONITORS: dict[str, Callable[..., Any]] = {
     "directional": partial(DirectionalCurvatureMonitor, estimators=("finite_difference", "critical"), epsilon=EPSILON),

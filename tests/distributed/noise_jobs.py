@@ -24,8 +24,8 @@ from tests.distributed.occasional_cases import Outcome
 from tests.distributed.spectrum_cases import Measuring, dataset
 from tests.distributed.stabilization_cases import Stream
 from tests.distributed.stabilization_jobs import Gathering, _end, local
-from tests.noise.runs import Plain
-from tests.runs import Classifier, mlp
+from tests.helpers.noise import Plain
+from tests.helpers.runs import Classifier, mlp
 
 Results = dict[str, list[Outcome]]
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lightning_curvature import CurvatureWarning
 from tests.distributed.cases import collectives, state_of
 from tests.distributed.spectrum_cases import STEP, Measuring, dataset
-from tests.runs import Capture, make_trainer
+from tests.helpers.runs import Capture, make_trainer
 
 # Steps made: the data of an epoch that two processes share differs from that of one in its last, ragged step alone.
 STEPS = 2

@@ -17,7 +17,7 @@ from lightning_curvature import BatchSharpnessMonitor, CurvatureWarning
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.distributed.cases import collectives, state_of
 from tests.distributed.spectrum_cases import STEP, Measuring, dataset
-from tests.runs import Capture, make_trainer
+from tests.helpers.runs import Capture, make_trainer
 
 # Steps made: the data of an epoch that two processes share differs from that of one in its last, ragged step alone.
 STEPS = 2

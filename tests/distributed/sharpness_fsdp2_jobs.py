@@ -19,8 +19,8 @@ from tests.distributed.sharpness_cases import SharpnessCase
 from tests.distributed.sharpness_jobs import momentum
 from tests.distributed.spectrum_cases import STEP, Measuring, dataset
 from tests.distributed.spectrum_jobs import adam, classifier, noisy, with_one_output
-from tests.optimizers.test_trial_steps_runs import Foretelling
-from tests.runs import Batch, classification, loader, make_trainer, mlp
+from tests.helpers.runs import Batch, classification, loader, make_trainer, mlp
+from tests.helpers.trial_steps import Foretelling
 
 # Products are two forwards and backwards with their gatherings of a batch and the other: few draws do.
 FEW = {"num_batches": 4, "tolerance": 0.01}

@@ -15,7 +15,7 @@ from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.sharpness_cases import Outcome, SharpnessCase
 from tests.distributed.spectrum_cases import Measuring, dataset
 from tests.distributed.spectrum_jobs import adam, classifier, dropping, noisy
-from tests.runs import Batch, Classifier, mlp
+from tests.helpers.runs import Batch, Classifier, mlp
 
 DRAWN = tuple(name for name in QUANTITIES if name != "step_sharpness")
 

@@ -19,7 +19,7 @@ from lightning_curvature.spectrum.options import QUANTITIES
 from lightning_curvature.spectrum.problem import SpectrumProblem
 from lightning_curvature.spectrum.result import Spectrum
 from tests.distributed.cases import collectives, state_of
-from tests.runs import Capture, classification, make_trainer
+from tests.helpers.runs import Capture, classification, make_trainer
 
 # In batches of four: six, the last of two samples. Three groups of two are the data of a step: two go to one rank, one
 # to the other.

@@ -20,7 +20,7 @@ from tests.distributed.ddp_jobs import Rare, Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.fsdp2_jobs import Sharded, ShardedAsOne, strategy
 from tests.distributed.spectrum_cases import SAMPLES, STEP, Measuring, Outcome, SpectrumCase, dataset
-from tests.runs import Batch, Classifier, MakeOptimizer, mlp
+from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp
 
 
 def adam(module: nn.Module) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.spectrum_cases import Measuring, dataset
 from tests.distributed.spectrum_jobs import classifier, noisy
 from tests.distributed.stabilization_cases import Outcome, StabilizationCase, Stage, Stream
-from tests.runs import Batch, Classifier, mlp
+from tests.helpers.runs import Batch, Classifier, mlp
 
 
 def momentum(module: nn.Module) -> torch.optim.Optimizer:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.compatibility.test_several_optimizers import BATCHES, PLAYERS
 from tests.distributed import game_jobs as jobs
 from tests.distributed.game_jobs import Outcome
+from tests.helpers.games import BATCHES, PLAYERS
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
 pytestmark = needs_fsdp2

@@ -1,6 +1,5 @@
 """The examples, in a short form: what they print, draw and log."""
 
-import importlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,29 +13,11 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.helpers.examples import curves, rows
+
 ESTIMATORS = ("lambda_dir", "lambda_fd", "lambda_kl")
 INTERVAL = 10
 STEPS = 400
-
-
-@pytest.fixture(scope="module")
-def load() -> Any:
-    """Import one of the example's modules, which find each other as scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        yield importlib.import_module
-
-
-def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Everything TensorBoard would show of the one run in ``folder``."""
-    events = EventAccumulator(str(folder / "version_0")).Reload()
-    return {key: {e.step: e.value for e in events.Scalars(key)} for key in events.Tags()["scalars"]}
-
-
-def rows(printed: str, first: str) -> list[list[str]]:
-    """Words of the printed lines that start with ``first``."""
-    return [line.split() for line in printed.splitlines() if line.startswith(first)]
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +95,6 @@ def test_the_first_step_of_gd_has_the_curvature_of_the_gradient(load: Any, tmp_p
     expected = sum((part * d).sum() for part, d in zip(product, direction, strict=True)) / slope
     # The issue of a float32 forward pass and two backwards: 1e-3 is what the exact estimator promises.
     assert curves(tmp_path / "gd_lr1")["curvature/lambda_dir"][0] == pytest.approx(expected.item(), rel=1e-3)
-
-
-@pytest.fixture
-def cifar(tmp_path: Path) -> Path:
-    """A file in the layout of --npz: 12 images of noise."""
-    generator = np.random.default_rng(0)
-    path = tmp_path / "cifar.npz"
-    images = generator.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    np.savez(path, x_train=images, y_train=generator.integers(0, 10, 12))
-    return path
 
 
 @pytest.mark.parametrize(

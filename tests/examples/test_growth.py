@@ -7,10 +7,6 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.examples import test_examples
-
-load = test_examples.load  # a fixture
-
 
 @pytest.fixture(scope="module")
 def demo(load: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:

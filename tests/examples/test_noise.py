@@ -10,10 +10,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.examples import test_examples
-
-load = test_examples.load  # a fixture
-
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 

@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.examples import test_examples
-from tests.examples.test_examples import curves, rows
+from tests.helpers.examples import curves, rows
 
 # Fixtures: the one that imports modules of the examples, and a file of images.
-load, cifar = test_examples.load, test_examples.cifar
 
 LEARNING_RATE, STEPS, INTERVAL = 0.5, 2000, 100
 EDGE = 2 / LEARNING_RATE

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from lightning_curvature.functional import hessian_quadratic_form
-from tests.runs import mlp
+from tests.helpers.runs import mlp
 
 
 def test_equals_the_dense_hessian() -> None:

@@ -17,8 +17,8 @@ from lightning_curvature.functional import (
     ratio_of_means,
     ratio_standard_error,
 )
+from tests.helpers.runs import classification, mlp
 from tests.oracles.mini_batches import MiniBatches
-from tests.runs import classification, mlp
 
 EMPTY = torch.zeros(6, dtype=torch.float64)
 # Sums of up to 50 terms of one size in another order, a rounding of 1e-16 each; S is a difference of such.

@@ -17,8 +17,8 @@ from lightning_curvature.functional import (
     relative_model_error,
     validated_sigma,
 )
+from tests.helpers.growth import model_of
 from tests.oracles.sample_growth import (
-    Increment,
     Quadratics,
     dense_increment,
     gaussian_mean,
@@ -29,10 +29,6 @@ from tests.oracles.sample_growth import (
 
 # Sums of a few dozen float64 products: 1e-15 each, with no cancellation beyond a factor of a hundred.
 ROUNDING = 1e-12
-
-
-def model_of(one: Increment) -> QuadraticIncrement:
-    return QuadraticIncrement(one.a, one.c, one.b)
 
 
 def minimum(losses: Quadratics, k: int) -> torch.Tensor:

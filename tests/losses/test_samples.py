@@ -19,8 +19,8 @@ from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.samples import SampleLosses, equal_up_to_rounding
 from lightning_curvature.replay.isolation import attached
 from lightning_curvature.replay.objective import StepObjective
+from tests.helpers.runs import Classifier, make_trainer, mlp
 from tests.oracles.sample_growth import order_of
-from tests.runs import Classifier, make_trainer, mlp
 
 COUNT = 11
 

@@ -19,8 +19,8 @@ from lightning_curvature.metrics import (
     KLCurvature,
 )
 from lightning_curvature.optimizers.update import ParameterUpdate
+from tests.helpers.runs import mlp
 from tests.oracles.dense import Part, reference
-from tests.runs import mlp
 
 matplotlib.use("Agg")
 

@@ -22,9 +22,10 @@ from lightning_curvature.metrics import (
 )
 from lightning_curvature.operators import HessianOperator
 from lightning_curvature.operators.mini_batch import MiniBatch
+from tests.helpers.runs import Batch, classification, mlp
+from tests.helpers.sharpness_metrics import CURVATURE, Point, fed, quadratic
 from tests.oracles.matrices import Matrices
 from tests.oracles.mini_batches import MiniBatches
-from tests.runs import Batch, classification, mlp
 
 # Products in float64 with some hundred roundings of 1e-16 each, means over up to 100 draws; the dense ones likewise.
 # Expectations of which parts cancel to a tenth.
@@ -42,14 +43,6 @@ Kind = Callable[..., Any]
 @functools.cache
 def oracle(replacement: bool = False, kind: str = "hessian", size: int = SIZE) -> MiniBatches:
     return MiniBatches(NETWORK, F.cross_entropy, X, Y, size, replacement, kind)
-
-
-def fed(metric: Any, batches: Any) -> float:
-    for x, y in batches:
-        metric.update(x, y)
-    value = metric.compute()
-    assert value.dtype == torch.float64
-    return float(value)
 
 
 def all_pairs(batches: list[Batch]) -> list[Batch]:
@@ -215,24 +208,6 @@ def test_ragged_mini_batches_count_once_each() -> None:
     assert found == pytest.approx((curvatures / squares).mean().item(), **CLOSE)
     found = fed(ModifiedBatchSharpness(NETWORK, F.cross_entropy), batches)
     assert found == pytest.approx((curvatures.mean() / squares.mean()).item(), **CLOSE)
-
-
-class Point(nn.Module):
-    """One parameter θ, the output for every sample."""
-
-    def __init__(self, theta: float) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.tensor([theta], dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.theta.expand(len(x))
-
-
-CURVATURE = 1.5
-
-
-def quadratic(z: Tensor, a: Tensor) -> Tensor:
-    return 0.5 * CURVATURE * (z - a).square().mean()
 
 
 @pytest.mark.parametrize("size", [1, 2])

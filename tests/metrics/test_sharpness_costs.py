@@ -13,11 +13,10 @@ from torch import nn
 
 from lightning_curvature.metrics import BatchLambdaMax
 from lightning_curvature.operators import HessianOperator
-from tests.metrics.sharpness_cases import BATCHES, METRICS, every_metric, made
-from tests.metrics.test_sharpness import fed
-from tests.operators.cases import Counter
-from tests.operators.test_graphs import Mark, alive, no_collector  # noqa: F401
-from tests.runs import mlp
+from tests.helpers.graphs import Mark, alive
+from tests.helpers.operators import Counter
+from tests.helpers.runs import mlp
+from tests.helpers.sharpness_metrics import BATCHES, METRICS, every_metric, fed, made
 
 
 @pytest.mark.parametrize(

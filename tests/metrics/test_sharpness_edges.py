@@ -15,9 +15,8 @@ from lightning_curvature.metrics import (
     RatioOfMeans,
     StepSharpness,
 )
-from tests.metrics.sharpness_cases import CLOSE, DATA, METRICS, MOVING, STILL
-from tests.metrics.test_sharpness import CURVATURE, Point, fed, quadratic
-from tests.runs import mlp
+from tests.helpers.runs import mlp
+from tests.helpers.sharpness_metrics import CLOSE, CURVATURE, DATA, METRICS, MOVING, STILL, Point, fed, quadratic
 
 
 @pytest.mark.parametrize("change", ["half", "double", "float", "bfloat16"])

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from tests.metrics.sharpness_cases import BATCHES, CLOSE, DATA, METRICS, RESTARTED, every_metric, made, value_of
-from tests.metrics.test_sharpness import fed
-from tests.runs import mlp
+from tests.helpers.runs import mlp
+from tests.helpers.sharpness_metrics import BATCHES, CLOSE, DATA, METRICS, RESTARTED, every_metric, fed, made, value_of
 
 matplotlib.use("Agg")
 

@@ -9,18 +9,20 @@ import torch
 
 from lightning_curvature.metrics import BatchSharpness
 from tests.helpers.processes import run_on_ranks
-from tests.metrics.sharpness_cases import (
+from tests.helpers.sharpness_metrics import (
     BATCHES,
     CLOSE,
     METRICS,
     MOVING,
     RESTARTED,
     STILL,
+    Point,
     every_metric,
+    fed,
     made,
+    quadratic,
     value_of,
 )
-from tests.metrics.test_sharpness import Point, fed, quadratic
 
 
 def state(metric: Any) -> list[Any]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_curvature.metrics import HessianDensity, HessianEigenvalues, HessianTrace
-from tests.metrics.test_spectrum import dense, ragged
-from tests.runs import Batch, mlp
+from tests.helpers.runs import Batch, mlp
+from tests.helpers.spectrum_metrics import dense, ragged
 
 # As in test_spectrum.py: eigenvalues are within their residuals, 1e-9.
 TOLERANCE = 1e-9

@@ -9,7 +9,7 @@ import torch
 
 from lightning_curvature.functional import gaussian_moment, increment
 from lightning_curvature.metrics import StabilizationCriterion
-from tests.functional.test_stabilization import model_of
+from tests.helpers.growth import model_of
 from tests.oracles.sample_growth import dense_increment, random_quadratics
 
 

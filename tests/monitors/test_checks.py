@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_curvature.monitors.checks import check_not_quantized
-from tests.compatibility.test_quantized import stand_in
+from tests.helpers.modules import stand_in
 
 OTHERS = (
     "bitsandbytes.nn.modules.Embedding",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.runs import Batch, Classifier, classification, mlp, run
 from tests.oracles.along_step import rows_of
-from tests.runs import Batch, Classifier, classification, mlp, run
 
 
 class WithoutIndex(Classifier):

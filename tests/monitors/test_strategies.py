@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.monitors.strategies import check_strategy
-from tests.runs import Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.runs import Classifier, classification, loader, make_trainer, mlp
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import KroneckerSum
 from lightning_curvature.noise.options import QUANTITIES
-from tests.directional.test_no_observer_effect import sgd
-from tests.noise.runs import BATCH, module_of, monitor, network, samples
-from tests.runs import Classifier, make_trainer
+from tests.helpers.noise import BATCH, module_of, monitor, network, samples
+from tests.helpers.runs import Classifier, make_trainer
+from tests.helpers.setups import sgd
 
 MICRO = 3  # micro-batches
 

@@ -18,13 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
 from lightning_curvature.noise import routes as noise_block
 from lightning_curvature.noise.options import KEYS, QUANTITIES
-from tests.batch_sharpness.test_errors import sharded
-from tests.noise.runs import monitor as strict
-from tests.noise.runs import samples
-from tests.runs import Capture, Classifier, classification, loader, make_trainer
-from tests.spectrum.test_errors import NoOptimizer, Plain, TwoOptimizers, sgd, unending, warned
-from tests.spectrum.test_no_observer_effect import Stream
-from tests.spectrum.test_values import rows
+from tests.helpers.modules import NoOptimizer, Plain, TwoOptimizers, sgd, sharded, unending
+from tests.helpers.noise import monitor as strict
+from tests.helpers.noise import samples
+from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, rows, warned
+from tests.helpers.traps import Stream
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [

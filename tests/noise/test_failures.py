@@ -15,15 +15,15 @@ from torch.utils.checkpoint import CheckpointFunction
 from lightning_curvature import CurvatureWarning
 from lightning_curvature.noise import sums as noise_sums
 from lightning_curvature.noise.options import QUANTITIES
-from tests.noise.test_runs import KEYS, monitor, samples
-from tests.runs import make_trainer
-from tests.spectrum import test_no_observer_effect as spectrum
-from tests.spectrum.test_no_observer_effect import Boom
-from tests.stabilization.test_by_hand import Nested, everything
-from tests.witness import assert_same, difference, watch
+from tests.helpers import traps
+from tests.helpers.nested import Nested, everything
+from tests.helpers.noise_runs import KEYS, monitor, samples
+from tests.helpers.runs import make_trainer
+from tests.helpers.traps import Boom
+from tests.helpers.witness import assert_same, difference, watch
 
 
-class Trapped(spectrum.Trapped):
+class Trapped(traps.Trapped):
     """Fails from some repetition of the first measurement on, with everything in disorder."""
 
     def __init__(self, call: int) -> None:

@@ -16,7 +16,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 
 from lightning_curvature.functional.noise import haar_coupling, random_commutativity_error
 from lightning_curvature.noise.options import QUANTITIES
-from tests.noise.runs import BATCH, Plain, dense, evaluated, module_of, monitor, network, samples, squared
+from tests.helpers.noise import BATCH, Plain, dense, evaluated, module_of, monitor, network, samples, squared
+from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, rows
 from tests.oracles.dense import Loss
 from tests.oracles.noise import (
     Pairs,
@@ -27,8 +28,6 @@ from tests.oracles.noise import (
     in_coordinates,
     nearest_of_class,
 )
-from tests.runs import Capture, Classifier, classification, loader, make_trainer
-from tests.spectrum.test_values import rows
 
 # Numbers of eigenvectors, whose roundings are those of H over the gaps between its eigenvalues, a hundredth of it and
 # more, and of logarithms of what is a thousandth of the largest.

@@ -18,14 +18,10 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
 from lightning_curvature.noise.options import KEYS, QUANTITIES
-from tests.directional.test_no_observer_effect import sgd
-from tests.noise.runs import informed, samples
-from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_errors import warned
-from tests.spectrum.test_logging import read
-from tests.spectrum.test_values import rows
-
-__all__ = ["informed"]  # a fixture
+from tests.helpers.noise import samples
+from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp, rows, warned
+from tests.helpers.setups import sgd
+from tests.helpers.tensorboard import read
 
 PICTURES = ("noise_matrices", "noise_scatter")
 

@@ -10,30 +10,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
+from lightning_curvature import CurvatureWarning
 from lightning_curvature.noise.options import QUANTITIES
-from tests.directional.test_no_observer_effect import SETUPS, Measured, sgd, with_batchnorm, with_dropout
-from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
-from tests.noise.runs import samples as dataset
-from tests.runs import Classifier, classification, make_trainer
-from tests.spectrum.test_no_observer_effect import DATA, Hooked
-from tests.stabilization.test_by_hand import Nested, everything
-from tests.stabilization.test_runs import Collate
-from tests.witness import Record, assert_same, copies, difference, frozen, watch
-
-KEYS = ("noise_gamma", "noise_commutativity", "noise_alignment", "noise_spearman", "noise_coupling")
-
-
-def samples() -> DataLoader[Any]:
-    return DataLoader(dataset(16), batch_size=8, shuffle=True)
-
-
-def monitor(name: str = "network.0.weight", **options: Any) -> NoiseCovarianceMonitor:
-    """All quantities, few rotations."""
-    quick: dict[str, Any] = {"quantities": QUANTITIES, "haar_draws": 2, "every_n_train_steps": 4}
-    return NoiseCovarianceMonitor(parameter=name, **(quick | options))
+from tests.helpers.habits import HABITS, Habitual
+from tests.helpers.nested import Nested, everything
+from tests.helpers.noise_runs import KEYS, monitor, samples
+from tests.helpers.runs import Classifier, classification, make_trainer
+from tests.helpers.setups import SETUPS, Measured, sgd, with_batchnorm, with_dropout
+from tests.helpers.stabilization import Collate
+from tests.helpers.traps import DATA, Hooked
+from tests.helpers.witness import Record, assert_same, copies, difference, frozen, watch
 
 
 def assert_measured(watched: Record, which: Callable[[Any], bool] = all) -> None:

@@ -12,25 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.directional.test_manual import Manual
-from tests.directional.test_no_observer_effect import sgd
-from tests.noise.runs import (
+from tests.helpers.manual import Manual
+from tests.helpers.noise import (
     BATCH,
     assert_matrices,
     dense,
     evaluated,
-    informed,
+    images,
     module_of,
     monitor,
     network,
     samples,
     squared,
 )
-from tests.noise.test_values import images
+from tests.helpers.runs import Batch, Classifier, make_trainer, mlp
+from tests.helpers.setups import sgd
 from tests.oracles.dense import Loss
-from tests.runs import Batch, Classifier, make_trainer, mlp
-
-__all__ = ["informed"]  # a fixture
 
 
 class Reading(Classifier):

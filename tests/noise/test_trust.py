@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureWarning
-from tests.directional.test_no_observer_effect import sgd
-from tests.noise.runs import BATCH, evaluated, module_of, monitor, samples
-from tests.runs import Classifier, make_trainer
+from tests.helpers.noise import BATCH, evaluated, module_of, monitor, samples
+from tests.helpers.runs import Classifier, make_trainer
+from tests.helpers.setups import sgd
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:

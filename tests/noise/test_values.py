@@ -12,25 +12,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from tests.directional.test_no_observer_effect import Tied
-from tests.noise.runs import (
+from tests.helpers.noise import (
     BATCH,
+    TEN,
     Plain,
     assert_close,
     assert_matrices,
     dense,
     evaluated,
-    informed,
+    images,
     module_of,
     network,
     samples,
     squared,
 )
+from tests.helpers.setups import Tied
 from tests.oracles.dense import Loss
-
-__all__ = ["informed"]  # a fixture
-
-TEN = 10
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, squared])
@@ -49,11 +46,6 @@ def test_both_routes(name: str, activation: type[nn.Module], bias: bool, loss: L
     assert_matrices(general, expected, BATCH)
     # And directly, where the eigenvectors are those of one Hessian.
     assert_close(general.curvatures, found.curvatures)
-
-
-def images() -> TensorDataset:
-    torch.manual_seed(2)
-    return TensorDataset(torch.randn(TEN, 1, 5, 5).double(), torch.randint(0, 3, (TEN,)))
 
 
 def tokens() -> TensorDataset:

@@ -13,7 +13,7 @@ from lightning_curvature.operators import (
     PreconditionedOperator,
     SecondMomentOperator,
 )
-from tests.operators.cases import CASES, matrix, off, trained
+from tests.helpers.operators import CASES, matrix, off, trained
 from tests.oracles.matrices import Matrices
 
 # Some hundred roundings of products in float64, relative to the largest entry (see test_exact.py); two products one

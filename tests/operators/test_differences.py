@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators import GradientDifferenceOperator, MicroBatch, Sharding, micro_batches
 from lightning_curvature.operators.micro_batches import Evaluation
-from tests.operators.cases import CASES, Data, trained
+from tests.helpers.operators import CASES, Data, trained
 from tests.oracles.matrices import Matrices
 
 # θ ± r v rounds by about 0.2 u |θ_i|. Over a distance of r = u^{1/3} ‖θ‖/10 that turns v by √2 · 0.2 u ‖θ‖/2r = 1.4

@@ -19,7 +19,7 @@ from lightning_curvature.operators import (
     micro_batches,
 )
 from lightning_curvature.operators.micro_batches import Evaluation
-from tests.operators.cases import CASES
+from tests.helpers.operators import CASES
 
 X = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
 Y = torch.full((4, 2), 50.0, dtype=torch.float64)

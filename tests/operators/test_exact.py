@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator, MicroBatch
 from lightning_curvature.operators.micro_batches import Evaluation
-from tests.operators.cases import CASES, INDEPENDENT, Odd, matrix, off, trained
+from tests.helpers.operators import CASES, INDEPENDENT, Odd, matrix, off, rounding, trained
 from tests.oracles.matrices import Matrices
-
-# An entry comes out of some 30 operations one after the other, sums of up to 60 terms among them, each of which rounds
-# by a unit or a few; batch norm over two samples divides by a small deviation. Units of the largest entry.
-UNITS = 100
-
-
-def rounding(dtype: torch.dtype) -> float:
-    return UNITS * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from lightning_curvature.operators import CurvatureOperator, GaussNewtonOperator, HessianOperator, MicroBatch
 from lightning_curvature.operators import micro_batches as micro_batches_of
 from lightning_curvature.operators.micro_batches import Evaluation
-from tests.operators.cases import CASES, INDEPENDENT, Counter, off, on_ranks, trained
-from tests.operators.test_exact import rounding
+from tests.helpers.operators import CASES, INDEPENDENT, Counter, off, on_ranks, rounding, trained
 from tests.oracles.matrices import Matrices
 
 KINDS = [HessianOperator, GaussNewtonOperator]

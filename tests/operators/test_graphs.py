@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,8 @@ from torch import Tensor, nn
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator, SecondMomentOperator, graphs
 from lightning_curvature.operators.memory import SavedBytes, available_memory
 from lightning_curvature.operators.micro_batches import building_graphs
-from tests.operators.cases import CASES, Counter, matrix, trained
+from tests.helpers.graphs import Mark, Marked, alive
+from tests.helpers.operators import CASES, Counter, matrix, trained
 
 KINDS = [HessianOperator, GaussNewtonOperator]
 SIZES = (3, 3, 2, 1, 1)
@@ -143,44 +142,6 @@ def test_as_many_graphs_as_fit_into_half_of_the_memory(
     if kept:
         # One byte less for each process.
         assert forwards(free - processes) == [5, 5 + (6 - kept), 5 + 2 * (6 - kept)]
-
-
-class Token:
-    """Lives as long as the node that holds it."""
-
-
-class Marked(torch.autograd.Function):
-    """The identity; its node holds a token."""
-
-    tokens: ClassVar[list[weakref.ref[Token]]] = []
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.token = Token()
-        Marked.tokens.append(weakref.ref(ctx.token))
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-
-class Mark(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Marked.apply(x)
-
-
-def alive() -> int:
-    return sum(token() is not None for token in Marked.tokens)
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    Marked.tokens.clear()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 # All that saves its own output, a view, or a scalar; each could close a circle.

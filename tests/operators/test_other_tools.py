@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
-from tests.operators.cases import Data, matrix, off
+from tests.helpers.operators import Data, matrix, off
 
 curvlinops = pytest.importorskip("curvlinops")
 

@@ -19,7 +19,7 @@ from lightning_curvature.operators import (
     micro_batches,
 )
 from lightning_curvature.operators.micro_batches import Evaluation
-from tests.operators.cases import CASES, on_ranks, trained
+from tests.helpers.operators import CASES, on_ranks, trained
 
 CASE = CASES["squared"]
 NETWORK = CASE.network()

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 
 from lightning_curvature.optimizers.stability import StabilityRule, preconditioner, stability_rule
-from tests.optimizers.test_stability_steps import make_parameters, make_steps
+from tests.helpers.optimizers import make_parameters, make_steps
 
 U64 = 2.0**-53
 Make = Callable[..., Any]

@@ -5,29 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, RMSprop
 
 from lightning_curvature.optimizers.stability import preconditioner, stability_rule
+from tests.helpers.optimizers import make_parameters, make_steps
 
 U64 = 2.0**-53
 Make = Callable[..., Any]
 Groups = list[dict[str, Any]]
-
-
-def make_parameters(*sizes: int, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    g = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(size, generator=g, dtype=torch.float64).to(dtype)) for size in sizes]
-
-
-def make_steps(optimizer: Any, parameters: list[nn.Parameter], count: int) -> None:
-    """Steps with gradients that vary from step to step and over three orders of magnitude."""
-    g = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        for p in parameters:
-            scale = torch.logspace(-2, 1, p.numel(), dtype=torch.float64)
-            p.grad = (torch.randn(p.shape, generator=g, dtype=torch.float64) * scale).to(p.dtype)
-        optimizer.step()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_curvature.optimizers.trial_steps import TrialSteps
-from tests.optimizers.test_trial_steps import Hoarder, Lookahead, Make, Plain, Run, fingerprint
-from tests.runs import make_trainer
+from tests.helpers.runs import make_trainer
+from tests.helpers.trial_steps import Hoarder, Lookahead, Make, Plain, Run, fingerprint
 
 
 @pytest.fixture

@@ -2,18 +2,16 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.optimizers.trial_steps import TrialSteps
-from tests.optimizers.test_trial_steps import Run
-from tests.runs import Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.runs import Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.trial_steps import Foretelling, Run
 
 
 @pytest.mark.parametrize(
@@ -35,34 +33,6 @@ def test_gradients_are_clipped_as_the_trainer_says(value: Any, algorithm: Any) -
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In a run of Lightning's: the update foretold from the gradient is the one that follows
-
-
-class Foretelling(pl.Callback):
-    """Asks for the update with the gradient of each step, looks at what the step made, and asks for another."""
-
-    def __init__(self) -> None:
-        self.foretold: list[Tensor] = []
-        self.made: list[Tensor] = []
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.space = VectorSpace([local(p) for p in self.parameters])
-        gradient = self.space.pack([local(p.grad) for p in self.parameters])
-        self.trials = TrialSteps(trainer, optimizer, self.parameters)
-        marks = self.marks()
-        self.foretold.append(self.trials.update_for(gradient))
-        assert self.marks() == marks
-        self.before = self.space.pack([local(p) for p in self.parameters])
-
-    def marks(self) -> list[Any]:
-        """Identity, memory and versions of parameters, of their shards and of their gradients."""
-        tensors = [one for p in self.parameters for one in (p, local(p), p.grad, local(p.grad))]
-        places = [local(one).data_ptr() for one in tensors]
-        return [*places, *(one._version for one in tensors), *(id(p.grad) for p in self.parameters)]
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.made.append(self.before - self.space.pack([local(p) for p in self.parameters]))
-        self.trials.update_for(-3.0 * self.before)
 
 
 class ClipsItself(Classifier):

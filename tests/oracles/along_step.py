@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.runs import Outcome, Step
 from tests.oracles.dense import Reference, loss_along
-from tests.runs import Outcome, Step
 
 ALL = ("hvp", "gauss_newton", "kl", "finite_difference")
 

@@ -18,8 +18,8 @@ from torch import nn
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.replay.isolation import ReplayTrainer, muted, parameters_replaced, untouched
 from lightning_curvature.replay.module_state import Bystanders, ModuleState, RandomState
-from tests.runs import Capture, make_trainer
-from tests.witness import frozen, module_state, random_states
+from tests.helpers.runs import Capture, make_trainer
+from tests.helpers.witness import frozen, module_state, random_states
 
 CPU = torch.device("cpu")
 

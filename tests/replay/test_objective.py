@@ -18,7 +18,7 @@ from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.update_monitor import UpdateMonitor
 from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.replay.objective import Evaluation, StepObjective
-from tests.runs import Batch, Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.runs import Batch, Classifier, classification, loader, make_trainer, mlp
 
 
 class Replay(UpdateMonitor):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from lightning_curvature.reporting.loggers import CurvatureWarning, add_layout, report, warn
-from tests.runs import Capture, Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, mlp
+from tests.helpers.tensorboard import charts, layouts
 
 
 class Reporter(pl.Callback):
@@ -54,21 +54,6 @@ def fit(*callbacks: pl.Callback, batches: int = 4, **options: Any) -> pl.Trainer
     trainer = make_trainer(*callbacks, **options)
     trainer.fit(Classifier(mlp(4, 6, 3), sgd), loader(classification(batches)))
     return trainer
-
-
-def layouts(directory: str | Path) -> list[Layout]:
-    """Every custom layout in the event files of a directory."""
-    found = []
-    for file in sorted(Path(directory).glob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={"tensors": 0}).Reload()
-        if "custom_scalars__config__" in events.Tags()["tensors"]:
-            for event in events.Tensors("custom_scalars__config__"):
-                found.append(Layout.FromString(event.tensor_proto.string_val[0]))
-    return found
-
-
-def charts(layout: Layout) -> dict[str, list[str]]:
-    return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -8,38 +8,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_curvature import HessianSpectrumMonitor
 from lightning_curvature.linalg.krylov import KrylovSpace
-from tests.runs import Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_values import BATCH, SAMPLES, samples
+from tests.helpers.counting import Passes, Reads
+from tests.helpers.runs import Capture, Classifier, make_trainer, mlp
+from tests.helpers.spectrum import BATCH, SAMPLES, samples
 
 MICRO = 4  # 8 + 8 + 8 + 6
 STEPS, EVERY = 8, 3
 MEASURED = (0, 3, 6)
-
-
-class Passes(pl.Callback):
-    """Counts forwards and backwards of the network of each batch: the measurement before its step, and the step."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.forwards: list[int] = []
-        self.backwards: list[int] = []
-        network.register_forward_hook(self._seen)
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        for row in (self.forwards, self.backwards):
-            row.append(0)
-
-    def _seen(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.forwards[-1] += 1
-        if output.requires_grad:
-            output.register_hook(self._passed_back)
-
-    def _passed_back(self, gradient: Tensor) -> None:
-        self.backwards[-1] += 1
 
 
 class Products(pl.Callback):
@@ -162,20 +141,6 @@ def test_products_end_at_their_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     capture = fit(products, follow=monitor(tolerance=1e-12, max_products=20, k=3))
     assert products.counts == [20] * len(MEASURED)
     assert capture.curve("curvature/lambda_3_converged") == [0.0] * len(MEASURED)
-
-
-class Reads(TensorDataset):
-    """Counts the samples that are read, outside of itself: its own attributes are put back."""
-
-    count = 0
-
-    def __init__(self) -> None:
-        super().__init__(*samples())
-        Reads.count = 0
-
-    def __getitem__(self, index: Any) -> Any:
-        Reads.count += 1
-        return super().__getitem__(index)
 
 
 class Stream(IterableDataset[Any]):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature import CurvatureWarning, HessianSpectrumMonitor
-from tests.runs import Batch, Capture, Classifier, classification, loader, make_trainer, mlp
+from lightning_curvature import HessianSpectrumMonitor
+from tests.helpers.modules import FromIterator, NoOptimizer, Plain, TwoOptimizers, unending
+from tests.helpers.runs import Batch, Capture, classification, loader, make_trainer, warned
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
@@ -63,46 +62,6 @@ def test_arguments_are_keyword_only() -> None:
         HessianSpectrumMonitor(("lambda_max",))  # type: ignore[misc]
 
 
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
-
-
-class Plain(Classifier):
-    """A classifier that counts its steps."""
-
-    def __init__(
-        self, network: nn.Module | None = None, make_optimizer: Any = sgd, loss: Any = F.cross_entropy
-    ) -> None:
-        super().__init__(network or mlp(4, 6, 3), make_optimizer, loss)
-        self.seen = torch.zeros((), dtype=torch.long)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seen += 1
-
-
-class TwoOptimizers(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        return [sgd(self.network[0]), sgd(self.network[2])]
-
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        pass
-
-
-class NoOptimizer(Plain):
-    def configure_optimizers(self) -> None:
-        return None
-
-
-class FromIterator(Plain):
-    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
-        batch, _, _ = next(dataloader_iter)
-        return self.loss(self(batch[0]), batch[1])
-
-
 class Adamlike(torch.optim.Adam):
     """With a step of its own."""
 
@@ -118,12 +77,6 @@ def monitor(*quantities: str, **options: Any) -> HessianSpectrumMonitor:
 def shuffled(samples: int = 16) -> DataLoader[Any]:
     x, y = (torch.cat(parts)[:samples] for parts in zip(*classification(2), strict=True))
     return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
-
-
-def unending() -> Any:
-    from tests.spectrum.test_no_observer_effect import Stream
-
-    return DataLoader(Stream(), batch_size=8)
 
 
 Make = Callable[[], pl.LightningModule]
@@ -249,14 +202,6 @@ def test_one_prefix_for_two_monitors() -> None:
     sentence = r"prefix must differ between monitors of one class, got 'a' of two \w+s: give one of them another prefix"
     with pytest.raises(MisconfigurationException, match=sentence):
         trainer.fit(Plain(), shuffled())
-
-
-def warned(action: Callable[[], Any]) -> list[str]:
-    """Messages of the package's warnings, each as often as a user would see it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.resetwarnings()
-        action()
-    return [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
 
 
 @pytest.mark.parametrize("name", ["Adadelta", "LBFGS"])

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_curvature.linalg import NonFiniteProductError
+from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows, warned
+from tests.helpers.spectrum import monitor, samples, whole
+from tests.helpers.spectrum_setups import loader, sgd
 from tests.oracles.hessian_spectrum import Curvature, Moments
-from tests.runs import Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_errors import warned
-from tests.spectrum.test_setups import loader, sgd
-from tests.spectrum.test_values import monitor, rows, samples, whole
 
 EXACT = ("lambda_max", "hessian_trace", "gauss_newton_lambda_max", "second_moment_contraction")
 

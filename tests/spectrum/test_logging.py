@@ -14,17 +14,15 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.reporting import loggers as reporting
+from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp, rows, warned
+from tests.helpers.spectrum import TOLERANCE, monitor, whole
+from tests.helpers.spectrum_setups import loader, module
+from tests.helpers.tensorboard import charts, layouts, read
 from tests.oracles.hessian_spectrum import Curvature, Moments, check_eigenvalue
-from tests.reporting.test_loggers import charts, layouts
-from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_errors import warned
-from tests.spectrum.test_setups import loader, sgd
-from tests.spectrum.test_values import TOLERANCE, monitor, rows, whole
 
 ALL = (
     "lambda_max",
@@ -50,10 +48,6 @@ KEYS: dict[str, set[str]] = {
     "preconditioned_lambda_max": with_error("preconditioned_lambda_max") | {"preconditioned_lambda_max_threshold"},
     "second_moment_contraction": with_error("second_moment_contraction") | {"second_moment_excess"},
 }
-
-
-def module(make: Any = sgd) -> Classifier:
-    return Classifier(mlp(4, 6, 3), make)
 
 
 def fit(*callbacks: Any, logger: Any = None, learner: Any = None, **options: Any) -> Any:
@@ -118,13 +112,6 @@ def test_model_checkpoint_keeps_the_flattest(tmp_path: Path) -> None:
     best = min(row["lambda_max"] for row in rows(capture).values())
     assert keep.best_model_score is not None
     assert keep.best_model_score.item() == pytest.approx(best, rel=1e-6)  # float32
-
-
-def read(directory: str) -> EventAccumulator:
-    # No limits on how many are read back.
-    events = EventAccumulator(directory, size_guidance={"scalars": 0, "histograms": 0, "images": 0})
-    events.Reload()
-    return events
 
 
 def test_tensorboard(tmp_path: Path) -> None:

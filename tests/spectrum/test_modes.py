@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_curvature import HessianSpectrumMonitor
 from lightning_curvature.reporting.loggers import CurvatureWarning
+from tests.helpers.runs import Classifier, mlp, rows
+from tests.helpers.spectrum import BATCH, SAMPLES, monitor, samples, whole
+from tests.helpers.spectrum_setups import QUANTITIES, check, fit, loader, same_rows, sgd
 from tests.oracles.hessian_spectrum import Curvature, Part, check_eigenvalue
-from tests.runs import Classifier, mlp
-from tests.spectrum.test_setups import QUANTITIES, check, fit, loader, same_rows, sgd
-from tests.spectrum.test_values import BATCH, SAMPLES, monitor, rows, samples, whole
 
 ONE_BATCH_NORM = pytest.mark.filterwarnings("ignore:BatchNorm in training mode couples samples")
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
+from tests.helpers.runs import Classifier, mlp
+from tests.helpers.spectrum import TOLERANCE, monitor
+from tests.helpers.spectrum_runs import assert_same_training, fitted, hessian, sgd
 from tests.oracles.hessian_spectrum import check_eigenvalue
-from tests.runs import Classifier, mlp
-from tests.spectrum.runs import assert_same_training, fitted, hessian, sgd
-from tests.spectrum.test_values import TOLERANCE, monitor
 
 
 class Drawing(Classifier):

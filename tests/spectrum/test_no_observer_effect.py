@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-import random
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_curvature import CurvatureWarning, HessianSpectrumMonitor
-from tests.directional.test_no_observer_effect import SETUPS, Measured, with_batchnorm, with_dropout
-from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
-from tests.runs import Classifier, classification
-from tests.witness import Record, assert_same, copies, frozen, watch
+from tests.helpers.habits import HABITS, Habitual
+from tests.helpers.runs import classification
+from tests.helpers.setups import SETUPS, Measured
+from tests.helpers.traps import DATA, Boom, Hooked, Trapped, Unreadable
+from tests.helpers.witness import Record, assert_same, copies, frozen, watch
 
 QUANTITIES = (
     "lambda_max",
@@ -76,64 +72,6 @@ def test_steps_with_habits(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert_measured(watched)
 
 
-class Augmented(Dataset[Any]):
-    """Draws from every generator there is, and from two of its own; counts what was read in its own order."""
-
-    def __init__(self) -> None:
-        self.x, self.y = (torch.cat(parts) for parts in zip(*classification(4), strict=True))
-        self.generator, self.numpy = torch.Generator().manual_seed(3), np.random.default_rng(3)
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        noise = random.random() + float(np.random.rand()) + float(self.numpy.random())  # noqa: NPY002
-        noise += float(torch.rand(())) + float(torch.rand((), generator=self.generator))
-        return self.x[index] + 0.1 * noise, self.y[index]
-
-
-class Stream(IterableDataset[Any]):
-    """Draws as it goes."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for x, y in zip(*(torch.cat(parts) for parts in zip(*classification(4), strict=True)), strict=True):
-            yield x + torch.rand(()), y
-
-
-def augmented(**options: Any) -> DataLoader[Any]:
-    return DataLoader(Augmented(), batch_size=8, **options)
-
-
-def with_generator() -> DataLoader[Any]:
-    return augmented(shuffle=True, generator=torch.Generator().manual_seed(7))
-
-
-DATA: dict[str, Callable[[], DataLoader[Any]]] = {
-    "augmented": augmented,
-    "shuffled": lambda: augmented(shuffle=True),
-    "shuffled by its own generator": with_generator,
-    "stream": lambda: DataLoader(Stream(), batch_size=8),
-}
-
-
-class Hooked(Classifier):
-    """Augments on the device, counts what it has seen, and changes the batch in place."""
-
-    def __init__(self) -> None:
-        super().__init__(with_dropout(), lambda m: torch.optim.Adam(m.parameters(), lr=0.01))
-        self.seen, self.transfers = 0, 0
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.transfers += 1
-        batch[0].mul_(1.0 + random.random())
-        return batch
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.seen += len(batch[1])
-        batch[0].add_(0.1 * torch.randn_like(batch[0]))
-        return batch
-
-
 @pytest.mark.parametrize(("make", "samples"), [(Hooked, 11), (Measured, 2048)])
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
@@ -153,39 +91,6 @@ def test_data_is_read_as_if_nobody_else_did(name: str, make: Any, samples: int) 
     assert_same(plain, watched)
     assert generators == generators_too
     assert_measured(watched)
-
-
-class Boom(RuntimeError):
-    pass
-
-
-class Trapped(Classifier):
-    """Fails in the middle of a measurement: in another mode, flags changed, counters ahead, numbers drawn."""
-
-    def __init__(self, trap: list[int]) -> None:
-        super().__init__(with_batchnorm(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
-        # Outside the module's state, which is put back: calls until it fails; the run's own calls do not count.
-        self.trap = lambda: trap
-        self.count, self.seen = 0, list[float]()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        # A repeated step sees a stand-in for the Trainer.
-        measuring, trap = not isinstance(self._trainer, pl.Trainer), self.trap()
-        self.count += 1
-        self.network[1].eval()
-        self.network[0].bias.requires_grad_(False)
-        self.optimizers().param_groups[0]["lr"] *= 0.9
-        logits = self(batch[0])
-        self.seen.append(float(logits.sum() + torch.rand(())))
-        if measuring:
-            trap[0] -= 1
-            if trap[0] == 0:
-                raise Boom("trapped")
-        self.network[1].train()
-        self.network[0].bias.requires_grad_(True)
-        loss = F.cross_entropy(logits, batch[1])
-        self.log("train_loss", loss)
-        return loss
 
 
 @pytest.mark.parametrize("keep_graph", [True, False])
@@ -214,18 +119,6 @@ def test_failing_step(call: int, keep_graph: bool) -> None:
         assert math.isnan(first) == (key == failed), key
         assert len(rest) == 2
         assert all(math.isfinite(value) for value in rest)
-
-
-class Unreadable(Augmented):
-    """Can be read by training, which reads in order, and by nobody else, after some draws."""
-
-    allowed: Callable[[], bool] = staticmethod(lambda: True)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        sample = super().__getitem__(index)
-        if index == 5 and not self.allowed():
-            raise Boom("unreadable")
-        return sample
 
 
 def test_failing_read(monkeypatch: pytest.MonkeyPatch) -> None:

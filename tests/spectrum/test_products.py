@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_curvature.operators import GaussNewtonOperator, MicroBatch
 from lightning_curvature.operators.micro_batches import Evaluation
+from tests.helpers.runs import Classifier, mlp
+from tests.helpers.spectrum import TOLERANCE, monitor, samples
+from tests.helpers.spectrum_runs import BATCH, fitted, hessian, sgd
 from tests.oracles.hessian_spectrum import check_eigenvalue
-from tests.runs import Classifier, mlp
-from tests.spectrum.runs import BATCH, fitted, hessian, sgd
-from tests.spectrum.test_values import TOLERANCE, monitor, samples
 
 
 class Transient(Classifier):

@@ -16,10 +16,9 @@ from lightning_curvature.reporting import progress
 from lightning_curvature.reporting.progress import Progress
 from lightning_curvature.spectrum import monitor as spectrum
 from lightning_curvature.stabilization import monitor as stabilization
-from tests.runs import make_trainer
-from tests.spectrum.test_logging import module
-from tests.spectrum.test_setups import loader
-from tests.spectrum.test_values import monitor
+from tests.helpers.runs import make_trainer
+from tests.helpers.spectrum import monitor
+from tests.helpers.spectrum_setups import loader, module
 
 
 class Clock:

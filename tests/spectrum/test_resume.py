@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import HessianSpectrumMonitor
-from tests.runs import Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_errors import warned
-from tests.spectrum.test_values import rows, samples
+from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows, warned
+from tests.helpers.spectrum import samples
 
 QUANTITIES = ("lambda_max", "lambda_min", "preconditioned_lambda_max", "gauss_newton_lambda_max", "hessian_trace")
 QUANTITIES += ("second_moment_contraction",)

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature.linalg import Eigenpairs
 from lightning_curvature.spectrum import measurement as spectrum
+from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows
+from tests.helpers.spectrum import monitor, samples
+from tests.helpers.spectrum_runs import BATCH, SAMPLES, batches, fitted, parts, sgd
 from tests.oracles.hessian_spectrum import Curvature
-from tests.runs import Capture, Classifier, make_trainer, mlp
-from tests.spectrum.runs import BATCH, SAMPLES, batches, fitted, parts, sgd
-from tests.spectrum.test_values import monitor, rows, samples
 
 # Micro-batches, or batches of the probe loader, of other sizes than the eight samples of a step: the groups are eight.
 SIZES: list[dict[str, Any]] = [{"micro_batch_size": size} for size in (3, 20, 40)]

@@ -15,18 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import HessianSpectrumMonitor
+from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows
+from tests.helpers.spectrum import BATCH, SAMPLES, TOLERANCE, monitor, samples, whole
 from tests.oracles.hessian_spectrum import ROUNDING, Curvature, Moment, Moments, Part, check_eigenvalue
-from tests.runs import Capture, Classifier, make_trainer, mlp
 
-# Residuals a thousand times finer than the default: what the eigenvalues then owe to the eigensolver is 1e-12.
-TOLERANCE = 1e-6
-SAMPLES, BATCH = 30, 8  # the last batch is ragged: 6
 MEASURED = range(0, 8, 2)
-
-
-def samples(count: int = SAMPLES, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(4)
-    return torch.randn(count, 4, generator=g, dtype=torch.float64).to(dtype), torch.randint(3, (count,), generator=g)
 
 
 def fit(module: Any, *monitors: HessianSpectrumMonitor, index: int = 0, **options: Any) -> tuple[Capture, list[Moment]]:
@@ -35,25 +28,6 @@ def fit(module: Any, *monitors: HessianSpectrumMonitor, index: int = 0, **option
     trainer = make_trainer(moments, *monitors, logger=capture, **({"max_epochs": 2} | options))
     trainer.fit(module, data)
     return capture, moments.all
-
-
-def monitor(*quantities: str, **options: Any) -> HessianSpectrumMonitor:
-    defaults = {"every_n_train_steps": 2, "tolerance": TOLERANCE, "on_error": "raise"}
-    return HessianSpectrumMonitor(quantities=quantities, **(defaults | options))  # type: ignore[arg-type]
-
-
-def rows(capture: Capture, prefix: str = "curvature") -> dict[int, dict[str, float]]:
-    """Rows of the measured steps, keys without the prefix."""
-    cut = len(prefix) + 1
-    found = {
-        step: {key[cut:]: value for key, value in row.items() if key.startswith(f"{prefix}/")}
-        for step, row in sorted(capture.rows.items())
-    }
-    return {step: row for step, row in found.items() if row}
-
-
-def whole() -> list[Part]:
-    return [Part(*samples())]
 
 
 def test_spectrum_of_the_hessian() -> None:

@@ -9,51 +9,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lightning_curvature.stabilization.options import QUANTITIES
 from lightning_curvature.stabilization.result import SampleGrowth
-from tests.directional.test_no_observer_effect import Measured, sgd, with_batchnorm
-from tests.runs import Classifier, make_trainer, mlp
-from tests.spectrum.test_no_observer_effect import Boom
-from tests.stabilization.test_runs import Trap, Trapped, monitor, samples, trapped
-from tests.witness import assert_same, difference, frozen, module_state, random_states, watch
-
-__all__ = ["trapped"]  # a fixture
-
-
-class Nested(pl.LightningModule):
-    """Holds another LightningModule, has gradients, is partly in eval mode, and draws and counts in its step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Classifier(nn.Sequential(with_batchnorm(), nn.Dropout(0.3)), sgd)
-        self.head = mlp(3, 3)
-        self.head[0].bias.requires_grad_(False)
-        self.count = 0
-        for p in self.parameters():
-            p.grad = torch.ones_like(p) if p.requires_grad else None
-        self.inner.network[0].eval()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.count += 1
-        self.log("count", float(self.count))
-        return nn.functional.cross_entropy(self.head(self.inner(batch[0])), batch[1]) + 0.0 * torch.rand(())
-
-    def configure_optimizers(self) -> Any:
-        return sgd(self)
-
-
-def everything(module: pl.LightningModule) -> Any:
-    """What a measurement by hand must leave alone."""
-    links = [id(m._trainer) for m in module.modules() if isinstance(m, pl.LightningModule)]
-    modes = [m.training for m in module.modules()]
-    addresses = [p.data_ptr() for p in (*module.parameters(), *module.buffers())]
-    return {
-        "state": module_state(module),
-        "random": random_states(),
-        "more": frozen([links, modes, addresses, str(module.device)]),
-    }
+from tests.helpers.nested import Nested, everything
+from tests.helpers.runs import make_trainer
+from tests.helpers.setups import Measured
+from tests.helpers.stabilization import Trap, Trapped, monitor, samples
+from tests.helpers.traps import Boom
+from tests.helpers.witness import assert_same, difference, watch
 
 
 def assert_left_alone(module: pl.LightningModule, trainer: pl.Trainer | None, **options: Any) -> SampleGrowth:

@@ -14,8 +14,8 @@ from lightning_curvature.operators import HessianOperator
 from lightning_curvature.stabilization import increments as increment_model
 from lightning_curvature.stabilization import perturbed as perturbed_losses
 from lightning_curvature.stabilization.result import SampleGrowth
-from tests.runs import make_trainer
-from tests.stabilization.test_values import CANDIDATES, classifier_case
+from tests.helpers.runs import make_trainer
+from tests.helpers.stabilization_values import CANDIDATES, classifier_case
 
 SIZES = (2, 6)
 

@@ -16,20 +16,10 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS
-from tests.batch_sharpness.test_errors import sharded
-from tests.runs import Capture, Classifier, classification, loader, make_trainer, mlp
-from tests.spectrum.test_errors import (
-    FromIterator,
-    NoOptimizer,
-    Plain,
-    TwoOptimizers,
-    sgd,
-    unending,
-    warned,
-)
-from tests.spectrum.test_no_observer_effect import Boom, Stream, Unreadable
-from tests.spectrum.test_values import rows
-from tests.stabilization.test_runs import samples
+from tests.helpers.modules import FromIterator, NoOptimizer, Plain, TwoOptimizers, sgd, sharded, unending
+from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, mlp, rows, warned
+from tests.helpers.stabilization import samples
+from tests.helpers.traps import Boom, Stream, Unreadable
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [

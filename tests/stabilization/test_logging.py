@@ -21,12 +21,10 @@ from torch.utils.data import DataLoader
 from lightning_curvature import CurvatureWarning, StabilizationMonitor
 from lightning_curvature.stabilization.options import QUANTITIES
 from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
-from tests.directional.test_no_observer_effect import sgd
-from tests.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp
-from tests.spectrum.test_errors import warned
-from tests.spectrum.test_logging import read
-from tests.spectrum.test_values import rows
-from tests.stabilization.test_runs import samples
+from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp, rows, warned
+from tests.helpers.setups import sgd
+from tests.helpers.stabilization import samples
+from tests.helpers.tensorboard import read
 
 
 def monitor(**options: Any) -> StabilizationMonitor:
@@ -77,7 +75,7 @@ ORDERED = ("delta_1", "delta_4", "delta_4_subspace")
         # Beside the increment of the point.
         ({"order": 1, "estimators": ("direct",), "draws": 2}, keys("delta_1", "delta_1_mean", "delta_1_mean_subspace")),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_keys(options: dict[str, Any], expected: set[str]) -> None:
     capture, follow = Capture(), monitor(prefix="c/d", **options)

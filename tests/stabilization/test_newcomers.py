@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureWarning, StabilizationMonitor
 from lightning_curvature.data.ordered import read_ordered_samples
+from tests.helpers.runs import Classifier, classification, make_trainer, mlp
 from tests.oracles.sample_growth import order_of
-from tests.runs import Classifier, classification, make_trainer, mlp
 
 QUICK: dict[str, Any] = {"sample_sizes": (2, 4), "subspace_dim": 1, "candidates": 2, "trace_vectors": 3}
 

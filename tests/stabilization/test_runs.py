@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_curvature import CurvatureWarning, StabilizationMonitor
-from lightning_curvature.stabilization.options import ESTIMATORS, QUANTITIES
-from lightning_curvature.stabilization.problem import StabilizationProblem
-from tests.directional.test_no_observer_effect import SETUPS, Measured, sgd, with_batchnorm, with_dropout
-from tests.directional.test_no_observer_effect_habits import HABITS, Habitual
-from tests.runs import Classifier, classification
-from tests.spectrum import test_no_observer_effect as spectrum
-from tests.spectrum.test_no_observer_effect import DATA, Boom, Hooked
-from tests.witness import (
+from lightning_curvature.stabilization.options import QUANTITIES
+from tests.helpers.habits import HABITS, Habitual
+from tests.helpers.runs import Classifier, classification
+from tests.helpers.setups import SETUPS, Measured, sgd, with_batchnorm, with_dropout
+from tests.helpers.stabilization import Collate, Trap, Trapped, monitor, samples
+from tests.helpers.traps import DATA, Boom, Hooked
+from tests.helpers.witness import (
     Record,
     assert_same,
     copies,
     frozen,
     watch,
 )
-
-
-def samples(count: int = 16, dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
-    """Single samples, in batches of eight."""
-    return DataLoader(TensorDataset(*classification(1, count, dtype=dtype)[0]), batch_size=8, shuffle=True)
-
-
-def monitor(**options: Any) -> StabilizationMonitor:
-    """All quantities by all estimators, as few of each as may be: what one leaves behind, the next would too."""
-    quick: dict[str, Any] = {
-        "sample_sizes": (2, 3),
-        "subspace_dim": 1,
-        "candidates": 2,
-        "draws": 2,
-        "trace_vectors": 3,
-        "tolerance": 0.1,
-        "estimators": ESTIMATORS,
-        "every_n_train_steps": 4,
-    }
-    return StabilizationMonitor(**(quick | options))
 
 
 def assert_measured(watched: Record, which: Callable[[Any], bool] = all) -> None:
@@ -120,18 +97,6 @@ def test_steps_with_habits(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert_measured(watched, any if name == "changes_modes_and_flags" else all)
 
 
-class Collate:
-    """Makes a batch, and counts how often, and what it has drawn."""
-
-    def __init__(self) -> None:
-        self.calls, self.drawn = 0, 0.0
-
-    def __call__(self, rows: list[Any]) -> Any:
-        self.calls += 1
-        self.drawn += float(torch.rand(()))
-        return torch.utils.data.default_collate(rows)
-
-
 @pytest.mark.parametrize("make", [Hooked, Measured])
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.filterwarnings("ignore:sigma must be small enough")
@@ -149,49 +114,6 @@ def test_data_is_read_as_if_nobody_else_did(name: str, make: Any) -> None:
 
 
 STAGES = ("direct, full space", "traces, full space", "subspace", "coefficients", "direct")
-
-
-class Trapped(spectrum.Trapped):
-    """Fails in all calls of one stage of the first measurement, with everything in disorder."""
-
-    def __init__(self) -> None:
-        super().__init__([0])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        try:
-            return super().training_step(batch, batch_idx)
-        except Boom:
-            self.trap()[0] = 1  # the next one, too: a failure under ``torch.vmap`` is tried again without
-            raise
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        Trap.stage = None
-
-
-class Trap:
-    """Where to fail."""
-
-    stage: str | None = None
-
-
-@pytest.fixture
-def trapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], Trapped]:
-    """Makes a module that fails in a stage of the first measurement."""
-    timed, made = StabilizationProblem.timed, list[Trapped]()
-
-    @contextlib.contextmanager
-    def noted(problem: StabilizationProblem, stage: str) -> Generator[None, None, None]:
-        with timed(problem, stage):
-            made[-1].trap()[0] = int(stage == Trap.stage)
-            yield
-
-    def make(stage: str | None) -> Trapped:
-        Trap.stage = stage
-        made.append(Trapped())
-        return made[-1]
-
-    monkeypatch.setattr(StabilizationProblem, "timed", noted)
-    return make
 
 
 @pytest.mark.parametrize("stage", STAGES)

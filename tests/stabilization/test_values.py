@@ -10,27 +10,24 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.functional import gaussian_moment
 from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
-from tests.functional.test_stabilization import model_of
+from tests.helpers.growth import model_of
+from tests.helpers.runs import make_trainer
+from tests.helpers.stabilization_values import CANDIDATES, SAMPLES, SIZES, classifier_case, in_order
 from tests.oracles.sample_growth import (
     Quadratics,
     dense_increment,
     gaussian_mean,
     mean_hessian,
-    order_of,
     random_quadratics,
     top_eigenvectors,
 )
-from tests.runs import Classifier, make_trainer, mlp
 
-SAMPLES, CANDIDATES, SIZES = 30, 4, (3, 9)
 # Eigenvectors to 1e-10 of their eigenvalues, over gaps of a tenth, in sums of a hundred terms.
 TIGHT = 1e-7
 
@@ -46,11 +43,6 @@ class OfQuadratics(pl.LightningModule):
         offsets, centres, matrices = batch
         away = self.w - centres
         return (offsets + 0.5 * torch.einsum("ni,nij,nj->n", away, matrices, away)).mean()
-
-
-def in_order(count: int, seed: int = 0, of: int = SAMPLES) -> list[int]:
-    """The order of samples that follows from a seed."""
-    return order_of(of, seed)[:count]
 
 
 def evaluated(module: pl.LightningModule, data: TensorDataset, **options: Any) -> SampleGrowth:
@@ -70,24 +62,6 @@ def quadratic_case(size: int = 6, seed: int = 0) -> tuple[OfQuadratics, TensorDa
     order = in_order(SIZES[-1] + CANDIDATES)
     ordered = Quadratics(q.offsets[order], q.centres[order], q.matrices[order])
     return OfQuadratics(size), TensorDataset(q.offsets, q.centres, q.matrices), ordered
-
-
-def classifier_case(scale: float = 1.0) -> tuple[Classifier, TensorDataset, Callable[[Tensor], Tensor], Tensor]:
-    """Module, data, losses in order as a function of flat parameters, and these."""
-    torch.manual_seed(1)
-    network = mlp(3, 4, 3).double()
-    x, y = torch.randn(SAMPLES, 3, dtype=torch.float64), torch.randint(0, 3, (SAMPLES,))
-    order = in_order(SIZES[-1] + CANDIDATES)
-    names = [name for name, _ in network.named_parameters()]
-    shapes = [p.shape for p in network.parameters()]
-
-    def losses(flat: Tensor) -> Tensor:
-        parts = flat.split([shape.numel() for shape in shapes])
-        values = {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
-        return F.cross_entropy(functional_call(network, values, (x[order],)), y[order], reduction="none")
-
-    w = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
-    return Classifier(network, lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), TensorDataset(x, y), losses, w
 
 
 def dense_moment(losses: Callable[[Tensor], Tensor], w: Tensor, k: int, basis: Tensor, sigma: float) -> list[float]:

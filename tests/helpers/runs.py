@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_curvature import CurvatureWarning
 from tests.oracles.dense import Loss, Part, Reference, reference
 
 Batch = tuple[Tensor, Tensor]
@@ -181,3 +183,21 @@ trainer:
   enable_model_summary: false
   callbacks:
 """
+
+
+def warned(action: Callable[[], Any]) -> list[str]:
+    """Messages of the package's warnings, each as often as a user would see it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        action()
+    return [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
+
+
+def rows(capture: Capture, prefix: str = "curvature") -> dict[int, dict[str, float]]:
+    """Rows of the measured steps, keys without the prefix."""
+    cut = len(prefix) + 1
+    found = {
+        step: {key[cut:]: value for key, value in row.items() if key.startswith(f"{prefix}/")}
+        for step, row in sorted(capture.rows.items())
+    }
+    return {step: row for step, row in found.items() if row}

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.runs import Capture, make_trainer
+from tests.helpers.runs import Capture, make_trainer
 
 ALL = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
 FORWARD_ONLY = ("kl", "finite_difference", "critical")

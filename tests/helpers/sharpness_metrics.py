@@ -1,4 +1,4 @@
-"""The metrics of mini-batch sharpness, and what they are fed."""
+"""Metrics of mini-batch sharpness on a small network, and the values of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_curvature.metrics import (
     BatchLambdaMax,
@@ -18,17 +18,25 @@ from lightning_curvature.metrics import (
     ModifiedBatchSharpness,
     StepSharpness,
 )
-from tests.metrics.test_sharpness import fed
-from tests.runs import Batch, classification, mlp
+from tests.helpers.runs import Batch, classification, mlp
 
 # Means of a few draws in another order.
 CLOSE = {"rel": 1e-12}
+
+
 # Eigenvalues from another start: the square of their residual, 1e-6, over a gap of a hundredth at least.
 RESTARTED = {"rel": 1e-10}
+
+
 BATCHES = classification(6, 3)
+
+
 DATA = classification(2, 4, seed=2)
 
+
 Make = Callable[..., Any]
+
+
 METRICS: dict[str, Make] = {
     "batch": BatchSharpness,
     "modified": ModifiedBatchSharpness,
@@ -39,7 +47,11 @@ METRICS: dict[str, Make] = {
     "gni": GradientNoiseInteraction,
     "gni, data": lambda *args, **options: GradientNoiseInteraction(*args, data=DATA, **options),
 }
+
+
 every_metric = pytest.mark.parametrize("name", METRICS)
+
+
 # At θ = 1: gradients h·(1 − a) = 0 and −h.
 STILL, MOVING = (torch.tensor([a], dtype=torch.float64) for a in (1.0, 2.0))
 
@@ -50,3 +62,29 @@ def made(name: str, network: nn.Module | None = None) -> Any:
 
 def value_of(name: str, batches: list[Batch], network: nn.Module | None = None) -> float:
     return fed(made(name, network), batches)
+
+
+def fed(metric: Any, batches: Any) -> float:
+    for x, y in batches:
+        metric.update(x, y)
+    value = metric.compute()
+    assert value.dtype == torch.float64
+    return float(value)
+
+
+class Point(nn.Module):
+    """One parameter θ, the output for every sample."""
+
+    def __init__(self, theta: float) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([theta], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.theta.expand(len(x))
+
+
+CURVATURE = 1.5
+
+
+def quadratic(z: Tensor, a: Tensor) -> Tensor:
+    return 0.5 * CURVATURE * (z - a).square().mean()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,13 +11,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.noise.result import NoiseCurvature
-from tests.directional.test_no_observer_effect import sgd
+from tests.helpers.runs import Classifier, classification, make_trainer
+from tests.helpers.setups import sgd
 from tests.oracles.dense import Loss
 from tests.oracles.noise import Samples, samples_of
-from tests.runs import Classifier, classification, make_trainer
 
 # Three batches, the last of them ragged.
 COUNT, BATCH = 22, 8
+
+
 # Sums of some twenty terms, each a product of a few dozen: thousands of roundings of 1e-16 at most.
 EXACT = 1e-10
 
@@ -88,9 +87,9 @@ def assert_matrices(result: NoiseCurvature, expected: Samples, batch_size: int, 
     assert_close(result.second_moments, moments, tolerance)
 
 
-@pytest.fixture
-def informed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """What the package has said about its ways."""
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
-    caplog.set_level(logging.INFO, "lightning.pytorch")
-    return lambda: [m for m in caplog.messages if m.startswith("noise covariance of")]
+TEN = 10
+
+
+def images() -> TensorDataset:
+    torch.manual_seed(2)
+    return TensorDataset(torch.randn(TEN, 1, 5, 5).double(), torch.randint(0, 3, (TEN,)))

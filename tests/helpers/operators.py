@@ -1,4 +1,4 @@
-"""Small networks with all that complicates second derivatives, their data, and how operators become matrices."""
+"""Networks, losses and micro-batches of the operators, with their dense matrices."""
 
 from __future__ import annotations
 
@@ -115,6 +115,8 @@ CASES = {
     "batch norm, eval": Case(lambda: normalized(False), smoothed),
     "batch norm, train": Case(lambda: normalized(True), F.cross_entropy),
 }
+
+
 # Samples of a batch do not see each other.
 INDEPENDENT = [name for name in CASES if name != "batch norm, train"]
 
@@ -177,3 +179,12 @@ class Counter:
 
     def _add(self, *_: Any) -> None:
         self.count += 1
+
+
+# An entry comes out of some 30 operations one after the other, sums of up to 60 terms among them, each of which rounds
+# by a unit or a few; batch norm over two samples divides by a small deviation. Units of the largest entry.
+UNITS = 100
+
+
+def rounding(dtype: torch.dtype) -> float:
+    return UNITS * torch.finfo(dtype).eps

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.runs import Capture, make_trainer, rows, warned
+from tests.helpers.spectrum import samples
 from tests.oracles.hessian_spectrum import Curvature, Moments, Part
-from tests.runs import Capture, make_trainer
-from tests.spectrum.test_errors import warned
-from tests.spectrum.test_values import rows, samples
 
 SAMPLES, BATCH, LR = 40, 8, 0.1
 

@@ -1,0 +1,208 @@
+"""Training steps with habits: each changes something that a repetition would change again."""
+
+from __future__ import annotations
+
+import copy
+import random
+import types
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Averages:
+    """A plain object with state, as a module may hold one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.shadow = [p.detach().clone() for p in network.parameters()]
+        self.history: deque[float] = deque(maxlen=5)
+        self.count = 0
+
+    def update(self, network: nn.Module, loss: Tensor) -> None:
+        self.count += 1
+        self.history.append(float(loss))
+        for average, p in zip(self.shadow, network.parameters(), strict=True):
+            average.mul_(0.9).add_(p.detach(), alpha=0.1)
+
+
+class Habitual(pl.LightningModule):
+    """A small classifier with dropout, a teacher, and one habit in its step."""
+
+    def __init__(self, habit: Callable[[Any, Tensor, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.habit = habit
+        self.network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)).double()
+        self.teacher = copy.deepcopy(self.network).requires_grad_(False)
+        self.register_buffer("ema", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("constant", torch.ones(1, dtype=torch.float64).expand(3))
+        self.register_buffer("sparse", torch.eye(3, dtype=torch.float64).to_sparse())
+        self.losses: list[Tensor] = []
+        self.seen: set[int] = set()
+        self.counts = {"steps": 0, "by_batch": {}}
+        self.array = np.zeros(3)
+        self.generator = torch.Generator().manual_seed(5)
+        self.numpy_generator = np.random.default_rng(5)
+        self.numpy_state = np.random.RandomState(5)
+        self.python_generator = random.Random(5)
+        self.averages = Averages(self.network)
+        self.bag = types.SimpleNamespace(total=0.0)
+        self.pair = (torch.zeros(2), [torch.zeros(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y)
+        extra = self.habit(self, x, logits)
+        loss = loss if extra is None else loss + extra
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)}
+
+
+Habit = Callable[[Any, Tensor, Tensor], "Tensor | None"]
+
+
+HABITS: dict[str, Habit] = {}
+
+
+def habit(function: Habit) -> Habit:
+    HABITS[function.__name__] = function
+    return function
+
+
+@habit
+def draws_from_everywhere(m: Any, x: Tensor, logits: Tensor) -> Tensor:
+    numbers = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+    numbers += [m.python_generator.random(), m.numpy_generator.random(), m.numpy_state.rand()]
+    numbers += [float(torch.rand((), generator=m.generator))]
+    return 0.01 * logits.square().mean() * sum(numbers)
+
+
+@habit
+def appends_and_counts(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.losses.append(logits.detach().mean())
+    m.seen.add(len(m.losses))
+    m.counts["steps"] += 1
+    m.counts["by_batch"][m.counts["steps"]] = float(x.sum())
+    m.array += 1.0
+    m.bag.total += float(logits.sum())
+    m.pair[0].add_(1.0)
+    m.pair[1][0].add_(1.0)
+
+
+@habit
+def replaces_attributes(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.losses = [*m.losses, logits.detach()]
+    m.ema = 0.9 * m.ema + 0.1 * logits.detach().mean(0)
+    m.array = m.array + 1.0
+    m.last = x
+
+
+@habit
+def averages_in_place(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.ema.mul_(0.9).add_(logits.detach().mean(0), alpha=0.1)
+    m.averages.update(m.network, logits.detach().mean())
+
+
+@habit
+def creates_on_first_use(m: Any, x: Tensor, logits: Tensor) -> Tensor:
+    if not hasattr(m, "centre"):
+        m.register_buffer("centre", logits.detach().mean(0))
+        m.started_with = float(logits.sum())
+    m.centre.lerp_(logits.detach().mean(0), 0.5)
+    return 0.1 * (logits - m.centre).square().mean()
+
+
+def _towards(m: Any, write: Callable[[Tensor, Tensor], None], logits: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        for teacher, student in zip(m.teacher.parameters(), m.network.parameters(), strict=True):
+            write(teacher, student)
+        target = m.teacher(x)
+    return F.mse_loss(logits, target)
+
+
+@habit
+def moves_a_teacher(m: Any, x: Tensor, logits: Tensor) -> Tensor:
+    return _towards(m, lambda t, s: t.lerp_(s, 0.2), logits, x)
+
+
+@habit
+def moves_a_teacher_past_autograd(m: Any, x: Tensor, logits: Tensor) -> Tensor:
+    return _towards(m, lambda t, s: t.data.mul_(0.8).add_(s.data, alpha=0.2), logits, x)
+
+
+@habit
+def gives_a_teacher_new_memory(m: Any, x: Tensor, logits: Tensor) -> Tensor:
+    return _towards(m, lambda t, s: setattr(t, "data", 0.8 * t.data + 0.2 * s.data), logits, x)
+
+
+@habit
+def reads_the_trainer(m: Any, x: Tensor, logits: Tensor) -> Tensor:
+    weight = 0.01 * (m.global_step + m.current_epoch + m.trainer.global_step)
+    rate = m.optimizers().param_groups[0]["lr"]
+    m.log("rate", rate)
+    return (weight + 0.0 * m.trainer.max_epochs) * logits.square().mean()
+
+
+@habit
+def writes_to_the_logger(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.logger.experiment.append(float(logits.sum()))
+    m.logger.log_metrics({"own": float(logits.mean())}, step=m.global_step)
+    for logger in m.loggers:
+        logger.log_metrics({"each": float(logits.std())}, step=m.global_step)
+    m.trainer.logger.log_metrics({"through_trainer": 1.0})
+    m.log_dict({"a": logits.mean(), "b": logits.std()}, on_step=True, on_epoch=True)
+    m.print("not twice")
+
+
+@habit
+def sets_what_the_trainer_shows(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.trainer.callback_metrics["mine"] = logits.detach().sum()
+    m.trainer.should_stop = False
+
+
+@habit
+def decays_the_rate(m: Any, x: Tensor, logits: Tensor) -> None:
+    for group in m.optimizers().param_groups:
+        group["lr"] *= 0.97
+        group["note"] = float(logits.sum())
+
+
+@habit
+def steps_a_scheduler(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.lr_schedulers().step()
+
+
+@habit
+def looks_at_gradients(m: Any, x: Tensor, logits: Tensor) -> None:
+    gradients = [p.grad for p in m.network.parameters() if p.grad is not None]
+    m.log("old_gradient", sum((g.norm() for g in gradients), torch.zeros(())))
+    for gradient in gradients:
+        gradient.mul_(0.5)
+    m.zero_grad(set_to_none=True)
+
+
+@habit
+def changes_modes_and_flags(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.network[2].train(m.counts["steps"] % 2 == 1)
+    m.network[0].bias.requires_grad_(m.counts["steps"] % 2 == 0)
+    m.teacher.eval()
+    m.counts["steps"] += 1
+
+
+@habit
+def replaces_its_own_methods(m: Any, x: Tensor, logits: Tensor) -> None:
+    m.forward = m.network.forward
+    m.training_step = types.MethodType(type(m).training_step, m)

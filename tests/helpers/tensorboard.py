@@ -1,0 +1,30 @@
+"""What TensorBoard would show of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+
+def layouts(directory: str | Path) -> list[Layout]:
+    """Every custom layout in the event files of a directory."""
+    found = []
+    for file in sorted(Path(directory).glob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={"tensors": 0}).Reload()
+        if "custom_scalars__config__" in events.Tags()["tensors"]:
+            for event in events.Tensors("custom_scalars__config__"):
+                found.append(Layout.FromString(event.tensor_proto.string_val[0]))
+    return found
+
+
+def charts(layout: Layout) -> dict[str, list[str]]:
+    return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+
+
+def read(directory: str) -> EventAccumulator:
+    # No limits on how many are read back.
+    events = EventAccumulator(directory, size_guidance={"scalars": 0, "histograms": 0, "images": 0})
+    events.Reload()
+    return events
