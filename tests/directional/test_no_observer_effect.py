@@ -9,16 +9,12 @@ import pytest
 import torch
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.helpers.runs import classification
 from tests.helpers.setups import (
     SETUPS,
 )
-from tests.helpers.witness import ALL, FORWARD_ONLY, LAMBDAS, assert_same, copies
+from tests.helpers.witness import ALL, FORWARD_ONLY, LAMBDAS, assert_same
 
 torch.set_num_threads(1)
-
-
-SETUPS["float32"].data = lambda: copies(classification(4, dtype=torch.float32))
 
 
 # The exact estimators come last and repeat the step at θ_t itself, which may leave things as the step did; the others

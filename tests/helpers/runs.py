@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureWarning
 from tests.oracles.dense import Loss, Part, Reference, reference
@@ -127,6 +127,11 @@ def classification(
 def loader(batches: list[Batch]) -> DataLoader:
     """Loader that hands out the batches as they are."""
     return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+
+
+def batched_samples(count: int = 16, shuffle: bool = False) -> DataLoader[Any]:
+    """Single samples of a classification in batches of eight."""
+    return DataLoader(TensorDataset(*classification(1, count)[0]), batch_size=8, shuffle=shuffle)
 
 
 def make_trainer(*callbacks: pl.Callback, logger: Any = None, **kwargs: Any) -> pl.Trainer:

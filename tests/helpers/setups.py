@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curvature import DirectionalCurvatureMonitor
 from tests.helpers.modules import sgd
 from tests.helpers.runs import Batch, Classifier, classification, mlp
 from tests.helpers.witness import Record, copies, watch
@@ -147,10 +147,8 @@ class Setup:
     data: Callable[[], Any] = lambda: copies(classification(5))
     callbacks: Callable[[], list[pl.Callback]] = list
     options: dict[str, Any] = field(default_factory=dict)
-    # Estimators that may find nothing but rounding here.
-    may_be_lost: tuple[str, ...] = ()
 
-    def run(self, monitor: DirectionalCurvatureMonitor | None) -> Record:
+    def run(self, monitor: pl.Callback | None) -> Record:
         return watch(self.module, self.data, monitor, self.callbacks, **self.options)
 
 
@@ -192,14 +190,23 @@ SETUPS = {
     "weight averaging": Setup(
         Measured, shuffled, lambda: [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)], {"max_epochs": 3}
     ),
-    "float32": Setup(lambda: Classifier(with_batchnorm().float(), sgd), shuffled, options={"precision": "32-true"}),
+    "float32": Setup(
+        lambda: Classifier(with_batchnorm().float(), sgd),
+        lambda: copies(classification(4, dtype=torch.float32)),
+        options={"precision": "32-true"},
+    ),
     "bf16-mixed": Setup(
         lambda: Classifier(with_batchnorm().float(), sgd),
         lambda: copies(classification(4, dtype=torch.float32)),
         options={"precision": "bf16-mixed"},
-        may_be_lost=("lambda_fd", "lambda_kl"),
     ),
 }
+
+
+@functools.cache
+def unwatched(name: str) -> Record:
+    """The run of a set-up without a monitor, made once."""
+    return SETUPS[name].run(None)
 
 
 def regression(count: int = 3, **_: Any) -> list[Batch]:

@@ -35,18 +35,6 @@ def monitor(**options: Any) -> StabilizationMonitor:
     return StabilizationMonitor(**(quick | options))
 
 
-class Collate:
-    """Makes a batch, and counts how often, and what it has drawn."""
-
-    def __init__(self) -> None:
-        self.calls, self.drawn = 0, 0.0
-
-    def __call__(self, rows: list[Any]) -> Any:
-        self.calls += 1
-        self.drawn += float(torch.rand(()))
-        return torch.utils.data.default_collate(rows)
-
-
 class Trapped(traps.Trapped):
     """Fails in all calls of one stage of the first measurement, with everything in disorder."""
 

@@ -57,6 +57,18 @@ DATA: dict[str, Callable[[], DataLoader[Any]]] = {
 }
 
 
+class Collate:
+    """Makes a batch, and counts how often, and what it has drawn."""
+
+    def __init__(self) -> None:
+        self.calls, self.drawn = 0, 0.0
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.calls += 1
+        self.drawn += float(torch.rand(()))
+        return torch.utils.data.default_collate(rows)
+
+
 class Hooked(Classifier):
     """Augments on the device, counts what it has seen, and changes the batch in place."""
 

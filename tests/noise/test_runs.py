@@ -18,8 +18,7 @@ from tests.helpers.nested import Nested, everything
 from tests.helpers.noise_runs import KEYS, monitor, samples
 from tests.helpers.runs import Classifier, classification, make_trainer
 from tests.helpers.setups import SETUPS, Measured, sgd, with_batchnorm, with_dropout
-from tests.helpers.stabilization import Collate
-from tests.helpers.traps import DATA, Hooked
+from tests.helpers.traps import DATA, Collate, Hooked
 from tests.helpers.witness import Record, assert_same, copies, difference, frozen, watch
 
 

@@ -17,8 +17,8 @@ from lightning_curvature.stabilization.options import QUANTITIES
 from tests.helpers.habits import HABITS, Habitual
 from tests.helpers.runs import Classifier, classification
 from tests.helpers.setups import SETUPS, Measured, sgd, with_batchnorm, with_dropout
-from tests.helpers.stabilization import Collate, Trap, Trapped, monitor, samples
-from tests.helpers.traps import DATA, Boom, Hooked
+from tests.helpers.stabilization import Trap, Trapped, monitor, samples
+from tests.helpers.traps import DATA, Boom, Collate, Hooked
 from tests.helpers.witness import (
     Record,
     assert_same,

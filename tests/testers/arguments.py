@@ -1,0 +1,56 @@
+"""Every mistake gets one sentence: argument, rule, what was given, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from tests.helpers.modules import Plain
+from tests.helpers.runs import batched_samples, make_trainer
+from tests.testers.family import FamilyTester, Misfit, Options
+
+
+def assert_one_sentence(error: BaseException) -> None:
+    """Read it as a user does: it ends, and stands on one line."""
+    assert str(error).endswith(".")
+    assert "\n" not in str(error)
+
+
+class ArgumentTester(FamilyTester):
+    """Bad arguments, and fits that a monitor does not fit."""
+
+    def cases(self) -> dict[str, Mapping[str, Any]]:
+        """Return bad arguments and misfits."""
+        arguments = {
+            str(options)[:40] + f"-{i}": (options, s) for i, (options, s) in enumerate(self.family.bad_arguments)
+        }
+        return {"bad": arguments, "misfit": self.family.misfits}
+
+    def test_bad_arguments(self, bad: tuple[Options, str]) -> None:
+        options, sentence = bad
+        with pytest.raises(ValueError, match=f"^{sentence}") as caught:
+            self.family.make_few(**options)
+        assert_one_sentence(caught.value)
+
+    def test_arguments_are_keyword_only(self) -> None:
+        with pytest.raises(TypeError, match="positional argument"):
+            self.family.monitor("lambda_max")  # type: ignore[arg-type]
+
+    def test_misfits_are_found_before_the_first_step(self, misfit: Misfit) -> None:
+        module = misfit.module()
+        trainer = make_trainer(self.family.make_few(**misfit.options))
+        with pytest.raises((MisconfigurationException, ValueError), match=misfit.sentence) as caught:
+            trainer.fit(module, misfit.data())
+        assert_one_sentence(caught.value)
+        assert module.seen == 0
+        assert trainer.global_step == 0
+
+    def test_one_prefix_for_two_monitors(self) -> None:
+        trainer = make_trainer(self.family.make_few(prefix="a"))
+        trainer.callbacks.append(self.family.make_few(prefix="a"))  # type: ignore[attr-defined]
+        sentence = f"prefix must differ between monitors of one class, got 'a' of two {self.family.name}s: give one of"
+        with pytest.raises(MisconfigurationException, match=sentence):
+            trainer.fit(Plain(), batched_samples())
