@@ -23,9 +23,9 @@ EXACT = ("lambda_max", "hessian_trace", "gauss_newton_lambda_max", "second_momen
 def fitted(module: Any, *monitors: Any, data: Any = None, **options: Any) -> tuple[Capture, Moments, list[str]]:
     """Rows, moments and what was said."""
     capture, moments = Capture(), Moments()
-    trainer = make_trainer(moments, *monitors, logger=capture, **({"max_epochs": 2} | options))
+    trainer = make_trainer(moments, *monitors, logger=capture, **options)
     said = warned(lambda: trainer.fit(module, data if data is not None else loader()))
-    assert trainer.global_step == 8  # training went on to its end
+    assert trainer.global_step == 4  # training went on to its end
     return capture, moments, said
 
 
@@ -88,7 +88,7 @@ def test_nan_in_every_product() -> None:
     module = Classifier(mlp(4, 6, 3), sgd, poisoned_loss)
     capture, _, said = fitted(module, monitor(*EXACT, "spectral_density", on_error="warn"))
     found = rows(capture)
-    assert len(found) == 4
+    assert len(found) == 2
     for row in found.values():
         assert not any(good for key, good in finite(row).items() if key != "lambda_max_threshold")
         assert row["lambda_max_threshold"] == 2.0 * 1.5 / 0.3
@@ -165,7 +165,7 @@ def test_falls_back_to_differences(dtype: torch.dtype, allowed: float) -> None:
     precision: Any = "64-true" if dtype == torch.float64 else "32-true"
     capture, moments, said = fitted(module, follow, data=loader(x, y), precision=precision)
     twice = squaring(once=False, dtype=torch.float64)
-    assert len(rows(capture)) == 4
+    assert len(rows(capture)) == 2
     for step, row in rows(capture).items():
         values = torch.linalg.eigvalsh(Curvature(twice, module.loss, moments.all[step]).hessian(whole()))
         size = float(values.abs().max())
@@ -240,7 +240,7 @@ def test_unfinished_search_says_so_and_its_error_covers_the_truth() -> None:
             # What the residual promises: some eigenvalue is that near.
             nearest = float((spectrum - row[key]).abs().min())
             assert nearest <= row[f"{key}_error"] * abs(row[key]) + 1e-13
-    assert unfinished > 4
+    assert unfinished > 2
 
 
 def test_failure_in_reading_is_told_and_tried_again() -> None:
@@ -257,6 +257,6 @@ def test_failure_in_reading_is_told_and_tried_again() -> None:
     follow = monitor("lambda_max", on_error="warn", probe_dataloader=data)
     capture, _, said = fitted(Classifier(mlp(4, 6, 3), sgd), follow)
     assert said == ["HessianSpectrumMonitor logs NaN: OSError: disk is away"]
-    # Nothing at the first measured step, a value at each of the three others.
-    assert [step for step, row in rows(capture).items() if math.isfinite(row["lambda_max"])] == [2, 4, 6]
+    # Nothing at the first measured step, a value at the other.
+    assert [step for step, row in rows(capture).items() if math.isfinite(row["lambda_max"])] == [2]
     assert [step for step, row in rows(capture).items() if math.isnan(row["lambda_max"])] == [0]

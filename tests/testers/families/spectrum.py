@@ -302,7 +302,15 @@ SPECTRUM = Family(
         "Measured": (Measured, lambda: {"probe_samples": 2048}),
     },
     read_trainer={"max_epochs": 2},
-    traps={f"{call} {keep}": trap(call, keep) for call in (1, 2, 4, 5) for keep in (True, False)},
+    traps={
+        **{f"{call}, keep_graph={keep}": trap(call, keep) for call in (1, 2, 4, 5) for keep in (True, False)},
+        # Three calls of the gradient at θ, six of the first product: in the middle of it, at θ + εv.
+        "8, differences": Trap(
+            lambda fails: Trapped([8 if fails else 0]),
+            options={"quantities": ("lambda_max",), "products": "difference"},
+            data=lambda: copies(classification(3)),
+        ),
+    },
     compared=compared,
     # The two batches of the data, once; with graphs that are not kept, once more for each product.
     counted=[({"keep_graph": True}, [2, 0, 2, 0])],
