@@ -196,7 +196,7 @@ def sharded(module: Any, **options: Any) -> SpectrumCase:
     quantities = ("lambda_max", "lambda_min", "hessian_trace", "spectral_density", "preconditioned_lambda_max")
     # Each product is two forwards and backwards with their gatherings of a batch and the other: few do. Batches of 8, 8
     # and 6: one process has two, the other one.
-    few = {"micro_batch_size": 8, "tolerance": 0.01, "trace_error": 0.5, "density_starts": 1, "density_steps": 3}
+    few = {"micro_batch_size": 8, "tolerance": 0.1}
     # The strategy refuses "64-true", but leaves a float64 module as it is under "32-true".
     defaults: dict[str, Any] = {
         "strategy": strategy,
@@ -216,7 +216,7 @@ def with_one_output(kind: Any = Sharded) -> Any:
 # First dimensions of 5 and 3 over two processes.
 uneven = sharded(partial(classifier, kind=Sharded))
 as_one = sharded(partial(classifier, kind=ShardedAsOne), monitor={"quantities": ONE})
-one_output = sharded(with_one_output, monitor={"quantities": ("lambda_min", "hessian_trace"), "trace_error": 0.5})
+one_output = sharded(with_one_output, monitor={"quantities": ("lambda_min", "hessian_trace"), "tolerance": 0.1})
 sharded_32 = sharded(partial(classifier, kind=Sharded, dtype=torch.float32), data=partial(dataset, dtype=torch.float32))
 sharded_disturbed = sharded(partial(noisy, Sharded), shuffle=True, monitor={"quantities": ONE}, alone={})
 sharded_undisturbed = sharded_disturbed.unwatched()
