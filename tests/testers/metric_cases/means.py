@@ -22,7 +22,7 @@ def errors(metric: Any) -> dict[str, Any]:
     return {"standard_error": metric.standard_error(), "count": metric.count()}
 
 
-DRAWS = [(1.0, 2.0), (3.0, 1.5), (2.5, 0.5), (4.0, 1.0), (0.5, 3.0), (7.0, 2.0)]
+DRAWS = [(1.0, 2.0), (3.0, 1.5), (2.5, 0.5), (4.0, 1.0), (0.5, 3.0), (7.0, 1.0)]
 
 
 def ratio(draws: Sequence[Any]) -> float:

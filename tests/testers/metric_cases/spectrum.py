@@ -8,43 +8,40 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace, spectral_density
 from lightning_curvature.metrics import HessianDensity, HessianEigenvalues, HessianTrace
-from tests.helpers.runs import mlp
-from tests.helpers.spectrum_metrics import dense
 from tests.testers.metric_case import MetricCase, Mistake
-from tests.testers.metric_cases import sharpness
+from tests.testers.metric_cases.sharpness import SMALL, derivatives
+from tests.testers.metric_cases.sharpness import small_network as network
 
 # Eigenvalues and traces: relative residuals of 1e-9 at most, and products of some hundred roundings.
 REL = 2e-9
 # Three steps of a chain and a sum of bells, whose height changes with their width, a share of the nodes' range.
 DENSITY_REL = 1e-8
 
-# Three features and two classes: eight parameters, in which the Krylov basis of the trace is complete.
-SMALL = [(x[:, :3], y % 2) for x, y in sharpness.BATCHES]
+# Fewer than the different eigenvalues: the chain has no end that rounding could move.
 STEPS = 3
 
 
-def network() -> nn.Sequential:
-    return mlp(3, 2)
+def matrix(updates: Sequence[Any]) -> Tensor:
+    """The Hessian of the mean over samples; the Krylov basis of the trace is complete in its eight dimensions."""
+    parts = [(len(y), derivatives(x, y)[1]) for x, y in updates]
+    return sum(n * h for n, h in parts) / sum(n for n, _ in parts)
 
 
 def eigenvalue(updates: Sequence[Any]) -> float:
-    parts = [(len(y), sharpness.derivatives(x, y)[1]) for x, y in updates]
-    matrix = sum(n * h for n, h in parts) / sum(n for n, _ in parts)
-    return float(torch.linalg.eigvalsh(matrix)[-1])
+    return float(torch.linalg.eigvalsh(matrix(updates))[-1])
 
 
 def trace(updates: Sequence[Any]) -> float:
-    return float(dense(network(), list(updates)).trace())
+    return float(matrix(updates).trace())
 
 
 def density(updates: Sequence[Any]) -> Tensor:
-    matrix = dense(network(), list(updates))
-    space = VectorSpace([p.detach() for p in network().parameters()])
-    found = spectral_density(lambda v: matrix @ v, space, starts=2, steps=STEPS)
+    hessian, space = matrix(updates), VectorSpace([p.detach() for p in network().parameters()])
+    found = spectral_density(lambda v: hessian @ v, space, starts=2, steps=STEPS)
     grid = found.grid()
     return torch.stack([grid, found.evaluate(grid)])
 
@@ -86,13 +83,12 @@ XFAILS = {
 
 
 def case(kind: Any, options: dict[str, Any], reference: Any, *, mistakes: list[Mistake], **others: Any) -> MetricCase:
-    small = kind is not HessianEigenvalues
     return MetricCase(
         kind=kind,
         make=functools.partial(kind, **options),
-        updates=SMALL if small else sharpness.BATCHES,
+        updates=SMALL,
         reference=reference,
-        network=network if small else sharpness.network,
+        network=network,
         mistakes=[fisher(kind), *mistakes],
         **({"rel": REL, "absent": ABSENT, "xfails": XFAILS} | others),
     )
