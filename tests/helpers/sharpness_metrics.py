@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,10 +21,6 @@ from tests.helpers.runs import Batch, classification, mlp
 
 # Means of a few draws in another order.
 CLOSE = {"rel": 1e-12}
-
-
-# Eigenvalues from another start: the square of their residual, 1e-6, over a gap of a hundredth at least.
-RESTARTED = {"rel": 1e-10}
 
 
 BATCHES = classification(6, 3)
@@ -47,9 +42,6 @@ METRICS: dict[str, Make] = {
     "gni": GradientNoiseInteraction,
     "gni, data": lambda *args, **options: GradientNoiseInteraction(*args, data=DATA, **options),
 }
-
-
-every_metric = pytest.mark.parametrize("name", METRICS)
 
 
 # At θ = 1: gradients h·(1 − a) = 0 and −h.

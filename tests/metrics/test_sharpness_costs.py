@@ -1,22 +1,19 @@
-"""What the metrics of mini-batch sharpness cost, and what they leave behind."""
+"""What the metrics of mini-batch sharpness cost."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lightning_curvature.metrics import BatchLambdaMax
 from lightning_curvature.operators import HessianOperator
-from tests.helpers.graphs import Mark, alive
 from tests.helpers.operators import Counter
 from tests.helpers.runs import mlp
-from tests.helpers.sharpness_metrics import BATCHES, METRICS, every_metric, fed, made
+from tests.helpers.sharpness_metrics import BATCHES, METRICS
 
 
 @pytest.mark.parametrize(
@@ -83,27 +80,3 @@ def test_eigenvalues_begin_with_the_last_vector() -> None:
     assert metric.pairs is not None
     assert torch.allclose(metric.pairs.values, cold.values, rtol=1e-5, atol=0.0)
     assert metric.pairs.matvecs < cold.matvecs
-
-
-@every_metric
-@pytest.mark.usefixtures("no_collector")
-def test_no_graph_is_kept_between_batches(name: str) -> None:
-    network = nn.Sequential(mlp(4, 3, 3), Mark())
-    metric = made(name, network)
-    for batch in BATCHES[:3]:
-        metric.update(*batch)
-        assert alive() == 0
-
-
-@every_metric
-def test_training_is_left_alone(name: str) -> None:
-    network = mlp(4, 3, 3)
-    for p in list(network.parameters())[::2]:
-        p.grad = torch.ones_like(p)
-    before = copy.deepcopy(network.state_dict())
-    random = torch.get_rng_state()
-    fed(made(name, network), BATCHES)
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    assert [p.grad is None or bool((p.grad == 1.0).all()) for p in network.parameters()] == [True] * 4
-    assert [p.grad is None for p in network.parameters()] == [False, True] * 2
-    assert torch.equal(torch.get_rng_state(), random)

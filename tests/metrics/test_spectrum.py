@@ -79,11 +79,8 @@ def test_density() -> None:
     assert axes.figure is figure
 
 
-def test_bad_arguments() -> None:
-    network = mlp(4, 5, 3)
-    with pytest.raises(ValueError, match=r"curvature must be one of \('hessian', 'gauss_newton'\), got 'fisher': "):
-        HessianTrace(network, F.cross_entropy, curvature="fisher")  # type: ignore[arg-type]
-    metric = HessianEigenvalues(network, F.cross_entropy)
+def test_compute_without_a_batch() -> None:
+    metric = HessianEigenvalues(mlp(4, 5, 3), F.cross_entropy)
     with (
         pytest.warns(UserWarning, match="before the ``update``"),
         pytest.raises(ValueError, match=r"batches must hold at least one batch, got none: give a list"),

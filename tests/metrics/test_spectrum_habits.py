@@ -1,4 +1,4 @@
-"""The metrics as torchmetrics and training loops treat them: clones, forward, collections, targets of any structure."""
+"""Habits of the metrics that collect batches: what they keep, share and count."""
 
 from __future__ import annotations
 
@@ -28,60 +28,11 @@ def truth(network: nn.Module, batches: list[Batch]) -> float:
     return float(torch.linalg.eigvalsh(dense(network, batches))[-1])
 
 
-def train(network: nn.Module) -> None:
-    """Stand in for some training."""
-    with torch.no_grad():
-        for p in network.parameters():
-            p.mul_(1.5)
-
-
 def fed(metric: Any, batches: list[Batch]) -> float:
     for x, y in batches:
         metric.update(x, y)
     value = metric.compute()
     return float(next(iter(value.values())) if isinstance(value, dict) else value)
-
-
-@pytest.mark.parametrize("clone", [lambda m: m.clone(), copy.deepcopy, copy.copy], ids=["clone", "deepcopy", "copy"])
-def test_a_clone_measures_the_model_that_is_trained(clone: Any) -> None:
-    network, batches = mlp(4, 5, 3), ragged()
-    before = truth(network, batches)
-    metric = eigenvalue(network)
-    cloned = clone(metric)
-    train(network)
-    after = truth(network, batches)
-    assert abs(after - before) > 0.1 * before
-    for one in (metric, cloned):
-        one.reset()
-        assert fed(one, batches) == pytest.approx(after, **CLOSE)
-
-
-def test_a_clone_keeps_data_and_vectors_of_its_own() -> None:
-    network, (first, second) = mlp(4, 5, 3), ragged()
-    metric = eigenvalue(network)
-    fed(metric, [first])
-    cloned = metric.clone()
-    # Before it is given any more.
-    assert float(cloned.compute()) == pytest.approx(truth(network, [first]), **CLOSE)
-    assert fed(cloned, [second]) == pytest.approx(truth(network, [first, second]), **CLOSE)
-    assert float(metric.compute()) == pytest.approx(truth(network, [first]), **CLOSE)
-    metric.reset()
-    assert fed(metric, [second]) == pytest.approx(truth(network, [second]), **CLOSE)
-    assert metric.pairs is not None
-    assert cloned.pairs is not metric.pairs
-
-
-def test_forward_gives_the_batch_and_keeps_all_of_them() -> None:
-    network, batches = mlp(4, 5, 3), ragged()
-    metric = eigenvalue(network)
-    for batch in batches:
-        assert float(metric(*batch)) == pytest.approx(truth(network, [batch]), **CLOSE)
-    whole = truth(network, batches)
-    assert abs(whole - truth(network, batches[1:])) > 1e-3
-    assert float(metric.compute()) == pytest.approx(whole, **CLOSE)
-    metric.reset()
-    assert float(metric(*batches[1])) == pytest.approx(truth(network, batches[1:]), **CLOSE)
-    assert float(metric.compute()) == pytest.approx(truth(network, batches[1:]), **CLOSE)
 
 
 def test_forward_that_fails_loses_no_batch() -> None:
@@ -124,26 +75,40 @@ def test_targets_without_samples_are_refused() -> None:
         metric.compute()
 
 
-def test_collection() -> None:
+def test_a_shallow_copy_measures_the_model_that_is_trained() -> None:
+    network, batches = mlp(4, 5, 3), ragged()
+    metric = eigenvalue(network)
+    copied = copy.copy(metric)
+    before = truth(network, batches)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(1.5)
+    after = truth(network, batches)
+    assert abs(after - before) > 0.1 * before
+    for one in (metric, copied):
+        one.reset()
+        assert fed(one, batches) == pytest.approx(after, **CLOSE)
+
+
+def test_a_clone_has_vectors_of_its_own() -> None:
+    metric = eigenvalue(mlp(4, 5, 3))
+    fed(metric, ragged())
+    assert metric.pairs is not None
+    assert metric.clone().pairs is not metric.pairs
+
+
+def test_a_collection_keeps_them_apart() -> None:
     network, batches = mlp(4, 5, 3), ragged()
     metrics: dict[str, Any] = {
         "top": eigenvalue(network),
         "trace": HessianTrace(network, F.cross_entropy, relative_error=0.06),
         "density": HessianDensity(network, F.cross_entropy, starts=1, steps=4),
     }
-    collection = MetricCollection(metrics)
-    cloned = collection.clone(prefix="train_")
-    train(network)
-    matrix = dense(network, batches)
-    for one, prefix in ((collection, ""), (cloned, "train_")):
-        for batch in batches:
-            step = one(*batch)
-            assert float(step[f"{prefix}top"]) == pytest.approx(truth(network, [batch]), **CLOSE)
-        values = one.compute()
-        assert set(values) == {f"{prefix}{name}" for name in metrics}
-        assert float(values[f"{prefix}top"]) == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), **CLOSE)
-        # Three standard errors of at most 0.06 of it.
-        assert float(values[f"{prefix}trace"]) == pytest.approx(float(matrix.trace()), rel=0.18)
-        assert values[f"{prefix}density"].shape[0] == 2
-        one.reset()
-        assert fed(MetricCollection([one["top"]]), batches[1:]) == pytest.approx(truth(network, batches[1:]), **CLOSE)
+    collection, matrix = MetricCollection(metrics), dense(network, batches)
+    for batch in batches:
+        collection.update(*batch)
+    values = collection.compute()
+    assert float(values["top"]) == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), **CLOSE)
+    # Three standard errors of at most 0.06 of it.
+    assert float(values["trace"]) == pytest.approx(float(matrix.trace()), rel=0.18)
+    assert values["density"].shape[0] == 2
