@@ -4,14 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS ?= directional spectrum batch_sharpness stabilization noise
 
-.PHONY: demo test lint benchmark compatibility clean
+# Test processes: each has one thread, and two more where ranks are tested.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
+
+.PHONY: demo check test coverage lint benchmark compatibility clean
 
 # gradient descent and AdamW reach the edge of stability on real data: table, picture, TensorBoard log
 demo: $(VENV)/.ready
 	$(BIN)/python examples/edge_of_stability.py $(ARGS)
 
+# everything but what is marked slow
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# within a minute: formulas, linear algebra, operators, one bit-identity and one oracle of each monitor, the order of imports
+check: $(VENV)/.ready
+	$(PYTEST) -m check $(ARGS)
+
+# which lines the tests run, and which they do not
+coverage: $(VENV)/.ready
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 # docs/compatibility.md, from what the tests find, also those of loggers that `make test` leaves out where they are missing
 compatibility: $(VENV)/.ready

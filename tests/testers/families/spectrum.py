@@ -189,7 +189,9 @@ def variant(name: str, plain: Any) -> dict[str, Any]:
     """Leave out the preconditioner where it is not known; manual optimization makes two steps of four batches."""
     unknown = name in ("noisy optimizer", "lbfgs")
     options: dict[str, Any] = {"quantities": [q for q in QUANTITIES if not (unknown and q.startswith("precond"))]}
-    return options | {"every_n_train_steps": 1 if name == "manual optimization" else 2}
+    # At the start and later, after state of every kind has come about; runs of several epochs have twelve steps.
+    seldom = dict.fromkeys(("metrics and validation", "early stopping", "weight averaging"), 6)
+    return options | {"every_n_train_steps": ({"manual optimization": 1} | seldom).get(name, 2)}
 
 
 def missing(name: str) -> set[str]:
@@ -296,10 +298,11 @@ SPECTRUM = Family(
     misfits=MISFITS,
     commands=[(command, EVERY_KEY | with_error("lambda_2")) for command in COMMANDS],
     variants={"": variant},
+    habits={"": lambda name: {"every_n_train_steps": 4}},
     missing=missing,
     reads={
-        "Hooked": (Hooked, lambda: {"probe_samples": 11}),
-        "Measured": (Measured, lambda: {"probe_samples": 2048}),
+        "Hooked": (Hooked, lambda: {"probe_samples": 11, "every_n_train_steps": 4}),
+        "Measured": (Measured, lambda: {"probe_samples": 2048, "every_n_train_steps": 4}),
     },
     read_trainer={"max_epochs": 2},
     traps={
