@@ -206,13 +206,14 @@ class Run:
         training: bool = True,
         among: Sequence[int] | None = None,
         exact: bool = False,
+        quantities: Sequence[str] = DRAWN,
     ) -> Iterator[tuple[str, float, float, float]]:
         """Give name, value, what the draws give by definition, and tolerance, for each number of each measurement."""
         for step, row in self.rows.items():
             curvature = Curvature(self.module.network, self.module.loss, self.moment(step), names, training)
             dense = Dense(curvature, kind, among, exact)
             yield "two_over_lr", row["two_over_lr"], 2.0 / self.moment(step).lr, 0.0
-            for quantity in (name for name in DRAWN if name in row):
+            for quantity in (name for name in quantities if name in row):
                 batches = self.beside.draws(step, int(row[f"{quantity}_batches"]))
                 updates: Any = ()
                 if quantity == "lambda_gen":

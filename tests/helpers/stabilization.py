@@ -87,6 +87,9 @@ def failing_in(stage: str | None) -> Generator[None, None, None]:
             yield
 
     Trap.stage, Trap.calls[0] = stage, 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StabilizationProblem, "timed", noted)
-        yield
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StabilizationProblem, "timed", noted)
+            yield
+    finally:
+        Trap.stage, Trap.calls[0] = None, 0
