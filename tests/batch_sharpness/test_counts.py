@@ -9,12 +9,11 @@ import pytest
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_curvature.batch_sharpness.options import QUANTITIES
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from tests.helpers.batch_sharpness import BATCH, SAMPLES, counted, learner, loader, samples
 from tests.helpers.batch_sharpness import monitor as of_values
-from tests.helpers.counting import Passes, Reads
+from tests.helpers.counting import Reads
 from tests.helpers.runs import Capture, make_trainer
 
 STEPS, EVERY, DRAWS = 8, 3, 6
@@ -34,28 +33,6 @@ def fit(follow: Any, *callbacks: Any, module: Any = None, data: Any = None, **op
     trainer = make_trainer(*callbacks, *([follow] if follow else []), logger=capture, **({"max_epochs": 2} | options))
     trainer.fit(module or learner(), data or loader())
     return capture
-
-
-@pytest.mark.parametrize(
-    ("quantities", "micro", "forwards"),
-    [
-        (("batch_sharpness",), None, DRAWS),
-        (("batch_sharpness", "modified_batch_sharpness", "ias"), None, DRAWS),  # of one graph
-        (("ias",), 2, 2 * DRAWS),
-        (("lambda_max_b",), None, DRAWS),
-        (("gni",), None, DRAWS + WHOLE),
-        (("lambda_gen",), None, DRAWS + WHOLE),
-        (("step_sharpness",), None, 1),
-        (QUANTITIES, None, 1 + DRAWS + WHOLE),
-        (QUANTITIES, 2, 1 + 2 * DRAWS + 7),
-    ],
-)
-def test_one_forward_of_each_micro_batch(quantities: Sequence[str], micro: int | None, forwards: int) -> None:
-    """However many products there are."""
-    module = learner()
-    passes = Passes(module.network)
-    fit(monitor(*quantities, micro_batch_size=micro), passes, module=module)
-    assert passes.forwards == [1 + (forwards if step in MEASURED else 0) for step in range(STEPS)]
 
 
 @pytest.mark.parametrize("operator", [HessianOperator, GaussNewtonOperator])

@@ -12,11 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
-from tests.helpers.batch_sharpness import DRAWN, Run, Stream, fit, learner, loader, monitor, samples, sgd, whole_batches
+from lightning_curvature import BatchSharpnessMonitor
+from tests.helpers import batch_sharpness
+from tests.helpers.batch_sharpness import DRAWN, Run, Stream, fit, learner, loader, samples, sgd, whole_batches
 from tests.helpers.runs import Classifier, make_trainer, mlp
 
 # Sums over parts of a mini-batch in another order.
 SAME = 1e-12
+
+
+def monitor(*quantities: str, **options: Any) -> BatchSharpnessMonitor:
+    """Of a few mini-batches: where drawing ends is not looked at here."""
+    return batch_sharpness.monitor(*quantities, **({"num_batches": 8} | options))
 
 
 def sizes(run: Run, name: str = "batch_sharpness") -> set[int]:
@@ -144,7 +151,10 @@ def test_a_dataloader_for_the_measurement() -> None:
 @pytest.mark.parametrize("data", [lambda: DataLoader(Stream(), batch_size=4), whole_batches])
 def test_data_without_indices(data: Any) -> None:
     """Batches as the loader makes them; the ragged one of a loader that hands them out whole is one of them."""
-    run = fit(monitor("batch_sharpness", "modified_batch_sharpness", "lambda_max_b", relative_error=1e-9), data=data())
+    run = fit(
+        monitor("batch_sharpness", "modified_batch_sharpness", "lambda_max_b", num_batches=24, relative_error=1e-9),
+        data=data(),
+    )
     blocks = {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)} | ({(12, 13)} if data is whole_batches else set())
     drawn = {tuple(batch) for step in run.rows for batch in run.beside.draws(step, 24)}
     assert drawn == blocks
@@ -183,7 +193,7 @@ def test_squared_error_and_other_losses() -> None:
     def loss(z: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(z, F.one_hot(y, 3).to(z)) - 0.2 * z.square().mean()
 
-    run = fit(monitor(num_batches=12), learner(loss=loss))
+    run = fit(monitor(), learner(loss=loss))
     run.check()
     assert all(math.isfinite(row[name]) for row in run.rows.values() for name in DRAWN)
     values = [row["batch_sharpness"] for row in run.rows.values()]

@@ -45,7 +45,8 @@ def test_of_the_gradient_that_the_step_has(accumulate: int, kind: Any) -> None:
     """Batches of 4, 4, 4 and 2: the last window is ragged, or not full."""
     torch.manual_seed(5)
     recorder, gradients = StepRecorder(), Gradients()
-    follow = monitor("step_sharpness", "ias", curvature=kind, every_n_train_steps=1)
+    # Mini-batches that are drawn before it, a few.
+    follow = monitor("step_sharpness", "ias", curvature=kind, every_n_train_steps=1, num_batches=4)
     module = dropping()
     # Behind the monitor nobody draws before the step does.
     run = fit(follow, module, max_epochs=2, accumulate_grad_batches=accumulate, callbacks_before=[recorder, gradients])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import BatchSharpnessMonitor
-from tests.helpers.batch_sharpness import DRAWN, Dense, estimate, fit, learner, loader, monitor
+from tests.helpers.batch_sharpness import DRAWN, Dense, Run, estimate, fit, learner, loader, monitor
 from tests.oracles.hessian_spectrum import Curvature
 
 QUANTITIES = ("batch_sharpness", "modified_batch_sharpness", "ias", "gni")
@@ -41,12 +43,17 @@ def test_first_pair_after_which_the_error_is_small_enough(least: int, most: int)
         assert max(ends) == 6
 
 
+@functools.cache
+def ends(quantities: tuple[str, ...], count: int) -> Run:
+    """A run of some quantities, made once."""
+    return fit(monitor(*quantities, relative_error=0.1, batches_at_once=count))
+
+
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("name", DRAWN)
 def test_each_quantity_by_itself(name: str, count: int) -> None:
     """Beside the others it is what it is alone: nobody draws on because somebody else has to."""
-    options = {"relative_error": 0.1, "batches_at_once": count}
-    alone, together = (fit(monitor(*names, **options)) for names in ((name,), DRAWN))
+    alone, together = ends((name,), count), ends(DRAWN, count)
     assert list(alone.rows) == list(together.rows) == [0, 2]
     for step, row in alone.rows.items():
         for key in (name, f"{name}_stderr", f"{name}_batches"):

@@ -6,11 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.batch_sharpness import (
-    DRAWN,
-    fit,
-    monitor,
-)
+from tests.helpers.batch_sharpness import DRAWN, fit, monitor, plain_run
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
@@ -29,7 +25,7 @@ def test_exact_products_with_all_samples(kind: Any, size: int | None) -> None:
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 def test_values_of_the_batches_drawn(kind: Any) -> None:
     # Labels are noise: H and G are far apart.
-    run = fit(monitor(curvature=kind))
+    run = plain_run(kind)
     assert list(run.rows) == [0, 2]
     run.check(kind)
     for row in run.rows.values():
@@ -42,4 +38,4 @@ def test_values_of_the_batches_drawn(kind: Any) -> None:
 
 def test_the_other_matrix_would_not_have_passed() -> None:
     with pytest.raises(AssertionError):
-        fit(monitor("ias")).check("gauss_newton")
+        plain_run().check("gauss_newton", quantities=["ias"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,30 +199,36 @@ class Run:
     def moment(self, step: int) -> Moment:
         return self.beside.all[step]
 
-    def check(
+    def compared(
         self,
         kind: str = "hessian",
         names: Sequence[str] | None = None,
         training: bool = True,
         among: Sequence[int] | None = None,
         exact: bool = False,
-    ) -> None:
-        """Every value and standard error of every measurement is what the draws give by definition."""
-        assert self.rows
+        quantities: Sequence[str] = DRAWN,
+    ) -> Iterator[tuple[str, float, float, float]]:
+        """Give name, value, what the draws give by definition, and tolerance, for each number of each measurement."""
         for step, row in self.rows.items():
             curvature = Curvature(self.module.network, self.module.loss, self.moment(step), names, training)
             dense = Dense(curvature, kind, among, exact)
-            assert row["two_over_lr"] == 2.0 / self.moment(step).lr
-            for quantity in (name for name in DRAWN if name in row):
+            yield "two_over_lr", row["two_over_lr"], 2.0 / self.moment(step).lr, 0.0
+            for quantity in (name for name in quantities if name in row):
                 batches = self.beside.draws(step, int(row[f"{quantity}_batches"]))
                 updates: Any = ()
                 if quantity == "lambda_gen":
                     gradients = [dense.of(batch)[0] for batch in batches]
                     updates = self.beside.updates(step, gradients, lambda p: p.requires_grad)
                 value, error = estimate(dense.terms(quantity, batches, updates))
-                assert row[quantity] == pytest.approx(value, rel=EXACT), (step, quantity)
+                yield quantity, row[quantity], value, EXACT
                 # Deviations are differences of numbers a hundred times larger.
-                assert row[f"{quantity}_stderr"] == pytest.approx(error, rel=100 * EXACT), (step, quantity)
+                yield f"{quantity}_stderr", row[f"{quantity}_stderr"], error, 100 * EXACT
+
+    def check(self, kind: str = "hessian", **options: Any) -> None:
+        """Every value and standard error of every measurement is what the draws give by definition."""
+        assert self.rows
+        for name, found, expected, tolerance in self.compared(kind, **options):
+            assert found == pytest.approx(expected, rel=tolerance), name
 
 
 def fit(
@@ -235,3 +242,9 @@ def fit(
     trainer = make_trainer(*callbacks_before, beside, follow, logger=capture, **options)
     trainer.fit(module, data if data is not None else loader())
     return Run(module, beside, rows(capture), trainer)
+
+
+@functools.cache
+def plain_run(kind: str = "hessian") -> Run:
+    """The run of all that is drawn, by the plainest options; made once."""
+    return fit(monitor(curvature=kind))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Generator
+from typing import Any, ClassVar
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS
+from lightning_curvature.stabilization.problem import StabilizationProblem
 from tests.helpers import traps
+from tests.helpers.modules import Plain
 from tests.helpers.runs import classification
 from tests.helpers.traps import Boom
 
@@ -20,39 +25,71 @@ def samples(count: int = 16, dtype: torch.dtype = torch.float64) -> DataLoader[A
     return DataLoader(TensorDataset(*classification(1, count, dtype=dtype)[0]), batch_size=8, shuffle=True)
 
 
+# All quantities by all estimators, as few of each as may be: what one leaves behind, the next would too.
+QUICK: dict[str, Any] = {
+    "sample_sizes": (2, 3),
+    "subspace_dim": 1,
+    "candidates": 2,
+    "draws": 2,
+    "trace_vectors": 3,
+    "tolerance": 0.9,
+    "estimators": ESTIMATORS,
+    "every_n_train_steps": 4,
+}
+
+
 def monitor(**options: Any) -> StabilizationMonitor:
-    """All quantities by all estimators, as few of each as may be: what one leaves behind, the next would too."""
-    quick: dict[str, Any] = {
-        "sample_sizes": (2, 3),
-        "subspace_dim": 1,
-        "candidates": 2,
-        "draws": 2,
-        "trace_vectors": 3,
-        "tolerance": 0.1,
-        "estimators": ESTIMATORS,
-        "every_n_train_steps": 4,
-    }
-    return StabilizationMonitor(**(quick | options))
+    return StabilizationMonitor(**(QUICK | options))
+
+
+class Complex(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(1, dtype=torch.complex128))
+
+
+STAGES = ("direct, full space", "traces, full space", "subspace", "coefficients", "direct")
+
+
+class Trap:
+    """Where to fail, and calls until then."""
+
+    stage: str | None = None
+    calls: ClassVar[list[int]] = [0]
 
 
 class Trapped(traps.Trapped):
     """Fails in all calls of one stage of the first measurement, with everything in disorder."""
 
     def __init__(self) -> None:
-        super().__init__([0])
+        super().__init__(Trap.calls)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         try:
             return super().training_step(batch, batch_idx)
         except Boom:
-            self.trap()[0] = 1  # the next one, too: a failure under ``torch.vmap`` is tried again without
+            Trap.calls[0] = 1  # the next one, too: a failure under ``torch.vmap`` is tried again without
             raise
 
     def on_train_batch_end(self, *args: Any) -> None:
         Trap.stage = None
 
 
-class Trap:
-    """Where to fail."""
+@contextlib.contextmanager
+def failing_in(stage: str | None) -> Generator[None, None, None]:
+    """Make each ``Trapped`` fail in a stage of the first measurement, or later in one that ``Trap`` is given."""
+    timed = StabilizationProblem.timed
 
-    stage: str | None = None
+    @contextlib.contextmanager
+    def noted(problem: StabilizationProblem, current: str) -> Generator[None, None, None]:
+        with timed(problem, current):
+            Trap.calls[0] = int(current == Trap.stage)
+            yield
+
+    Trap.stage, Trap.calls[0] = stage, 0
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StabilizationProblem, "timed", noted)
+            yield
+    finally:
+        Trap.stage, Trap.calls[0] = None, 0

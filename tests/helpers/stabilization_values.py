@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import TensorDataset
 
+from lightning_curvature.functional import gaussian_moment
+from tests.helpers.growth import model_of
 from tests.helpers.runs import Classifier, mlp
-from tests.oracles.sample_growth import (
-    order_of,
-)
+from tests.oracles.sample_growth import dense_increment, order_of
 
+# Eigenvectors to 1e-10 of their eigenvalues, over gaps of a tenth, in sums of a hundred terms.
+TIGHT = 1e-7
 SAMPLES, CANDIDATES, SIZES = 30, 4, (3, 9)
 
 
@@ -39,3 +42,15 @@ def classifier_case(scale: float = 1.0) -> tuple[Classifier, TensorDataset, Call
 
     w = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
     return Classifier(network, lambda m: torch.optim.SGD(m.parameters(), lr=0.1)), TensorDataset(x, y), losses, w
+
+
+def dense_moment(losses: Callable[[Tensor], Tensor], w: Tensor, k: int, basis: Tensor, sigma: float) -> list[float]:
+    """Closed form for each new sample, from dense derivatives."""
+    new = range(k, k + CANDIDATES)
+    return [float(gaussian_moment(model_of(dense_increment(losses, w, k, j).within(basis)), sigma)) for j in new]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean over new samples, and its standard error."""
+    found = torch.tensor(values, dtype=torch.float64)
+    return float(found.mean()), float(found.std()) / math.sqrt(len(values))

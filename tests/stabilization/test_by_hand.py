@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ from lightning_curvature.stabilization.result import SampleGrowth
 from tests.helpers.nested import Nested, everything
 from tests.helpers.runs import make_trainer
 from tests.helpers.setups import Measured
-from tests.helpers.stabilization import Trap, Trapped, monitor, samples
+from tests.helpers.stabilization import Trapped, failing_in, monitor, samples
 from tests.helpers.traps import Boom
 from tests.helpers.witness import assert_same, difference, watch
 
@@ -83,12 +82,11 @@ def test_by_hand_during_a_fit(own: bool) -> None:
     assert by_hand.found[0].rows != by_hand.found[1].rows
 
 
-def test_by_hand_where_it_fails(trapped: Callable[[str | None], Trapped]) -> None:
-    module, trainer = trapped("coefficients"), make_trainer()
+def test_by_hand_where_it_fails() -> None:
+    module, trainer = Trapped(), make_trainer()
     before = everything(module)
-    with pytest.raises(Boom):
+    with failing_in("coefficients"), pytest.raises(Boom):
         monitor().evaluate(module, samples(), trainer)
     assert difference(before, everything(module)) is None
     assert trainer.strategy.model is None
-    Trap.stage = None
     assert_left_alone(module, trainer)

@@ -16,75 +16,10 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS
-from tests.helpers.modules import FromIterator, NoOptimizer, Plain, TwoOptimizers, sgd, sharded, unending
+from tests.helpers.modules import Plain, sgd, sharded, unending
 from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, mlp, rows, warned
-from tests.helpers.stabilization import samples
+from tests.helpers.stabilization import Complex, samples
 from tests.helpers.traps import Boom, Stream, Unreadable
-
-WHOLE = "must be a whole number of at least"
-BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"quantities": "delta_1"}, r"quantities must be a non-empty sequence of names, got 'delta_1': choose from"),
-    ({"quantities": ()}, r"quantities must be a non-empty sequence of names, got \(\): choose from \('delta_1'"),
-    ({"quantities": ["delta_3"]}, r"quantities must be names from .*'delta_2_subspace'\), got 'delta_3': correct or"),
-    ({"estimators": ["gm"]}, r"estimators must be names from \('gaussian_moment', .*, got 'gm': correct or remove it"),
-    ({"law": "isotropic"}, r"law must be names from \('top', 'bottom', .*, got 'isotropic': correct or remove it"),
-    ({"sample_sizes": ()}, rf"sample_sizes {WHOLE} 1, got \(\): \(8, 64\) measures at both"),
-    ({"sample_sizes": (4, 0)}, rf"sample_sizes {WHOLE} 1, got 0"),
-    ({"sample_sizes": (4, 2.5)}, rf"sample_sizes {WHOLE} 1, got 2\.5"),
-    ({"sample_sizes": "48"}, rf"sample_sizes {WHOLE} 1, got '48'"),
-    ({"subspace_dim": 0}, rf"subspace_dim {WHOLE} 1, got 0: 16 holds what matters of many networks"),
-    ({"subspace_dim": [4, -1]}, rf"subspace_dim {WHOLE} 1, got -1"),
-    *(
-        ({"sigma": value}, r"sigma must be positive, got .*: 1e-3 is a usual width in units of the parameters")
-        for value in (0.0, -1e-3, math.inf, math.nan, (), (1e-3, 0.0), "1e-3", None)
-    ),
-    ({"candidates": 0}, rf"candidates {WHOLE} 1, got 0: 8 show how much samples differ"),
-    ({"draws": 1}, rf"draws {WHOLE} 2, got 1: 64 make a standard error that can be trusted"),
-    ({"trace_vectors": 2}, rf"trace_vectors {WHOLE} 3, got 2: 16 give the traces to a few per cent"),
-    ({"validation_draws": -1}, rf"validation_draws {WHOLE} 0, got -1: 0 leaves the model unchecked"),
-    ({"max_products": 8}, rf"max_products {WHOLE} 9, or None, got 8: None allows 20 for each direction"),
-    ({"tolerance": 0.0}, r"tolerance must lie between 0 and 1, got 0\.0: 1e-3 gives eigenvectors to three digits"),
-    (
-        {"model_tolerance": 1.0},
-        r"model_tolerance must lie between 0 and 1, got 1\.0: 0\.1 accepts a model that is right",
-    ),
-    *(
-        ({"order": value, "estimators": ["direct"]}, r"order must be positive, got .*: 2 is the mean square")
-        for value in (0.0, -2, math.inf, math.nan, "2")
-    ),
-    (
-        {"order": 4.0},
-        r"estimators must not hold 'gaussian_moment' where order is not 2, got 4\.0, for which there is no closed "
-        r"form: use 'quadratic' or 'direct'",
-    ),
-    (
-        {"law": "gradients", "sample_sizes": (64, 4)},
-        r"sample_sizes must not be below subspace_dim where law is 'gradients', got 4 for 8 directions, each the gradi",
-    ),
-    ({"directions": torch.eye(3)}, r"directions must be a callable, got a Tensor: give one that returns \(D, N\) vect"),
-    ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
-    ({"at_steps": "end"}, rf"at_steps {WHOLE} 0, got 'end'"),
-    ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, or None, got 0: 1 measures every optimizer step"),
-    ({"micro_batch_size": 0}, rf"micro_batch_size {WHOLE} 1, or None, got 0"),
-    ({"probe_mode": "test"}, r"probe_mode must be 'train' or 'eval', got 'test'"),
-    ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64'"),
-    ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore'"),
-    ({"prefix": "/"}, r"prefix must be a name without slashes at its ends, got '/'"),
-    ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "sentence"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
-def test_bad_arguments(arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"^{sentence}") as caught:
-        StabilizationMonitor(**arguments)
-    assert str(caught.value).endswith(".")
-    assert "\n" not in str(caught.value)
-
-
-def test_arguments_are_keyword_only() -> None:
-    with pytest.raises(TypeError):
-        StabilizationMonitor((4, 8))  # type: ignore[misc]
 
 
 def test_numbers_may_stand_alone() -> None:
@@ -105,79 +40,17 @@ def monitor(**options: Any) -> StabilizationMonitor:
     return StabilizationMonitor(**(quick | options))
 
 
-class Complex(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.phase = nn.Parameter(torch.ones(1, dtype=torch.complex128))
-
-
-def parallel() -> list[DataLoader[Any]]:
-    return [samples(), samples()]
-
-
 SINGLE = r"the dataloader must make batches of single samples, got a {} that hands out whole ones: give probe_dataload"
-MISFITS: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], Callable[[], Any], str]] = {
-    "no time to measure": (
-        Plain,
-        {"at_end": False},
-        samples,
-        r"at_end, at_steps or every_n_train_steps must say when to measure, got none of them: set at_end=True, or call",
-    ),
-    "several optimizers": (TwoOptimizers, {}, samples, r"needs objective= where several optimizers .*, got 2"),
-    "optimizer that is not there": (Plain, {"optimizer_index": 1}, samples, r"optimizer_index must be below the numb"),
-    "no optimizer": (NoOptimizer, {}, samples, r"must find trainable parameters in the optimizer, got none: return it"),
-    "complex parameters": (Complex, {}, samples, r"must find real parameters, got complex ones: train their real and"),
-    "step that fetches its own batch": (FromIterator, {}, samples, r"got training_step\(dataloader_iter\): take"),
-    "as many directions as parameters": (
-        lambda: Plain(nn.Linear(4, 3, bias=False).double()),
-        {"subspace_dim": (1, 12)},
-        samples,
-        r"subspace_dim must be below the number of parameters, got 12 of 12: ask for fewer",
-    ),
-    "fewer samples than needed": (
-        Plain,
-        {"sample_sizes": (4, 15)},
-        samples,
-        r"sample_sizes must leave a sample to be added, got 17 samples for the largest and its candidates where the "
-        r"data has 16: lower sample_sizes or candidates",
-    ),
-    "fewer samples of a stream": (
-        Plain,
-        {"sample_sizes": (31,), "probe_dataloader": DataLoader(Stream(), batch_size=8)},
-        samples,
-        r"sample_sizes must leave a sample to be added, got 33 samples .* has 32: lower",
-    ),
-    "whole batches": (Plain, {}, lambda: loader(classification(2)), SINGLE.format("DataLoader")),
-    "a list of batches": (Plain, {"probe_dataloader": classification(2)}, samples, SINGLE.format("list")),
-    "several dataloaders": (Plain, {}, parallel, r"the probe set must come from one dataloader, got a list of 2: give"),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MISFITS)
-def test_misfits_are_found_before_the_first_step(name: str) -> None:
-    """Also those of the data, though it is measured at the end alone."""
-    make, options, data, sentence = MISFITS[name]
-    module = make()
-    trainer = make_trainer(monitor(**options))
-    with pytest.raises(MisconfigurationException, match=sentence) as caught:
-        trainer.fit(module, data())
-    assert str(caught.value).endswith(".")
-    assert "\n" not in str(caught.value)
-    assert module.seen == 0
-    assert trainer.global_step == 0
-
-
-def test_shards() -> None:
+def test_shards_by_hand() -> None:
     sentence = (
         "^StabilizationMonitor must find whole parameters, got sharded ones, .*: train with strategy='ddp', or call"
     )
-    # Of FSDP2's the sentence is that one; these are cut by hand.
-    by_hand = "^parameters must be whole, or sharded by FSDP2's fully_shard alone, for StabilizationMonitor, got"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        module = Plain(make_optimizer=sharded)
-        with pytest.raises(MisconfigurationException, match=by_hand):
-            make_trainer(monitor()).fit(module, samples())
+        module = Plain()
+        sharded(module)
         with pytest.raises(MisconfigurationException, match=sentence):
             monitor().evaluate(module, samples(), make_trainer())
     finally:
@@ -362,13 +235,6 @@ def test_misfits_by_hand(name: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"^{sentence}") as caught:
         monitor(**options).evaluate(make(), data, make_trainer())
     assert str(caught.value).endswith(".")
-
-
-def test_one_prefix_for_two_monitors() -> None:
-    trainer = make_trainer(monitor(prefix="a"))
-    trainer.callbacks.append(monitor(prefix="a"))  # type: ignore[attr-defined]
-    with pytest.raises(MisconfigurationException, match="prefix must differ between monitors of one class, got 'a' of"):
-        trainer.fit(Plain(), samples())
 
 
 class OwnSteps(Classifier):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import sys
@@ -13,18 +12,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
 
 from lightning_curvature import CurvatureWarning, StabilizationMonitor
 from lightning_curvature.stabilization.options import QUANTITIES
 from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
-from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, make_trainer, mlp, rows, warned
+from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows, warned
 from tests.helpers.setups import sgd
 from tests.helpers.stabilization import samples
 from tests.helpers.tensorboard import read
+from tests.testers.families.stabilization import keys
 
 
 def monitor(**options: Any) -> StabilizationMonitor:
@@ -47,45 +44,6 @@ def fit(*callbacks: Any, logger: Any = None, **options: Any) -> Any:
     trainer = make_trainer(*callbacks, logger=logger, **options)
     trainer.fit(Classifier(mlp(4, 6, 3), sgd), samples())
     return trainer
-
-
-FULL_SPACE = "validated_sigma_full_space"
-
-
-def keys(*quantities: str, validated: bool = True) -> set[str]:
-    found = {f"{name}{suffix}" for name in quantities for suffix in ("", "_stderr")}
-    if validated and "delta_2" in quantities:
-        found.add(FULL_SPACE)
-    return found | ({"validated_sigma"} if validated else set())
-
-
-ORDERED = ("delta_1", "delta_4", "delta_4_subspace")
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, keys(*QUANTITIES)),
-        ({"quantities": ("delta_1",)}, keys("delta_1", validated=False)),
-        ({"quantities": ("delta_2",)}, keys("delta_2") - {"validated_sigma"}),
-        ({"quantities": ("delta_2_subspace",)}, keys("delta_2_subspace")),
-        ({"validation_draws": 0}, keys(*QUANTITIES, validated=False)),
-        ({"validation_draws": 0, "estimators": ("direct",), "draws": 2}, keys(*QUANTITIES) - {FULL_SPACE}),
-        ({"order": 4, "estimators": ("direct",), "draws": 2}, keys(*ORDERED)),
-        # Beside the increment of the point.
-        ({"order": 1, "estimators": ("direct",), "draws": 2}, keys("delta_1", "delta_1_mean", "delta_1_mean_subspace")),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_keys(options: dict[str, Any], expected: set[str]) -> None:
-    capture, follow = Capture(), monitor(prefix="c/d", **options)
-    trainer = fit(follow, logger=capture)
-    (found,) = rows(capture, "c/d").values()
-    assert set(found) == expected
-    assert all(math.isfinite(value) for value in found.values())
-    for key, value in found.items():
-        # callback_metrics hold float32.
-        assert trainer.callback_metrics[f"c/d/{key}"].item() == pytest.approx(value, rel=1e-6)
 
 
 def row_of(growth: SampleGrowth, criterion: str) -> CriterionRow:
@@ -128,16 +86,6 @@ def test_at_several_steps(tmp_path: Path) -> None:
     again = Capture()
     fit(monitor(every_n_train_steps=1, quantities=("delta_1",)), logger=again, max_epochs=2)
     assert {step: row for step, row in rows(again).items() if step != 2} == found
-
-
-def test_a_checkpoint_can_watch_it(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, monitor="curvature/delta_1", mode="max", every_n_train_steps=1)
-    capture = Capture()
-    fit(monitor(every_n_train_steps=1, quantities=("delta_1",)), keep, logger=capture, enable_checkpointing=True)
-    # What is measured after the last step is measured after the last checkpoint.
-    best = max(row["delta_1"] for step, row in rows(capture).items() if step < 2)
-    assert keep.best_model_score is not None
-    assert keep.best_model_score.item() == pytest.approx(best, rel=1e-6)  # float32
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -238,7 +186,7 @@ def test_without_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    logger, follow = TensorBoardLogger(tmp_path, name="run"), monitor(at_steps=(1,))
+    logger, follow = TensorBoardLogger(tmp_path, name="run"), monitor()
     said = warned(lambda: fit(follow, logger=logger))
     assert said == ["the stabilization table comes without a picture: install matplotlib to have one."]
     assert follow.result is not None
@@ -246,29 +194,16 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     logger.experiment.flush()
     events = read(logger.log_dir)
     assert events.Tags()["images"] == []
-    assert len([tag for tag in events.Tags()["scalars"] if tag.startswith("curvature_by_samples")]) == 14
+    assert len([tag for tag in events.Tags()["scalars"] if tag.startswith("curvature_by_samples")]) == 7
     assert {path.suffix for path in Path(logger.log_dir).glob("*stabilization*")} == {".csv"}
     # Nor is it missed where nobody would see it.
     assert warned(lambda: fit(monitor(), logger=False)) == []
 
 
-def test_the_users_figures_are_left_alone(tmp_path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, backend = plt.figure(), plt.get_backend()
-    before = plt.get_fignums()
-    fit(monitor(), logger=TensorBoardLogger(tmp_path))
-    assert plt.gcf() is figure
-    assert plt.get_fignums() == before
-    assert plt.get_backend() == backend
-    plt.close(figure)
-
-
 def test_two_monitors(tmp_path: Path) -> None:
-    """Of distinct prefixes: each writes what it writes alone, by its own names."""
+    """Of distinct prefixes: each writes by its own names, also where options differ what it writes alone."""
     one = lambda: monitor(quantities=("delta_1", "delta_2_subspace"))  # noqa: E731
-    two = lambda: monitor(prefix="held_out", seed=1, sample_sizes=(3,))  # noqa: E731
-    assert one().state_key != two().state_key
+    two = lambda: monitor(prefix="held_out", seed=1, sample_sizes=(3,), quantities=("delta_1",))  # noqa: E731
     alone = {}
     for make in (one, two):
         capture, follow = Capture(), make()
@@ -276,91 +211,11 @@ def test_two_monitors(tmp_path: Path) -> None:
         alone[follow.prefix] = rows(capture, follow.prefix)
     logger, capture = TensorBoardLogger(tmp_path, name="run"), Capture()
     fit(one(), two(), logger=[capture, logger])
-    for prefix, expected in alone.items():
-        assert rows(capture, prefix) == expected
+    assert {prefix: rows(capture, prefix) for prefix in alone} == alone
     names = {path.name for path in Path(logger.log_dir).glob("*.csv")}
     assert names == {f"{prefix}-stabilization-step=2.csv" for prefix in alone}
     logger.experiment.flush()
-    assert set(EventAccumulator(logger.log_dir).Reload().Tags()["images"]) == {f"{p}/sample_growth" for p in alone}
-
-
-class YamlClassifier(Classifier):
-    """A module the command line can make."""
-
-    def __init__(self, lr: float = 0.3) -> None:
-        super().__init__(mlp(4, 6, 3), lambda m: torch.optim.SGD(m.parameters(), lr=lr))
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return samples()
-
-
-YAML = (
-    YAML_TRAINER
-    + """\
-    - class_path: lightning_curvature.StabilizationMonitor
-      init_args:
-        sample_sizes: [2, 4]
-        subspace_dim: {dims}
-        sigma: {sigma}
-        quantities: [delta_1, delta_2, delta_2_subspace]
-        estimators: [gaussian_moment, quadratic, direct]
-        candidates: 2
-        draws: 2
-        trace_vectors: 3
-        validation_draws: 2
-        model_tolerance: 0.2
-        order: 2.0
-        law: {law}
-        directions: null
-        at_end: true
-        at_steps: {steps}
-        every_n_train_steps: {every}
-        probe_dataloader: null
-        micro_batch_size: 7
-        tolerance: 1.0e-2
-        max_products: null
-        optimizer_index: 0
-        probe_mode: eval
-        probe_precision: {precision}
-        seed: 3
-        prefix: growth
-        on_error: raise
-"""
-)
-
-
-@pytest.mark.parametrize(
-    ("given", "measured"),
-    [
-        ({"dims": "2", "sigma": "1.0e-3", "steps": "[]", "every": "null", "precision": "32-true", "law": "top"}, 1),
-        (
-            {
-                "dims": "[1, 2]",
-                "sigma": "[0.001, 0.1]",
-                "steps": "[1]",
-                "every": "2",
-                "precision": "null",
-                "law": "top",
-            },
-            3,
-        ),
-    ],
-    ids=["one", "several"],
-)
-def test_command_line_from_yaml(given: dict[str, str], measured: int, tmp_path: Path, monkeypatch: Any) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(YAML.format(**given))
-    times: list[int] = []
-    measure = StabilizationMonitor.measure
-    monkeypatch.setattr(StabilizationMonitor, "measure", lambda *args: times.append(1) or measure(*args))
-    with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-        cli = LightningCLI(YamlClassifier, args=["fit", "--config", str(config)], save_config_callback=None)
-    (follow,) = [c for c in cli.trainer.callbacks if isinstance(c, StabilizationMonitor)]
-    assert follow.options.subspace_dims == ((2,) if given["dims"] == "2" else (2, 1))
-    assert follow.options.sigmas == ((1e-3,) if given["sigma"] == "1.0e-3" else (1e-3, 0.1))
-    assert len(times) == measured
-    found = {key.removeprefix("growth/") for key in cli.trainer.callback_metrics if key.startswith("growth/")}
-    assert found == keys(*QUANTITIES)
+    assert set(read(logger.log_dir).Tags()["images"]) == {f"{prefix}/sample_growth" for prefix in alone}
 
 
 def test_a_text_of_the_table_names_every_curve() -> None:

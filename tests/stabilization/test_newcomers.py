@@ -39,20 +39,6 @@ def test_numbers_of_numpy() -> None:
     assert all(type(sigma) is float for sigma in monitor.options.sigmas)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sigma": "1e-3"}, "sigma must be positive, got '1e-3': 1e-3 is a usual width .*, a number and no text"),
-        ({"sigma": True}, "sigma must be positive, got True"),
-        ({"sample_sizes": True}, "sample_sizes must be a whole number of at least 1, got 'True'"),
-        ({"subspace_dim": (2, 1.5)}, "subspace_dim must be a whole number of at least 1, got 1.5: 16 holds what"),
-    ],
-)
-def test_what_are_no_numbers(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        StabilizationMonitor(**options)
-
-
 def test_a_dataset_in_place_of_a_loader() -> None:
     with pytest.raises(
         MisconfigurationException, match="dataloader must be a DataLoader, got a TensorDataset: wrap it"

@@ -14,7 +14,7 @@ from tests.helpers.counting import Passes
 from tests.helpers.processes import run_on_ranks
 from tests.helpers.runs import Capture, Classifier, batched_samples, make_trainer, mlp, rows
 from tests.testers import ranks
-from tests.testers.family import FamilyTester, Options
+from tests.testers.family import FamilyTester, Options, numbered
 
 # Sums of a few hundred terms in another order, in three steps of training and searches of some ten products: a thousand
 # roundings of 1e-16, relative to the value; errors and residuals are absolute, beside values of order one.
@@ -26,7 +26,10 @@ class AgreementTester(FamilyTester):
 
     def cases(self) -> dict[str, Mapping[str, Any]]:
         """Return the options whose evaluations are counted."""
-        return {"counted": {str(case[0])[:60]: case for case in self.family.counted}}
+        return {
+            "counted": numbered(self.family.counted),
+            "accumulate": {f"of {n}": n for n in self.family.accumulations},
+        }
 
     @pytest.mark.check
     def test_values_are_those_of_the_oracle(self) -> None:
@@ -46,12 +49,13 @@ class AgreementTester(FamilyTester):
         trainer.fit(module, batched_samples())
         assert [count - 1 for count in passes.forwards] == forwards
 
-    def test_a_resumed_run_logs_what_the_unbroken_run_does(self, tmp_path: Path) -> None:
+    def test_a_resumed_run_logs_what_the_unbroken_run_does(self, accumulate: int, tmp_path: Path) -> None:
         """Bit for bit: starts of searches and distances are learned along the run, and come back with it."""
 
         def run(epochs: int, resume: str | None = None) -> tuple[pl.Trainer, dict[int, dict[str, float]]]:
             capture = Capture()
-            trainer = make_trainer(self.family.make(**self.resumed()), logger=capture, max_epochs=epochs)
+            follow = self.family.make(**self.resumed())
+            trainer = make_trainer(follow, logger=capture, max_epochs=epochs, accumulate_grad_batches=accumulate)
             learner = Classifier(mlp(4, 5, 3), lambda m: torch.optim.Adam(m.parameters(), lr=0.03))
             # In order: which samples come next is then no matter of random states, which a checkpoint does not hold.
             trainer.fit(learner, batched_samples(32), ckpt_path=resume)
@@ -62,8 +66,9 @@ class AgreementTester(FamilyTester):
         path = str(tmp_path / "last.ckpt")
         trainer.save_checkpoint(path)
         _, tail = run(2, path)
-        assert list(unbroken) == [0, 2, 4, 6]
-        assert list(tail) == [4, 6]
+        steps = 4 // accumulate
+        assert list(unbroken) == list(range(0, 2 * steps, 2))
+        assert list(tail) == list(range(steps, 2 * steps, 2))
         assert str(head | tail) == str(unbroken)  # a NaN equals itself as a string
 
     def resumed(self) -> dict[str, Any]:

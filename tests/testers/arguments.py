@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback
 
 from tests.helpers.modules import Plain
 from tests.helpers.runs import batched_samples, make_trainer
-from tests.testers.family import FamilyTester, Misfit, Options
+from tests.testers.family import FamilyTester, Misfit, Options, numbered
 
 
 def assert_one_sentence(error: BaseException) -> None:
@@ -24,10 +26,7 @@ class ArgumentTester(FamilyTester):
 
     def cases(self) -> dict[str, Mapping[str, Any]]:
         """Return bad arguments and misfits."""
-        arguments = {
-            str(options)[:40] + f"-{i}": (options, s) for i, (options, s) in enumerate(self.family.bad_arguments)
-        }
-        return {"bad": arguments, "misfit": self.family.misfits}
+        return {"bad": numbered(self.family.bad_arguments), "misfit": self.family.misfits}
 
     def test_bad_arguments(self, bad: tuple[Options, str]) -> None:
         options, sentence = bad
@@ -40,11 +39,19 @@ class ArgumentTester(FamilyTester):
             self.family.monitor("lambda_max")  # type: ignore[arg-type]
 
     def test_misfits_are_found_before_the_first_step(self, misfit: Misfit) -> None:
-        module = misfit.module()
-        trainer = make_trainer(self.family.make_few(**misfit.options))
-        with pytest.raises((MisconfigurationException, ValueError), match=misfit.sentence) as caught:
-            trainer.fit(module, misfit.data())
+        """With on_error="warn", too, for they last as long as the run; in a group of one, where shards can be made."""
+        started: list[int] = []
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            module = misfit.module()
+            follow = self.family.make_few(**({"on_error": "warn"} | dict(misfit.options)))
+            trainer = make_trainer(follow, LambdaCallback(on_train_start=lambda *args: started.append(1)))
+            with pytest.raises((MisconfigurationException, ValueError), match=misfit.sentence) as caught:
+                trainer.fit(module, misfit.data())
+        finally:
+            dist.destroy_process_group()
         assert_one_sentence(caught.value)
+        assert misfit.before_data in (None, not started)
         assert module.seen == 0
         assert trainer.global_step == 0
 

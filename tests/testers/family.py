@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +27,14 @@ class Misfit:
         options: of the monitor.
         sentence: pattern of the error.
         data: makes what ``fit`` is given.
+        before_data: whether it is found before training starts, where data is read; None where that is not promised.
     """
 
     module: Callable[[], pl.LightningModule]
     options: Options
     sentence: str
     data: Make = batched_samples
+    before_data: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,16 @@ class Trap:
         lost: keys out of ``Family.numbers`` that are NaN then; None for all.
         options: of the monitor, beside ``Family.quick``.
         data: makes the loader.
+        around: makes a context in which the module fails.
+        later: measurements after the one that fails; None for two or more.
     """
 
     module: Callable[[bool], pl.LightningModule]
     lost: frozenset[str] | None = None
     options: Options = field(default_factory=dict)
     data: Make = batched_samples
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    later: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,7 @@ class Family:
         quick: options of a run that measures all quantities, with as few evaluations as may be.
         few: options of a run that measures ``watched`` and little else; at every second step, and not at the end.
         numbers: keys that must be finite in a run of ``quick``: always, or now and then as ``always`` says.
+        uncertain: numbers that are logged at each measurement, finite or not.
         watched: the key of ``few`` that a stopper or a checkpoint watches; positive.
         shown: keys of ``few`` on the progress bar; none where the monitor has no such option.
         selections: options, and the keys that a run with them logs.
@@ -72,11 +80,13 @@ class Family:
         variants: options under which the monitor watches one of ``SETUPS``, by variant: a function of its name and of
             its unwatched run.
         habits: the same for one of ``HABITS``: a function of its name.
+        exceptions: set-ups and habits in which the numbers are finite but now and then.
         missing: numbers that a set-up or habit need not give: a function of its name.
         reads: modules, and the options under which all of ``DATA`` is read without being noticed.
         read_trainer: options of the Trainer in these runs.
         traps: by name.
         compared: gives names, found and expected values, and relative tolerances of a run beside its oracle.
+        accumulations: batches of a step in the runs that are resumed, one run each.
         counted: options, and forwards of the network in each of four batches beyond the step's own.
         rank_options: options, beside ``few``, under which two ranks give the numbers of one.
         collectives: of such a monitor in each of three batches; None where a search decides, which other tests count.
@@ -87,6 +97,7 @@ class Family:
     few: Options
     numbers: tuple[str, ...]
     always: bool
+    uncertain: frozenset[str] = frozenset()
     watched: str
     shown: tuple[str, ...]
     selections: Sequence[tuple[Options, set[str]]]
@@ -98,11 +109,13 @@ class Family:
     commands: Sequence[tuple[Options, set[str]]]
     variants: Mapping[str, Callable[[str, Record], Options]] = field(default_factory=lambda: {"": lambda *_: {}})
     habits: Mapping[str, Callable[[str], Options]] = field(default_factory=lambda: {"": lambda _: {}})
+    exceptions: frozenset[str] = frozenset()
     missing: Callable[[str], set[str]] = lambda name: set()
     reads: Mapping[str, tuple[Callable[[], pl.LightningModule], Callable[[], Options]]] = field(default_factory=dict)
     read_trainer: Options = field(default_factory=dict)
     traps: Mapping[str, Trap] = field(default_factory=dict)
     compared: Callable[[], Iterable[tuple[str, float, float, float]]]
+    accumulations: Sequence[int] = (1,)
     counted: Sequence[tuple[Options, list[int]]]
     rank_options: Options = field(default_factory=dict)
     collectives: list[int] | None = None
@@ -119,6 +132,11 @@ class Family:
     def make_few(self, **options: Any) -> Any:
         """Make a monitor of ``watched``."""
         return self.monitor(**({"every_n_train_steps": 2, "on_error": "raise"} | dict(self.few) | options))
+
+
+def numbered(cases: Iterable[Any]) -> dict[str, Any]:
+    """Return cases by the beginning of their first item."""
+    return {f"{str(case[0])[:60]}-{i}": case for i, case in enumerate(cases)}
 
 
 class FamilyTester:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, batched_samples, make_trainer, mlp, rows, warned
 from tests.helpers.tensorboard import charts, layouts, read
-from tests.testers.family import FamilyTester, Options
+from tests.testers.family import FamilyTester, Options, numbered
 
 
 class Learner(Classifier):
@@ -47,8 +47,8 @@ class ReportTester(FamilyTester):
         """Return selections of quantities, charts and configurations."""
         family = self.family
         return {
-            "selection": {str(options)[:60]: (options, keys) for options, keys in family.selections},
-            "chart": {str(options)[:60]: (options, expected) for options, expected in family.charts},
+            "selection": numbered(family.selections),
+            "chart": numbered(family.charts),
             "command": {str(i): command for i, command in enumerate(family.commands)},
         }
 

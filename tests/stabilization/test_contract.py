@@ -1,0 +1,23 @@
+"""StabilizationMonitor keeps what every monitor promises."""
+
+from tests.testers.agreement import AgreementTester
+from tests.testers.arguments import ArgumentTester
+from tests.testers.effects import EffectTester
+from tests.testers.families.stabilization import STABILIZATION
+from tests.testers.reports import ReportTester
+
+
+class TestArguments(ArgumentTester):
+    family = STABILIZATION
+
+
+class TestEffects(EffectTester):
+    family = STABILIZATION
+
+
+class TestReports(ReportTester):
+    family = STABILIZATION
+
+
+class TestAgreement(AgreementTester):
+    family = STABILIZATION
