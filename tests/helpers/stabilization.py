@@ -32,6 +32,7 @@ QUICK: dict[str, Any] = {
     "candidates": 2,
     "draws": 2,
     "trace_vectors": 3,
+    "validation_draws": 1,
     "tolerance": 0.9,
     "estimators": ESTIMATORS,
     "every_n_train_steps": 4,

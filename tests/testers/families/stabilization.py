@@ -176,7 +176,13 @@ OWN_SAMPLES: dict[str, Callable[[], DataLoader[Any]]] = {
 
 def variant(name: str, plain: Any) -> dict[str, Any]:
     """Measure before some steps, at times of its own, and after the last one."""
-    return {"at_steps": (1,), "probe_dataloader": OWN_SAMPLES.get(name, samples)(), "on_error": "raise"}
+    # A second k would leave behind what the first does.
+    return {
+        "sample_sizes": (2,),
+        "at_steps": (1,),
+        "probe_dataloader": OWN_SAMPLES.get(name, samples)(),
+        "on_error": "raise",
+    }
 
 
 def trap(stage: str) -> Trap:
@@ -269,8 +275,9 @@ STABILIZATION = Family(
     misfits=MISFITS,
     commands=[(command, keys(*QUANTITIES)) for command in (COMMAND, COMMAND | SEVERAL)],
     variants={"": variant},
-    habits={"": lambda name: {"probe_dataloader": samples()}},
-    reads={"Hooked": (Hooked, dict), "Measured": (Measured, dict)},
+    # Before the first step and after the last.
+    habits={"": lambda name: {"sample_sizes": (2,), "every_n_train_steps": 99, "probe_dataloader": samples()}},
+    reads={"Hooked": (Hooked, lambda: {"sample_sizes": (2,)}), "Measured": (Measured, lambda: {"sample_sizes": (2,)})},
     traps={stage: trap(stage) for stage in STAGES},
     compared=compared,
     # For each k: the first k samples in a micro-batch, and three times more to see that its loss is the mean of theirs
