@@ -77,7 +77,9 @@ def test_as_one_after_the_other(count: int, curvature: str, monkeypatch: pytest.
     ids=["ragged", "accumulated", "the most", "objective"],
 )
 def test_of_several_micro_batches(options: dict[str, Any], trainer: dict[str, Any]) -> None:
-    in_turn, together = (fit(monitor(batches_at_once=n, **options), **trainer) for n in (1, 8))
+    in_turn, together = (
+        fit(monitor(**({"batches_at_once": n, "num_batches": 8} | options)), **trainer) for n in (1, 8)
+    )
     same(together, in_turn)
 
 

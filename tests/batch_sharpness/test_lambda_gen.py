@@ -64,7 +64,7 @@ def test_no_learning_rate_no_lambda_gen() -> None:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 4)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    first, later = fit(monitor(), learner(warmed)).rows.values()
+    first, later = fit(monitor(num_batches=8), learner(warmed)).rows.values()
     for name in DRAWN:
         assert math.isnan(first[name]) == math.isnan(first[f"{name}_stderr"]) == (name == "lambda_gen")
         assert math.isfinite(later[name])

@@ -36,7 +36,7 @@ def test_beside_the_other_monitors() -> None:
     def three() -> list[Any]:
         options: Any = {"every_n_train_steps": 2, "on_error": "raise"}
         return [
-            monitor(*QUANTITIES),
+            monitor(*QUANTITIES, num_batches=4),
             HessianSpectrumMonitor(**options),
             DirectionalCurvatureMonitor(estimators=("kl",), **options),
         ]

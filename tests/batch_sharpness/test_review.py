@@ -78,7 +78,9 @@ def test_data_that_counts_its_calls(counts: str, workers: int) -> None:
         make_trainer(*callbacks, max_epochs=2).fit(module, batches)
         return [p.detach().clone() for p in module.parameters()], collate or data
 
-    (plain, alone), (watched, seen) = run(), run(monitor(every_n_train_steps=1))
+    # How data is read depends neither on the number of draws nor on what is made of them.
+    follow = monitor("batch_sharpness", "gni", every_n_train_steps=1, num_batches=4)
+    (plain, alone), (watched, seen) = run(), run(follow)
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
     assert alone.calls == seen.calls
     if counts == "dataset":

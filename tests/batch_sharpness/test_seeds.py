@@ -19,7 +19,7 @@ def run(follow: Any, scale: float = 1.0) -> dict[int, dict[str, float]]:
 
 
 def test_other_draws_at_other_steps_and_with_other_seeds() -> None:
-    options: dict[str, Any] = {"num_batches": 8, "every_n_train_steps": 1}
+    options: dict[str, Any] = {"num_batches": 4, "every_n_train_steps": 1}
     one, other, again = (run(monitor(*QUANTITIES, seed=seed, **options)) for seed in (0, 1, 0))
     assert list(one) == list(other) == [0, 1, 2, 3]
     # The step's own batch is none of the draws.
@@ -29,7 +29,7 @@ def test_other_draws_at_other_steps_and_with_other_seeds() -> None:
 
 
 def test_a_monitor_in_a_second_fit_begins_anew() -> None:
-    follow, anew = (monitor(*QUANTITIES, num_batches=8) for _ in range(2))
+    follow, anew = (monitor(*QUANTITIES, num_batches=4) for _ in range(2))
     first = run(follow)
     second = run(follow, scale=2.0)
     assert str(second) == str(run(anew, scale=2.0))

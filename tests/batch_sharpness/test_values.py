@@ -13,9 +13,10 @@ from tests.helpers.batch_sharpness import DRAWN, fit, monitor, plain_run
 @pytest.mark.parametrize("size", [None, 3])
 def test_exact_products_with_all_samples(kind: Any, size: int | None) -> None:
     """Batches are those of the pairs; each is multiplied with the matrix of all samples."""
-    run = fit(monitor(curvature=kind, full_hessian="exact", micro_batch_size=size))
+    options: dict[str, Any] = {"curvature": kind, "micro_batch_size": size, "num_batches": 8}
+    run = fit(monitor(full_hessian="exact", **options))
     run.check(kind, exact=True)
-    pairs = fit(monitor(curvature=kind, micro_batch_size=size, batches_at_once=1))
+    pairs = fit(monitor(batches_at_once=1, **options))
     for step, row in run.rows.items():
         for name in ("ias", "gni", "lambda_gen"):
             assert abs(row[name] / pairs.rows[step][name] - 1.0) > 1e-3
