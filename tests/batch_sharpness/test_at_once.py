@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 import warnings
@@ -18,7 +17,7 @@ from lightning_curvature import CurvatureWarning
 from lightning_curvature.batch_sharpness import at_once, measurement
 from lightning_curvature.batch_sharpness.pairs import PairMoments
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
-from tests.helpers.batch_sharpness import Run, counted, fit, learner, monitor, samples, sgd
+from tests.helpers.batch_sharpness import Run, counted, fit, learner, monitor, plain_run, samples, sgd
 from tests.helpers.counting import Passes
 from tests.helpers.runs import Classifier, mlp
 
@@ -45,14 +44,6 @@ def whether_at_once(run: Run) -> bool:
     return (run.beside.follow._measurement.pairs_at_once or 1) > 1
 
 
-@functools.cache
-def in_turn(curvature: str) -> Run:
-    """Mini-batches one after the other, measured once."""
-    run = fit(monitor(curvature=curvature, batches_at_once=1))
-    assert not whether_at_once(run)
-    return run
-
-
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("count", [2, 5, 8, 64])
 def test_as_one_after_the_other(count: int, curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +53,9 @@ def test_as_one_after_the_other(count: int, curvature: str, monkeypatch: pytest.
     monkeypatch.setattr(measurement, "pairs_at_once", lambda *args: chosen.append(real(*args)) or chosen[-1])
     together = fit(monitor(curvature=curvature, batches_at_once=count))
     assert chosen == [(count + 1) // 2]  # once for the two measurements of a run
-    same(together, in_turn(curvature))
+    in_turn = plain_run(curvature, at_once=1)
+    assert not whether_at_once(in_turn)
+    same(together, in_turn)
     together.check(curvature)
 
 

@@ -245,6 +245,6 @@ def fit(
 
 
 @functools.cache
-def plain_run(kind: str = "hessian") -> Run:
+def plain_run(kind: str = "hessian", at_once: Any = "auto") -> Run:
     """The run of all that is drawn, by the plainest options; made once."""
-    return fit(monitor(curvature=kind))
+    return fit(monitor(curvature=kind, batches_at_once=at_once))

@@ -154,10 +154,11 @@ TRAPS = {
 
 
 def compared() -> Iterable[tuple[str, float, float, float]]:
-    """Compare with dense matrices of the very mini-batches that are drawn, in float64."""
-    run = plain_run()
-    assert list(run.rows) == [0, 2]
-    yield from run.compared()
+    """Compare with dense matrices of the very mini-batches that are drawn, many at once and in turn, in float64."""
+    for at_once in ("auto", 1):
+        run = plain_run(at_once=at_once)
+        assert list(run.rows) == [0, 2]
+        yield from run.compared()
 
 
 COMMAND: dict[str, Any] = {
