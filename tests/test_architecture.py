@@ -287,22 +287,25 @@ def test_a_name_that_is_not_public_is_named() -> None:
     assert python_blocks("text\n```python\nimport a\n```\n```bash\nls\n```\n") == ["import a\n"]
 
 
-def heavy_modules(module: str, folder: Path) -> list[str]:
-    """Return which of Lightning and torchmetrics are loaded by importing a module in a new process."""
-    script = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}} & set({HEAVY})))"
+def heavy_modules(folder: Path, *modules: str) -> dict[str, list[str]]:
+    """Return which of Lightning and torchmetrics are loaded once each module is imported; all in one new process."""
+    loaded = f"*sorted({{name.split('.')[0] for name in sys.modules}} & set({HEAVY}))"
+    script = "import sys\n" + "".join(f"import {module}\nprint({loaded})\n" for module in modules)
     command = [sys.executable, "-c", script]
     run = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=True
     )
-    return run.stdout.split()
+    return {module: line.split() for module, line in zip(modules, run.stdout.splitlines(), strict=True)}
 
 
-@pytest.mark.parametrize("name", ["operators", "linalg", "functional"])
-def test_rooms_that_do_not_load_lightning(name: str) -> None:
-    assert heavy_modules(f"lightning_curvature.{name}", ROOT) == []
+def test_rooms_that_do_not_load_lightning() -> None:
+    """The first that does is named, and those after it."""
+    rooms = [f"lightning_curvature.{name}" for name in ("operators", "linalg", "functional")]
+    assert heavy_modules(ROOT, *rooms) == {room: [] for room in rooms}
 
 
 def test_a_module_that_loads_lightning_is_named(tmp_path: Path) -> None:
     (tmp_path / "lightning.py").touch()
+    (tmp_path / "garden.py").touch()
     (tmp_path / "room.py").write_text("import lightning\n", encoding="utf-8")
-    assert heavy_modules("room", tmp_path) == ["lightning"]
+    assert heavy_modules(tmp_path, "garden", "room") == {"garden": [], "room": ["lightning"]}

@@ -95,6 +95,7 @@ MONITORS = {
             "quantities": (*SPECTRUM, "lambda_min", "hessian_trace"),
             "max_products": 100,
             "tolerance": 1e-6,
+            "trace_error": 0.9,
             "micro_batch_size": None,
         },
         SPECTRUM,
@@ -110,7 +111,15 @@ MONITORS = {
     "stabilization": Kind(
         StabilizationMonitor,
         # At the end, too, is its own default.
-        {"sample_sizes": (2, 3), "subspace_dim": 1, "candidates": 2, "trace_vectors": 3, "at_end": False},
+        {
+            "sample_sizes": (2, 3),
+            "subspace_dim": 1,
+            "candidates": 2,
+            "trace_vectors": 3,
+            "validation_draws": 1,
+            "tolerance": 0.1,
+            "at_end": False,
+        },
         # Single samples, where loaders of tests hand out whole batches.
         {
             "probe_dataloader": DataLoader(TensorDataset(*classification(1)[0]), batch_size=8),

@@ -77,28 +77,45 @@ def _compile_anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class Graphs(pl.Callback):
+    """Notes how many graphs had been compiled when each batch ended, before the monitor looks at that end."""
+
+    def __init__(self, counter: Any) -> None:
+        self.counter, self.counts = counter, list[int]()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.counts.append(self.counter.frame_count)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.counts.append(self.counter.frame_count)
+
+
 def fit(
     way: Way | None,
     monitor: pl.Callback | None,
     steps: int = 3,
     kind: type[Classifier] = Quiet,
     backend: str = "aot_eager",
-) -> tuple[Record, int]:
-    """A run, and how many graphs were compiled in it. These backends ask for no C++ compiler."""
+) -> tuple[Record, list[int]]:
+    """A run, and how many graphs had been compiled by each batch. These backends ask for no C++ compiler."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
+    graphs = Graphs(counter)
 
     def make() -> Any:
         module = kind(network(), adam)
         return module if way is None else way(module, counter)
 
-    record = watch(make, lambda: copies(classification(steps)), monitor)
+    record = watch(make, lambda: copies(classification(steps)), monitor, lambda: [graphs])
     assert (counter.frame_count > 0) == (way is not None)
-    return record, counter.frame_count
+    assert graphs.counts[-1] == counter.frame_count
+    return record, graphs.counts
 
 
-alone = functools.cache(lambda way: fit(way, None)[0])
+alone = functools.cache(lambda way: fit(WAYS[way], None))
 eager = functools.cache(lambda name: fit(None, MONITORS[name].thorough(every_n_train_steps=2))[0])
+# Compiling takes most of the time: the values and the graphs of one run are looked at by two tests.
+compiled = functools.cache(lambda way, name: fit(WAYS[way], MONITORS[name].thorough(every_n_train_steps=2)))
 
 # Errors of values, and how far the search for an eigenvalue got: not themselves known to many digits.
 ROUGH = ("_error", "_stderr", "epsilon", "_upper")
@@ -109,8 +126,8 @@ ALONG_DIFFERENCES = ("lambda_fd", "lambda_kl", "critical_sharpness")
 @pytest.mark.parametrize("way", WAYS)
 def test_values_and_run(way: str, name: str) -> None:
     """Operations in another order: a value is as far from the eager run's as each of them may be from the truth."""
-    watched, _ = fit(WAYS[way], MONITORS[name].thorough(every_n_train_steps=2))
-    assert_same(alone(WAYS[way]), watched)
+    watched, _ = compiled(way, name)
+    assert_same(alone(way)[0], watched)
     found, expected = rows(watched.logger), rows(eager(name).logger)
     assert list(found) == list(expected) == [0, 2]
     for step, row in found.items():
@@ -130,24 +147,26 @@ GRAPHS = 3
 @pytest.mark.parametrize("outputs", [None, "network"])
 @pytest.mark.parametrize("way", WAYS)
 def test_forward_only_probes_compile_once(way: str, outputs: str | None) -> None:
-    def graphs(steps: int, estimators: Any) -> int:
+    def graphs(steps: int, estimators: Any) -> list[int]:
         monitor = MONITORS["directional"].make(every_n_train_steps=2, estimators=estimators, outputs=outputs)
-        record, count = fit(WAYS[way], monitor, steps, backend="eager")
+        record, counts = fit(WAYS[way], monitor, steps, backend="eager")
         assert len(record.curve("lambda_kl")) == (steps + 1) // 2
         assert all(math.isfinite(value) for value in record.curve("lambda_kl"))
-        return count
+        return counts
 
-    few = graphs(3, FORWARD_ONLY)
+    counts = graphs(9, FORWARD_ONLY)
+    # By the end of the fourth batch: those of the probes of steps 0 and 2. Three more probes compile nothing.
+    few = counts[3]
     assert 2 <= few <= GRAPHS
+    assert counts[-1] == few
     # What is not compiled does not count here: the exact products, by the eager module, add nothing.
-    assert graphs(9, FORWARD_ONLY) == graphs(3, ALL) == few
+    assert graphs(3, ALL)[-1] == few
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["spectrum", "sharpness", "stabilization", "noise"])
 def test_exact_products_compile_nothing(name: str, way: str) -> None:
-    monitor = MONITORS[name].thorough(every_n_train_steps=2)
-    assert fit(WAYS[way], monitor, backend="eager")[1] == fit(WAYS[way], None, backend="eager")[1]
+    assert compiled(way, name)[1][-1] == alone(way)[1][-1]
 
 
 class ByHand(Manual):
@@ -164,14 +183,17 @@ def test_steps_by_hand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Those of the test are not the monitor's, and are many.
     monkeypatch.setattr(Witness, "note", torch.compiler.disable(Witness.note))
     follow = functools.partial(MONITORS[name].thorough, every_n_train_steps=2)
-    watched, graphs = fit(whole, follow(), 3, ByHand, "eager")
-    assert_same(by_hand()[0], watched)
+    steps = 7 if name == "directional" else 3
+    watched, counts = fit(whole, follow(), steps, ByHand, "eager")
+    plain, graphs = by_hand() if steps == 3 else fit(whole, None, steps, ByHand, "eager")
+    assert_same(plain, watched)
     # Compiled for this backend, operations are the same ones in the same order.
-    assert str(rows(watched.logger)) == str(rows(fit(None, follow(), 3, ByHand)[0].logger))
+    assert str(rows(watched.logger)) == str(rows(fit(None, follow(), steps, ByHand)[0].logger))
     if name == "directional":
-        assert fit(whole, follow(), 7, ByHand, "eager")[1] == graphs
+        # Two probes compile what they need, two more nothing.
+        assert counts[-1] == counts[3]
     else:
-        assert graphs == by_hand()[1]
+        assert counts[-1] == graphs[-1]
 
 
 class Otherwise(Quiet):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_curvature.monitors.base import Monitor
 from tests.compatibility.monitors import EVERY, MONITORS
 from tests.helpers.runs import Batch, Capture, Classifier, Outcome, StepRecorder, classification, make_trainer, rows
 from tests.helpers.witness import frozen
@@ -110,13 +112,31 @@ pytestmark = [
 ]
 
 
+def make(name: str) -> Monitor:
+    """One of all quantities. A search that ends early depends the more on what it began with."""
+    early: dict[str, Any] = {"max_products": 20, "tolerance": 0.1} if name == "spectrum" else {}
+    return MONITORS[name].thorough(**early)
+
+
+@pytest.fixture(scope="module")
+def unbroken_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Outcome, Path]]:
+    """A run to its end and its checkpoints, made once for each monitor."""
+
+    @functools.cache
+    def run(name: str) -> tuple[Outcome, Path]:
+        folder = tmp_path_factory.mktemp(f"unbroken_{name}")
+        return fit(make(name), EveryBatch(folder)), folder
+
+    return run
+
+
 @pytest.mark.parametrize("name", MONITORS)
-def test_from_any_step(name: str, tmp_path: Path) -> None:
+def test_from_any_step(name: str, unbroken_run: Callable[[str], tuple[Outcome, Path]]) -> None:
     """At the ends of epochs and inside them, at measured steps, before and after them."""
-    unbroken = fit(MONITORS[name].thorough(), EveryBatch(tmp_path))
+    unbroken, folder = unbroken_run(name)
     assert list(rows(unbroken.capture)) == [0, 3, 6]
     for done in range(1, BATCHES * EPOCHS):
-        resumed = fit(MONITORS[name].thorough(), resume=tmp_path / f"{done}.ckpt")
+        resumed = fit(make(name), resume=folder / f"{done}.ckpt")
         assert len(resumed.steps) == BATCHES * EPOCHS - done
         assert state(resumed) == state(unbroken)
         assert logged(resumed) == logged(unbroken, done), done
@@ -162,15 +182,17 @@ def until_killed(name: str, folder: Path) -> None:
     """A run that never ends."""
     torch.set_num_threads(1)
     checkpoints = ModelCheckpoint(folder, filename="last", every_n_train_steps=1, enable_version_counter=False)
-    fit(MONITORS[name].thorough(), checkpoints, module=Mortal(kill_at=EVERY), enable_checkpointing=True)
+    fit(make(name), checkpoints, module=Mortal(kill_at=EVERY), enable_checkpointing=True)
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What was on disk when a process died in the middle of a probe; all of them at once."""
     folders = {name: tmp_path_factory.mktemp(name) for name in MONITORS}
-    spawn = multiprocessing.get_context("spawn")
-    children = [spawn.Process(target=until_killed, args=item) for item in folders.items()]
+    # One process imports torch and this file, which takes seconds, and forks the others.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    children = [server.Process(target=until_killed, args=item) for item in folders.items()]
     for child in children:
         child.start()
     for child in children:
@@ -180,11 +202,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", MONITORS)
-def test_killed_in_the_middle_of_a_probe(name: str, killed: dict[str, Path]) -> None:
+def test_killed_in_the_middle_of_a_probe(
+    name: str, killed: dict[str, Path], unbroken_run: Callable[[str], tuple[Outcome, Path]]
+) -> None:
     """Nothing of what a probe had perturbed is in the file, and the next process goes on as if there had been one."""
     (path,) = killed[name].iterdir()
     assert torch.load(path, weights_only=True)["global_step"] == EVERY
-    resumed, unbroken = fit(MONITORS[name].thorough(), resume=path), fit(MONITORS[name].thorough())
+    resumed, (unbroken, _) = fit(make(name), resume=path), unbroken_run(name)
     assert state(resumed) == state(unbroken)
     assert list(rows(resumed.capture)) == [3, 6]
     assert logged(resumed) == logged(unbroken, EVERY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,34 @@ from tests.compatibility.monitors import MONITORS, Kind, each_monitor
 from tests.helpers.runs import Capture, make_trainer
 from tests.helpers.witness import Record, assert_same, frozen, without_curvature
 
+DEVELOPMENT = Feature(options={"fast_dev_run": 2})
+development = functools.cache(lambda: DEVELOPMENT.run(None))
+
 
 @each_monitor
 def test_fast_dev_run(kind: Kind) -> None:
     """Lightning takes all loggers away: the values are where callbacks and tests look for them."""
-    feature = Feature(options={"fast_dev_run": 2})
-    watched = feature.run(kind.make())
-    assert_same(feature.run(None), watched)
+    watched = DEVELOPMENT.run(kind.make())
+    assert_same(development(), watched)
     assert watched.trainer.global_step == 2
     assert watched.logger.rows == {}
     assert all(math.isfinite(watched.trainer.callback_metrics[f"curvature/{key}"]) for key in kind.keys)
 
 
+def stopped(monitor: pl.Callback | None, watched: str) -> tuple[Record, EarlyStopping]:
+    # Nothing is better than the first value by that much.
+    stopper = EarlyStopping(watched, patience=1, min_delta=1e9)
+    return Feature(options={"max_epochs": 5}, callbacks=lambda: [stopper]).run(monitor), stopper
+
+
+stopped_by_loss = functools.cache(lambda: stopped(None, "val_loss")[0])
+
+
 @each_monitor
 def test_early_stopping_on_a_value(kind: Kind) -> None:
     """It stops where a stopper that watches the loss, with as little hope, would."""
-
-    def stopped(monitor: pl.Callback | None, watched: str) -> tuple[Record, EarlyStopping]:
-        # Nothing is better than the first value by that much.
-        stopper = EarlyStopping(watched, patience=1, min_delta=1e9)
-        return Feature(options={"max_epochs": 5}, callbacks=lambda: [stopper]).run(monitor), stopper
-
     watched, stopper = stopped(kind.make(), f"curvature/{kind.watched}")
-    assert_same(stopped(None, "val_loss")[0], watched)
+    assert_same(stopped_by_loss(), watched)
     assert stopper.stopped_epoch == 1
     # The last value of the first epoch, of six steps; in float32, as all of callback_metrics.
     assert stopper.best_score == torch.tensor(watched.logger.rows[3][f"curvature/{kind.watched}"], dtype=torch.float32)

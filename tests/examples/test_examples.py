@@ -115,7 +115,7 @@ def test_cifar10_runs_at_the_learning_rates_of_the_papers(
     learning_rates: list[str],
 ) -> None:
     arguments = ["--model", model, "--dataset", "cifar10", "--npz", str(cifar), "--optimizer", optimizer]
-    short = ["--samples", "8", "--max-steps", "2", "--estimators", "hvp", "kl", "--out", str(tmp_path)]
+    short = ["--samples", "2", "--max-steps", "2", "--estimators", "hvp", "kl", "--out", str(tmp_path)]
     load("edge_of_stability").main([*arguments, *short, "--every-n-train-steps", "1", "--accelerator", "cpu"])
     found = rows(capsys.readouterr().out, f"{title} ")
     assert [words[1] for words in found if words[3] == "lambda_kl"] == learning_rates
@@ -287,10 +287,17 @@ def test_the_picture_shows_eigenvalues_and_density(sharpening: SimpleNamespace, 
     ]
 
 
-def test_the_first_eigenvalues_are_those_that_arpack_finds(load: Any, tmp_path: Path) -> None:
+def test_the_first_eigenvalues_are_those_that_arpack_finds(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arpack = pytest.importorskip("scipy.sparse.linalg")
+    example = load("progressive_sharpening")
+    # The picture of the density after the last step is not looked at here.
+    for name, least in {"OUTLIERS": 3, "DENSITY_STEPS": 2, "TRACE_ERROR": 0.2}.items():
+        monkeypatch.setattr(example, name, least)
+    monkeypatch.setattr(example, "draw", lambda *_, **__: None)
     arguments = ["--optimizers", "gd", "--max-steps", "1", "--seed", "3", "--accelerator", "cpu"]
-    load("progressive_sharpening").main([*arguments, "--out", str(tmp_path)])
+    example.main([*arguments, "--out", str(tmp_path)])
     data = load("data").FullBatchData(one_hot=True)
     data.setup()
     x, y = (tensor.double() for tensor in data.batches[0])
@@ -307,7 +314,8 @@ def test_the_first_eigenvalues_are_those_that_arpack_finds(load: Any, tmp_path: 
     shape = (len(flat), len(flat))
     hessian = arpack.LinearOperator(shape, matvec=product, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(len(flat))
-    expected = arpack.eigsh(hessian, k=3, which="LA", tol=1e-8, v0=start, return_eigenvectors=False)[::-1]
+    # A thousandth of the tolerance below.
+    expected = arpack.eigsh(hessian, k=3, which="LA", tol=1e-5, v0=start, return_eigenvectors=False)[::-1]
     logged = curves(tmp_path / "gd_lr1")
     found = [logged[f"curvature/{name}"][0] for name in ("lambda_max", "lambda_2", "lambda_3")]
     # The residual that the example asks for, within which there is an eigenvalue.
@@ -337,7 +345,7 @@ def test_cifar10_has_the_network_of_the_paper(
     example = load("progressive_sharpening")
     for name, least in {"SELDOM": 1, "OUTLIERS": 1, "DENSITY_STEPS": 2, "TRACE_ERROR": 0.5}.items():
         monkeypatch.setattr(example, name, least)
-    setting = ["--dataset", "cifar10", "--npz", str(cifar), "--samples", "8", "--micro-batch", "4"]
+    setting = ["--dataset", "cifar10", "--npz", str(cifar), "--samples", "4", "--micro-batch", "2"]
     short = ["--max-steps", "2", "--every-n-train-steps", "1", "--out", str(tmp_path), "--accelerator", "cpu"]
     example.main([*setting, *short])
     logged = curves(tmp_path / "gd_lr0.05")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -153,6 +154,7 @@ def test_batch_factor_is_the_variance_of_a_mean(replacement: bool) -> None:
 SAMPLES = 5
 
 
+@functools.cache
 def oracle(size: int, replacement: bool) -> MiniBatches:
     ((x, y),) = classification(1, SAMPLES)
     return MiniBatches(mlp(4, 3, 3), F.cross_entropy, x, y, size, replacement)

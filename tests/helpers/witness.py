@@ -27,6 +27,9 @@ _LINKS = {"_trainer", "_parameters", "_buffers", "_modules", "_metric_attributes
 # What stands on the module while a step is awaited or under way, and at no other time.
 _AWAITED = {"attribute .training_step"}
 _UNDER_WAY = {"attribute .forward", "attribute .manual_backward"}
+_PLAIN = {bool, int, str, bytes, type(None)}
+# Asked once: each time takes longer than to note all random states.
+_CUDA = torch.cuda.is_available()
 
 
 class Rows(Capture):
@@ -55,8 +58,10 @@ def without_curvature(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def frozen(value: Any) -> Any:
     """Copy a value into plain containers, with tensors as (type, shape, bytes): equal means equal bit for bit."""
+    if type(value) in _PLAIN:  # most values; half the time of a small run goes into this function
+        return value
     if isinstance(value, Tensor):
-        plain = value.detach().to_dense().clone().reshape(-1)
+        plain = (value if value.layout is torch.strided else value.to_dense()).detach().reshape(-1).contiguous()
         return ("tensor", str(value.dtype), tuple(value.shape), plain.view(torch.uint8).cpu().numpy().tobytes())
     if isinstance(value, np.ndarray):
         return ("array", str(value.dtype), value.shape, value.tobytes())
@@ -82,7 +87,7 @@ def frozen(value: Any) -> Any:
 
 
 def random_states() -> Any:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    devices = torch.cuda.get_rng_state_all() if _CUDA else []
     # Python's is a tuple of 625 numbers, which need no freezing one by one.
     return [random.getstate(), *frozen([np.random.get_state(), torch.get_rng_state(), devices])]  # noqa: NPY002
 

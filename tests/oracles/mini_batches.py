@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -38,19 +39,24 @@ class MiniBatches:
         replacement: bool = False,
         kind: str = "hessian",
     ) -> None:
-        self.count, dense = len(y), Matrices(network, loss)
+        self.count, self.kind, self.dense = len(y), kind, Matrices(network, loss)
         drawn: Any = (
             itertools.product(range(self.count), repeat=size)
             if replacement
             else itertools.combinations(range(self.count), size)
         )
         self.batches: list[Batch] = [(x[list(chosen)], y[list(chosen)]) for chosen in drawn]
+        dense = self.dense
         self.gradients = torch.stack([dense.gradient([batch]) for batch in self.batches])  # (batches, N)
-        self.matrices = torch.stack([getattr(dense, kind)([batch]) for batch in self.batches])  # (batches, N, N)
         self.gradient, self.matrix = dense.gradient([(x, y)]), getattr(dense, kind)([(x, y)])
         singles = torch.stack([dense.gradient([(x[i : i + 1], y[i : i + 1])]) for i in range(self.count)])
         deviations = singles - singles.mean(dim=0)
         self.covariance = deviations.T @ deviations / self.count
+
+    @functools.cached_property
+    def matrices(self) -> Tensor:
+        """H_B or G_B of each mini-batch, (batches, N, N): most of the work, and not always needed."""
+        return torch.stack([getattr(self.dense, self.kind)([batch]) for batch in self.batches])
 
     def own_curvatures(self) -> Tensor:
         """g_BᵀH_B g_B of each mini-batch."""
