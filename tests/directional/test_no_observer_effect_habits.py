@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Repeats(UpdateMonitor):
 
 @pytest.mark.parametrize("name", HABITS)
 def test_repeated_step_has_the_loss_it_had(name: str) -> None:
+    pl.seed_everything(3, verbose=False)
     repeats = Repeats()
     trainer = make_trainer(repeats, logger=Rows())
     trainer.fit(Habitual(HABITS[name]), copies(classification(4)))

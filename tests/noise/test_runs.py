@@ -12,11 +12,12 @@ import torch
 
 from lightning_curvature import CurvatureWarning
 from lightning_curvature.noise.options import QUANTITIES
+from tests.helpers.habits import HABITS, Habitual
 from tests.helpers.nested import Nested, everything
 from tests.helpers.noise_runs import KEYS, monitor, samples
-from tests.helpers.runs import Classifier, make_trainer
+from tests.helpers.runs import Classifier, classification, make_trainer
 from tests.helpers.setups import Measured, sgd, with_batchnorm, with_dropout
-from tests.helpers.witness import Record, assert_same, difference, watch
+from tests.helpers.witness import Record, assert_same, copies, difference, watch
 
 
 def assert_measured(watched: Record, which: Callable[[Any], bool] = all) -> None:
@@ -40,6 +41,18 @@ def test_modules_in_training_mode(make: Any) -> None:
         with pytest.warns(CurvatureWarning, match="logs NaN: ValueError: Expected more than 1 value per channel"):
             watched = run(follow)
     assert_same(run(None), watched)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
+def test_a_parameter_that_the_step_takes_the_gradient_from() -> None:
+    """It cannot be measured, and nothing of the run shows that it was tried."""
+
+    def run(follow: Any) -> Record:
+        return watch(lambda: Habitual(HABITS["changes_modes_and_flags"]), lambda: copies(classification(2)), follow)
+
+    watched = run(monitor("network.0.bias"))
+    assert_same(run(None), watched)
+    assert all(len(watched.curve(key)) > 1 for key in KEYS[1:])
 
 
 @pytest.mark.parametrize("trainer", [make_trainer, lambda: None])

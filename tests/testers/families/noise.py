@@ -132,7 +132,13 @@ def first_of(place: str) -> Callable[[str, Any], dict[str, Any]]:
 
 def first_layer(place: str) -> Callable[[str], dict[str, Any]]:
     """Watch the first layer before a step and at the end."""
-    return lambda name: {"parameter": f"network.0.{place}", "at_steps": (3,), "every_n_train_steps": None} | FEW
+
+    def options(name: str) -> dict[str, Any]:
+        # The step that changes flags takes the gradient from the first bias, which then cannot be measured.
+        layer = 3 if name == "changes_modes_and_flags" and place == "bias" else 0
+        return {"parameter": f"network.{layer}.{place}", "at_steps": (3,), "every_n_train_steps": None} | FEW
+
+    return options
 
 
 def read(make: Callable[[], pl.LightningModule]) -> tuple[Callable[[], pl.LightningModule], Callable[[], Any]]:
@@ -265,8 +271,6 @@ NOISE = Family(
     ],
     variants={"weight": first_of("weight"), "bias": first_of("bias")},
     habits={place: first_layer(place) for place in ("weight", "bias")},
-    # A parameter that the repeated step takes the gradient from cannot be measured.
-    exceptions=frozenset({"changes_modes_and_flags"}),
     reads={"Hooked": read(Hooked), "Measured": read(Measured)},
     traps={f"{call}, {name}": trap(call, name) for call in (1, 2, 5, 14, 25) for name in (WEIGHT, "network.3.bias")},
     compared=compared,
