@@ -22,7 +22,7 @@ FORWARDS = {
     ("kl", "finite_difference", "hvp", "gauss_newton"): 4,
 }
 EVERY = 3
-STEPS = 5
+STEPS = 4
 MEASURED = (0, 3)
 
 
@@ -81,11 +81,9 @@ def expected(plain: int, extra: int) -> list[int]:
     return [plain + (extra if step in MEASURED else 0) for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("estimators", FORWARDS)
-def test_extra_forwards_of_a_measured_step(estimators: tuple[str, ...], accumulate: int) -> None:
-    counter = counted(estimators, accumulate)
-    assert counter.forwards == expected(accumulate, FORWARDS[estimators] * accumulate)
+def test_extra_forwards_of_a_measured_window(estimators: tuple[str, ...]) -> None:
+    assert counted(estimators, 2).forwards == expected(2, FORWARDS[estimators] * 2)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -123,7 +121,7 @@ def test_critical_makes_the_forwards_it_says(monkeypatch: pytest.MonkeyPatch) ->
     extra = [counter.forwards[step] - 1 for step in MEASURED]
     assert said == extra
     assert all(3 <= count <= 20 for count in extra)
-    assert [n for step, n in enumerate(counter.forwards) if step not in MEASURED] == [1, 1, 1]
+    assert [n for step, n in enumerate(counter.forwards) if step not in MEASURED] == [1, 1]
 
 
 def test_critical_stops_at_its_cap() -> None:
@@ -151,7 +149,7 @@ def test_two_monitors_add_their_counts() -> None:
         for name, every in (("kl", 2), ("finite_difference", 3))
     ]
     run(learner, classification(STEPS), counter, *monitors)
-    assert counter.forwards == [1 + 1 + 2, 1, 1 + 1, 1 + 2, 1 + 1]
+    assert counter.forwards == [1 + 1 + 2, 1, 1 + 1, 1 + 2]
 
 
 def test_lbfgs_steps_cost_what_others_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import warnings
@@ -81,6 +82,12 @@ def run(module: Callable[[], Any], monitor: DirectionalCurvatureMonitor | None) 
     return watch(module, lambda: copies(classification(3)), monitor)
 
 
+@functools.cache
+def unwatched(place: str) -> Record:
+    """A run in which the trap never goes off."""
+    return run(lambda: Trapped(Trap(0), place), None)
+
+
 # (estimators, call at which the trap goes off): the step itself is call 1. The pair is calls 2 and 3; the line search
 # starts at 2, or after the pair; forward mode and double backward come after it.
 FAILURES = [
@@ -101,13 +108,12 @@ FAILURES = [
 @pytest.mark.parametrize("place", ["step", "hook"])
 @pytest.mark.parametrize(("estimators", "at"), FAILURES)
 def test_warns_and_goes_on(estimators: tuple[Any, ...], at: int, place: str) -> None:
-    plain = run(lambda: Trapped(Trap(at), place), None)
     trap = Trap(at)
     monitor = DirectionalCurvatureMonitor(estimators=estimators, every_n_train_steps=1, epsilon=1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         watched = run(lambda: Trapped(trap, place), monitor)
-    assert_same(plain, watched)
+    assert_same(unwatched(place), watched)
     messages = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
     assert messages == ["DirectionalCurvatureMonitor logs NaN: Boom: trapped"]
     assert trap.calls[0] == at
@@ -124,7 +130,7 @@ def test_objective_that_always_fails() -> None:
         torch.rand(3)
         raise Boom("no loss today")
 
-    plain = run(lambda: Trapped(Trap(0), "step"), None)
+    plain = unwatched("step")
     monitor = DirectionalCurvatureMonitor(
         estimators=("finite_difference", "hvp"), every_n_train_steps=1, objective=objective
     )

@@ -41,14 +41,14 @@ def dropout() -> nn.Module:
 @pytest.mark.parametrize("make", [momentum, adamw])
 @pytest.mark.parametrize("window", [1, 3])
 def test_steps_by_hand(window: int, make: MakeOptimizer, clip: str | None) -> None:
-    outcome = run(Manual(mlp(4, 6, 3), make, window, clip), classification(3 * window), *monitors())
-    assert [len(step.parts) for step in outcome.steps] == [window] * 3
-    check(outcome, steps=3)
+    outcome = run(Manual(mlp(4, 6, 3), make, window, clip), classification(2 * window), *monitors())
+    assert [len(step.parts) for step in outcome.steps] == [window] * 2
+    check(outcome, steps=2)
 
 
 @pytest.mark.parametrize("window", [1, 2])
 def test_dropout_by_hand(window: int) -> None:
-    check(run(Manual(dropout(), momentum, window), classification(3 * window), *monitors()), steps=3)
+    check(run(Manual(dropout(), momentum, window), classification(2 * window), *monitors()), steps=2)
 
 
 def test_a_scheduler_stepped_by_hand() -> None:
@@ -71,7 +71,7 @@ class ManualRegression(Manual):
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_squared_error_by_hand(window: int) -> None:
-    check(run(ManualRegression(window), regression(3 * window), *monitors()), steps=3)
+    check(run(ManualRegression(window), regression(2 * window), *monitors()), steps=2)
 
 
 class InParts(Manual):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import NoiseCovarianceMonitor
+from lightning_curvature.functional.noise import haar_coupling, random_commutativity_error
 from lightning_curvature.noise.result import NoiseCurvature
 from tests.helpers.runs import Classifier, classification, make_trainer
 from tests.helpers.setups import sgd
@@ -93,3 +96,55 @@ TEN = 10
 def images() -> TensorDataset:
     torch.manual_seed(2)
     return TensorDataset(torch.randn(TEN, 1, 5, 5).double(), torch.randint(0, 3, (TEN,)))
+
+
+# Numbers of eigenvectors, whose roundings are those of H over the gaps between its eigenvalues, a hundredth of it and
+# more, and of logarithms of what is a thousandth of the largest.
+OF_VECTORS = 1e-8
+TOP = 8
+
+
+def line(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Slope of log y on log x over positive pairs, and its standard error."""
+    used = (x > 1e-15 * x.max()) & (y > 0)
+    u, v = x[used].log().numpy(), y[used].log().numpy()
+    slope, intercept = np.polyfit(u, v, 1)
+    left = v - slope * u - intercept
+    return float(slope), math.sqrt(float(left @ left) / (len(u) - 2) / float(((u - u.mean()) ** 2).sum()))
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Of numbers that all differ."""
+    return float(np.corrcoef(a.argsort().argsort().numpy(), b.argsort().argsort().numpy())[0, 1])
+
+
+def expected(one: Samples, batch_size: int, top: int = TOP, seed: int = 0) -> dict[str, float]:
+    """All but the chain."""
+    c, h = one.covariance(batch_size), one.hessian()
+    values, vectors = (part[:top] for part in one.basis())
+    own = vectors @ c @ vectors.T
+    diagonal = own.diagonal()
+    commutator = c @ h - h @ c
+    off = [
+        abs(float(own[i, j])) / math.sqrt(float(own[i, i] * own[j, j]))
+        for i in range(top)
+        for j in range(top)
+        if i != j
+    ]
+    coupling = sum(off) / len(off)
+    spikes = float(c.trace() ** 2 / (c * c).sum())
+    error = math.sqrt((1.0 - 2.0 / math.pi) / spikes) / top
+    found = {
+        "noise_commutativity": float(commutator.norm() / c.norm() / h.norm()),
+        "noise_commutativity_relative": float(commutator.norm() / (c @ h).norm()),
+        "noise_commutativity_random": random_commutativity_error(c, h, relative=True),
+        "noise_alignment": float(diagonal.square().sum() / own.square().sum()),
+        "noise_spearman": rank_correlation(values, diagonal),
+        "noise_coupling": coupling,
+        "noise_coupling_random": float(haar_coupling(c, top, 4, torch.Generator().manual_seed(seed)).mean()),
+        "noise_coupling_z": (coupling - math.sqrt(2.0 / math.pi / spikes)) / error,
+    }
+    moments = (vectors @ one.second_moment() @ vectors.T).diagonal()
+    for key, heights in (("noise_gamma", diagonal), ("noise_gamma_awd", moments)):
+        found[key], found[f"{key}_stderr"] = line(values, heights)
+    return found

@@ -129,9 +129,9 @@ def loader(batches: list[Batch]) -> DataLoader:
     return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
 
 
-def batched_samples(count: int = 16, shuffle: bool = False) -> DataLoader[Any]:
+def batched_samples(count: int = 16, shuffle: bool = False, dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
     """Single samples of a classification in batches of eight."""
-    return DataLoader(TensorDataset(*classification(1, count)[0]), batch_size=8, shuffle=shuffle)
+    return DataLoader(TensorDataset(*classification(1, count, dtype=dtype)[0]), batch_size=8, shuffle=shuffle)
 
 
 def make_trainer(*callbacks: pl.Callback, logger: Any = None, **kwargs: Any) -> pl.Trainer:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,126 +16,28 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_curvature import CurvatureWarning, NoiseCovarianceMonitor
 from lightning_curvature.noise import routes as noise_block
 from lightning_curvature.noise.options import KEYS, QUANTITIES
-from tests.helpers.modules import NoOptimizer, Plain, TwoOptimizers, sgd, sharded, unending
+from tests.helpers.modules import Plain, sgd, sharded, unending
 from tests.helpers.noise import monitor as strict
 from tests.helpers.noise import samples
-from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, rows, warned
+from tests.helpers.runs import Capture, Classifier, make_trainer, rows, warned
 from tests.helpers.traps import Stream
-
-WHOLE = "must be a whole number of at least"
-BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    *(
-        ({"parameter": value}, r"parameter must be a name out of named_parameters\(\), got .*: give one such as 'fc2.w")
-        for value in ("", None, 3)
-    ),
-    ({"quantities": "noise_gamma"}, r"quantities must be a non-empty sequence of names, got 'noise_gamma': choose fr"),
-    ({"quantities": ()}, r"quantities must be a non-empty sequence of names, got \(\): choose from \('noise_gamma'"),
-    ({"quantities": ["gamma"]}, r"quantities must be names from .*'noise_awd_chain'\), got 'gamma': correct or remove"),
-    ({"top": 2}, rf"top {WHOLE} 3, or None, got 2: None takes 40 % of the directions"),
-    ({"batch_size": 0}, rf"batch_size {WHOLE} 1, or None, got 0: None takes the samples of an optimizer step"),
-    ({"haar_draws": 0}, rf"haar_draws {WHOLE} 1, got 0: 4 are enough where there are some hundred"),
-    ({"pairing": "labels"}, r"pairing must be a callable, got a str: give one that returns inputs and labels of a ba"),
-    ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
-    ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, or None, got 0: 1 measures every optimizer step"),
-    ({"probe_samples": 0}, rf"probe_samples {WHOLE} 1, or None, got 0: None takes all training data"),
-    ({"micro_batch_size": 0}, rf"micro_batch_size {WHOLE} 1, or None, got 0"),
-    ({"probe_mode": "test"}, r"probe_mode must be 'train' or 'eval', got 'test'"),
-    ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64'"),
-    ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore'"),
-    ({"prefix": "/"}, r"prefix must be a name without slashes at its ends, got '/'"),
-    ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "sentence"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
-def test_bad_arguments(arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"^{sentence}") as caught:
-        NoiseCovarianceMonitor(**({"parameter": "fc2.weight"} | arguments))
-    assert str(caught.value).endswith(".")
-    assert "\n" not in str(caught.value)
-
-
-def test_arguments_are_keyword_only() -> None:
-    with pytest.raises(TypeError):
-        NoiseCovarianceMonitor("fc2.weight")  # type: ignore[misc]
+from tests.testers.families.noise import NOISE
 
 
 def monitor(name: str = "network.0.weight", **options: Any) -> NoiseCovarianceMonitor:
     return NoiseCovarianceMonitor(parameter=name, **options)
 
 
-def frozen() -> pl.LightningModule:
-    module = Plain()
-    module.network[0].weight.requires_grad_(False)
-    return module
-
-
 def data() -> DataLoader[Any]:
     return DataLoader(samples(16), batch_size=8)
 
 
-MISFITS: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], Callable[[], Any], str]] = {
-    "no time to measure": (Plain, {"at_end": False}, data, r"at_end, at_steps or every_n_train_steps must say when to"),
-    "unknown name": (
-        Plain,
-        {"name": "network.0.weigth"},
-        data,
-        r"parameter must be a name out of named_parameters\(\), got 'network\.0\.weigth': the nearest are "
-        r"\['network\.0\.weight', ",
-    ),
-    "name like no other": (
-        Plain,
-        {"name": "?"},
-        data,
-        r"parameter must be a name .*, got '\?': the nearest are \['net",
-    ),
-    "a layer": (Plain, {"name": "network.0"}, data, r"parameter must be a name .*, got 'network\.0': the nearest are "),
-    "frozen": (
-        frozen,
-        {},
-        data,
-        r"parameter must require gradients, got the frozen 'network\.0\.weight': unfreeze it or choose another",
-    ),
-    "more directions than there are": (
-        Plain,
-        {"top": 25},
-        data,
-        r"top must be at most the number of entries, got 25 of 24: lower it, or leave it out",
-    ),
-    "too few entries": (
-        lambda: Plain(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)).double()),
-        {"name": "network.0.bias"},
-        data,
-        r"parameter must have at least 3 entries for a power law, got 'network\.0\.bias' with 2: choose a weight",
-    ),
-    "several optimizers": (TwoOptimizers, {}, data, r"needs objective= where several optimizers .*, got 2"),
-    "optimizer that is not there": (Plain, {"optimizer_index": 1}, data, r"optimizer_index must be below the number"),
-    "no optimizer": (NoOptimizer, {}, data, r"must find trainable parameters in the optimizer, got none: return it"),
-    "whole batches that shall be cut": (
-        Plain,
-        {"micro_batch_size": 4},
-        lambda: loader(classification(2)),
-        r"batch_size must be left to a dataloader that hands out whole batches, got 4: leave it out",
-    ),
-    "several dataloaders": (Plain, {}, lambda: [data(), data()], r"the probe set must come from one dataloader, got a"),
-}
-
-
-@pytest.mark.parametrize("name", MISFITS)
-def test_misfits_are_found_before_the_first_step(name: str) -> None:
-    """Also those of the data, though it is measured at the end alone; and by hand, but for those of a fit."""
-    make, options, loaders, sentence = MISFITS[name]
-    module = make()
-    trainer = make_trainer(monitor(**options))
-    with pytest.raises(MisconfigurationException, match=sentence) as caught:
-        trainer.fit(module, loaders())
-    assert str(caught.value).endswith(".")
-    assert "\n" not in str(caught.value)
-    assert module.seen == 0
-    assert trainer.global_step == 0
-    if sentence.startswith(("parameter", "top")):
-        with pytest.raises(MisconfigurationException, match=f"^{sentence}"):
-            monitor(**options).evaluate(make(), loaders(), make_trainer())
+@pytest.mark.parametrize("name", [n for n, m in NOISE.misfits.items() if m.sentence.startswith(("parameter", "top"))])
+def test_misfits_by_hand(name: str) -> None:
+    """Those that are none of a fit."""
+    misfit = NOISE.misfits[name]
+    with pytest.raises(MisconfigurationException, match=f"^{misfit.sentence}"):
+        NOISE.make_few(**misfit.options).evaluate(misfit.module(), misfit.data(), make_trainer())
 
 
 def test_a_block_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,10 +223,3 @@ def test_streams(stream: Any) -> None:
     make_trainer(follow).fit(Plain(), data())
     assert follow.result is not None
     assert follow.result.samples == 24
-
-
-def test_one_prefix_for_two_monitors() -> None:
-    trainer = make_trainer(monitor(prefix="a"))
-    trainer.callbacks.append(monitor("network.2.weight", prefix="a"))  # type: ignore[attr-defined]
-    with pytest.raises(MisconfigurationException, match="prefix must differ between monitors of one class, got 'a' of"):
-        trainer.fit(Plain(), data())

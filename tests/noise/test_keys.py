@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
-from lightning_curvature.functional.noise import haar_coupling, random_commutativity_error
 from lightning_curvature.noise.options import QUANTITIES
-from tests.helpers.noise import BATCH, Plain, dense, evaluated, module_of, monitor, network, samples, squared
-from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, rows
+from tests.helpers.noise import (
+    BATCH,
+    OF_VECTORS,
+    TOP,
+    Plain,
+    dense,
+    evaluated,
+    expected,
+    line,
+    module_of,
+    monitor,
+    network,
+    samples,
+    squared,
+)
+from tests.helpers.runs import classification, loader, make_trainer
 from tests.oracles.dense import Loss
 from tests.oracles.noise import (
     Pairs,
-    Samples,
     activations_of,
     descending,
     duality_of,
     in_coordinates,
     nearest_of_class,
 )
-
-# Numbers of eigenvectors, whose roundings are those of H over the gaps between its eigenvalues, a hundredth of it and
-# more, and of logarithms of what is a thousandth of the largest.
-OF_VECTORS = 1e-8
-TOP = 8
-
-
-def line(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Slope of log y on log x over positive pairs, and its standard error."""
-    used = (x > 1e-15 * x.max()) & (y > 0)
-    u, v = x[used].log().numpy(), y[used].log().numpy()
-    slope, intercept = np.polyfit(u, v, 1)
-    left = v - slope * u - intercept
-    return float(slope), math.sqrt(float(left @ left) / (len(u) - 2) / float(((u - u.mean()) ** 2).sum()))
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Of numbers that all differ."""
-    return float(np.corrcoef(a.argsort().argsort().numpy(), b.argsort().argsort().numpy())[0, 1])
 
 
 def pairs_of(data: TensorDataset, size: int, batches: Any = None) -> list[Pairs]:
@@ -58,38 +48,6 @@ def pairs_of(data: TensorDataset, size: int, batches: Any = None) -> list[Pairs]
         halves = numbers[0::2], numbers[1::2]
         found += [nearest_of_class(x, y.tolist(), own, other) for own, other in (halves, halves[::-1])]
     return [pairs for pairs in found if pairs]
-
-
-def expected(one: Samples, batch_size: int, top: int = TOP, seed: int = 0) -> dict[str, float]:
-    """All but the chain."""
-    c, h = one.covariance(batch_size), one.hessian()
-    values, vectors = (part[:top] for part in one.basis())
-    own = vectors @ c @ vectors.T
-    diagonal = own.diagonal()
-    commutator = c @ h - h @ c
-    off = [
-        abs(float(own[i, j])) / math.sqrt(float(own[i, i] * own[j, j]))
-        for i in range(top)
-        for j in range(top)
-        if i != j
-    ]
-    coupling = sum(off) / len(off)
-    spikes = float(c.trace() ** 2 / (c * c).sum())
-    error = math.sqrt((1.0 - 2.0 / math.pi) / spikes) / top
-    found = {
-        "noise_commutativity": float(commutator.norm() / c.norm() / h.norm()),
-        "noise_commutativity_relative": float(commutator.norm() / (c @ h).norm()),
-        "noise_commutativity_random": random_commutativity_error(c, h, relative=True),
-        "noise_alignment": float(diagonal.square().sum() / own.square().sum()),
-        "noise_spearman": rank_correlation(values, diagonal),
-        "noise_coupling": coupling,
-        "noise_coupling_random": float(haar_coupling(c, top, 4, torch.Generator().manual_seed(seed)).mean()),
-        "noise_coupling_z": (coupling - math.sqrt(2.0 / math.pi / spikes)) / error,
-    }
-    moments = (vectors @ one.second_moment() @ vectors.T).diagonal()
-    for key, heights in (("noise_gamma", diagonal), ("noise_gamma_awd", moments)):
-        found[key], found[f"{key}_stderr"] = line(values, heights)
-    return found
 
 
 def assert_row(row: dict[str, float], wanted: dict[str, float]) -> None:
@@ -111,42 +69,6 @@ def test_every_key(name: str, loss: Loss, general: bool) -> None:
     wanted = expected(one, BATCH)
     assert row.keys() == wanted.keys()
     assert_row(row, wanted)
-
-
-class Before(pl.Callback):
-    """Copies of the network as it is before each step and after the last."""
-
-    def __init__(self) -> None:
-        self.networks: list[nn.Module] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.networks.append(copy.deepcopy(pl_module.network))
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.networks.append(copy.deepcopy(pl_module.network))
-
-
-def adam(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(module.parameters(), lr=0.05)
-
-
-def test_at_the_parameters_as_they_were() -> None:
-    """Before steps and at the end; the rotations are the same at each step."""
-    before, capture = Before(), Capture()
-    module = Classifier(network(), adam)
-    follow = monitor("0.weight", top=TOP, at_steps=(1,), seed=5)
-    make_trainer(before, follow, logger=capture).fit(module, DataLoader(samples(), batch_size=BATCH))
-    found = rows(capture)
-    assert list(found) == [1, 3]
-    for step, row in found.items():
-        module.network = before.networks[step]
-        assert_row(row, expected(dense(module, "0.weight"), BATCH, seed=5))
-        assert len(row) == 12
-    # And by hand the same, on the module that came out.
-    result = monitor("0.weight", top=TOP, seed=5).evaluate(
-        module, DataLoader(samples(), batch_size=BATCH), make_trainer()
-    )
-    assert result.values(QUANTITIES[:-1]) == pytest.approx(found[3], rel=1e-12)
 
 
 @pytest.mark.parametrize(

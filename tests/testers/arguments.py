@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -45,8 +46,9 @@ class ArgumentTester(FamilyTester):
         try:
             module = misfit.module()
             follow = self.family.make_few(**({"on_error": "warn"} | dict(misfit.options)))
-            trainer = make_trainer(follow, LambdaCallback(on_train_start=lambda *args: started.append(1)))
-            with pytest.raises((MisconfigurationException, ValueError), match=misfit.sentence) as caught:
+            note = LambdaCallback(on_train_start=lambda *args: started.append(1))
+            trainer = make_trainer(follow, note, **misfit.trainer)
+            with pytest.raises(misfit.error, match=misfit.sentence) as caught:
                 trainer.fit(module, misfit.data())
         finally:
             dist.destroy_process_group()
@@ -56,8 +58,12 @@ class ArgumentTester(FamilyTester):
         assert trainer.global_step == 0
 
     def test_one_prefix_for_two_monitors(self) -> None:
+        if self.family.monitor.state_dict is not pl.Callback.state_dict:
+            # Lightning's own words, already in Trainer().
+            with pytest.raises(RuntimeError, match="state_key` must be unique"):
+                make_trainer(self.family.make_few(prefix="a"), self.family.make_few(prefix="a"))
         trainer = make_trainer(self.family.make_few(prefix="a"))
         trainer.callbacks.append(self.family.make_few(prefix="a"))  # type: ignore[attr-defined]
         sentence = f"prefix must differ between monitors of one class, got 'a' of two {self.family.name}s: give one of"
-        with pytest.raises(MisconfigurationException, match=sentence):
+        with pytest.raises(MisconfigurationException, match=f"{sentence} them another prefix"):
             trainer.fit(Plain(), batched_samples())

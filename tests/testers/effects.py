@@ -40,9 +40,10 @@ class EffectTester(FamilyTester):
             "trap": family.traps,
         }
 
-    def assert_measured(self, watched: Record, name: str = "") -> None:
+    def assert_measured(self, follow: Any, watched: Record, name: str) -> None:
         """What never ran cannot have disturbed anything."""
-        for key in set(self.family.numbers) - self.family.missing(name):
+        logged = self.family.measured(follow) if self.family.measured else set(self.family.numbers)
+        for key in logged - self.family.missing(name):
             values = watched.curve(key)
             assert len(values) > 1, key
             finite = [math.isfinite(value) for value in values]
@@ -52,9 +53,10 @@ class EffectTester(FamilyTester):
     @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning", "ignore:sigma must be small enough")
     def test_same_run(self, setup: str, variant: Callable[[str, Record], Options]) -> None:
         plain = unwatched(setup)
-        watched = SETUPS[setup].run(self.family.make(**variant(setup, plain)))
+        follow = self.family.make(**variant(setup, plain))
+        watched = SETUPS[setup].run(follow)
         assert_same(plain, watched)
-        self.assert_measured(watched, setup)
+        self.assert_measured(follow, watched, setup)
 
     @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
     def test_steps_with_habits(
@@ -62,20 +64,22 @@ class EffectTester(FamilyTester):
     ) -> None:
         plain, printed = _habitual(habit)
         capsys.readouterr()
-        watched = _watch_habit(habit, self.family.make(**habit_variant(habit)))
+        follow = self.family.make(**habit_variant(habit))
+        watched = _watch_habit(habit, follow)
         assert capsys.readouterr().out == printed
         assert_same(plain, watched)
-        self.assert_measured(watched, habit)
+        self.assert_measured(follow, watched, habit)
 
     @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning", "ignore:sigma must be small enough")
     def test_data_is_read_as_if_nobody_else_did(self, data: str, reader: Any) -> None:
         make, options = reader
         trainer = tuple(self.family.read_trainer.items())
         plain, generators = _read(data, make, trainer)
-        watched, generators_too = _read.__wrapped__(data, make, trainer, self.family.make(**options()))
+        follow = self.family.make(**options())
+        watched, generators_too = _read.__wrapped__(data, make, trainer, follow)
         assert_same(plain, watched)
         assert generators == generators_too
-        self.assert_measured(watched, data)
+        self.assert_measured(follow, watched, data)
 
     @pytest.mark.filterwarnings("ignore:BatchNorm", "ignore:noise_")
     def test_failing_measurement(self, trap: Trap) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.monitors.base import Monitor
 from tests.helpers.runs import batched_samples
@@ -28,6 +29,8 @@ class Misfit:
         sentence: pattern of the error.
         data: makes what ``fit`` is given.
         before_data: whether it is found before training starts, where data is read; None where that is not promised.
+        trainer: options of the Trainer.
+        error: its kind.
     """
 
     module: Callable[[], pl.LightningModule]
@@ -35,6 +38,8 @@ class Misfit:
     sentence: str
     data: Make = batched_samples
     before_data: bool | None = None
+    trainer: Options = field(default_factory=dict)
+    error: type[Exception] | tuple[type[Exception], ...] = (MisconfigurationException, ValueError)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Family:
         few: options of a run that measures ``watched`` and little else; at every second step, and not at the end.
         numbers: keys that must be finite in a run of ``quick``: always, or now and then as ``always`` says.
         uncertain: numbers that are logged at each measurement, finite or not.
+        measured: keys out of ``numbers`` that a monitor logs, where its options leave some out; None for all.
         watched: the key of ``few`` that a stopper or a checkpoint watches; positive.
         shown: keys of ``few`` on the progress bar; none where the monitor has no such option.
         selections: options, and the keys that a run with them logs.
@@ -87,6 +93,8 @@ class Family:
         traps: by name.
         compared: gives names, found and expected values, and relative tolerances of a run beside its oracle.
         accumulations: batches of a step in the runs that are resumed, one run each.
+        precision: of the runs that are resumed.
+        learned: key of what such a run learns; None where nothing changes along it.
         counted: options, and forwards of the network in each of four batches beyond the step's own.
         rank_options: options, beside ``few``, under which two ranks give the numbers of one.
         collectives: of such a monitor in each of three batches; None where a search decides, which other tests count.
@@ -98,6 +106,7 @@ class Family:
     numbers: tuple[str, ...]
     always: bool
     uncertain: frozenset[str] = frozenset()
+    measured: Callable[[Any], set[str]] | None = None
     watched: str
     shown: tuple[str, ...]
     selections: Sequence[tuple[Options, set[str]]]
@@ -116,6 +125,8 @@ class Family:
     traps: Mapping[str, Trap] = field(default_factory=dict)
     compared: Callable[[], Iterable[tuple[str, float, float, float]]]
     accumulations: Sequence[int] = (1,)
+    precision: Literal["64-true", "32-true"] = "64-true"
+    learned: str | None = None
     counted: Sequence[tuple[Options, list[int]]]
     rank_options: Options = field(default_factory=dict)
     collectives: list[int] | None = None

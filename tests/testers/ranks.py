@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,16 +30,20 @@ class Outcome:
 
 
 class Count(pl.Callback):
-    """Collectives of each batch."""
+    """Collectives of each batch, with what is measured after its step by callbacks that come later."""
 
     def __init__(self) -> None:
-        self.found: list[int] = []
+        self._marks: list[int] = []
+
+    @property
+    def found(self) -> list[int]:
+        return [after - before for before, after in itertools.pairwise(self._marks)]
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self._begin = collectives()
+        self._marks.append(collectives())
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.found.append(collectives() - self._begin)
+    def on_train_end(self, *args: Any) -> None:
+        self._marks.append(collectives())
 
 
 def job(name: str) -> Callable[..., Outcome]:

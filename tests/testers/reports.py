@@ -55,9 +55,11 @@ class ReportTester(FamilyTester):
     def test_keys(self, selection: tuple[Options, set[str]]) -> None:
         options, expected = selection
         capture = Capture()
-        trainer = fit(self.family.make_few(prefix="c/d", **options), logger=capture)
+        follow = self.family.make_few(prefix="c/d", **options)
+        trainer = fit(follow, logger=capture)
         found = rows(capture, "c/d")
         assert list(found) == ([0, 2] if expected else [])
+        assert {key for keys in follow.charts().values() for key in keys} <= {f"c/d/{key}" for key in expected}
         for row in found.values():
             assert set(row) == expected
             assert {key for key, value in row.items() if math.isnan(value)} == self.family.undefined & expected
@@ -201,5 +203,6 @@ class ReportTester(FamilyTester):
         metrics = cli.trainer.callback_metrics
         found = {key.removeprefix("sharp/") for key in metrics if key.startswith("sharp/")}
         assert found == expected
+        assert self.family.watched not in found or metrics[f"sharp/{self.family.watched}"] > 0.0
         finite = {key for key in found if math.isfinite(metrics[f"sharp/{key}"])}
         assert found - finite == self.family.undefined & expected

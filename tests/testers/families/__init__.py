@@ -1,8 +1,11 @@
 """The families of monitors, each in one description."""
 
 from tests.testers.families.batch_sharpness import BATCH_SHARPNESS
+from tests.testers.families.directional import DIRECTIONAL
+from tests.testers.families.noise import NOISE
 from tests.testers.families.spectrum import SPECTRUM
 from tests.testers.families.stabilization import STABILIZATION
 from tests.testers.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SPECTRUM, BATCH_SHARPNESS, STABILIZATION)}
+ALL = (DIRECTIONAL, SPECTRUM, BATCH_SHARPNESS, STABILIZATION, NOISE)
+FAMILIES: dict[str, Family] = {family.name: family for family in ALL}

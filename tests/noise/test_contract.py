@@ -1,0 +1,23 @@
+"""NoiseCovarianceMonitor keeps what every monitor promises."""
+
+from tests.testers.agreement import AgreementTester
+from tests.testers.arguments import ArgumentTester
+from tests.testers.effects import EffectTester
+from tests.testers.families.noise import NOISE
+from tests.testers.reports import ReportTester
+
+
+class TestArguments(ArgumentTester):
+    family = NOISE
+
+
+class TestEffects(EffectTester):
+    family = NOISE
+
+
+class TestReports(ReportTester):
+    family = NOISE
+
+
+class TestAgreement(AgreementTester):
+    family = NOISE
