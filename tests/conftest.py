@@ -12,11 +12,30 @@ from tests.helpers.graphs import Marked
 # Two processes share the cores in the distributed tests; one thread each keeps sums in one order, too.
 torch.set_num_threads(1)
 
+# What `make check` runs beside tests that are marked so: formulas, linear algebra, operators, the order of imports.
+# Files of statistical tests, which take longer, are left to `make test`.
+CHECKED = (
+    "functional/",
+    "linalg/test_basis.py",
+    "linalg/test_eigenpairs.py",
+    "linalg/test_space.py",
+    "operators/test_exact.py",
+    "operators/test_gradients.py",
+    "operators/test_linear_layer.py",
+    "test_architecture.py",
+)
+
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(CHECKED):
+            item.add_marker("check")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
