@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.helpers.runs import Classifier, mlp, rows
+from tests.helpers.setups import Tied
 from tests.helpers.spectrum import BATCH, SAMPLES, TOLERANCE, monitor, samples, whole
 from tests.helpers.spectrum_setups import QUANTITIES, check, fit, loader, same_rows, sgd
 from tests.oracles.hessian_spectrum import Curvature, Part, check_eigenvalue
@@ -70,17 +71,6 @@ def frozen() -> nn.Module:
     network = mlp(4, 6, 5, 3)
     network[2].requires_grad_(False)
     return network
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x).tanh()).tanh())
 
 
 class Unused(nn.Module):
