@@ -141,4 +141,6 @@ def _is_small(problem: SharpnessProblem) -> bool:
     """Return whether launching a mini-batch takes longer than computing it."""
     if sum(p.numel() for p in problem.parameters) > _PARAMETERS:
         return False
-    return sum(forward_operations(part.evaluate) for part in problem.draw(0)) <= _OPERATIONS
+    parts = problem.draw(0)
+    problem.loss.check(parts[0])  # not to count the operations of the check
+    return sum(forward_operations(part.evaluate) for part in parts) <= _OPERATIONS

@@ -32,8 +32,8 @@ from lightning_curvature.operators.differences import WHERE_SHARDED
 from lightning_curvature.optimizers.stability import stability_rule
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from lightning_curvature.replay.batches import copied
-from lightning_curvature.replay.module_state import RandomState
 from lightning_curvature.replay.objective import ObjectiveFunction
+from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.reporting.progress import Progress
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_curvature.replay import objects
-from lightning_curvature.replay.module_state import RandomState
+from lightning_curvature.replay.randomness import RandomState
 
 # A transform inside RandomApply inside Compose inside a Subset's dataset is eight steps away, each container being one.
 _DEPTH = 10
@@ -35,7 +35,7 @@ _IN_PROCESS: dict[str, Any] = {
 class DataRandomness:
     """Every random-number generator that reading data may draw from, and the attributes of what is read.
 
-    Python's, numpy's and torch's own (see :class:`~.replay.module_state.RandomState`) and those within reach of the
+    Python's, numpy's and torch's own (see :class:`~.replay.randomness.RandomState`) and those within reach of the
     given objects: in attributes, containers and closures, transforms among them. A dataset or ``collate_fn`` that
     counts its calls, or remembers what it has read, is put back too.
 
@@ -107,13 +107,13 @@ def fresh_copy(loader: Any) -> Any:
     """
     if isinstance(loader, Sequence):
         return loader
+    # The memo makes samplers refer to the dataset that is read, instead of copying it with them.
+    memo: dict[int, Any] = {}
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        memo[id(loader.dataset)] = _sheltered(loader.dataset)
     try:
         if not isinstance(loader, DataLoader):
             return copy.deepcopy(loader)
-        # The memo makes samplers refer to the dataset that is read, instead of copying it with them.
-        memo: dict[int, Any] = {}
-        if not isinstance(loader.dataset, IterableDataset):
-            memo[id(loader.dataset)] = _sheltered(loader.dataset)
         names = ("dataset", "sampler", "batch_sampler", "generator")
         copies = copy.deepcopy([getattr(loader, name) for name in names], memo)
     except Exception as error:

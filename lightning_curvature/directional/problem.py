@@ -14,7 +14,8 @@ from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.optimizers.update import ParameterUpdate
 from lightning_curvature.replay.isolation import parameters_replaced
-from lightning_curvature.replay.objective import RecordedBatch, StepObjective
+from lightning_curvature.replay.objective import StepObjective
+from lightning_curvature.replay.recording import RecordedBatch
 
 
 @dataclass
@@ -41,15 +42,23 @@ class Window:
     base: list[Evaluation] = field(default_factory=list)
 
     def take_base(self, repeat: bool) -> None:
-        """Set ``base`` to loss and outputs of the step itself; where ``repeat``, to those of one evaluation at θ_t."""
+        """Set ``base`` to loss and outputs of the step itself; where ``repeat``, to those of one evaluation at θ_t.
+
+        The first time in a fit the first record is evaluated once more, and must have the same loss.
+        """
+        expected = None
+        if not self.objective.rewrites.checked:
+            with self.at(0.0), self.precision(), same_attention(self.objective.module):
+                expected = self.objective.rehearse(self.records[0], self._segment(0))
         if repeat:
             with self.at(0.0):
                 self.base = list(self.evaluations())
-            return
-        for index, record in enumerate(self.records):
-            assert record.base is not None
-            loss = self.objective.base_loss(record, self._segment(index))
-            self.base.append(Evaluation(loss, record.base.outputs, record.base.mask))
+        else:
+            for index, record in enumerate(self.records):
+                assert record.base is not None
+                loss = self.objective.base_loss(record, self._segment(index))
+                self.base.append(Evaluation(loss, record.base.outputs, record.base.mask))
+        self.objective.confirm(expected, self.base[0].loss)
 
     def evaluations(self) -> Iterator[Evaluation]:
         """Yield loss and outputs of each record with the parameters as they are now: one pass."""

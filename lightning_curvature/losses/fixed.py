@@ -16,8 +16,8 @@ from lightning_curvature.losses.stacked import Stacked, stack
 from lightning_curvature.operators.differentiation import differentiable, same_attention
 from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch
 from lightning_curvature.replay.isolation import parameters_replaced
-from lightning_curvature.replay.module_state import ModuleState, RandomState
 from lightning_curvature.replay.objective import StepObjective
+from lightning_curvature.replay.randomness import RandomState
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
@@ -30,7 +30,7 @@ class ProbeLoss:
     step. BatchNorm normalizes each micro-batch by its own statistics in "train" mode, by the running ones, which are
     constants, in "eval" mode.
 
-    To be made and used inside :func:`~.replay.isolation.untouched`.
+    To be made and used inside :meth:`~.replay.objective.StepObjective.untouched`.
 
     Args:
         precision: makes the context of a forward.
@@ -41,7 +41,8 @@ class ProbeLoss:
         self._trainer, self._objective, self._precision = trainer, objective, precision
         if mode == "eval":
             objective.module.eval()
-        self._state = ModuleState(objective.module, objective.bystanders.saved)
+        self._state = objective.state()
+        objective.rewrites.hold()
 
     def parts(self, probe_set: ProbeSet) -> list[MicroBatch]:
         """Return this rank's micro-batches of a set that ranks share.
@@ -86,7 +87,7 @@ class ProbeLoss:
         batches = []
         for probe in probes:
             # A hook that augments on the device changes the module before the step does.
-            self._state.restore(gently=True)
+            self._state.restore()
             batches.append(to_device(self._trainer, self._objective.module, probe))
         return batches
 
@@ -101,7 +102,7 @@ class ProbeLoss:
             Exception: any that ``torch.vmap`` raises for a step that it cannot follow: one that draws random numbers,
                 reads a value (``loss.item()``), or writes to a buffer.
         """
-        self._state.restore(gently=True)
+        self._state.restore()
         # On a CPU fused attention has no rule for ``vmap``, which would evaluate it sample by sample.
         with differentiable():
             return self._evaluate_stacked(stacked, 0, seed, parameters, copies)[0]
@@ -111,6 +112,8 @@ class ProbeLoss:
     ) -> tuple[Tensor, Tensor | None]:
         """Losses, (batches,), and outputs, (batches, B, …), or None."""
         objective, randomness, (tensors, rebuild) = self._objective, self._seeded(seed), stacked
+        single = rebuild([t[0] for t in tensors])
+        self.check(MicroBatch(lambda: self._repeat(single, index, randomness), 1.0))
 
         def evaluate(copy: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             values = {id(p): value for p, value in zip(parameters, copy, strict=True)}
@@ -122,6 +125,12 @@ class ProbeLoss:
         with self._precision(), same_attention(objective.module):
             losses, *outputs = torch.vmap(evaluate, randomness="error")(tuple(copies), tensors)
         return losses, outputs[0] if outputs else None
+
+    def check(self, part: MicroBatch) -> None:
+        """Evaluate a micro-batch once, without a graph, unless the step of this fit was found to be repeatable."""
+        if not self._objective.rewrites.checked:
+            with torch.no_grad():
+                part.evaluate()
 
     def loss_of(self, batch: Any, seed: int) -> Tensor:
         """Return the loss of one batch that was moved, at the parameters as they are."""
@@ -135,10 +144,13 @@ class ProbeLoss:
         return [MicroBatch(functools.partial(self._repeat, *call), 1 / len(calls) / ranks) for call in calls]
 
     def _repeat(self, batch: Any, index: int, randomness: RandomState) -> Evaluation:
-        self._state.restore(gently=True)
+        self._state.restore()
         record = self._objective.prepare(batch, index, randomness, self._state)
         with self._precision(), same_attention(self._objective.module):
-            return self._objective.evaluate(record)
+            expected = self._objective.rehearse(record)
+            evaluation = self._objective.evaluate(record)
+        self._objective.confirm(expected, evaluation.loss)
+        return evaluation
 
     def _seeded(self, seed: int) -> RandomState:
         randomness = DataRandomness(self._objective.device)

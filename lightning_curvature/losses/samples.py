@@ -91,7 +91,7 @@ class SampleLosses:
 
     Where the loss of a batch is the mean of its samples' (checked once for each batch), means come from whole batches;
     else from single samples, batched where supported. A batch has ``size`` samples. To be made for each measurement,
-    inside :func:`~.replay.isolation.untouched`.
+    inside :meth:`~.replay.objective.StepObjective.untouched`.
     """
 
     def __init__(self, loss: ProbeLoss, samples: OrderedSamples, size: int) -> None:

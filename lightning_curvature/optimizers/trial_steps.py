@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.replay.isolation import gradient_hooks, muted, without_gradients, without_hooks
-from lightning_curvature.replay.module_state import ModuleState, RandomState
-from lightning_curvature.replay.snapshot import restored
+from lightning_curvature.replay.randomness import RandomState
+from lightning_curvature.replay.snapshot import Snapshot, restored
 
 # Torch's dictionaries of hooks on all optimizers. The names are private: where they differ, trial steps call the hooks.
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
@@ -32,11 +32,11 @@ class TrialSteps:
 
     The optimizer itself makes the step, with clipping, momentum, preconditioner and weight decay. Then everything in
     its reach is put back, bit for bit, into the same objects, also after an error: parameters, gradients, state,
-    options, attributes, variables of closures, inner optimizers, generators (globals, class attributes and files are
-    not). Version counters come back too, so that autograd graphs kept for the parameters remain valid. A call needs
-    memory for the parameters and the optimizer's state once more, and for one gradient; none for parameters without a
-    gradient where the step is one of torch's, which leave them alone. Of sharded parameters (FSDP2) each rank saves its
-    shards; all ranks ask for the same update together, since clipping and steps may communicate.
+    options, attributes, also those of its classes, variables of closures, inner optimizers, generators (files are not).
+    Version counters come back too, so that autograd graphs kept for the parameters remain valid. A call needs memory
+    for the parameters and the optimizer's state once more, and for one gradient; none for parameters without a gradient
+    where the step is one of torch's, which leave them alone. Of sharded parameters (FSDP2) each rank saves its shards;
+    all ranks ask for the same update together, since clipping and steps may communicate.
 
     The Trainer's precision plugin clips the gradients first, or the module where it overrides
     ``configure_gradient_clipping``; it then logs nothing, and its state is put back. Under manual optimization
@@ -152,8 +152,7 @@ class TrialSteps:
             trainer.precision_plugin.clip_gradients(self._optimizer, value or 0.0, kind)
             return
         with contextlib.ExitStack() as stack:
-            # Gently: graphs that have saved some of it must remain valid.
-            stack.callback(ModuleState(module).restore, gently=True)
+            stack.callback(Snapshot([module], passed=module.parameters()).restore)
             stack.enter_context(muted(module, trainer.global_step))
             module.configure_gradient_clipping(self._optimizer, value, algorithm)
 

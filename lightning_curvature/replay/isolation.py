@@ -11,27 +11,58 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelecto
 from torch import Tensor, nn
 
 from lightning_curvature.operators.differentiation import patched
-from lightning_curvature.replay.module_state import ModuleState, RandomState
-from lightning_curvature.replay.objects import CONTAINERS, FUNCTIONS, entries
+from lightning_curvature.replay.memory import addresses
+from lightning_curvature.replay.objects import entries, put_back
+from lightning_curvature.replay.randomness import RandomState
+from lightning_curvature.replay.snapshot import Snapshot
 
 
 def silent(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log``, ``log_dict``, ``print`` and ``save_checkpoint`` while a step is repeated."""
 
 
-class _Inert:
-    """An optimizer or scheduler that may be read but does nothing."""
+class Shelter:
+    """Saves an optimizer or scheduler when a repeated step first reaches for it, and puts it back afterwards.
 
-    def __init__(self, real: Any, on_step: Callable[[], None] | None) -> None:
-        self._real, self._on_step = real, on_step
+    Its state is as large as the parameters, and most steps leave it alone. The parameters themselves are not saved.
+    """
+
+    def __init__(self) -> None:
+        self._snapshots: dict[int, Snapshot] = {}
+
+    def save(self, real: Any) -> None:
+        """Save an object, the first time."""
+        if id(real) not in self._snapshots:
+            parameters = [p for group in getattr(real, "param_groups", ()) for p in group["params"]]
+            self._snapshots[id(real)] = Snapshot([real], passed=parameters)
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        put_back([snapshot.restore for snapshot in self._snapshots.values()])
+
+
+class _Inert:
+    """An optimizer or scheduler that may be read, and written until the step ends, but does nothing."""
+
+    def __init__(self, real: Any, on_step: Callable[[], None] | None, shelter: Shelter) -> None:
+        self.__dict__.update(_real=real, _on_step=on_step, _shelter=shelter)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # for isinstance
+        return type(self._real)
 
     def __getattr__(self, name: str) -> Any:
+        self._shelter.save(self._real)
         return getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._shelter.save(self._real)
+        setattr(self._real, name, value)
 
     @property
     def optimizer(self) -> "_Inert":
         """The optimizer inside Lightning's wrapper, as inert as the wrapper."""
-        return _Inert(self._real.optimizer, self._on_step)
+        return _Inert(self._real.optimizer, self._on_step, self._shelter)
 
     def step(self, closure: Any = None, *args: Any, **kwargs: Any) -> None:
         # A scheduler may be given an epoch or a metric here.
@@ -48,11 +79,12 @@ class _Inert:
         yield
 
 
-def inert(real: Any, on_step: Callable[[], None] | None) -> Any:
+def inert(real: Any, on_step: Callable[[], None] | None, shelter: Shelter) -> Any:
     """Return stand-ins for an optimizer, a scheduler or a list of them; ``on_step`` is called in place of a step."""
     if isinstance(real, list):
-        return [_Inert(one, on_step) for one in real]
-    return None if real is None else _Inert(real, on_step)
+        return [inert(one, on_step, shelter) for one in real]
+    real = vars(real)["_real"] if type(real) is _Inert else real
+    return None if real is None else _Inert(real, on_step, shelter)
 
 
 class ReplayTrainer:
@@ -63,13 +95,17 @@ class ReplayTrainer:
     copies, and a checkpoint of perturbed parameters is never written.
     """
 
-    def __init__(self, trainer: pl.Trainer, global_step: int) -> None:
+    def __init__(self, trainer: pl.Trainer, global_step: int, shelter: Shelter) -> None:
         self._real = trainer
         self.global_step = global_step
         self.loggers = [DummyLogger() for _ in trainer.loggers]
         self.logger = self.loggers[0] if self.loggers else None
         self.save_checkpoint = silent
-        self.optimizers = inert(list(trainer.optimizers), None)
+        self.optimizers = inert(list(trainer.optimizers), None, shelter)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # for isinstance
+        return type(self._real)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)
@@ -77,10 +113,12 @@ class ReplayTrainer:
 
 
 @contextlib.contextmanager
-def muted(module: pl.LightningModule, global_step: int) -> Generator[None, None, None]:
+def muted(module: pl.LightningModule, global_step: int, shelter: Shelter | None = None) -> Generator[None, None, None]:
     """Let a step of ``module`` log nowhere inside the block, and read ``global_step`` as its step count."""
-    stand_in = ReplayTrainer(module.trainer, global_step)
+    shelter = shelter or Shelter()
+    stand_in = ReplayTrainer(module.trainer, global_step, shelter)
     with contextlib.ExitStack() as stack:
+        stack.callback(shelter.restore)
         for submodule in module.modules():
             if isinstance(submodule, pl.LightningModule):
                 stack.enter_context(patched(submodule, _trainer=stand_in, log=silent, log_dict=silent, print=silent))
@@ -131,6 +169,8 @@ def _replaced(tables: Iterable[dict[str, Any]], values: Mapping[int, Tensor]) ->
             before = {name: tensor for name, tensor in table.items() if id(tensor) in values}
             stack.callback(table.update, before)
             table.update({name: values[id(tensor)] for name, tensor in before.items()})
+            for tensor in before.values():  # a step may mark its parameters
+                values[id(tensor)].__dict__ = vars(tensor)
         yield
 
 
@@ -174,28 +214,21 @@ def _watches(hook: Any) -> bool:
 
 @contextlib.contextmanager
 def untouched(
-    module: nn.Module, device: torch.device, parameters: Iterable[Tensor] = (), optimizers: Iterable[Any] = ()
-) -> Generator[None, None, None]:
+    module: nn.Module, device: torch.device, spared: Iterable[Tensor] = (), optimizers: Iterable[Any] = ()
+) -> Generator[Snapshot, None, None]:
     """Put everything back as it is now, also after an error; inside the block parameters have no gradients.
 
     Args:
-        module: its state, modes, gradients, and the functions that its instances hold in place of their class's.
+        module: everything within its reach (see :class:`~.replay.snapshot.Snapshot`).
         device: its random state.
-        parameters: parameters whose values are put back too (see :class:`~.replay.module_state.Bystanders`).
+        spared: tensors whose values come back otherwise, or are not written; they are not copied.
         optimizers: their learning rates and all other options in ``param_groups``.
     """
     with contextlib.ExitStack() as stack:  # each restorer is called, also where another fails
         stack.callback(RandomState(device).restore)
-        stack.callback(ModuleState(module, parameters).restore)
-        for submodule in module.modules():
-            stack.callback(entries(vars(submodule), lambda name, value: isinstance(value, FUNCTIONS)))
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            for value in (group, *group.values()):
-                if isinstance(value, Tensor):  # a learning rate on the device, to which others refer too
-                    stack.callback(value.copy_, value.clone())
-                elif isinstance(value, CONTAINERS):
-                    stack.callback(entries(value))
+        snapshot = Snapshot([module, *(optimizer.param_groups for optimizer in optimizers)], addresses(spared))
+        stack.callback(snapshot.restore)
         stack.enter_context(without_gradients(module.parameters()))
         stack.enter_context(without_hooks(gradient_hooks(module.parameters())))
         stack.enter_context(without_hooks([m._forward_hooks for m in module.modules()], _watches))
-        yield
+        yield snapshot

@@ -2,50 +2,37 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.batches import copied
-from lightning_curvature.replay.isolation import muted, own_buffers
-from lightning_curvature.replay.module_state import Bystanders, ModuleState, RandomState
+from lightning_curvature.replay.check import left_behind, moved_before, other_loss
+from lightning_curvature.replay.isolation import Shelter, muted, own_buffers, untouched
+from lightning_curvature.replay.memory import addresses
+from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.recording import (
     BackwardLog,
+    RecordedBatch,
     find_outputs,
+    first_of,
+    forward_dtype,
     inert_optimization,
     read_result,
     recorded_through,
     recording_backward,
 )
+from lightning_curvature.replay.rewrites import Rewrites
+from lightning_curvature.replay.snapshot import Snapshot
+from lightning_curvature.replay.witness import Witness
 
 ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
-
-
-@dataclass(eq=False)
-class RecordedBatch:
-    """Inputs and states of one call of ``training_step``, and its result."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    randomness: RandomState
-    state: ModuleState
-    global_step: int
-    forward_dtype: torch.dtype
-    bystanders: dict[str, tuple[int, int]] = field(default_factory=dict)
-    base: Evaluation | None = None
-    backward: BackwardLog = field(default_factory=BackwardLog)
-
-    @property
-    def batch(self) -> Any:
-        """The batch as training_step received it."""
-        return _batch(self.args, self.kwargs)
 
 
 class StepObjective:
@@ -78,7 +65,10 @@ class StepObjective:
         # ``torch.compile(module)`` compiles the step too, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
         self.records: list[RecordedBatch] = []
-        self.bystanders = Bystanders(module, module.trainer.optimizers)
+        self.rewrites = Rewrites(module, module.trainer.optimizers)
+        self.refusal: Exception | None = None
+        self._snapshot: Snapshot | None = None
+        self._covered: Sequence[Tensor] = ()
 
     @contextlib.contextmanager
     def recording(self, on_error: Callable[[Exception], None]) -> Generator[None, None, None]:
@@ -87,37 +77,92 @@ class StepObjective:
         LBFGS calls a step several times a batch; only the first is at θ_t. A failure to record goes to ``on_error``
         and never into the step.
         """
-        called = False
+        called, start = False, self.rewrites.position() if self.module.automatic_optimization else {}
+        stack, seen = contextlib.ExitStack(), list[Any]()
+
+        def begin(*args: Any, **kwargs: Any) -> RecordedBatch | None:
+            nonlocal called, seen
+            if called:
+                return None
+            called, record = True, self._begin(args, kwargs)
+            if start and record.marks | start != record.marks:
+                self.refusal = moved_before()
+                raise self.refusal
+            # A step compiled as a whole is one graph; watching its outputs would compile another.
+            if not (self.compiled or self.function is not None):
+                seen = stack.enter_context(self._watching_outputs())
+            if not self.module.automatic_optimization:
+                stack.enter_context(recording_backward(self.module, record.backward))
+            self.records.append(record)
+            return record
 
         def record_call(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal called
-            record = None if called else _attempt(on_error, lambda: self._begin(args, kwargs))
-            called = True
-            if record is None:
-                return step(*args, **kwargs)
-            with contextlib.ExitStack() as stack:
-                # A step compiled as a whole is one graph; watching its outputs would compile another.
-                unwatched = self.compiled or self.function is not None
-                seen = [] if unwatched else stack.enter_context(self._watching_outputs())
-                if not self.module.automatic_optimization:
-                    stack.enter_context(recording_backward(self.module, record.backward))
-                self.records.append(record)
+            record = _attempt(on_error, lambda: begin(*args, **kwargs))
+            try:
                 result = step(*args, **kwargs)
-            _attempt(on_error, lambda: self._finish(record, result, seen))
+            finally:
+                _attempt(on_error, stack.close)
+            if record is not None:
+                _attempt(on_error, lambda: self._finish(record, result, seen))
             return result
 
         with recorded_through(self.module, record_call) as self._step:
             yield
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedBatch:
+        self._follow()
         kept_args, kept_kwargs = copied((args, kwargs))
-        state = ModuleState(self.module, self.bystanders.saved)
-        record = self._record(kept_args, kept_kwargs, RandomState(self.device), state)
-        self.bystanders.begin()
-        record.bystanders = self.bystanders.versions()
+        record = self._record(kept_args, kept_kwargs, RandomState(self.device), self.state(self.rewrites.spared()))
+        record.marks = self._marks()
         return record
 
-    def prepare(self, batch: Any, batch_idx: int, randomness: RandomState, state: ModuleState) -> RecordedBatch:
+    def _follow(self) -> None:
+        """Take up a module that has changed its parts, or stop at one that cannot be measured."""
+        if self.rewrites.follow():
+            self.refusal = None
+        if self.refusal is not None:
+            raise self.refusal
+
+    def _marks(self) -> dict[int, tuple[int, ...]]:
+        # In manual optimization the step itself moves the parameters.
+        return self.rewrites.marks(with_trained=self.module.automatic_optimization)
+
+    def state(self, spared: Iterable[Tensor] = ()) -> Snapshot:
+        """Return the state, as it is, from which a step can be repeated at any parameters; ``spared`` is not copied."""
+        return Snapshot([self.module], addresses((*self.rewrites.trained, *spared)), whole=False)
+
+    @contextlib.contextmanager
+    def untouched(self, covered: Sequence[Tensor] = (), spared: Sequence[Tensor] = ()) -> Generator[None, None, None]:
+        """Let steps be repeated inside the block, and put everything back (see :func:`~.replay.isolation.untouched`).
+
+        In the first block of a fit, or after the module has changed its parts, a second look at everything says
+        whether all came back.
+
+        Args:
+            covered: trained parameters that the caller puts back.
+            spared: tensors that the step leaves alone.
+
+        Raises:
+            Exception: why the step cannot be measured, as an earlier block found out.
+            RuntimeError: if something did not come back; it says what.
+        """
+        self._follow()
+        self._covered = covered
+        witness = None if self.rewrites.checked else Witness([self.module])
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "_snapshot", None)
+            if witness is not None:
+                stack.callback(self._compare, witness)
+            optimizers = self.module.trainer.optimizers
+            self._snapshot = stack.enter_context(untouched(self.module, self.device, (*covered, *spared), optimizers))
+            yield
+
+    def _compare(self, witness: Witness) -> None:
+        if changed := witness.differences():
+            self.refusal = left_behind(changed)
+            raise self.refusal
+
+    def prepare(self, batch: Any, batch_idx: int, randomness: RandomState, state: Snapshot) -> RecordedBatch:
         """Return the record of a step that did not run, to be evaluated from the given states.
 
         Raises:
@@ -128,24 +173,24 @@ class StepObjective:
         return self._record((batch, batch_idx) if takes_index else (batch,), {}, randomness, state)
 
     def _record(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], randomness: RandomState, state: ModuleState
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], randomness: RandomState, state: Snapshot
     ) -> RecordedBatch:
         if state.unrepeatable and self.function is None:
             raise ValueError(
                 f"training_step must not depend on what cannot be put back, got {state.unrepeatable} on the module, "
                 "iterators or open files: keep them elsewhere, or give objective=."
             )
-        dtype = _forward_dtype(self.module, self.device)
+        dtype = forward_dtype(self.module, self.device)
         return RecordedBatch(args, kwargs, randomness, state, self.module.trainer.global_step, dtype)
 
     def _finish(self, record: RecordedBatch, result: Any, seen: list[Any]) -> None:
-        written = self.bystanders.written_since(record.bystanders)
+        lost = self.rewrites.note(record.marks, self._marks())
         if self.function is not None:
             return
-        if written:
+        if lost:
             raise ValueError(
-                f"training_step wrote to parameters that no optimizer holds and that it left alone before, got "
-                f"{written[:3]}: this step cannot be repeated, later ones can."
+                f"training_step wrote to tensors that it left alone before, got {lost[:3]}: this step cannot be "
+                "repeated, later ones can."
             )
         if self.module.automatic_optimization:
             if result is None:
@@ -176,23 +221,57 @@ class StepObjective:
         Raises:
             ValueError: if the loss is not a scalar.
         """
+        if self.refusal is not None:
+            raise self.refusal
+        try:
+            return self._evaluate(record, segment)
+        except BaseException:
+            record.state.restore()  # whoever goes on must not meet half a step
+            raise
+
+    def _evaluate(self, record: RecordedBatch, segment: int) -> Evaluation:
         with_graph = torch.is_grad_enabled()
-        record.state.restore(gently=with_graph)
+        record.state.restore()
         record.randomness.restore()
         args, kwargs = copied((record.args, record.kwargs))  # a step may write into its batch
-        with muted(self.module, record.global_step), self.bystanders.watching(), contextlib.ExitStack() as stack:
+        shelter = Shelter()
+        with muted(self.module, record.global_step, shelter), contextlib.ExitStack() as stack:
+            stack.enter_context(self.rewrites.replaced())
             if with_graph:
                 stack.enter_context(own_buffers(self.module))
             if self.function is not None:
-                return read_result(self.function(self.module, _batch(args, kwargs)), [], objective=True)
+                return read_result(self.function(self.module, first_of(args, kwargs)), [], objective=True)
             seen = stack.enter_context(self._watching_outputs())
             log = BackwardLog()
             # Also in automatic optimization: a step may use its optimizer or step a scheduler.
-            stack.enter_context(inert_optimization(self.module, log))
+            stack.enter_context(inert_optimization(self.module, log, shelter))
             result = self._step(*args, **kwargs)
             if self.module.automatic_optimization:
                 return read_result(result, seen)
             return Evaluation(log.loss(segment), find_outputs(result, seen))
+
+    def rehearse(self, record: RecordedBatch, segment: int = 0) -> Tensor | None:
+        """Repeat a step once, without gradients, and return its loss; None where that was done before.
+
+        To be called inside :meth:`untouched`, at the parameters at which the step is repeated next.
+        """
+        if self.rewrites.checked or self._snapshot is None:
+            return None
+        with torch.no_grad(), self.rewrites.rehearsing(self._covered, self._snapshot):
+            return self.evaluate(record, segment).loss
+
+    def confirm(self, expected: Tensor | None, loss: Tensor) -> None:
+        """Compare the loss of a step with that of a repetition; where they differ, nothing is measured any more.
+
+        Raises:
+            ValueError: if they differ by more than rounding explains.
+        """
+        if expected is None:
+            return
+        dtype = forward_dtype(self.module, self.device)
+        if (refusal := other_loss(float(expected), float(loss.detach()), dtype, self.rewrites.written())) is not None:
+            self.refusal = refusal
+            raise refusal
 
     @contextlib.contextmanager
     def _watching_outputs(self) -> Generator[list[Any], None, None]:
@@ -213,21 +292,9 @@ class StepObjective:
             yield seen
 
 
-def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:
         on_error(error)
         return None
-
-
-def _forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """Return the coarsest type in which the forward pass computes."""
-    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    if torch.is_autocast_enabled(device.type):
-        types.add(torch.get_autocast_dtype(device.type))
-    return max(types or {torch.float32}, key=lambda t: torch.finfo(t).eps)

@@ -3,14 +3,18 @@
 import contextlib
 import functools
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
-from lightning_curvature.replay.isolation import inert, silent
+from lightning_curvature.replay.isolation import Shelter, inert, silent
+from lightning_curvature.replay.randomness import RandomState
+from lightning_curvature.replay.snapshot import Snapshot
 
 OUTPUTS_REMEDY = (
     "return them from training_step as {'loss': …, 'outputs': …}, compute them by calling self(…) exactly once, or "
@@ -83,6 +87,39 @@ class BackwardLog:
         return functools.reduce(lambda total, loss: total + loss, losses)
 
 
+@dataclass(eq=False)
+class RecordedBatch:
+    """Inputs and states of one call of ``training_step``, and its result."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    randomness: RandomState
+    state: Snapshot
+    global_step: int
+    forward_dtype: torch.dtype
+    marks: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    base: Evaluation | None = None
+    backward: BackwardLog = field(default_factory=BackwardLog)
+
+    @property
+    def batch(self) -> Any:
+        """The batch as training_step received it."""
+        return first_of(self.args, self.kwargs)
+
+
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the batch out of the arguments of a step."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the coarsest type in which the forward pass computes."""
+    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    return max(types or {torch.float32}, key=lambda t: torch.finfo(t).eps)
+
+
 @contextlib.contextmanager
 def recording_backward(module: pl.LightningModule, log: BackwardLog) -> Generator[None, None, None]:
     """Log the losses of a real step."""
@@ -97,14 +134,14 @@ def recording_backward(module: pl.LightningModule, log: BackwardLog) -> Generato
 
 
 @contextlib.contextmanager
-def inert_optimization(module: pl.LightningModule, log: BackwardLog) -> Generator[None, None, None]:
+def inert_optimization(module: pl.LightningModule, log: BackwardLog, shelter: Shelter) -> Generator[None, None, None]:
     """Let a step run without backward, without optimizer or scheduler steps; log its losses with their graphs."""
     optimizers, schedulers = module.optimizers, module.lr_schedulers
     with patched(
         module,
         manual_backward=lambda loss, *args, **kwargs: log.add(loss),
-        optimizers=lambda *args, **kwargs: inert(optimizers(*args, **kwargs), log.close),
-        lr_schedulers=lambda *args, **kwargs: inert(schedulers(*args, **kwargs), None),
+        optimizers=lambda *args, **kwargs: inert(optimizers(*args, **kwargs), log.close, shelter),
+        lr_schedulers=lambda *args, **kwargs: inert(schedulers(*args, **kwargs), None, shelter),
         clip_gradients=silent,
         toggle_optimizer=silent,
         untoggle_optimizer=silent,

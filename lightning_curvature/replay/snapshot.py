@@ -1,110 +1,219 @@
-"""Put objects and everything that they consist of back, bit for bit, after a block that may write to any of it."""
+"""Everything within reach of some objects, saved, and put back in place."""
 
 import contextlib
 import copy
 import functools
-import sys
+import io
+import types
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader
 
-from lightning_curvature.replay.objects import Restore, contents, opens, parts, put_back, walk
+from lightning_curvature.replay import objects
+from lightning_curvature.replay.memory import Tensors
+from lightning_curvature.replay.objects import FUNCTIONS, Restore, contents, opens, parts, put_back
+from lightning_curvature.replay.outside import FRAMEWORKS, classes_of, outside
 
-# Objects of these are handles of the machine (process groups, compiled code) or know the whole run: they are left out.
-_HANDLES = ("torch._", "torch.distributed", "lightning", "pytorch_lightning")
-_OPENED = (Tensor, nn.Module, Optimizer, torch.Generator)
+# Objects of these are handles of the machine (process groups, compiled code), write elsewhere, or know the whole run.
+_PACKAGES = FRAMEWORKS - {"torch"} | {"wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "neptune"}
+_MODULES = ("torch._", "torch.distributed", "torch.fx", "torch.utils.data.dataloader", "torch.utils.tensorboard")
+_OPENED: tuple[type, ...] = (Tensor, nn.Module, Optimizer, LightningOptimizer, torch.Generator, DataLoader)
+_OPENED += (*FUNCTIONS, *objects.CONTAINERS, tuple)
+# Of the standard library: what belongs to other threads or to the machine, and constants.
+_CLOSED = {
+    "_thread",
+    "threading",
+    "queue",
+    "_queue",
+    "multiprocessing",
+    "concurrent",
+    "asyncio",
+    "logging",
+    "io",
+    "_io",
+}
+_CLOSED |= {"socket", "ssl", "select", "selectors", "subprocess", "tempfile", "sqlite3", "ctypes", "mmap"}
+_CLOSED |= {"inspect", "typing", "re", "datetime", "pathlib", "importlib", "abc"}
+# A measurement replaces these itself: a step that is repeated must find them replaced.
+_LINKS = {"_trainer", "_fabric", "prepare_data_per_node"}
+
+
+def is_handle(value: Any) -> bool:
+    """Return whether an object is not one to look into: it stands for the machine, for the run, or for this package."""
+    kind: Any = type(value)
+    if _is_of_handles(kind):
+        return True
+    if isinstance(value, FUNCTIONS):
+        function = getattr(value, "func", value)
+        home = getattr(getattr(function, "__func__", function), "__globals__", {})
+        return str(home.get("__name__", "")).startswith("lightning_curvature.")
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_of_handles(kind: Any) -> bool:
+    home = kind.__module__
+    known = home.partition(".")[0] in _PACKAGES or home.startswith(_MODULES)
+    return known and not issubclass(kind, _OPENED)  # not isinstance: stand-ins claim to be what they stand for
+
+
+def is_beyond(value: Any) -> bool:
+    """Return whether an object is a handle or belongs to other threads, to the machine, or is a constant."""
+    return is_handle(value) or type(value).__module__.partition(".")[0] in _CLOSED
+
+
+def _is_state(name: str, value: Any) -> bool:
+    return name not in _LINKS and not _is_table(name) and not isinstance(value, FUNCTIONS)
+
+
+def _is_table(name: str) -> bool:
+    return name == "_parameters" or name.endswith("_hooks")
+
+
+class Snapshot:
+    """Everything that is reachable from some objects: attributes, elements, variables, tensors, random generators.
+
+    Also the attributes of their classes, and the globals that the user's code names (:mod:`~.replay.outside`). All is
+    put back *into the same objects*, so that references held elsewhere stay good. Not reached: the Trainer, files,
+    what other threads own, and the insides of compiled code.
+
+    Args:
+        roots: the objects.
+        spared: addresses of memory that is not copied.
+        whole: everything comes back exactly, with gradients, hooks, functions and version counters. Else it is the
+            state from which a step is repeated: without hooks, functions and tables of parameters, which a measurement
+            replaces itself.
+        prepare: called with each object when its contents are saved, before the walk goes on into it.
+        passed: objects that the walk passes by.
+
+    Attributes:
+        tensors: the tensors that were saved.
+        seen: all objects, by ``id``.
+        closed: those of them that cannot be written in place, by ``id``: iterators, open files, locks.
+    """
+
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        spared: Iterable[int] = (),
+        whole: bool = True,
+        prepare: Callable[[Any], object] = lambda value: None,
+        passed: Iterable[Any] = (),
+    ) -> None:
+        self.seen, self.closed = {id(value): value for value in passed}, dict[int, Any]()
+        self.tensors = Tensors(frozenset(spared), exactly=whole)
+        self._whole, self._prepare, self._keep = whole, prepare, None if whole else _is_state
+        self._restorers: list[Restore] = []
+        self._empty: list[Any] = []
+        objects.walk(roots, self._visit, self.seen)
+
+    def restore(self) -> None:
+        """Put all back; what has not changed is not written."""
+        with torch.no_grad():
+            put_back([*self._restorers, *(holder.clear for holder in self._empty if holder)])
+
+    @functools.cached_property
+    def unrepeatable(self) -> list[str]:
+        """Names of attributes that hold iterators or open files, whose position cannot be saved."""
+        inside = {key for key, value in self.closed.items() if isinstance(value, (Iterator, io.IOBase))}
+        holders = [value for value in self.seen.values() if inside and not isinstance(value, DataLoader)]
+        containers, count = [v for v in holders if isinstance(v, (*objects.CONTAINERS, tuple))], -1
+        while count != len(inside):
+            count = len(inside)
+            inside |= {id(v) for v in containers if not inside.isdisjoint(map(id, objects.elements(v)))}
+        named = [item for value in holders for item in objects.attributes(value).items()]
+        return [name for name, value in named if id(value) in inside and name != "__dict__"]
+
+    def _visit(self, value: Any, level: int) -> Iterable[Any]:
+        if is_handle(value):
+            if isinstance(value, Iterator):
+                self.closed[id(value)] = value
+            return ()
+        if not opens(value, _CLOSED):
+            self.closed[id(value)] = value
+            return ()
+        if isinstance(value, Tensor):
+            self._restorers += self.tensors.save(value)
+        self._restorers += contents(value, self._keep)
+        self._prepare(value)
+        inside = self._parts_of_module(value) if isinstance(value, nn.Module) else parts(value)
+        kind: Any = type(value)
+        named = self._outside(value) if isinstance(value, types.FunctionType) else classes_of(kind)
+        return [*inside, *self._with_classes(named)]
+
+    def _outside(self, value: Any) -> list[Any]:
+        restorers, found = outside(value)
+        self._restorers += restorers
+        return found
+
+    def _parts_of_module(self, module: nn.Module) -> Iterable[Any]:
+        found: list[Any] = []
+        for name, value in vars(module).items():
+            if _is_table(name) and (not self._whole or any(map(is_traceable_wrapper_subclass, value.values()))):
+                found += value.values()
+                if name == "_parameters":
+                    self._restorers.append(functools.partial(_restore_names, value, dict(value)))
+            elif isinstance(value, (dict, set)) and not value:  # most of them: tables of hooks
+                self._empty.append(value)
+            else:
+                found.append(value)
+        return found
+
+    def _with_classes(self, found: Iterable[Any]) -> Iterable[Any]:
+        """Return objects with what classes among them hold, whose attributes are saved."""
+        for value in found:
+            if not isinstance(value, type):
+                yield value
+                continue
+            for kind in classes_of(value):
+                if id(kind) not in self.seen:
+                    self.seen[id(kind)] = kind
+                    yield from self._with_classes(self._outside(kind))
+
+
+def _restore_names(table: dict[str, Any], before: dict[str, Any]) -> None:
+    """Remove what was added and add what was removed; what else stands there now may be a replacement."""
+    for name in table.keys() - before.keys():
+        del table[name]
+    for name in before.keys() - table.keys():
+        table[name] = before[name]
 
 
 @contextlib.contextmanager
 def restored(
-    roots: Iterable[Any], spared: Iterable[Tensor] = (), prepare: Callable[[Any], object] = lambda value: None
+    roots: Iterable[Any], passed: Iterable[Any] = (), prepare: Callable[[Any], object] = lambda value: None
 ) -> Generator[None, None, None]:
     """Put all objects within reach of the roots back at the end of the block, in place, also after an error.
 
-    Tensors get back their content, memory, gradient, flag and version counter, so that autograd graphs that have saved
-    them remain valid; shared memory is copied once. An object that cannot be written in place, such as an iterator, is
-    replaced by a deep copy inside the block where a list, a dict or an attribute holds it, and left alone elsewhere.
-
-    Args:
-        roots: the objects.
-        spared: tensors that the block does not write; they are not copied.
-        prepare: called with each object when its contents are saved, before the walk goes on into it.
+    An object that cannot be written in place, such as an iterator, is replaced by a deep copy inside the block where a
+    list, a dict or an attribute holds it, and left alone elsewhere. Arguments are those of :class:`Snapshot`.
 
     Raises:
         Exception: that of ``copy.deepcopy``, for an object that can neither be written in place nor copied.
     """
-    left_out, closed = {id(tensor) for tensor in spared}, set[int]()
-    memory, seen = set[tuple[int, int]](), dict[int, Any]()
-    restorers: list[Restore] = []
-
-    def visit(value: Any, level: int) -> Iterable[Any]:
-        handle = type(value).__module__.startswith(_HANDLES) and not isinstance(value, _OPENED)
-        if handle or id(value) in left_out:
-            return ()
-        if not opens(value, sys.stdlib_module_names):
-            closed.add(id(value))
-            return ()
-        if isinstance(value, Tensor):
-            _save_tensor(value, restorers, memory)
-        restorers.extend(contents(value))
-        prepare(value)
-        return parts(value)
-
+    snapshot = Snapshot(roots, prepare=prepare, passed=passed)
     try:
-        walk(roots, visit, seen)
-        if closed:
-            _replace(closed, seen)
+        _replace(set(snapshot.closed), snapshot.seen)
         yield
     finally:
-        put_back(reversed(restorers))
+        snapshot.restore()
 
 
 def _replace(closed: set[int], seen: dict[int, Any]) -> None:
     """Put deep copies of the closed objects in their places; they share all other objects with them."""
     memo = {key: value for key, value in seen.items() if key not in closed}
-    holders: list[Any] = [one for value in seen.values() for one in (value, getattr(value, "__dict__", None))]
+    holders: list[Any] = (
+        [one for value in seen.values() for one in (value, getattr(value, "__dict__", None))] if closed else []
+    )
     for holder in holders:
         if isinstance(holder, (list, deque, dict)):
             for key, value in [*(holder.items() if isinstance(holder, dict) else enumerate(holder))]:
                 if id(value) in closed:
                     holder[key] = copy.deepcopy(value, memo)
-
-
-def _save_tensor(value: Tensor, restorers: list[Restore], memory: set[tuple[int, int]]) -> None:
-    if not value.is_inference():
-        restorers.append(_unsafe_preserve_version_counter(value).__exit__)
-    if value.is_leaf:
-        restorers.append(functools.partial(_restore_leaf, value, value.requires_grad, value.grad))
-    if is_traceable_wrapper_subclass(value):
-        return  # the tensors inside are attributes
-    restorers.append(functools.partial(setattr, value, "data", value.data))
-    for plain in (value,) if value.layout == torch.strided else (value._indices(), value._values()):
-        storage = plain.untyped_storage()
-        place = storage.data_ptr(), storage.nbytes()
-        if place not in memory:
-            memory.add(place)
-            restorers.append(functools.partial(_refill, storage, _bytes_of(storage).clone()))
-
-
-def _restore_leaf(value: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
-    if not value.is_leaf:
-        value.detach_()
-    value.requires_grad_(requires_grad)
-    value.grad = gradient
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    # Writing through a tensor of its own leaves the version counters of the others alone.
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _refill(storage: torch.UntypedStorage, content: Tensor) -> None:
-    if storage.nbytes() != content.numel():
-        storage.resize_(content.numel())
-    _bytes_of(storage).copy_(content)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import HessianSpectrumMonitor
+from tests.helpers.counting import on_forward
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows
 from tests.helpers.spectrum import BATCH, TOLERANCE, samples, whole
 from tests.oracles.hessian_spectrum import Curvature, Moment, Moments, Part, check_eigenvalue
@@ -34,7 +35,7 @@ class Seen(pl.Callback):
         self.others, self._on = other, False
 
     def watch(self, network: nn.Module) -> None:
-        network.register_forward_pre_hook(self._note)
+        on_forward(network, self._note, before=True)
 
     def _note(self, module: nn.Module, args: Any) -> None:
         if self._on:

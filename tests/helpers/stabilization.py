@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from lightning_curvature import StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS
 from lightning_curvature.stabilization.problem import StabilizationProblem
 from tests.helpers import traps
+from tests.helpers.counting import out_of_reach
 from tests.helpers.modules import Plain
 from tests.helpers.runs import classification
 from tests.helpers.traps import Boom
@@ -53,27 +54,31 @@ STAGES = ("direct, full space", "traces, full space", "subspace", "coefficients"
 
 
 class Trap:
-    """Where to fail, and calls until then."""
+    """Where to fail, and calls until then; out of reach of the modules that fall into it."""
 
     stage: str | None = None
-    calls: ClassVar[list[int]] = [0]
+    calls: list[int]
+
+
+trap = out_of_reach(Trap())
+trap().calls = [0]
 
 
 class Trapped(traps.Trapped):
     """Fails in all calls of one stage of the first measurement, with everything in disorder."""
 
     def __init__(self) -> None:
-        super().__init__(Trap.calls)
+        super().__init__(trap().calls)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         try:
             return super().training_step(batch, batch_idx)
         except Boom:
-            Trap.calls[0] = 1  # the next one, too: a failure under ``torch.vmap`` is tried again without
+            trap().calls[0] = 1  # the next one, too: a failure under ``torch.vmap`` is tried again without
             raise
 
     def on_train_batch_end(self, *args: Any) -> None:
-        Trap.stage = None
+        trap().stage = None
 
 
 @contextlib.contextmanager
@@ -84,13 +89,13 @@ def failing_in(stage: str | None) -> Generator[None, None, None]:
     @contextlib.contextmanager
     def noted(problem: StabilizationProblem, current: str) -> Generator[None, None, None]:
         with timed(problem, current):
-            Trap.calls[0] = int(current == Trap.stage)
+            trap().calls[0] = int(current == trap().stage)
             yield
 
-    Trap.stage, Trap.calls[0] = stage, 0
+    trap().stage, trap().calls[0] = stage, 0
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(StabilizationProblem, "timed", noted)
             yield
     finally:
-        Trap.stage, Trap.calls[0] = None, 0
+        trap().stage, trap().calls[0] = None, 0

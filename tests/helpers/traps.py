@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import Classifier, classification
 from tests.helpers.setups import with_batchnorm, with_dropout
 
@@ -97,12 +98,12 @@ class Trapped(Classifier):
     def __init__(self, trap: list[int]) -> None:
         super().__init__(with_batchnorm(), lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
         # Outside the module's state, which is put back: calls until it fails; the run's own calls do not count.
-        self.trap = lambda: trap
+        self.trap = out_of_reach(trap)
         self.count, self.seen = 0, list[float]()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         # A repeated step sees a stand-in for the Trainer.
-        measuring, trap = not isinstance(self._trainer, pl.Trainer), self.trap()
+        measuring, trap = type(self._trainer) is not pl.Trainer, self.trap()
         self.count += 1
         self.network[1].eval()
         self.network[0].bias.requires_grad_(False)

@@ -62,7 +62,7 @@ def frozen(value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         plain = (value if value.layout is torch.strided else value.to_dense()).detach().reshape(-1).contiguous()
-        return ("tensor", str(value.dtype), tuple(value.shape), plain.view(torch.uint8).cpu().numpy().tobytes())
+        return ("tensor", str(value.dtype), tuple(value.shape), plain.view(torch.uint8).cpu().clone().numpy().tobytes())
     if isinstance(value, np.ndarray):
         return ("array", str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, (bool, int, str, bytes, type(None))):

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators.graphs import Graphs
 from lightning_curvature.optimizers.trial_steps import TrialSteps
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import make_trainer
 from tests.helpers.trial_steps import Hoarder, Lookahead, Make, Plain, Run, fingerprint
 
@@ -267,21 +268,22 @@ def test_a_step_put_on_the_instance_is_not_called(trainer: pl.Trainer) -> None:
 def test_a_frozen_backbone_is_not_copied_for_the_steps_of_torch(
     trainer: pl.Trainer, cls: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, sizes, kinds = Run(lambda p: cls(p, lr=0.1), 0), [], []
+    run, found, kinds = Run(lambda p: cls(p, lr=0.1), 0), out_of_reach([]), out_of_reach([])
     frozen, alone = run.all[2:4]
     frozen.data, alone.data = torch.ones(50, 20), torch.ones(70, 20)
 
     def note(optimizer: Any) -> None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        sizes.extend(one.nbytes for key, one in tensors_alive().items() if key not in before)
-        kinds.extend((type(p), p.requires_grad) for p in held)
+        kinds().extend((type(p), p.requires_grad) for p in held)
+        found().extend(one.nbytes for key, one in tensors_alive().items() if key not in before)
 
     monkeypatch.setattr(cls, "found", note)
     trials, gradient = TrialSteps(trainer, run.optimizer, run.parameters), run.gradient(1)
     before = tensors_alive()
     trials.update_for(gradient)
+    sizes = found()
     assert {p.nbytes for p in run.parameters} <= set(sizes)
     still = {frozen.nbytes, alone.nbytes}
     assert set(sizes) & still == (set() if cls is Looking else still)
     # torch chooses its implementation by the type.
-    assert kinds[:5] == [(nn.Parameter, p.requires_grad) for p in run.all]
+    assert kinds()[:5] == [(nn.Parameter, p.requires_grad) for p in run.all]

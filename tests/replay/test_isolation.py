@@ -17,7 +17,10 @@ from torch import nn
 
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.replay.isolation import ReplayTrainer, muted, parameters_replaced, untouched
-from lightning_curvature.replay.module_state import Bystanders, ModuleState, RandomState
+from lightning_curvature.replay.memory import addresses
+from lightning_curvature.replay.randomness import RandomState
+from lightning_curvature.replay.snapshot import Snapshot
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import Capture, make_trainer
 from tests.helpers.witness import frozen, module_state, random_states
 
@@ -89,7 +92,7 @@ def disturb(m: Any) -> None:
 def test_module_state_comes_back_into_the_same_objects() -> None:
     module = Full()
     held = [module.buffer, module.plain, module.plain[0], module.kept["a"], module.bag.inner, module.array]
-    before, state = module_state(module), ModuleState(module)
+    before, state = module_state(module), Snapshot([module], addresses(module.parameters()), whole=False)
     for _ in range(2):
         disturb(module)
         assert module_state(module) != before
@@ -100,37 +103,61 @@ def test_module_state_comes_back_into_the_same_objects() -> None:
     assert all(a is b for a, b in zip(held, now, strict=True))
 
 
-def test_trained_tensors_are_not_state() -> None:
+def test_memory_that_is_spared_stays_as_it_is() -> None:
     module = nn.Linear(2, 2)
     module.view = module.weight.view(-1)  # shares the parameter's memory
-    module.leaf = torch.zeros(2, requires_grad=True)  # trained by hand
     module.alias = [module.bias]
-    state = ModuleState(module)
+    state = Snapshot([module], addresses(module.parameters()), whole=False)
     with torch.no_grad():
-        for tensor in (module.weight, module.bias, module.leaf):
+        for tensor in (module.weight, module.bias):
             tensor.fill_(5.0)
+    module.weight.data = torch.full((2, 2), 6.0)
     state.restore()
-    for tensor in (module.weight, module.view, module.bias, module.leaf):
-        assert torch.equal(tensor, torch.full_like(tensor, 5.0))
+    assert [tensor.unique().tolist() for tensor in (module.weight, module.view, module.bias)] == [[6.0], [5.0], [5.0]]
 
 
-def test_a_long_record_keeps_its_length_without_copies() -> None:
+@pytest.mark.parametrize("length", [1, 1000, 3000])
+def test_a_record_of_any_length_comes_back(length: int) -> None:
     module = nn.Module()
-    module.record = [torch.zeros(1) for _ in range(1001)]
-    held = module.record[0]
-    state = ModuleState(module)
+    module.record = [torch.zeros(1) for _ in range(length)]
+    state = Snapshot([module], whole=False)
+    module.record[-1].add_(1.0)
     module.record.append(torch.ones(1))
-    held.add_(1.0)
     state.restore()
-    assert len(module.record) == 1001
-    assert float(held) == 1.0
+    assert [float(t) for t in module.record] == [0.0] * length
 
 
 def test_iterators_and_files_are_named() -> None:
+    class Deep:
+        def __init__(self) -> None:
+            self.inner = [[iter([1])]]
+
+    class Counting:
+        """An iterator whose position is an attribute."""
+
+        def __init__(self) -> None:
+            self.at = 0
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> int:
+            self.at += 1
+            return self.at
+
     module = nn.Module()
-    module.stream, module.list = iter([1]), [1]
+    module.stream, module.list, module.own, module.deep = (
+        (i for i in [1]),
+        [1],
+        Counting(),
+        types.SimpleNamespace(x=Deep()),
+    )
     with open(__file__) as module.file:
-        assert ModuleState(module).unrepeatable == ["stream", "file"]
+        state = Snapshot([module], whole=False)
+        next(module.own)
+        state.restore()
+        assert sorted(state.unrepeatable) == ["file", "inner", "stream"]
+    assert module.own.at == 0
 
 
 def test_untouched_after_an_error() -> None:
@@ -139,7 +166,7 @@ def test_untouched_after_an_error() -> None:
     module.layer[0].weight.grad = torch.ones(3, 3)
     rate, gradient = optimizer.param_groups[0]["lr"], module.layer[0].weight.grad
     before = [module_state(module), random_states(), frozen(optimizer.state_dict())]
-    with pytest.raises(RuntimeError, match="inside"), untouched(module, CPU, (), [optimizer]):
+    with pytest.raises(RuntimeError, match="inside"), untouched(module, CPU, optimizers=[optimizer]):
         assert all(p.grad is None for p in module.parameters())
         module.layer[0].weight.grad = torch.zeros(3, 3)
         disturb(module)
@@ -153,10 +180,10 @@ def test_untouched_after_an_error() -> None:
 
 
 def test_every_part_is_put_back_though_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: ModuleState) -> None:
+    def fail(self: Snapshot) -> None:
         raise OSError("cannot")
 
-    monkeypatch.setattr(ModuleState, "restore", fail)
+    monkeypatch.setattr(Snapshot, "restore", fail)
     module = nn.Linear(1, 1)
     module.weight.grad = torch.ones(1, 1)
     before = random_states()
@@ -169,9 +196,10 @@ def test_every_part_is_put_back_though_one_fails(monkeypatch: pytest.MonkeyPatch
 def test_hooks_that_watch_for_wandb_are_off() -> None:
     """A stand-in for those of ``wandb.watch``, which are known by their module; others may change outputs."""
     called: list[str] = []
+    kept = out_of_reach(called)
     module = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     for name in ("before", "wandb", "after"):
-        hook = lambda *args, name=name: called.append(name)  # noqa: E731
+        hook = lambda *args, name=name: kept().append(name)  # noqa: E731
         hook.__module__ = "wandb.integration.torch.wandb_torch" if name == "wandb" else __name__
         module[0].register_forward_hook(hook)
     with pytest.raises(RuntimeError, match="no"), untouched(module, CPU):
@@ -229,7 +257,8 @@ def test_muted(capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: p
     with muted(module, global_step=7):
         assert module.global_step == 7
         assert module.trainer.max_epochs == trainer.max_epochs  # everything else is the Trainer's
-        assert isinstance(module.trainer, ReplayTrainer)
+        assert type(module.trainer) is ReplayTrainer
+        assert isinstance(module.trainer, pl.Trainer)
         module.shout()
     assert module.trainer is trainer
     assert set(vars(module)) == before
@@ -238,55 +267,6 @@ def test_muted(capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: p
     assert not trainer.should_stop
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-def bystanders() -> tuple[nn.ModuleDict, Bystanders]:
-    """A student, its teacher, a frozen layer of the same shape, and a large frozen one."""
-    module = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("student", "teacher", "frozen")})
-    module["backbone"] = nn.Linear(50, 50)
-    return module, Bystanders(module, [torch.optim.SGD(module["student"].parameters(), lr=0.1)])
-
-
-def test_bystanders_are_first_guessed_by_shape() -> None:
-    module, found = bystanders()
-    expected = [*module["teacher"].parameters(), *module["frozen"].parameters()]
-    assert all(a is b for a, b in zip(found.saved, expected, strict=True))
-
-
-@pytest.mark.parametrize("past_autograd", [False, True])
-def test_bystanders_are_then_those_that_were_written(past_autograd: bool) -> None:
-    module, found = bystanders()
-    found.begin()
-    with found.watching(), torch.no_grad():
-        for p in module["teacher"].parameters():
-            (p.data if past_autograd else p).mul_(0.5)
-    found.settle()
-    assert all(a is b for a, b in zip(found.saved, module["teacher"].parameters(), strict=True))
-
-
-def test_nothing_is_settled_by_a_repetition_that_failed() -> None:
-    _, found = bystanders()
-    found.begin()
-    with pytest.raises(RuntimeError), found.watching():
-        raise RuntimeError
-    found.settle()
-    assert len(found.saved) == 4
-
-
-def test_a_bystander_written_later_is_found() -> None:
-    module, found = bystanders()
-    found.begin()
-    with found.watching():
-        pass
-    found.settle()
-    assert found.saved == []
-    versions = found.versions()
-    module["backbone"].weight.data = torch.zeros(50, 50)  # new memory
-    with torch.no_grad():
-        module["frozen"].bias.zero_()
-    assert found.written_since(versions) == ["frozen.bias", "backbone.weight"]
-    assert found.written_since(found.versions()) == []
-    assert len(found.saved) == 2
 
 
 def test_replaced_parameters_are_put_back_wherever_they_stand() -> None:

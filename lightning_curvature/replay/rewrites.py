@@ -1,0 +1,185 @@
+"""What a training step writes to: trained parameters, and large tensors that it might have left alone."""
+
+import contextlib
+import weakref
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature.distributed.shards import is_sharded, local
+from lightning_curvature.replay.memory import addresses, checksums
+from lightning_curvature.replay.snapshot import Snapshot
+
+# Bytes. Smaller tensors are copied at each measurement, larger ones until it is known that the step leaves them alone.
+_LARGE = 2**16
+
+
+class Rewrites:
+    """Knows which trained parameters a step writes, and which large tensors of other kinds it leaves alone.
+
+    A step that is repeated must find the parameters where the measurement has put them, and leave them there. Those
+    that it writes (``Embedding(max_norm=…)``, prototypes that are normalized) are replaced by copies for each
+    repetition. All other tensors are saved with the module's state; of a frozen backbone that would be a copy at each
+    measurement, so that it is spared once the first repetition has left it alone, and watched by its sum.
+
+    Attributes:
+        checked: whether the step was repeated once, so that both are known.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._module, self._optimizers = module, list(optimizers)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._structure = self._read_structure()
+        self._written: dict[int, str] = {}  # names by id
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._unwritten: list[weakref.ref[Tensor]] = []
+        self._base: dict[int, int] | None = None
+        self.checked = False
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that optimizers move, as they are now: θ."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    def follow(self) -> bool:
+        """Forget all where the module has other parts than before, and return whether it has."""
+        if changed := self._read_structure() != self._structure:
+            self._begin()
+        return changed
+
+    def _read_structure(self) -> list[int]:
+        return [*map(id, self._module.modules()), *map(id, self._module.parameters())]
+
+    def spared(self) -> list[Tensor]:
+        """Return the large tensors that the step leaves alone."""
+        return [tensor for one in self._unwritten if (tensor := one()) is not None]
+
+    def position(self) -> dict[int, tuple[int, ...]]:
+        """Return numbers, by ``id``, which change where a trained parameter is written, also past autograd.
+
+        Until the first repetition these are sums of words, later norms, which are made at once.
+        """
+        trained = self.trained
+        if not self.checked:
+            return dict(zip(map(id, trained), checksums(trained), strict=True))
+        shards = [local(p).detach() for p in trained]
+        norms = torch._foreach_norm(shards)
+        lengths = [norm.to(shards[0].device, torch.float64) for norm in norms]
+        bits = torch.stack(lengths).view(torch.int64).tolist() if shards else []  # NaN is not equal to itself
+        pairs = zip(trained, shards, bits, strict=True)
+        return {id(p): (p._version, shard.data_ptr(), length) for p, shard, length in pairs}
+
+    def marks(self, with_trained: bool) -> dict[int, tuple[int, ...]]:
+        """Return the same numbers of tensors that are spared, and of the trained parameters if asked."""
+        spared = self.spared()
+        marks: dict[int, tuple[int, ...]] = dict(zip(map(id, spared), checksums(spared), strict=True))
+        return marks | (self.position() if with_trained else {})
+
+    def note(self, before: Mapping[int, tuple[int, ...]], after: Mapping[int, tuple[int, ...]]) -> list[str]:
+        """Learn from marks around a step what it writes; return the names of those that should have been saved."""
+        changed = {key for key in before if before[key] != after.get(key)}
+        self._add([p for p in self.trained if id(p) in changed])
+        lost = [tensor for tensor in self.spared() if id(tensor) in changed]
+        self._unwritten = [one for one in self._unwritten if all(one() is not tensor for tensor in lost)]
+        named = (*self._module.named_parameters(), *self._module.named_buffers())
+        names = {id(tensor): name for name, tensor in named}
+        return [names.get(id(tensor), "an attribute") for tensor in lost]
+
+    def _add(self, written: list[Tensor]) -> None:
+        if sharded := [name for name, p in self._module.named_parameters() if is_sharded([p]) and _among(p, written)]:
+            raise ValueError(
+                f"training_step must leave sharded parameters alone, got {sharded[:3]}, which it writes: train with "
+                "strategy='ddp', or write to them in on_train_batch_end."
+            )
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        self._written |= {id(p): names.get(id(p), "of the optimizer") for p in written}
+        tables = [module._parameters for module in self._module.modules()]
+        self._places = [(table, name) for table in tables for name, p in table.items() if id(p) in self._written]
+
+    def written(self) -> list[str]:
+        """Return the names of the trained parameters that the step writes."""
+        return list(self._written.values())
+
+    def hold(self) -> None:
+        """Let the step write to the parameters as they are now; elsewhere the loss is another one then."""
+        self._base = {id(p): p._version for p in self.trained}
+
+    @contextlib.contextmanager
+    def rehearsing(self, covered: Iterable[Tensor], snapshot: Snapshot) -> Generator[None, None, None]:
+        """Learn what a repetition inside the block writes, and put trained parameters back after it.
+
+        Args:
+            covered: trained parameters whose content the caller puts back.
+            snapshot: what was saved before it.
+        """
+        # Ranks whose forwards communicate make the same number of them, also where one fails.
+        self.checked = is_sharded(self.trained)
+        known = {id(p) for p in covered}
+        trained = self.trained
+        kept = [(p, p.data, None if id(p) in known else local(p).detach().clone()) for p in trained]
+        before = checksums(trained)
+        try:
+            yield
+        finally:
+            written = [one for one, old, new in zip(kept, before, checksums(trained), strict=True) if old != new]
+            for p, data, content in written:
+                if addresses([p]) != addresses([data]):
+                    p.data = data
+                if content is not None:
+                    local(p).detach().copy_(content)
+            if self._base is not None:
+                self.hold()
+        self._add([p for p, _, _ in written])
+        own = addresses(self.trained)
+        large = [
+            t
+            for t in snapshot.tensors.unchanged()
+            if t.numel() * t.element_size() >= _LARGE and not addresses([t]) & own
+        ]
+        self._unwritten, self.checked = [weakref.ref(t) for t in large], True
+
+    @contextlib.contextmanager
+    def replaced(self) -> Generator[None, None, None]:
+        """Let the module compute with copies of the trained parameters that it writes, inside the block.
+
+        Derivatives by a copy are those by what it was copied from, which may itself stand in for the parameter.
+
+        Raises:
+            ValueError: if it writes other values to parameters that a measurement has moved.
+        """
+        with contextlib.ExitStack() as stack:
+            copies: dict[int, tuple[Tensor, Tensor]] = {}  # a tied parameter stands in several places
+            for table, name in self._places:
+                tensor = table[name]
+                stack.callback(table.__setitem__, name, tensor)
+                if id(tensor) not in copies:
+                    graph = torch.is_grad_enabled()
+                    copies[id(tensor)] = tensor, tensor.clone() if graph else _leaf(tensor)
+                    copies[id(tensor)][1].__dict__ = vars(tensor)
+                table[name] = copies[id(tensor)][1]
+            yield
+            self._check_moves({key: pair for key, pair in copies.items() if key in self._written})
+
+    def _check_moves(self, copies: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        at_base = self._base or {}
+        away = {key: pair for key, pair in copies.items() if at_base.get(key) != pair[0]._version}
+        moved = [self._written[key] for key, (p, copy) in away.items() if not torch.equal(p.detach(), copy.detach())]
+        if moved:
+            raise ValueError(
+                "training_step must leave trained parameters where a measurement has moved them, got other values of "
+                f"{moved[:3]}: use estimators and products that do not move them ('hvp', 'exact'), or write to them in "
+                "on_train_batch_end."
+            )
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
+    return any(tensor is one for one in tensors)
