@@ -54,9 +54,9 @@ class DirectionalMeasurement:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up ε and the line search where a checkpoint left them."""
-        self._distance = state_dict["distance"]
-        self._learned = state_dict["rounding"]
-        self._critical_start = state_dict["critical_start"]
+        self._distance = state_dict.get("distance", math.nan)
+        self._learned = state_dict.get("rounding", ())
+        self._critical_start = state_dict.get("critical_start", 1.0)
 
     def measure(
         self, trainer: pl.Trainer, window: Window | None, failure: Exception | None, fail: Callable[[Exception], None]

@@ -13,6 +13,7 @@ from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.result import DirectionalResult
 from lightning_curvature.directional.update_monitor import UpdateMonitor
 from lightning_curvature.distributed.shards import is_sharded
+from lightning_curvature.distributed.together import attempted
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.replay.objective import ObjectiveFunction
 
@@ -37,7 +38,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     Extra forwards on a measured step: kl 1, finite_difference 2, both 2 (KL is then taken from the symmetric pair,
     O(ε²)), gauss_newton one forward-mode pass, hvp a forward and two backwards, critical 3 to 8. One more where the
     step's own loss is computed otherwise than theirs: with ``objective=``, ``probe_precision="32-true"``, or a module
-    compiled as a whole. None on other steps.
+    compiled as a whole; and one on the first measured step of a fit, which checks that the step can be repeated (see
+    docs/effect.md). None on other steps.
 
     Choice of ε (``epsilon="auto"``): a measured step shows the rounding part of its errors (a/ε²) and their truncation
     part (bε², one-sided bε), without an evaluation more. The next ε makes the sum least, between a tenth and four times
@@ -127,6 +129,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
 
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
         """Measure one step and write its values."""
-        self.result = self._measurement.measure(trainer, window, failure, self._fail)
+        measured = attempted(lambda: self._measurement.measure(trainer, window, failure, self._fail), self._fail)
+        self.result = measured or DirectionalResult(self._measurement.estimators)
         shown = [*(KEYS[name] for name in self.result.estimators), "headroom"] if self.options.progress_bar else []
         self._write(trainer, self.result.values(), shown)

@@ -67,9 +67,14 @@ class DirectionalResult:
                 room = float(length)
         if {"kl", "finite_difference"} & set(self.estimators):
             values["epsilon"] = self.epsilon
-        return values | {
-            "headroom": room,
-            "two_over_lr": 2.0 / self.lr if self.lr else math.inf,
-            "descent": self.descent / lr,
-            "update_norm": self.norm / lr,
-        }
+        # Not NaN where the step was not recorded: another monitor may write the edge of this step.
+        edge = {} if math.isnan(self.lr) else {"two_over_lr": 2.0 / self.lr if self.lr else math.inf}
+        return (
+            values
+            | edge
+            | {
+                "headroom": room,
+                "descent": self.descent / lr,
+                "update_norm": self.norm / lr,
+            }
+        )

@@ -14,7 +14,6 @@ from lightning_curvature.distributed.shards import local
 from lightning_curvature.monitors.base import Monitor
 from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.optimizers.update import ParameterUpdate, dense_copy
-from lightning_curvature.replay.isolation import untouched
 from lightning_curvature.replay.objective import StepObjective
 
 
@@ -134,8 +133,7 @@ class UpdateMonitor(Monitor):
     ) -> None:
         with contextlib.ExitStack() as stack:
             try:
-                bystanders = [*objective.bystanders.saved, *(p for p, _ in self._step.others)]
-                stack.enter_context(untouched(module, objective.device, bystanders, trainer.optimizers))
+                stack.enter_context(objective.untouched(update.parameters, objective.rewrites.spared()))
                 update.complete()
                 # A discriminator's step was made before the generator's, on the generator as it was then.
                 for p, before in self._step.others:
@@ -148,11 +146,22 @@ class UpdateMonitor(Monitor):
             averaged = module.automatic_optimization or objective.function is not None
             window = Window(objective, update, objective.records, precision, segment, averaged)
             self.measure(trainer, window, None)
-            objective.bystanders.settle()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the recorder off where the epoch ended before the batch did."""
         self._recording.close()
+
+    def _rescue(self, hook: str, error: Exception) -> None:
+        """Keep an error from before the end of the step, where the other ranks learn of it; forget a step after it."""
+        if hook not in ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step"):
+            self._forget()
+            super()._rescue(hook, error)
+        elif self._objective is not None:
+            trainer = self._objective.module.trainer
+            self._armed = self._due(trainer)
+            if hook == "on_before_optimizer_step":
+                self._step.number = trainer.global_step
+            self._note_failure(error)
 
     def _let_go(self) -> None:
         self._forget()

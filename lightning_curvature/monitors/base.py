@@ -10,7 +10,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.losses.fixed import Precision
-from lightning_curvature.monitors.checks import check_not_quantized
+from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
+from lightning_curvature.monitors.guard import HOOKS, STARTING, guarded
 from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.monitors.strategies import check_strategy
 from lightning_curvature.replay.objective import StepObjective
@@ -26,7 +27,26 @@ class Monitor(pl.Callback):
         self.options = options
         self._objective: StepObjective | None = None
         self._asked_step, self._is_due = -1, False
+        self._is_lazy = False
         self._warned: set[str] = set()
+        self._in_hook = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Guard the hooks of a class (see :func:`~.monitors.guard.guarded`)."""
+        super().__init_subclass__(**kwargs)
+        for name in HOOKS & vars(cls).keys():
+            setattr(cls, name, guarded(getattr(cls, name)))
+
+    def _rescue(self, hook: str, error: Exception) -> None:
+        """Let the run go on after an error in a hook, unless it is the user's mistake or ``on_error`` says otherwise.
+
+        Where the fit begins, the monitor is off for this fit; later it measures again at the next step that is due.
+        """
+        if hook in STARTING:
+            if isinstance(error, ValueError):
+                raise error
+            self._objective = None
+        self._fail(error)
 
     if not TYPE_CHECKING:  # for users; the package reads ``options``, which mypy checks
 
@@ -42,6 +62,7 @@ class Monitor(pl.Callback):
         """Distinct for monitors with distinct prefixes."""
         return self._generate_state_key(prefix=self.options.prefix)
 
+    @guarded
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that no other monitor of this class has the same prefix, and the training step."""
         if stage == "fit":
@@ -59,6 +80,7 @@ class Monitor(pl.Callback):
                 "(batch, batch_idx) instead."
             )
 
+    @guarded
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check module and optimizers, and the parameters as the strategy has left them, and lay out TensorBoard."""
         check_not_quantized(type(self).__name__, pl_module)
@@ -74,7 +96,7 @@ class Monitor(pl.Callback):
             raise MisconfigurationException(
                 f"optimizer_index must be below the number of optimizers, got {index} of {count}: count from 0."
             )
-        self._asked_step = -1
+        self._asked_step, self._is_lazy = -1, is_lazy(pl_module)
         self._warned.clear()
         device = trainer.strategy.root_device
         self._objective = StepObjective(pl_module, device, self.options.outputs, self.options.objective)
@@ -90,10 +112,12 @@ class Monitor(pl.Callback):
         """Return the keys of each chart by its title, both without the prefix."""
         return {}
 
+    @guarded
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the module."""
         self._let_go()
 
+    @guarded
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the module: Lightning does not come to ``teardown`` after an error."""
         self._let_go()
@@ -107,12 +131,17 @@ class Monitor(pl.Callback):
     def _due(self, trainer: pl.Trainer) -> bool:
         """Whether the step that a batch begins is to be measured; to be asked at the start of every batch.
 
-        In manual optimization a batch may make several steps: then the first that begins at or after 0, n, 2n, …
+        In manual optimization a batch may make several steps: then the first that begins at or after 0, n, 2n, … Of a
+        lazy module it is the first that begins with parameters.
         """
         step, every = trainer.global_step, self.options.every_n_train_steps or 1
         if step != self._asked_step:
             passed = 0 <= self._asked_step < step - step % every
+            passed |= self._is_lazy and self._asked_step >= 0
             self._asked_step, self._is_due = step, passed or step % every == 0
+        if self._is_lazy:
+            self._is_lazy = self._objective is not None and is_lazy(self._objective.module)
+            self._is_due &= not self._is_lazy
         return self._objective is not None and self._is_due
 
     def _precision(self, trainer: pl.Trainer) -> Precision:
@@ -144,4 +173,8 @@ class Monitor(pl.Callback):
         """Handle a failed measurement as ``on_error`` says."""
         if self.options.on_error == "raise" or isinstance(error, MisconfigurationException):
             raise error
+        if self._objective is not None and error is self._objective.refusal:  # which is that of all later steps
+            if "refusal" in self._warned:
+                return
+            self._warned.add("refusal")
         warn(f"{type(self).__name__} logs NaN: {type(error).__name__}: {error}", any_rank=True)

@@ -5,6 +5,7 @@ from numbers import Integral
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 
 def check_names(argument: str, names: object, known: Sequence[str]) -> None:
@@ -63,10 +64,15 @@ def check_not_quantized(monitor: str, module: nn.Module) -> None:
                 f"{remedy}."
             )
     for name, p in module.named_parameters():
-        if p.is_floating_point() and p.dtype.itemsize == 1:
+        if p.dtype.is_floating_point and p.dtype.itemsize == 1:
             raise MisconfigurationException(
                 f"{monitor} must find parameters of at least 16 bits, got {name!r} of {p.dtype}: {remedy}."
             )
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Return whether a module has parameters whose shape its first forward decides."""
+    return any(isinstance(p, UninitializedTensorMixin) for p in module.parameters())
 
 
 # By name, since none of these packages needs to be there: modules, and tensors in place of parameters.

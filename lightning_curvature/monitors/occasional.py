@@ -76,7 +76,8 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
                 "or call evaluate() without a fit."
             )
         super().on_fit_start(trainer, pl_module)
-        self.check_module(trainer, pl_module)
+        if not self._is_lazy:
+            self.check_module(trainer, pl_module)
         self.result, self._is_named = None, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,7 +15,6 @@ from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.monitors.base import Monitor
 from lightning_curvature.monitors.options import ProbeSetOptions
 from lightning_curvature.monitors.protocol import Prepared, Problem, Result, prepare_together
-from lightning_curvature.replay.isolation import untouched
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.reporting.loggers import warn
 
@@ -152,9 +151,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             # An error on one rank alone is kept until the others learn of it, which wait at the next collective.
             failure: Exception | None = None
             try:
-                objective.bystanders.save_all()
-                bystanders = objective.bystanders.saved
-                stack.enter_context(untouched(objective.module, objective.device, bystanders, trainer.optimizers))
+                stack.enter_context(objective.untouched())
             except Exception as error:
                 failure = error.with_traceback(None)
             data = read(failure)
@@ -162,7 +159,6 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             def prepare() -> Prepared[Problem]:
                 if failure is not None:
                     raise failure
-                objective.bystanders.begin()
                 loss = ProbeLoss(trainer, objective, self._precision(trainer), self.options.probe_mode)
                 return self.prepare(trainer, loss, data)
 
@@ -172,7 +168,6 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             finally:
                 prepared.progress.close()
             report(prepared, self.result)
-            objective.bystanders.settle()
         return self.result
 
     def _report(self, trainer: pl.Trainer, result: ResultT | None) -> None:

@@ -167,7 +167,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
                 "products must be 'auto' or 'difference' where parameters are sharded, got 'exact': second derivatives "
                 "do not reach through their gathering."
             )
-        count = sum(p.numel() for p in parameters)
+        count = math.inf if self._is_lazy else sum(p.numel() for p in parameters)
         if k * ("lambda_max" in asked) + ("lambda_min" in asked) >= count:
             raise MisconfigurationException(
                 f"k must be below the number of parameters, got {k} for {count}: ask for fewer."
