@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_curvature.optimizers.trial_steps import TrialSteps
+from lightning_curvature.replay.objective import StepObjective
 from tests.helpers.batch_sharpness import BATCH, SAMPLES, counted, learner, loader, samples
 from tests.helpers.batch_sharpness import monitor as of_values
 from tests.helpers.counting import Reads
@@ -96,12 +97,11 @@ def test_samples_are_read_once_a_fit(subset: int | None) -> None:
 def test_nothing_happens_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """No state is saved, no batch is kept, nothing is written."""
     from lightning_curvature.batch_sharpness import monitor as batch_sharpness
-    from lightning_curvature.monitors import probe_set as probe_set_monitor
 
     entered: list[int] = []
     kept: list[int] = []
-    untouched, copied = probe_set_monitor.untouched, batch_sharpness.copied
-    monkeypatch.setattr(probe_set_monitor, "untouched", lambda *args: entered.append(1) or untouched(*args))
+    untouched, copied = StepObjective.untouched, batch_sharpness.copied
+    monkeypatch.setattr(StepObjective, "untouched", lambda *args: entered.append(1) or untouched(*args))
     monkeypatch.setattr(batch_sharpness, "copied", lambda batch: kept.append(1) or copied(batch))
     capture = fit(monitor("step_sharpness", "batch_sharpness"), accumulate_grad_batches=2, max_epochs=4)
     assert len(entered) == len(MEASURED)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature.monitors.base import Monitor
 from tests.compatibility.monitors import EVERY, MONITORS
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import Batch, Capture, Classifier, Outcome, StepRecorder, classification, make_trainer, rows
 from tests.helpers.witness import frozen
 from tests.oracles.along_step import EXACT, check, monitors
@@ -55,18 +56,17 @@ class Mortal(Classifier):
         torch.manual_seed(0)
         layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)]
         super().__init__(nn.Sequential(*layers).double(), scheduled)
-        repetitions: list[int] = []
+        repetitions = out_of_reach([])
 
-        # In a closure, out of reach of what is put back after each repetition.
         def kills(step: int) -> bool:
-            repetitions.append(step)
-            return repetitions.count(step) == 2 and step == kill_at
+            repetitions().append(step)
+            return repetitions().count(step) == 2 and step == kill_at
 
         self.kills = kills
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # A repeated step sees a stand-in for the Trainer.
-        if not isinstance(self._trainer, pl.Trainer) and self.kills(self.global_step):
+        if type(self._trainer) is not pl.Trainer and self.kills(self.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(batch, batch_idx)
 

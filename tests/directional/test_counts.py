@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.counting import on_forward
 from tests.helpers.runs import Batch, Classifier, classification, mlp, run
 
 FORWARDS = {
@@ -36,7 +37,7 @@ class Counter(pl.Callback):
         self.backwards: list[int] = []
         self.rows: list[list[int]] = [self.forwards, self.with_tangents, self.with_graph, self.backwards]
         self._open = False
-        network.register_forward_hook(self._seen)
+        on_forward(network, self._seen)
 
     def on_train_batch_start(self, *args: Any) -> None:
         if not self._open:
@@ -77,13 +78,14 @@ def counted(estimators: tuple[str, ...], accumulate: int = 1, learner: Any = Non
     return counter
 
 
-def expected(plain: int, extra: int) -> list[int]:
-    return [plain + (extra if step in MEASURED else 0) for step in range(STEPS)]
+def expected(plain: int, extra: int, check: int = 0) -> list[int]:
+    """Passes of each step; on the first measured one the step is repeated once to check it."""
+    return [plain + (extra if step in MEASURED else 0) + (check if step == 0 else 0) for step in range(STEPS)]
 
 
 @pytest.mark.parametrize("estimators", FORWARDS)
 def test_extra_forwards_of_a_measured_window(estimators: tuple[str, ...]) -> None:
-    assert counted(estimators, 2).forwards == expected(2, FORWARDS[estimators] * 2)
+    assert counted(estimators, 2).forwards == expected(2, FORWARDS[estimators] * 2, check=1)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -118,7 +120,7 @@ def test_critical_makes_the_forwards_it_says(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(measurement, "critical_step", noted)
     counter = counted(("critical",))
-    extra = [counter.forwards[step] - 1 for step in MEASURED]
+    extra = [counter.forwards[step] - 1 - (step == 0) for step in MEASURED]
     assert said == extra
     assert all(3 <= count <= 20 for count in extra)
     assert [n for step, n in enumerate(counter.forwards) if step not in MEASURED] == [1, 1]
@@ -127,7 +129,7 @@ def test_critical_makes_the_forwards_it_says(monkeypatch: pytest.MonkeyPatch) ->
 def test_critical_stops_at_its_cap() -> None:
     with pytest.warns(UserWarning, match="stopped at critical_max_forwards=3"):
         counter = counted(("critical",), critical_max_forwards=3)
-    assert counter.forwards == expected(1, 3)
+    assert counter.forwards == expected(1, 3, check=1)
 
 
 @pytest.mark.parametrize("options", [{"probe_precision": "32-true"}, {"objective": "own"}])
@@ -138,7 +140,7 @@ def test_one_more_forward_where_the_steps_own_loss_is_of_another_kind(options: d
 
     if "objective" in options:
         options = {"objective": objective}
-    assert counted(("kl", "finite_difference"), **options).forwards == expected(1, 3)
+    assert counted(("kl", "finite_difference"), **options).forwards == expected(1, 3, check=1)
 
 
 def test_two_monitors_add_their_counts() -> None:
@@ -149,7 +151,7 @@ def test_two_monitors_add_their_counts() -> None:
         for name, every in (("kl", 2), ("finite_difference", 3))
     ]
     run(learner, classification(STEPS), counter, *monitors)
-    assert counter.forwards == [1 + 1 + 2, 1, 1 + 1, 1 + 2]
+    assert counter.forwards == [1 + 1 + 2 + 2, 1, 1 + 1, 1 + 2]
 
 
 def test_lbfgs_steps_cost_what_others_do() -> None:
@@ -163,4 +165,4 @@ def test_lbfgs_steps_cost_what_others_do() -> None:
         return counter.forwards
 
     extra = [a - b for a, b in zip(fit("kl", "finite_difference"), fit(), strict=True)]
-    assert extra == expected(0, 2)
+    assert extra == expected(0, 2, check=1)

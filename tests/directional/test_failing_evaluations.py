@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.reporting.loggers import CurvatureWarning
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import Classifier, classification
 from tests.helpers.witness import (
     ALL,
@@ -42,11 +43,12 @@ class Trap:
 
     def __init__(self, at: int, error: type[BaseException] = Boom, batch: int = 0) -> None:
         self.at, self.error, self.batch = at, error, batch
-        self.calls: Counter[int] = Counter()
+        self.calls = out_of_reach(Counter())
 
     def tread(self, batch_idx: int) -> None:
-        self.calls[batch_idx] += 1
-        if batch_idx == self.batch and self.calls[batch_idx] == self.at:
+        calls = self.calls()
+        calls[batch_idx] += 1
+        if batch_idx == self.batch and calls[batch_idx] == self.at:
             raise self.error("trapped")
 
 
@@ -116,7 +118,7 @@ def test_warns_and_goes_on(estimators: tuple[Any, ...], at: int, place: str) -> 
     assert_same(unwatched(place), watched)
     messages = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
     assert messages == ["DirectionalCurvatureMonitor logs NaN: Boom: trapped"]
-    assert trap.calls[0] == at
+    assert trap.calls()[0] == at
     for name in estimators:
         values = watched.curve(LAMBDAS[name])
         assert math.isnan(values[0])
@@ -176,7 +178,7 @@ def test_error_gets_through_and_state_stays(
     module = Trapped(trap, place)
     with pytest.raises(arrives):
         watch(lambda: module, lambda: copies(classification(3)), monitor, lambda: [before])
-    assert trap.calls == {0: trap.calls[0], 1: at}
+    assert trap.calls() == {0: trap.calls()[0], 1: at}
     # As of the moment before the monitor's hook, at θ_{t+1} of the second step, and still so after all was torn down.
     (_, expected), (_, left) = before.trail[-2:]
     assert [moment for moment, _ in before.trail].count("batch end") == 3

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import Classifier, classification, loader, make_trainer
 
 # No other tensor of a run has this many elements.
@@ -62,7 +63,8 @@ class Counter(pl.Callback):
         return over
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        pl_module.note = lambda moment: self.note(moment, pl_module)
+        kept = out_of_reach(self)
+        pl_module.note = lambda moment: kept().note(moment, pl_module)
         self.note("batch start", pl_module)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:

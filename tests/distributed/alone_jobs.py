@@ -17,9 +17,8 @@ from torch.utils.data import TensorDataset, default_collate
 
 from lightning_curvature.batch_sharpness import monitor as batch_sharpness
 from lightning_curvature.linalg.basis import Basis
-from lightning_curvature.losses import fixed as probe_loss
 from lightning_curvature.optimizers.trial_steps import TrialSteps
-from lightning_curvature.replay import isolation
+from lightning_curvature.replay import isolation, objective
 from lightning_curvature.spectrum import problem as spectrum_problem
 from tests.distributed.cases import Case
 from tests.distributed.failing_jobs import MESSAGE, Failing, Unrecorded
@@ -88,9 +87,9 @@ sharpness = SharpnessCase(
 FIRST_TWO = {"when": lambda basis, *args: len(basis) == 2}
 
 SPECTRUM = {
-    "in_saving": job(spectrum, isolation, "ModuleState", short()),
-    "in_saving_before_the_reading": job(spectrum, isolation, "ModuleState", short(), step=0),
-    "in_making_the_loss": job(spectrum, probe_loss, "ModuleState", short()),
+    "in_saving": job(spectrum, isolation, "Snapshot", short()),
+    "in_saving_before_the_reading": job(spectrum, isolation, "Snapshot", short(), step=0),
+    "in_making_the_loss": job(spectrum, objective, "Snapshot", short()),
     "in_the_basis": job(spectrum, Basis, "append", short(), **FIRST_TWO),
     "after_the_last_product": job(spectrum, Basis, "combine", short()),
     "in_the_basis_of_shared_groups": job(spread, Basis, "append", short(), **FIRST_TWO),
@@ -118,7 +117,7 @@ def collating(job: str) -> Callable[[list[Any]], Any]:
 
 exact_options = sharpness.monitor | {"quantities": ("step_sharpness", "ias"), "full_hessian": "exact"}
 SHARPNESS = {
-    "in_saving_for_batches": job(sharpness, isolation, "ModuleState", short()),
+    "in_saving_for_batches": job(sharpness, isolation, "Snapshot", short()),
     "in_collation": job(replace(sharpness, collate=collating("pairs"))),
     "in_collation_for_exact_products": job(replace(sharpness, collate=collating("exact"), monitor=exact_options)),
     "in_keeping_the_batch": job(sharpness, batch_sharpness, "copied", short()),
@@ -170,7 +169,7 @@ mistaken = MisconfigurationException(MESSAGE)
 # By name: how the failing rank ends, and what the other one says.
 MISTAKEN = {
     "mistaken_reading": (job(replace(spectrum, data=unreadable)), "reading the probe set"),
-    "mistaken_preparing": (job(spectrum, probe_loss, "ModuleState", mistaken, step=0), "preparing the measurement"),
+    "mistaken_preparing": (job(spectrum, objective, "Snapshot", mistaken, step=0), "preparing the measurement"),
     "mistaken_product": (job(replace(spectrum, module=lambda: MistakenInProducts(mlp(4, 5, 3), adam))), "a product"),
     "mistaken_batch_data": (job(replace(sharpness, data=unreadable)), "reading the probe set"),
     "mistaken_update": (job(sharpness, TrialSteps, "update_for", mistaken, step=0), "a mini-batch"),

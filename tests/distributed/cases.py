@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.counting import on_forward
 from tests.helpers.runs import Batch, Capture, classification, loader, make_trainer
 
 EVERY = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
@@ -86,7 +87,7 @@ class Case:
             *monitors, spy, *self.callbacks(), logger=capture, use_distributed_sampler=False, **parallel, **self.trainer
         )
         own = [tuple(t.tensor_split(world_size)[rank] for t in batch) for batch in self.batches()]
-        module.network.register_forward_pre_hook(spy.count)
+        on_forward(module.network, spy.count)
         trainer.fit(module, loader(own))
         return Outcome(
             capture.rows, spy.collectives, spy.forwards, spy.metrics, state_of(module, trainer), trainer.global_step
@@ -101,7 +102,7 @@ class Spy(pl.Callback):
         self.forwards: list[int] = []
         self.metrics: list[dict[str, float]] = []
 
-    def count(self, network: nn.Module, inputs: Any) -> None:
+    def count(self, network: nn.Module, inputs: Any, output: Any) -> None:
         self._forwards += 1
 
     def on_train_batch_start(self, *args: Any) -> None:

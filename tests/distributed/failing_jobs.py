@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.distributed import ddp_jobs, fsdp2_jobs
 from tests.distributed.cases import EVERY, Case, momentum
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import Batch, Classifier, mlp
 
 # The optimizer step whose measurement fails.
@@ -19,11 +21,8 @@ FAILING_STEP = 1
 MESSAGE = "fails on purpose"
 
 
-class Tally:
-    """Calls of training_step in the current batch. Not on the module, where a repetition would put it back."""
-
-    step = 0
-    calls = 0
+# Calls of training_step in the current batch; put back by no measurement.
+tally = out_of_reach(SimpleNamespace(step=0, calls=0))
 
 
 class Failing(Classifier):
@@ -40,15 +39,15 @@ class Failing(Classifier):
         self.repetition, self.ranks, self.failing_step = repetition, ranks, step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        Tally.step, Tally.calls = batch_idx, -1
+        tally().step, tally().calls = batch_idx, -1
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        Tally.calls += 1
+        tally().calls += 1
         return super().training_step(batch, batch_idx)
 
     def fails_now(self) -> bool:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return Tally.step == self.failing_step and Tally.calls == self.repetition and rank in self.ranks
+        return tally().step == self.failing_step and tally().calls == self.repetition and rank in self.ranks
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fails_now():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,11 +34,9 @@ def dataset(count: int = SAMPLES, dtype: torch.dtype = torch.float64) -> TensorD
     return TensorDataset(*classification(1, count, dtype=dtype)[0])
 
 
-class Measuring:
-    """What is being measured in this process. Not on the module or the data, where it would be put back."""
-
-    step: int | None = None
-    calls = 0
+# What is being measured in this process. It belongs to a thread, so that no measurement puts it back.
+Measuring: Any = threading.local()
+Measuring.step, Measuring.calls = None, 0
 
 
 class Observed(HessianSpectrumMonitor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,11 +19,9 @@ from lightning_curvature.stabilization.result import SampleGrowth
 from tests.distributed.occasional_cases import OccasionalCase, Outcome
 from tests.distributed.spectrum_cases import dataset
 
-
-class Stage:
-    """What is being measured in this process."""
-
-    now: str | None = None
+# The stage that a measurement of this process is in. It belongs to a thread, so that no measurement puts it back.
+Stage: Any = threading.local()
+Stage.now = None
 
 
 _timed = StabilizationProblem.timed

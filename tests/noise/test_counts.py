@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_curvature import NoiseCovarianceMonitor
 from lightning_curvature.functional.noise import KroneckerSum
 from lightning_curvature.noise.options import QUANTITIES
+from tests.helpers.counting import out_of_reach
 from tests.helpers.noise import BATCH, module_of, monitor, network, samples
 from tests.helpers.runs import Classifier, make_trainer
 from tests.helpers.setups import sgd
@@ -26,9 +27,8 @@ class Counted(Classifier):
 
     def __init__(self) -> None:
         super().__init__(network(), sgd)
-        steps: list[str] = []
-        # Out of reach of what is put back after each repetition.
-        self.note, self.steps = steps.append, lambda: Counter(steps)
+        notes = out_of_reach([])
+        self.note, self.steps = lambda kind: notes().append(kind), lambda: Counter(notes())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         single = len(batch[1]) == 1
@@ -45,19 +45,19 @@ def measured(name: str, **options: Any) -> Counter[str]:
 def test_forwards() -> None:
     """Of a micro-batch one with its graph, and one of its single samples, at once; a few more to see which way to go.
 
-    The first batch is looked at once more with and once without a graph.
+    The first batch is looked at once more with and once without a graph, and a sample twice to check the step.
     """
     found = measured("0.weight")
     assert found["with graph"] == MICRO + 1
     assert found["without"] == 1
     # Two of all samples at once, with and without gradients, one of a sample alone, and the mean.
-    assert found["single"] == MICRO + 4
+    assert found["single"] == MICRO + 4 + 2
     assert measured("0.weight", quantities=QUANTITIES, micro_batch_size=BATCH) == found
     general = measured("0.bias", quantities=("noise_gamma",))
     # Gradients of the samples, and the mean with its graph; whether it is the mean of theirs.
     assert general["with graph"] == MICRO
     assert general["without"] == MICRO
-    assert general["single"] == 2 * MICRO + 3
+    assert general["single"] == 2 * MICRO + 3 + 2
     # Once more through all samples for their products.
     assert measured("0.bias")["single"] == general["single"] + MICRO
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_curvature import HessianSpectrumMonitor
 from lightning_curvature.linalg.krylov import KrylovSpace
+from lightning_curvature.replay.objective import StepObjective
 from tests.helpers.counting import Passes, Reads
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp
 from tests.helpers.spectrum import BATCH, SAMPLES, samples
@@ -62,7 +63,8 @@ def monitor(*quantities: str, **options: Any) -> HessianSpectrumMonitor:
 
 
 def expected(extra: int) -> list[int]:
-    return [1 + (extra if step in MEASURED else 0) for step in range(STEPS)]
+    """Forwards of each step; before the first measurement the step is repeated once to check it."""
+    return [1 + (extra if step in MEASURED else 0) + (step == MEASURED[0]) for step in range(STEPS)]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_one_forward_a_product_without_kept_graphs(monkeypatch: pytest.MonkeyPat
     module = learner()
     passes, products = Passes(module.network), Products(monkeypatch)
     fit(passes, products, follow=monitor(keep_graph=False), module=module)
-    extra = [passes.forwards[step] - 1 for step in MEASURED]
+    extra = [passes.forwards[step] - 1 - (step == MEASURED[0]) for step in MEASURED]
     assert extra == [MICRO * count for count in products.counts]
     assert [passes.forwards[step] for step in range(STEPS) if step not in MEASURED] == [1] * 5
 
@@ -98,7 +100,7 @@ def test_two_forwards_and_backwards_a_product_by_differences(monkeypatch: pytest
     passes, products = Passes(module.network), Products(monkeypatch)
     fit(passes, products, follow=monitor(products="difference"), module=module)
     for step, count in zip(MEASURED, products.counts, strict=True):
-        assert passes.forwards[step] == passes.backwards[step] == 1 + 2 * MICRO * count
+        assert passes.forwards[step] - (step == MEASURED[0]) == passes.backwards[step] == 1 + 2 * MICRO * count
 
 
 def test_a_product_is_two_more_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,13 +170,10 @@ def test_probe_set_is_read_once_a_fit(subset: int | None) -> None:
 
 def test_nothing_happens_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """No state is saved, no data looked at, nothing is written."""
-    from lightning_curvature.monitors import probe_set as probe_set_monitor
 
     entered: list[int] = []
-    untouched = probe_set_monitor.untouched
-    monkeypatch.setattr(
-        probe_set_monitor, "untouched", lambda module, *args: entered.append(1) or untouched(module, *args)
-    )
+    untouched = StepObjective.untouched
+    monkeypatch.setattr(StepObjective, "untouched", lambda *args: entered.append(1) or untouched(*args))
     capture = fit(follow=monitor())
     assert len(entered) == len(MEASURED)
     measured = [step for step, row in capture.rows.items() if any(key.startswith("curvature") for key in row)]
@@ -187,4 +186,4 @@ def test_accumulation_is_measured_at_the_start_of_its_window() -> None:
     follow = monitor(every_n_train_steps=1)
     fit(passes, follow=follow, module=module, accumulate_grad_batches=2)
     # Batches 0, 2, 4 and 6 begin a step.
-    assert passes.forwards == [1 + MICRO, 1] * 4
+    assert passes.forwards == [2 + MICRO, 1, *[1 + MICRO, 1] * 3]

@@ -13,22 +13,25 @@ from torch import Tensor, nn
 
 from lightning_curvature.operators import GaussNewtonOperator, MicroBatch
 from lightning_curvature.operators.micro_batches import Evaluation
+from tests.helpers.counting import out_of_reach
 from tests.helpers.runs import Classifier, mlp
 from tests.helpers.spectrum import TOLERANCE, monitor, samples
 from tests.helpers.spectrum_runs import BATCH, fitted, hessian, sgd
 from tests.oracles.hessian_spectrum import check_eigenvalue
 
+# Calls until then; put back by no measurement.
+failing_call = out_of_reach([None])
+
 
 class Transient(Classifier):
-    """Fails once, in one repetition of its step. What it counts is on no instance, where it would be put back."""
-
-    failing_call: int | None = None
+    """Fails once, in one repetition of its step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if Transient.failing_call is not None:
-            Transient.failing_call -= 1
-            if Transient.failing_call < 0:
-                Transient.failing_call = None
+        calls = failing_call()
+        if calls[0] is not None:
+            calls[0] -= 1
+            if calls[0] < 0:
+                calls[0] = None
                 raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return super().training_step(batch, batch_idx)
 
@@ -37,14 +40,14 @@ class Arm(pl.Callback):
     """Lets a call inside the measurement of step 2 fail."""
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        Transient.failing_call = 7 if trainer.global_step == 2 else None
+        failing_call()[0] = 7 if trainer.global_step == 2 else None
 
 
 def test_a_passing_error_costs_one_measurement() -> None:
     module = Transient(mlp(4, 6, 3), sgd)
     # Five micro-batches a product: the eighth call is in the second.
     found, moments, said = fitted(module, Arm(), monitor("lambda_max", keep_graph=False, on_error="warn"))
-    assert Transient.failing_call is None
+    assert failing_call() == [None]
     assert math.isnan(found[2]["lambda_max"])
     assert len(said) == 1
     assert said[0].startswith("HessianSpectrumMonitor logs NaN: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")

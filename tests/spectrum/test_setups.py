@@ -50,6 +50,7 @@ def test_a_subset_is_the_same_at_every_step(seed: int) -> None:
     x, y = samples()
     chosen = [[same_rows(part, x) for part, _ in parts] for parts in seen.measured()]
     assert len(chosen) == 2
+    assert chosen[0].pop(0) == chosen[0][0]  # the check of the first
     # The network's two passes, of H and of G, go through the same batches: 8 + 4 samples without repetition.
     assert all(one == chosen[0] for one in chosen)
     first, second = chosen[0][:2]

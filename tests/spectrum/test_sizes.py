@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature.linalg import Eigenpairs
 from lightning_curvature.spectrum import measurement as spectrum
+from tests.helpers.counting import on_forward
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows
 from tests.helpers.spectrum import monitor, samples
 from tests.helpers.spectrum_runs import BATCH, SAMPLES, batches, fitted, parts, sgd
@@ -49,7 +50,7 @@ def test_no_stray_sample_where_the_loader_drops_the_last() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
     module, sizes = Classifier(network, sgd), []
-    network.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    on_forward(network, lambda m, args, output: sizes.append(len(args[0])))
     data = DataLoader(TensorDataset(*samples(33)), batch_size=BATCH, shuffle=True, drop_last=True)
     found, _, said = fitted(module, monitor("lambda_max", "lambda_min"), data=data)
     assert set(sizes) == {BATCH}

@@ -14,6 +14,7 @@ from lightning_curvature.operators import HessianOperator
 from lightning_curvature.stabilization import increments as increment_model
 from lightning_curvature.stabilization import perturbed as perturbed_losses
 from lightning_curvature.stabilization.result import SampleGrowth
+from tests.helpers.counting import on_forward
 from tests.helpers.runs import make_trainer
 from tests.helpers.stabilization_values import CANDIDATES, classifier_case
 
@@ -94,7 +95,7 @@ def test_forwards_of_direct_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> None
     def forwards(**options: Any) -> int:
         module, data, _, _ = classifier_case()
         passes: list[int] = []
-        module.network.register_forward_hook(lambda *args: passes.append(1))
+        on_forward(module.network, lambda *args: passes.append(1))
         StabilizationMonitor(
             sample_sizes=SIZES, candidates=CANDIDATES, micro_batch_size=3, draws=draws, validation_draws=0, **options
         ).evaluate(module, DataLoader(data, batch_size=7), make_trainer())

@@ -13,7 +13,7 @@ from lightning_curvature import CurvatureWarning
 from lightning_curvature.stabilization.options import QUANTITIES
 from tests.helpers.runs import Classifier
 from tests.helpers.setups import sgd, with_batchnorm, with_dropout
-from tests.helpers.stabilization import STAGES, Trap, Trapped, failing_in, monitor, samples
+from tests.helpers.stabilization import STAGES, Trapped, failing_in, monitor, samples, trap
 from tests.helpers.witness import Record, assert_same, watch
 
 
@@ -43,7 +43,7 @@ def unwatched() -> Record:
 def test_failing_at_the_end_of_fit(stage: str) -> None:
     class Late(pl.Callback):
         def on_train_end(self, *args: Any) -> None:
-            Trap.stage = stage
+            trap().stage = stage
 
     follow = monitor(every_n_train_steps=None)
     with failing_in(None), pytest.warns(CurvatureWarning, match="StabilizationMonitor logs NaN: Boom: trapped"):

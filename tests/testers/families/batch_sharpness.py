@@ -132,9 +132,9 @@ def missing(name: str) -> set[str]:
 
 
 def trap(call: int, lost: set[str]) -> Trap:
-    """Return a failure in a call of the step, counted over all of a measurement, one batch after the other."""
+    """Return a failure in a call of the step, counted over a measurement but for its check, batches in turn."""
     return Trap(
-        lambda fails: Trapped([call if fails else 0]),
+        lambda fails: Trapped([call + 1 if fails else 0]),
         frozenset(lost),
         {"batches_at_once": 1},
         lambda: copies(classification(3)),

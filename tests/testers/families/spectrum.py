@@ -54,13 +54,13 @@ def missing(name: str) -> set[str]:
 # In the first or second of three micro-batches, in the first product or, without kept graphs, in the second. λ_max and
 # the density fail together, since they share products; the others have operators of their own.
 def trap(call: int, keep_graph: bool) -> Trap:
-    """Return a failure in a call of the step, counted over all of a measurement."""
+    """Return a failure in a call of the step, counted over all of a measurement but the check of the first."""
     names = ("lambda_max", "hessian_trace", "spectral_density", "gauss_newton_lambda_max")
     options = {"quantities": names, "products": "exact", "keep_graph": keep_graph}
     # With kept graphs calls 4 and 5 come from the next operator, G; without, from the second product with H.
     lost = {"gauss_newton_lambda_max"} if keep_graph and call > 3 else {"lambda_max", "hessian_trace"}
     return Trap(
-        lambda fails: Trapped([call if fails else 0]), frozenset(lost), options, lambda: copies(classification(3))
+        lambda fails: Trapped([call + 1 if fails else 0]), frozenset(lost), options, lambda: copies(classification(3))
     )
 
 

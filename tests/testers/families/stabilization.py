@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS, QUANTITIES
+from tests.helpers.habits import MOVING
 from tests.helpers.modules import FromIterator, NoOptimizer, Plain, TwoOptimizers, sharded
 from tests.helpers.runs import Capture, classification, loader, make_trainer, rows
 from tests.helpers.setups import Measured
@@ -185,6 +186,9 @@ def variant(name: str, plain: Any) -> dict[str, Any]:
     }
 
 
+NUMBERS = tuple(f"{name}{suffix}" for name in QUANTITIES for suffix in ("", "_stderr"))
+
+
 def trap(stage: str) -> Trap:
     """Return a failure in a stage; measured before both steps and at the end."""
     return Trap(lambda fails: Trapped(), data=samples, around=functools.partial(failing_in, stage), later=2)
@@ -259,7 +263,7 @@ STABILIZATION = Family(
     quick=QUICK,
     few={"sample_sizes": (2, 5), "candidates": 2, "subspace_dim": 1, "trace_vectors": 3, "tolerance": 0.1}
     | {"quantities": ("delta_1",), "at_end": False},
-    numbers=tuple(f"{name}{suffix}" for name in QUANTITIES for suffix in ("", "_stderr")),
+    numbers=NUMBERS,
     always=True,
     # A parameter that the repeated step takes the gradient from cannot be measured.
     exceptions=frozenset({"changes_modes_and_flags"}),
@@ -276,6 +280,7 @@ STABILIZATION = Family(
     commands=[(command, keys(*QUANTITIES)) for command in (COMMAND, COMMAND | SEVERAL)],
     variants={"": variant},
     # Before the first step and after the last.
+    missing=lambda name: set(NUMBERS) if name in MOVING else set(),
     habits={"": lambda name: {"sample_sizes": (2,), "every_n_train_steps": 99, "probe_dataloader": samples()}},
     reads={"Hooked": (Hooked, lambda: {"sample_sizes": (2,)}), "Measured": (Measured, lambda: {"sample_sizes": (2,)})},
     traps={stage: trap(stage) for stage in STAGES},

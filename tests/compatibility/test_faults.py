@@ -1,0 +1,136 @@
+"""A fault at any line of the package, once, costs a measurement; the run goes on as if nobody had watched it."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+import lightning_curvature
+from lightning_curvature import (
+    BatchSharpnessMonitor,
+    DirectionalCurvatureMonitor,
+    HessianSpectrumMonitor,
+    NoiseCovarianceMonitor,
+    StabilizationMonitor,
+)
+from tests.helpers.habits import HABITS, Habitual
+from tests.helpers.runs import classification
+from tests.helpers.stabilization import samples
+from tests.helpers.witness import Record, assert_same, copies, watch
+
+PACKAGE = str(Path(lightning_curvature.__file__).parent)
+# These lines hand a call on, between the run and the guard or between the Trainer and the user's step.
+HANDING_ON = {"guarded", "call", "record_call", "recorded_step"}
+EVERY = {"every_n_train_steps": 3}
+MONITORS: dict[str, Callable[[], pl.Callback]] = {
+    "directional": lambda: DirectionalCurvatureMonitor(
+        estimators=("hvp", "kl", "finite_difference", "critical"), every_n_train_steps=2
+    ),
+    "spectrum": lambda: HessianSpectrumMonitor(
+        quantities=("lambda_max", "hessian_trace", "preconditioned_lambda_max"), probe_samples=16, **EVERY
+    ),
+    "batch_sharpness": lambda: BatchSharpnessMonitor(quantities=("batch_sharpness", "gni", "lambda_gen"), **EVERY),
+    "stabilization": lambda: StabilizationMonitor(sample_sizes=(2,), probe_dataloader=samples(), every_n_train_steps=3),
+    "noise": lambda: NoiseCovarianceMonitor(parameter="network.0.weight", **EVERY),
+}
+Line = tuple[str, int]
+
+
+class Fault(RuntimeError):
+    pass
+
+
+class Tracer:
+    """Counts the visits of each line of the package; at one visit of one line it raises."""
+
+    def __init__(self, at: tuple[Line, int] | None = None, error: type[BaseException] = Fault) -> None:
+        self.visits, self.at, self.error, self.fired = Counter[Line](), at, error, False
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        code = frame.f_code
+        return self.line if code.co_filename.startswith(PACKAGE) and code.co_name not in HANDING_ON else None
+
+    def line(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            here = frame.f_code.co_filename, frame.f_lineno
+            self.visits[here] += 1
+            if self.at == (here, self.visits[here]):
+                self.fired = True
+                raise self.error("injected")
+        return self.line
+
+
+def run(make: Callable[[], pl.Callback] | None, tracer: Tracer | None = None) -> Record:
+    follow = make() if make else None
+    sys.settrace(tracer)
+    try:
+        return watch(lambda: Habitual(HABITS["appends_and_counts"]), lambda: copies(classification(4)), follow)
+    finally:
+        sys.settrace(None)
+
+
+@functools.cache
+def unwatched() -> Record:
+    return run(None)
+
+
+@functools.cache
+def lines(family: str) -> dict[Line, int]:
+    tracer = Tracer()
+    assert_same(unwatched(), run(MONITORS[family], tracer))
+    return dict(sorted(tracer.visits.items()))
+
+
+def harm(family: str, count: int, seed: int) -> list[str]:
+    """Inject faults at random lines, each at a random visit, and return what became of the runs that were harmed."""
+    draw, harmed, known = random.Random(seed), [], lines(family)
+    for _ in range(count):
+        line = draw.choice(list(known))
+        tracer = Tracer((line, draw.randint(1, known[line])))
+        where = f"seed {seed}, {Path(line[0]).name}:{line[1]}"
+        try:
+            assert_same(unwatched(), run(MONITORS[family], tracer))
+        except Fault:
+            harmed.append(f"{where}: ended")
+        except MisconfigurationException as error:
+            if not isinstance(error.__cause__, Fault):  # else as if the loader could not be copied, said by name
+                raise
+        except AssertionError as error:
+            harmed.append(f"{where}: {error}")
+        assert tracer.fired, where
+    return harmed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", MONITORS)
+def test_faults(family: str) -> None:
+    assert harm(family, 6, seed=1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("family", MONITORS)
+def test_many_faults(family: str, seed: int) -> None:
+    assert harm(family, 50, seed) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", MONITORS)
+def test_an_interrupt_stops_at_once(family: str) -> None:
+    """In the midst of what is measured: Lightning ends the fit, and the module is as the step found it."""
+    line = max(lines(family), key=lambda one: lines(family)[one] * ("objective" in one[0]))
+    tracer = Tracer((line, 2), KeyboardInterrupt)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(MONITORS[family], tracer)
+    assert tracer.fired
