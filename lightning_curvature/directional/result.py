@@ -67,14 +67,7 @@ class DirectionalResult:
                 room = float(length)
         if {"kl", "finite_difference"} & set(self.estimators):
             values["epsilon"] = self.epsilon
-        # Not NaN where the step was not recorded: another monitor may write the edge of this step.
-        edge = {} if math.isnan(self.lr) else {"two_over_lr": 2.0 / self.lr if self.lr else math.inf}
-        return (
-            values
-            | edge
-            | {
-                "headroom": room,
-                "descent": self.descent / lr,
-                "update_norm": self.norm / lr,
-            }
-        )
+        values["headroom"] = room
+        if not math.isnan(self.lr):  # else the step was not recorded, and another monitor may write its edge
+            values["two_over_lr"] = 2.0 / self.lr if self.lr else math.inf
+        return values | {"descent": self.descent / lr, "update_norm": self.norm / lr}

@@ -112,8 +112,7 @@ class ProbeLoss:
     ) -> tuple[Tensor, Tensor | None]:
         """Losses, (batches,), and outputs, (batches, B, …), or None."""
         objective, randomness, (tensors, rebuild) = self._objective, self._seeded(seed), stacked
-        single = rebuild([t[0] for t in tensors])
-        self.check(MicroBatch(lambda: self._repeat(single, index, randomness), 1.0))
+        self.check(MicroBatch(lambda: self._repeat(rebuild([t[0] for t in tensors]), index, randomness), 1.0))
 
         def evaluate(copy: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             values = {id(p): value for p, value in zip(parameters, copy, strict=True)}

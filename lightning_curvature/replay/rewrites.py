@@ -1,4 +1,4 @@
-"""What a training step writes to: trained parameters, and large tensors that it might have left alone."""
+"""The trained parameters that a training step writes, and the large tensors that it leaves alone."""
 
 import contextlib
 import weakref
@@ -85,18 +85,22 @@ class Rewrites:
         changed = {key for key in before if before[key] != after.get(key)}
         self._add([p for p in self.trained if id(p) in changed])
         lost = [tensor for tensor in self.spared() if id(tensor) in changed]
+        if not lost:
+            return []
         self._unwritten = [one for one in self._unwritten if all(one() is not tensor for tensor in lost)]
         named = (*self._module.named_parameters(), *self._module.named_buffers())
         names = {id(tensor): name for name, tensor in named}
         return [names.get(id(tensor), "an attribute") for tensor in lost]
 
     def _add(self, written: list[Tensor]) -> None:
-        if sharded := [name for name, p in self._module.named_parameters() if is_sharded([p]) and _among(p, written)]:
+        if not written:
+            return
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        if sharded := [names.get(id(p)) for p in written if is_sharded([p])]:
             raise ValueError(
                 f"training_step must leave sharded parameters alone, got {sharded[:3]}, which it writes: train with "
                 "strategy='ddp', or write to them in on_train_batch_end."
             )
-        names = {id(p): name for name, p in self._module.named_parameters()}
         self._written |= {id(p): names.get(id(p), "of the optimizer") for p in written}
         tables = [module._parameters for module in self._module.modules()]
         self._places = [(table, name) for table in tables for name, p in table.items() if id(p) in self._written]
@@ -118,9 +122,8 @@ class Rewrites:
             snapshot: what was saved before it.
         """
         # Ranks whose forwards communicate make the same number of them, also where one fails.
-        self.checked = is_sharded(self.trained)
-        known = {id(p) for p in covered}
-        trained = self.trained
+        trained, known = self.trained, {id(p) for p in covered}
+        self.checked = is_sharded(trained)
         kept = [(p, p.data, None if id(p) in known else local(p).detach().clone()) for p in trained]
         before = checksums(trained)
         try:
@@ -179,7 +182,3 @@ class Rewrites:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-
-def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
-    return any(tensor is one for one in tensors)

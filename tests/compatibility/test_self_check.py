@@ -128,14 +128,10 @@ def test_an_optimizer_that_moves_before_its_closure() -> None:
 
 
 class Leaving(Classifier):
-    """Leaves something behind that no snapshot puts back."""
+    """Is left with an attribute more."""
 
     def __init__(self) -> None:
         super().__init__(mlp(4, 6, 3), sgd)
-        self.bag = out_of_reach([0])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize("family", MONITORS)
