@@ -203,6 +203,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             micro_batch_size=options.micro_batch_size,
             seed=options.seed,
             failure=failure,
+            bookmark=self._bookmark,
         )
         if self._sharded:
             check_shares(population, trainer.world_size)

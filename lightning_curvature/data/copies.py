@@ -30,6 +30,8 @@ _IN_PROCESS: dict[str, Any] = {
     "pin_memory": False,
     "_iterator": None,
 }
+# Attributes that torch's loaders have; any other is of the user's class.
+OPTIONS = frozenset(vars(DataLoader(range(1))) | _IN_PROCESS)  # type: ignore[arg-type]
 
 
 class DataRandomness:

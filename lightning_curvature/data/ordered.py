@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_curvature.data.position import Bookmark
 from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, Share, read_together
 from lightning_curvature.data.reading import Reading
 from lightning_curvature.data.samplers import cuts_batches
@@ -31,7 +32,13 @@ class OrderedSamples:
 
 
 def read_ordered_samples(
-    trainer: pl.Trainer, dataloader: Any | None = None, *, samples: int, seed: int = 0, failure: Exception | None = None
+    trainer: pl.Trainer,
+    dataloader: Any | None = None,
+    *,
+    samples: int,
+    seed: int = 0,
+    failure: Exception | None = None,
+    bookmark: Bookmark | None = None,
 ) -> OrderedSamples:
     """Return single samples of a run in a fixed order, under the rules of :mod:`~lightning_curvature.data`.
 
@@ -74,7 +81,7 @@ def read_ordered_samples(
             )
         return OrderedSamples({one.group: one for one in share.batches}, share.total)
 
-    return read_together(trainer, dataloader, read, failure, seed, samples, batch_size=1)
+    return read_together(trainer, dataloader, read, failure, bookmark, seed, samples, batch_size=1)
 
 
 def first_of_shuffle(total: int, count: int, seed: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from lightning_curvature.data.copies import DataRandomness, mixed
+from lightning_curvature.data.position import Bookmark
 from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, Share, check_numbers, read_together, step_size
 from lightning_curvature.data.reading import Reading
 from lightning_curvature.data.samplers import cuts_batches, source_sampler
@@ -93,6 +94,7 @@ def read_population(
     micro_batch_size: int | None = None,
     seed: int = 0,
     failure: Exception | None = None,
+    bookmark: Bookmark | None = None,
 ) -> Population:
     """Return the samples of a run as a population, under the rules of :mod:`~lightning_curvature.data`.
 
@@ -146,7 +148,7 @@ def read_population(
         micro_batch = max(number for number in range(1, min(reading.size, size) + 1) if size % number == 0)
         return _read_batches(replace(reading, batch_size=micro_batch), size // micro_batch, size)
 
-    return read_together(trainer, dataloader, read, failure, seed, samples, micro_batch_size)
+    return read_together(trainer, dataloader, read, failure, bookmark, seed, samples, micro_batch_size)
 
 
 def _read_samples(reading: Reading, every: Sequence[int], size: int, by_step: bool) -> Share[Population]:

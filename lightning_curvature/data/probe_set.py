@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_curvature.data.copies import DataRandomness, fresh_copy
+from lightning_curvature.data.position import Bookmark, Position, position_of
 from lightning_curvature.data.reading import ProbeBatch, Reading
 from lightning_curvature.distributed.together import together
 from lightning_curvature.replay.batches import copied
@@ -55,6 +56,7 @@ def read_probe_set(
     group_size: int = 1,
     seed: int = 0,
     failure: Exception | None = None,
+    bookmark: Bookmark | None = None,
 ) -> ProbeSet:
     """Return the probe set of a run, under the rules of :mod:`~lightning_curvature.data`.
 
@@ -70,6 +72,7 @@ def read_probe_set(
         group_size: number of consecutive batches in a group; a group lies on one rank where there is one for each rank.
         seed: seed of the choice of samples and of random augmentations.
         failure: this rank's error before the reading, with which it reads nothing, or None.
+        bookmark: where the loader stood at the first reading of the run; is set by the first.
 
     Raises:
         Exception: ``failure``.
@@ -84,7 +87,7 @@ def read_probe_set(
         batches = reading.in_order() if indices is None else reading.by_index(reading.chosen(indices))
         return batches, lambda share: share
 
-    return read_together(trainer, dataloader, read, failure, seed, samples, batch_size, group_size)
+    return read_together(trainer, dataloader, read, failure, bookmark, seed, samples, batch_size, group_size)
 
 
 def check_numbers(trainer: pl.Trainer, samples: int | None, **sizes: int | None) -> None:
@@ -104,6 +107,7 @@ def read_together(
     dataloader: Any | None,
     read: Callable[[Reading], Share[Result]],
     failure: Exception | None,
+    bookmark: Bookmark | None,
     seed: int,
     samples: int | None,
     batch_size: int | None = None,
@@ -111,12 +115,15 @@ def read_together(
 ) -> Result:
     """Read this rank's share of a fresh copy of the loader and return what ``read`` makes of it. One collective.
 
+    A second one shares positions, where a loader has any to be kept in ``bookmark``.
+
     ``read`` returns this rank's batches, and a function that turns them into the result once all ranks have read. All
     other arguments and the errors are those of :func:`read_probe_set`.
     """
     batches: list[ProbeBatch] = []
     finish: list[Callable[[ProbeSet], Result]] = []
-    empty = torch.zeros(trainer.world_size, 2, dtype=torch.float64, device="cpu")
+    bookmark, position = bookmark or Bookmark(), Position()
+    empty = torch.zeros(trainer.world_size, 3, dtype=torch.float64, device="cpu")
 
     def make() -> dict[str, Tensor]:
         if failure is not None:
@@ -126,17 +133,22 @@ def read_together(
         fresh = fresh_copy(loader)
         randomness = DataRandomness(trainer.strategy.root_device, fresh)
         with randomness.kept():
+            if fresh is not loader:  # a sequence has no position
+                bookmark.go_to(trainer, fresh)
+                position.update(position_of(fresh))
             randomness.seed(seed)
             reading = Reading(trainer, fresh, of_trainer, shaped, randomness, seed, samples, batch_size, group_size)
             share, result = read(reading)
             batches.extend(share)  # a generator reads here
         finish.append(result)
         table = torch.zeros_like(empty)
-        table[trainer.global_rank] = torch.tensor([sum(one.size for one in batches), len(batches)])
+        table[trainer.global_rank] = torch.tensor([sum(one.size for one in batches), len(batches), len(position)])
         return {"counts": table}
 
     table = together(trainer, make, {"counts": empty}, "reading the probe set")["counts"]
-    sizes, counts = table.round().long().T.tolist()
+    sizes, counts, numbers = table.round().long().T.tolist()
+    if any(numbers) and bookmark.positions is None:
+        bookmark.set(trainer, position)
     if min(sizes) == 0:
         raise MisconfigurationException(
             "the probe set must hold at least one sample for each rank, got "

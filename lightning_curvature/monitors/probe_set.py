@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_curvature.data.position import Bookmark
 from lightning_curvature.data.probe_set import read_probe_set, step_size
 from lightning_curvature.data.reading import sample_count
 from lightning_curvature.losses.fixed import ProbeLoss
@@ -42,7 +43,17 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         self.result: ResultT | None = None
         self._data: Any = None
         self._has_read = self._has_measured = False
+        self._bookmark, self._loaded = Bookmark(), Bookmark()
         self._measured_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loaders stood when the probe set was read, where they choose its samples themselves."""
+        positions = self._bookmark.positions
+        return {} if positions is None else {"probe_set": positions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the probe set of a checkpoint in the next fit."""
+        self._loaded = Bookmark(state_dict.get("probe_set"))
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Any) -> Prepared[Problem]:
         """Return the inputs of a measurement; may fail on one rank alone, and must not communicate."""
@@ -72,6 +83,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         super().on_fit_start(trainer, pl_module)
         self._data, self._measured_step = None, -1
         self._has_read = self._has_measured = False
+        self._bookmark, self._loaded = self._loaded, Bookmark()
         parameters = self._parameters(trainer)
         if not parameters:
             raise MisconfigurationException(
@@ -179,9 +191,16 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
 
     def _read(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Any:
         """Read the data of all measurements of a fit; a rank that failed takes part, so that the others learn of it."""
-        return self._read_from(trainer, self.options.probe_dataloader, batch, failure)
+        return self._read_from(trainer, self.options.probe_dataloader, batch, failure, self._bookmark)
 
-    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None) -> Any:
+    def _read_from(
+        self,
+        trainer: pl.Trainer,
+        loader: Any,
+        batch: Any,
+        failure: Exception | None,
+        bookmark: Bookmark | None = None,
+    ) -> Any:
         """Read from a loader; from the Trainer's where it is None."""
         size, group = self._cut(trainer, loader), 1
         if self._by_step and failure is None:
@@ -197,6 +216,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             group_size=group,
             seed=self.options.seed,
             failure=failure,
+            bookmark=bookmark,
         )
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:

@@ -134,9 +134,9 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         """Raise where the module has no such parameter, or one that is too large."""
         routes.check_block(self.options, routes.named_parameters(module), trainer.num_devices)
 
-    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None) -> Any:
+    def _read_from(self, trainer: pl.Trainer, loader: Any, *rest: Any) -> Any:
         """Read the samples, and return them with the size of a batch of their loader."""
-        samples = super()._read_from(trainer, loader, batch, failure)
+        samples = super()._read_from(trainer, loader, *rest)
         return samples, routes.batch_size_of(trainer, loader) or samples.batches[0].size
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:

@@ -132,12 +132,13 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         return self._generate_state_key(prefix=self.options.prefix, quantities=self.options.quantities)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last eigenvectors, where checkpoints are to keep them and this rank holds them whole."""
+        """Return also the last eigenvectors, where checkpoints are to keep them and this rank holds them whole."""
         kept = self.options.save_eigenvectors and not self._sharded
-        return {"vectors": dict(self._measurement.vectors)} if kept else {}
+        return super().state_dict() | ({"vectors": dict(self._measurement.vectors)} if kept else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the eigenvectors where a checkpoint left them."""
+        """Take up the probe set, and the eigenvectors where a checkpoint left them."""
+        super().load_state_dict(state_dict)
         self._measurement.vectors = dict(state_dict.get("vectors", {}))
 
     def charted(self) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.data.ordered import OrderedSamples, read_ordered_samples
+from lightning_curvature.data.position import Bookmark
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.samples import SampleLosses
@@ -137,9 +138,16 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
                 f"subspace_dim must be below the number of parameters, got {largest} of {size}: ask for fewer."
             )
 
-    def _read_from(self, trainer: pl.Trainer, loader: Any, batch: Any, failure: Exception | None) -> OrderedSamples:
-        count = self.options.sample_sizes[-1] + self.options.candidates
-        return read_ordered_samples(trainer, loader, samples=count, seed=self.options.seed, failure=failure)
+    def _read_from(
+        self,
+        trainer: pl.Trainer,
+        loader: Any,
+        batch: Any,
+        failure: Exception | None,
+        bookmark: Bookmark | None = None,
+    ) -> OrderedSamples:
+        count, seed = self.options.sample_sizes[-1] + self.options.candidates, self.options.seed
+        return read_ordered_samples(trainer, loader, samples=count, seed=seed, failure=failure, bookmark=bookmark)
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: OrderedSamples) -> Prepared[StabilizationProblem]:
         """Return losses of single samples and parameters, and how many vectors this rank can multiply at once."""

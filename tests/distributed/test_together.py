@@ -35,6 +35,13 @@ def test_sums_in_their_own_type_by_one_collective(results: Results, dtype: torch
         assert found[f"{dtype} collectives"] == 1
 
 
+def test_each_rank_reads_again_where_it_read_first(results: Results) -> None:
+    for rank, (positions, found, counts) in enumerate(results["positions"]):
+        assert positions == [{"dataset.rank": 0, "dataset.epoch": 1}, {"dataset.rank": 1, "dataset.epoch": 1}]
+        assert found == [[100 * rank + 10 + number for number in range(4)]] * 2
+        assert counts == [(1, 1), (1, 0)]
+
+
 def test_the_rank_that_failed_has_its_error_and_the_other_one_says_so(results: Results) -> None:
     assert results["one_fails"] == [(THERE, 1, False), (HERE, 1, False)]
 

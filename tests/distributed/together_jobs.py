@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,7 +12,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_curvature.data.position import Bookmark
+from lightning_curvature.data.probe_set import read_probe_set
 from lightning_curvature.distributed.together import attempt_together, cause_together, means_together, together
 from lightning_curvature.monitors.protocol import Prepared, prepare_together
 
@@ -112,7 +116,33 @@ def goes_on(rank: int, ranks: int) -> int:
     return int(total)
 
 
+class Shifted(IterableDataset[int]):
+    """Gives other samples on each rank, and in each epoch."""
+
+    def __init__(self, rank: int, epoch: int) -> None:
+        self.rank, self.epoch = rank, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(100 * self.rank + 10 * self.epoch, 1000))
+
+
+def positions(rank: int, ranks: int) -> Any:
+    """What is kept at a first reading and read at a second, in another epoch; the collectives of each."""
+    bookmark, found, counts = Bookmark(), [], []
+    for epoch in (1, 4):
+        loader = DataLoader(Shifted(rank, epoch), batch_size=2)
+        with (
+            mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as reduce,
+            mock.patch.object(dist, "all_gather_object", side_effect=dist.all_gather_object) as gather,
+        ):
+            probe = read_probe_set(trainer(rank, ranks), loader, samples=8, bookmark=bookmark)
+        found.append([number for one in probe.batches for number in one.batch.tolist()])
+        counts.append((reduce.call_count, gather.call_count))
+    return bookmark.positions, found, counts
+
+
 JOBS = (
+    "positions",
     "sums",
     "one_fails",
     "one_is_mistaken",
