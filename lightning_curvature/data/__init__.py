@@ -24,9 +24,9 @@ with ``seed``, for an indexed loader with ``seed`` and the index of each sample:
 each reading and on any number of ranks. An iterable dataset, or a loader that is not a DataLoader, is copied together
 with the data that it holds, and read from its current position.
 
-**Resume.** What a torch loader gives depends on ``seed`` alone. Where the user's own loader, sampler or iterable dataset
-chooses the samples, by a count of epochs or an order that it holds, the numbers by which it chose at the first reading
-go into the monitor's checkpoint (see :mod:`~.data.position`), and a resumed run reads with them.
+**Resume.** What a torch loader gives depends on ``seed`` alone. Where the user's own loader, sampler or iterable
+dataset chooses the samples, by a count of epochs or an order that it holds, the numbers by which it chose at the first
+reading go into the monitor's checkpoint (see :mod:`~.data.position`), and a resumed run reads with them.
 
 **Memory.** The data stays in memory, on the CPU unless the dataset makes its samples elsewhere. Users copy a batch
 before they compute, because a training step may write into it.

@@ -30,6 +30,8 @@ _ONE_SIDED_TRUNCATION = 0.5
 _SLOPE_TRUNCATION = 3.0
 # The pair's slope and gᵀd may differ by this share of the slope: across the kinks of a ReLU network they did by 30 %.
 _SLOPE_DISAGREEMENT = 0.5
+# The slope by the outputs may differ from gᵀd by this share: the truncation of a pair.
+_SAME_SLOPE = 0.1
 # The slope of a pair of a larger error is no evidence.
 _WELL_BEHAVED = 0.3
 # The error of gᵀd as a share of its bound (see _with_slope). Measured in bf16: 0.2 to 0.3, one time in ten 1.
@@ -58,6 +60,12 @@ def estimate(
     """Return the estimates of one measurement by estimator; ``distance`` is ε‖d‖, ``rounding`` learns from them."""
     if "loss_plus" in values:
         rounding.learn(values, epsilon, distance)
+    return estimate_again(wanted, values, epsilon, rounding)
+
+
+def estimate_again(wanted: Collection[str], values: Numbers, epsilon: float, rounding: Rounding) -> dict[str, Estimate]:
+    """Return the same of numbers that ``rounding`` has learned from."""
+    values = values | {"descent": _differentiated(values, epsilon, values["descent"])}
     estimates: dict[str, Estimate] = {}
     if "kl" in wanted:
         estimates["kl"] = _kl(values, epsilon, rounding)
@@ -67,6 +75,15 @@ def estimate(
     error = torch.finfo(rounding.dtype).eps * (2.0 if rounding.half else 32.0)
     estimates |= {name: Estimate(values[f"{name}_quadratic"], error) for name in EXACT if name in wanted}
     return {name: _with_slope(one, values, rounding) for name, one in estimates.items()}
+
+
+def _differentiated(values: Numbers, epsilon: float, kept: float) -> float:
+    """Return gᵀd of the loss itself where a measurement has it: hooks may have changed the gradient that was kept."""
+    for name in EXACT:
+        if f"{name}_descent" in values:
+            return values[f"{name}_descent"]
+    by_outputs = values.get("head_slope", math.nan) / epsilon
+    return by_outputs if abs(by_outputs - kept) > _SAME_SLOPE * abs(kept) else kept
 
 
 def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
@@ -82,7 +99,7 @@ def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> E
         ratio = max(abs(difference) - rounding.offset.level * abs(slope), 0.0) / size
         # In half precision the slope's rounding hides its truncation.
         return _known(second / epsilon**2, ErrorModel(noise, ratio if rounding.half else _SLOPE_TRUNCATION * ratio**2))
-    network = _DIFFERENCE_TRUNCATION * _excess(values, rounding) * max(values["signal"], size) / size
+    network = _DIFFERENCE_TRUNCATION * _excess(values, rounding) * max(abs(values["signal"]), size) / size
     model = ErrorModel(noise, network + abs(values["fourth"]) / (12.0 * size))
     if rounding.half:
         return _known(second / epsilon**2, model, doubt=model.truncation)
@@ -95,7 +112,10 @@ def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> E
 def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     """dᵀGd from the symmetric pair of outputs; where there is none, from twice the KL divergence at θ − εd."""
     symmetric = "signal" in values
-    signal = values["signal" if symmetric else "twice_divergence"]
+    quadratic = values["signal" if symmetric else "twice_divergence"]
+    signal = abs(quadratic)  # a loss that is not convex in the outputs has both signs
+    if signal == 0.0 and values.get("head_slope", 0.0) != 0.0:
+        return Estimate(0.0, 0.0)  # a loss that is linear in the outputs where they are
     if not 0.0 < signal < math.inf:
         return _lost(overflow=signal != 0.0)
     # Two outputs with noise n are halved in the pair's difference, and not in the other.
@@ -105,7 +125,7 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     if symmetric:
         truncation = _SYMMETRIC_TRUNCATION * _excess(values, rounding)
         truncation += _SATURATION * abs(values["fourth"]) / (12.0 * signal)
-        return _known(signal / epsilon**2, ErrorModel(noise, truncation, 2, weight, crossed), doubt=truncation)
+        return _known(quadratic / epsilon**2, ErrorModel(noise, truncation, 2, weight, crossed), doubt=truncation)
     # The network bends on the scale of the outputs, √(signal/spread gain) = |δ|/|z|; the bend of the softmax is known.
     spread = values["spread_gain"]
     truncation = _ONE_SIDED_TRUNCATION * math.sqrt(signal / spread) if spread > 0 else math.inf
@@ -113,15 +133,15 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     # In half precision ε is so large that the network's own third order matters, which one point does not show. The
     # loss at that point bends by dᵀHd + O(ε): where it agrees with the KL divergence, both are right.
     bend = 2.0 * (values["loss_minus"] - values["loss"] + epsilon * values["descent"])
-    doubt = abs(bend - signal) / signal if rounding.half else 0.0
-    return _known(signal / epsilon**2, ErrorModel(noise, truncation, 1, weight, crossed), doubt)
+    doubt = abs(bend - quadratic) / signal if rounding.half else 0.0
+    return _known(quadratic / epsilon**2, ErrorModel(noise, truncation, 1, weight, crossed), doubt)
 
 
 def _excess(values: Numbers, rounding: Rounding) -> float:
     """Part of defect/signal that rounding does not explain."""
-    if not values["signal"] > 0.0:
+    if values["signal"] == 0.0:
         return 0.0
-    return max(values["defect"] - 1.5 * rounding.outputs_variance(values), 0.0) / values["signal"]
+    return max(values["defect"] - 1.5 * rounding.outputs_variance(values), 0.0) / abs(values["signal"])
 
 
 def _known(quadratic: float, model: ErrorModel, doubt: float = 0.0) -> Estimate:
@@ -154,21 +174,42 @@ def _with_slope(one: Estimate, values: Numbers, rounding: Rounding) -> Estimate:
     return replace(one, error=error)
 
 
-def loss_descent(values: Numbers, epsilon: float, rounding: Rounding, pair: Estimate | None) -> tuple[float, bool]:
-    """Return gᵀd, and whether the gradient kept after backward is that of the loss.
+def loss_descent(
+    values: Numbers, epsilon: float, rounding: Rounding, pair: Estimate | None
+) -> tuple[float, bool, bool]:
+    """Return gᵀd, whether the gradient kept after backward is that of the loss, and whether the pair has that slope.
 
     gᵀd is that of the loss itself where an exact product differentiated it; else of the kept gradient, unless the
-    symmetric pair shows that something changed it: then the slope of the pair.
+    outputs or the symmetric pair show that something changed it: then their slope. Where the loss was differentiated
+    and the pair has another slope, the loss elsewhere is another function: a target without gradient moves along.
     """
-    for name in EXACT:
-        if f"{name}_descent" in values:
-            return values[f"{name}_descent"], True
     kept = values["descent"]
-    if pair is None or pair.model is None or not math.isfinite(pair.quadratic) or pair.model.total() > _WELL_BEHAVED:
-        return kept, True
-    slope = (values["loss_plus"] - values["loss_minus"]) / (2.0 * epsilon)
-    # The slope's error: rounding, and the third order, known of the softmax, of the network as in _SLOPE_TRUNCATION.
-    rounded = 3.0 * rounding.loss_deviation(values)
-    bent = abs(values.get("third", 0.0)) / 6.0 + 2.0 * epsilon**2 * abs(pair.quadratic) * math.sqrt(pair.error)
-    changed = abs(slope - kept) > (rounded + bent) / epsilon + _SLOPE_DISAGREEMENT * abs(slope)
-    return (slope, False) if changed else (kept, True)
+    exact = next((values[key] for name in EXACT if (key := f"{name}_descent") in values), None)
+    by_outputs = values["head_slope"] / epsilon if "head_slope" in values else None
+    loss = _differentiated(values, epsilon, kept)
+    changed, slope = False, kept
+    if pair is not None and pair.model is not None and math.isfinite(pair.quadratic):
+        slope = (values["loss_plus"] - values["loss_minus"]) / (2.0 * epsilon)
+        # Its error: rounding, and the third order, known of the softmax, of the network as in _SLOPE_TRUNCATION.
+        rounded = 3.0 * rounding.loss_deviation(values)
+        bent = abs(values.get("third", 0.0)) / 6.0 + 2.0 * epsilon**2 * abs(pair.quadratic) * math.sqrt(pair.error)
+        far = abs(slope - loss) > (rounded + bent) / epsilon + _SLOPE_DISAGREEMENT * abs(slope)
+        changed = far and pair.model.total() <= _WELL_BEHAVED
+    if exact is not None:
+        return exact, True, not changed
+    if by_outputs is not None:
+        rounded = 3.0 * rounding.loss_deviation(values) / epsilon
+        same = abs(kept - by_outputs) <= _SAME_SLOPE * abs(by_outputs) + rounded
+        return (kept, True, not changed) if same else (by_outputs, False, not changed)
+    return (slope, False, True) if changed else (kept, True, True)
+
+
+def beside_outputs(values: Numbers, epsilon: float, descent: float, rounding: Rounding) -> list[str]:
+    """Return the estimators of the outputs where these do not explain the slope of the loss, gᵀd.
+
+    A repeated step then moves something beside them, such as a teacher that follows the weights.
+    """
+    rounded = 3.0 * rounding.loss_deviation(values) / epsilon
+    slopes = {"kl": (values.get("head_slope", math.nan) / epsilon, rounded)}
+    slopes["gauss_newton"] = (values.get("gauss_newton_slope", math.nan), 0.0)
+    return [name for name, (slope, more) in slopes.items() if abs(slope - descent) > _SAME_SLOPE * abs(descent) + more]

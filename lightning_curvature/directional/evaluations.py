@@ -12,27 +12,39 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from lightning_curvature import functional
-from lightning_curvature.directional.options import EXACT
+from lightning_curvature.directional import head
+from lightning_curvature.directional.options import EXACT, KEYS
 from lightning_curvature.directional.problem import Window
+from lightning_curvature.distributed.together import attempted, lacks_derivatives
 from lightning_curvature.functional import PairStatistics, output_noise_gain
 from lightning_curvature.operators.differentiation import differentiable
+from lightning_curvature.operators.micro_batches import Evaluation
 
 Values = dict[str, Tensor]
+# What rounding adds, known where the outputs are.
+_ROUNDED = ("noise_gain", "spread_gain", "loss_noise_gain", "positions")
 
 
-def names(estimators: Collection[str], have_outputs: bool) -> list[str]:
+def names(estimators: Collection[str], have_outputs: bool, headed: bool) -> list[str]:
     """Return the names of all numbers that ``forwards`` and ``exact`` return."""
     numbers = [f"{name}_{form}" for name in EXACT if name in estimators for form in ("descent", "quadratic")]
+    along = bool({"kl", "finite_difference"} & set(estimators))
     if "finite_difference" in estimators:
         numbers += ["loss_plus", "loss_minus", *(PairStatistics._fields if have_outputs else ())]
     elif "kl" in estimators:
         numbers += ["loss_minus", "twice_divergence", "departure"]
-    return numbers + (["noise_gain", "spread_gain", "loss_noise_gain", "positions"] if have_outputs else [])
+    if headed:
+        numbers += ["gauss_newton_slope"] if "gauss_newton" in estimators else []
+        numbers += ["head_slope"] if along else []
+    return numbers + ([*_ROUNDED] if have_outputs and (along or not headed) else [])
 
 
 def forwards(window: Window, epsilon: float, estimators: Collection[str]) -> Values:
     """Return the numbers of the estimators with an ε: one pass for KL alone, two with the finite difference."""
     values: Values = {}
+    if window.headed:
+        symmetric = "finite_difference" in estimators
+        return _through_head(window, epsilon, symmetric) if symmetric or "kl" in estimators else values
     if "finite_difference" in estimators:
         values = _symmetric_pair(window, epsilon)
     elif "kl" in estimators:
@@ -61,6 +73,24 @@ def _rounding_statistics(window: Window) -> Values:
         "loss_noise_gain": window.scaled_total(loss_gains),
         "positions": torch.stack(positions).sum(),
     }
+
+
+def _through_head(window: Window, epsilon: float, symmetric: bool) -> Values:
+    """Return the same numbers where the loss is a function of outputs by its head: two passes, or one."""
+    loss_minus, minus = _made(window, epsilon)
+    if symmetric:
+        loss_plus, plus = _made(window, -epsilon)
+    with window.at(0.0):
+        if symmetric:
+            return {"loss_minus": loss_minus, "loss_plus": loss_plus} | head.pair(window, plus, minus)
+        return {"loss_minus": loss_minus} | head.one_sided(window, minus)
+
+
+def _made(window: Window, position: float) -> tuple[Tensor, list[list[Tensor]]]:
+    """Return the loss at θ_t − position·d, and for each record what it is a function of there."""
+    with window.at(position):
+        results, beside = list(window.evaluations()), window.parameters_beside()
+        return window.total(one.loss for one in results), [[*window.made(one), *beside] for one in results]
 
 
 def _one_sided(window: Window, epsilon: float) -> Values:
@@ -105,19 +135,36 @@ def _pass(window: Window, position: float) -> tuple[Tensor, list[Tensor]]:
     return window.total(losses), outputs
 
 
-def exact(window: Window, estimators: Collection[str]) -> Values:
-    """Return dᵀHd by double backward and dᵀGd by one forward-mode product, both with gᵀd. Uses the update up."""
+def exact(window: Window, estimators: Collection[str]) -> tuple[Values, dict[str, Exception]]:
+    """Return dᵀHd by double backward and dᵀGd by one forward-mode product, both with gᵀd, and who failed.
+
+    Uses the update up. Not every module has the derivatives: each estimator fails by itself.
+    """
     values: Values = {}
+    errors: dict[str, Exception] = {}
     if set(EXACT).isdisjoint(estimators):
-        return values
-    with window.update.direction() as direction, differentiable():
-        if "gauss_newton" in estimators:
-            with torch.no_grad():
-                values |= _gauss_newton(window, direction)
-        if "hvp" in estimators:
-            with torch.enable_grad():
-                values |= _hessian(window, direction)
-    return values
+        return values, errors
+    try:
+        with window.update.direction() as direction, differentiable():
+            for name, form, graph in (("gauss_newton", _gauss_newton, False), ("hvp", _hessian, True)):
+                if name in estimators:
+                    note = functools.partial(errors.__setitem__, name)
+                    with torch.set_grad_enabled(graph):
+                        values |= attempted(functools.partial(form, window, direction), note) or {}
+    except Exception as error:
+        errors |= dict.fromkeys(estimators, error.with_traceback(None))
+    return values, {name: _explained(name, error) for name, error in errors.items()}
+
+
+def _explained(name: str, error: Exception) -> Exception:
+    """Return an error of torch as one sentence with a remedy; any other as it is."""
+    if not isinstance(error, RuntimeError) or not lacks_derivatives(error):  # so is NotImplementedError
+        return error
+    kind, instead = ("second", "finite_difference") if name == "hvp" else ("forward-mode", "kl")
+    what = str(error).partition("\n")[0].partition(" Please file")[0].rstrip(". ")
+    return RuntimeError(
+        f"{KEYS[name]} needs {kind} derivatives of the step, which failed ({what}): take {instead!r} for {name!r}."
+    )
 
 
 def _check_loss(window: Window, index: int, loss: Tensor) -> None:
@@ -154,13 +201,14 @@ def _load_forward_mode() -> None:
 
 
 def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
-    assert window.model is not None
     _load_forward_mode()
+    if window.headed:
+        return _gauss_newton_of_head(window, direction)
+    assert window.model is not None
     descents, quadratics = [], []
     for index, (_, mask) in enumerate(window.outputs):
         with forward_ad.dual_level():
-            moved = zip(window.update.parameters, direction, strict=True)
-            result = window.dual_evaluation(index, {id(p): forward_ad.make_dual(p.detach(), d) for p, d in moved})
+            result = _dual(window, index, direction)
             z, u = forward_ad.unpack_dual(window.model.arrange(result.outputs))
             loss, slope = forward_ad.unpack_dual(result.loss)
         if u is None or slope is None:
@@ -171,3 +219,27 @@ def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
         quadratics.append(functional.output_quadratic_form(z, u, window.model.likelihood, mask))
         descents.append(slope)
     return {"gauss_newton_descent": window.total(descents), "gauss_newton_quadratic": window.scaled_total(quadratics)}
+
+
+def _dual(window: Window, index: int, direction: list[Tensor]) -> Evaluation:
+    moved = zip(window.update.parameters, direction, strict=True)
+    return window.dual_evaluation(index, {id(p): forward_ad.make_dual(p.detach(), d) for p, d in moved})
+
+
+def _gauss_newton_of_head(window: Window, direction: list[Tensor]) -> Values:
+    assert window.objective.cut is not None
+    beside = [direction[k] for k in window.objective.cut.parameters]
+    descents, quadratics, slopes = [], [], []
+    for index in range(len(window.records)):
+        with forward_ad.dual_level():
+            result = _dual(window, index, direction)
+            pairs = [forward_ad.unpack_dual(z) for z in window.made(result)]
+            loss, slope = forward_ad.unpack_dual(result.loss)
+        changes = [torch.zeros_like(z) if u is None else u for z, u in pairs]
+        _check_loss(window, index, loss)
+        values, _ = head.derivatives(window, index, [[*changes, *beside]], higher=False)
+        quadratics.append(values["second"][0])
+        slopes.append(values["first"][0])
+        descents.append(torch.zeros(()) if slope is None else slope)
+    totals = {"descent": descents, "quadratic": quadratics, "slope": slopes}
+    return {f"gauss_newton_{name}": window.total(terms) for name, terms in totals.items()}

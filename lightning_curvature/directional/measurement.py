@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_curvature.directional import evaluations
-from lightning_curvature.directional.estimates import Estimate, estimate, loss_descent
+from lightning_curvature.directional import evaluations, head
+from lightning_curvature.directional.estimates import Estimate, beside_outputs, estimate, estimate_again, loss_descent
 from lightning_curvature.directional.evaluations import Values
 from lightning_curvature.directional.likelihood import OutputModel, confirm, identify
 from lightning_curvature.directional.line_search import CriticalStep, critical_step
@@ -25,7 +25,7 @@ from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn
 
 # Numbers that the ranks exchange before evaluations along the step.
-_START = ("loss", "descent", "squared_norm", "squared_size", "modelled")
+_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed")
 
 
 class DirectionalMeasurement:
@@ -46,6 +46,7 @@ class DirectionalMeasurement:
         """Forget the module: a new fit may bring another. What was learned about ε stays."""
         self.estimators: Sequence[str] = self._options.estimators
         self._model: OutputModel | None = None
+        self._headed, self._unread = False, ""
         self._rounding: Rounding | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class DirectionalMeasurement:
         if reason is not None:
             warn(f"{reason}: logging NaN.")
             return self._lost(reason, norm=norm, lr=lr)
-        if 0.0 < start["modelled"] < 1.0:
+        if 0.0 < start["modelled"] < 1.0 or 0.0 < start["headed"] < 1.0:
             self.begin()  # and look again at the next step
             failed(RuntimeError("the outputs, or the likelihood of the loss, are known on some of the ranks only"))
             return self._lost(reasons[0], norm=norm, lr=lr)
@@ -96,12 +97,12 @@ class DirectionalMeasurement:
         evaluated = attempted(lambda: self._evaluate(trainer, window, epsilon, start["loss"]), failed)
         if evaluated is None:
             return self._lost(reasons[0], norm=norm, lr=lr, epsilon=epsilon)
-        values, critical, exact_failure = evaluated
+        values, critical, exact_failures = evaluated
         result = DirectionalResult(self.estimators, critical=critical, norm=norm, lr=lr, epsilon=epsilon)
-        if exact_failure is not None:
-            failed(exact_failure)
-            result = result.with_reason([name for name in EXACT if name in self.estimators], reasons[0])
-            values = {key: value for key, value in values.items() if not key.startswith(EXACT)}
+        for name, error in exact_failures.items():
+            result = result.with_reason([name], str(error))
+            values = {key: value for key, value in values.items() if not key.startswith(name)}
+            failed(error)
         return self._conclude(result, start | values)
 
     def _lost(self, reason: str, **known: float) -> DirectionalResult:
@@ -122,21 +123,18 @@ class DirectionalMeasurement:
         values = {"loss": loss, "descent": update.descent, "squared_norm": update.squared_norm}
         # ‖θ‖ sets the first distance; afterwards nobody asks.
         size = {"squared_size": update.squared_size()} if math.isnan(self._distance) else {}
-        return values | size | {"modelled": torch.tensor(float(self._model is not None))}
+        modelled = {"modelled": self._model is not None or self._headed, "headed": self._headed}
+        return values | size | {name: torch.tensor(float(known)) for name, known in modelled.items()}
 
     def _find_model(self, window: Window) -> None:
         """On the first measured step find likelihood, target and estimators; later check that they still hold."""
         record, base, likelihood = window.records[0], window.base[0], self._options.likelihood
         needing = [name for name in self.estimators if name in NEED_OUTPUTS]
-        if self._rounding is not None:
-            if self._model is not None and base.outputs is not None:
-                self._model = confirm(self._model, base.outputs, record.batch, base.loss, likelihood, base.mask)
-        else:
+        first = self._rounding is None
+        if first:
             # The finite difference can do without outputs, but knows its own error better with them.
             if base.outputs is not None and {*NEED_OUTPUTS, "finite_difference"} & set(self.estimators):
                 self._model = identify(base.outputs, record.batch, base.loss, likelihood, base.mask)
-            if needing and self._model is None:
-                self._go_without_outputs(needing, base.outputs is not None)
             dtype = record.forward_dtype if self._options.probe_precision is None else torch.float32
             roundoff = forward_roundoff(window.objective.module, window.objective.device, dtype)
             floors = Floor(*self._learned[:2]), Floor(*self._learned[2:])
@@ -146,19 +144,41 @@ class DirectionalMeasurement:
                     "in half precision rounding hides 'kl' by itself: add 'finite_difference', which makes it "
                     "symmetric, or give probe_precision='32-true'."
                 )
-        window.model = self._model
-        if needing and self._model is not None and not self._model.reproduced:
+        elif self._model is not None and base.outputs is not None:
+            self._model = confirm(self._model, base.outputs, record.batch, base.loss, likelihood, base.mask)
+        read = self._model is not None and (self._model.reproduced or likelihood != "auto")
+        if needing and not read and not self._unread:
+            self._take_head(window, needing, first)
+        window.model = None if self._headed else self._model
+        if needing and self._model is not None and not self._model.reproduced and likelihood != "auto":
             warn(
                 f"the loss is not the mean {self._model.likelihood} negative log-likelihood of the outputs (label "
                 f"smoothing, weights, an ignored class or a penalty?): {needing} leave out what differs. Where that "
-                "matters, give objective= with 'outputs' and 'mask'."
+                "matters, leave likelihood= out."
             )
 
-    def _go_without_outputs(self, needing: list[str], have_outputs: bool) -> None:
+    def _take_head(self, window: Window, needing: list[str], first: bool) -> None:
+        """Cut off the head of a loss of no likelihood; where that is not to be had, its estimators have no values."""
+        try:
+            window.take_head()
+            if not self._headed:
+                head.check(window)
+            self._headed = True
+        except (ValueError, RuntimeError, TypeError) as error:
+            window.headed = self._headed = False
+            if self._model is None:
+                if not first:
+                    raise
+                self._go_without_outputs(needing, window.base[0].outputs is not None, error)
+                return
+            self._unread = f"the loss is no likelihood that the batch suggests, and no function of outputs: {error}"
+            warn(f"{needing} must belong to the loss that is trained. {self._unread.capitalize()}. Logging NaN.")
+
+    def _go_without_outputs(self, needing: list[str], have_outputs: bool, error: Exception) -> None:
         """Raise where estimators need the likelihood; with the default pair go on without "kl"."""
         reason = (
             f"{needing} need the likelihood of the loss, which likelihood='auto' could not read off the batch: name "
-            "it, likelihood='categorical', 'gaussian' or 'bernoulli'"
+            f"it, likelihood='categorical', 'gaussian' or 'bernoulli' ({error})"
             if have_outputs
             else f"{needing} need the outputs of the model, got none: {OUTPUTS_REMEDY}"
         )
@@ -178,14 +198,15 @@ class DirectionalMeasurement:
 
     def _evaluate(
         self, trainer: pl.Trainer, window: Window, epsilon: float, base_loss: float
-    ) -> tuple[Numbers, CriticalStep | None, Exception | None]:
-        """Return the numbers of the job, the line search's outcome, and the failure of exact products.
+    ) -> tuple[Numbers, CriticalStep | None, dict[str, Exception]]:
+        """Return the numbers of the job, the line search's outcome, and the failures of exact products by estimator.
 
         Raise on every rank where an evaluation along the step failed on one.
         """
         # Of this rank; the other ranks learn of them in the next exchange.
         failures: list[Exception] = []
-        exact_failures: list[Exception] = []
+        exact_failures: dict[str, Exception] = {}
+        wanted = [name for name in EXACT if name in self.estimators]
         forwards = attempted(lambda: evaluations.forwards(window, epsilon, self.estimators), failures.append) or {}
 
         def exchange(make: Callable[[], Values], names: tuple[str, ...]) -> Numbers:
@@ -201,18 +222,24 @@ class DirectionalMeasurement:
 
         def with_exact() -> Values:
             # Not every module has the derivatives: the failure is sent as a number, beside the values of the forwards.
-            values = attempted(lambda: evaluations.exact(window, self.estimators), exact_failures.append) or {}
-            flags = {"exact_failed": len(exact_failures) > 0, "exact_mistaken": any(map(is_mistake, exact_failures))}
+            values, errors = evaluations.exact(window, wanted)
+            exact_failures.update(errors)
+            flags = {f"{name}_failed": name in errors for name in wanted}
+            flags |= {f"{name}_mistaken": is_mistake(errors[name]) if name in errors else False for name in wanted}
             return forwards | values | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
         critical = self._search(loss_at, base_loss) if "critical" in self.estimators else None
-        names = ("exact_failed", "exact_mistaken", *evaluations.names(self.estimators, self._model is not None))
-        values = exchange(with_exact, names)
+        flags = [f"{name}_{flag}" for name in wanted for flag in ("failed", "mistaken")]
+        have_outputs = self._model is not None or self._headed
+        names = (*flags, *evaluations.names(self.estimators, have_outputs, self._headed))
+        values = exchange(with_exact, names) if names else {}
         if "positions" in values:
             values["positions"] *= trainer.world_size
-        if values["exact_failed"] and not exact_failures:
-            exact_failures.append(elsewhere("an exact product", mistake=values["exact_mistaken"] > 0.0))
-        return values, critical, exact_failures[0] if exact_failures else None
+        for name in wanted:
+            if values[f"{name}_failed"] and name not in exact_failures:
+                mistake = values[f"{name}_mistaken"] > 0.0
+                exact_failures[name] = elsewhere(f"the exact product of {name!r}", mistake)
+        return values, critical, exact_failures
 
     def _search(self, loss_at: Callable[[float], float], base_loss: float) -> CriticalStep:
         """Return the critical step, which starts the next search."""
@@ -226,30 +253,39 @@ class DirectionalMeasurement:
 
     def _judged(self, name: str, one: Estimate) -> Estimate:
         """Add what the outputs do not explain of the loss, and drop a value of which not even the size is known."""
-        if self._model is None:
-            return one
-        error = one.error + (self._model.mismatch if name in NEED_OUTPUTS else 0.0)
+        mismatch = self._model.mismatch if self._model is not None and not self._headed else 0.0
+        error = one.error + (mismatch if name in NEED_OUTPUTS else 0.0)
         # With an ε of the user's the value is what was asked for.
-        lost = self._options.epsilon == "auto" and one.model is not None and not one.model.total() <= 1.0
+        lost = self._options.epsilon == "auto" and not error <= 1.0
         return Estimate(math.nan if lost else one.quadratic, error, one.model)
 
     def _conclude(self, result: DirectionalResult, values: Numbers) -> DirectionalResult:
         """Add estimates of the numbers of the job to a result, and choose the next ε."""
         rounding, epsilon = self._rounding, result.epsilon
         assert rounding is not None
+        if self._unread:
+            result = result.with_reason([name for name in NEED_OUTPUTS if name in self.estimators], self._unread)
         wanted = [name for name in self.estimators if KEYS[name] not in result.reasons]
         estimates = estimate(wanted, values, epsilon, epsilon * result.norm, rounding)
-        descent, trusted = loss_descent(values, epsilon, rounding, estimates.get("finite_difference"))
+        descent, trusted, same = loss_descent(values, epsilon, rounding, estimates.get("finite_difference"))
         if not trusted:
             warn("the gradient after backward is not that of the loss: gᵀd is taken from the loss at θ ± εd.")
+            estimates = estimate_again(wanted, values | {"descent": descent}, epsilon, rounding)
         models = [one.model for one in estimates.values() if one.model is not None]
         self._distance = result.norm * choose_epsilon(epsilon, models)
         self._learned = astuple(rounding.growth) + astuple(rounding.offset)
         estimates = {name: self._judged(name, one) for name, one in estimates.items()}
+        if not same:
+            estimates.pop("finite_difference", None)
+            reason = "the loss at other parameters is another function than the one that is trained: a part of it that "
+            result = result.with_reason(["finite_difference"], f"{reason}has no gradient depends on them too")
+        for name in beside_outputs(values, epsilon, descent, rounding):
+            estimates.pop(name, None)
+            result = result.with_reason([name], "the loss changes along the step by more than its outputs do")
         result = replace(result, estimates=estimates, descent=descent)
         if descent <= 0.0:
             return result.with_reason(self.estimators, "the step goes uphill: gᵀd ≤ 0")
         if result.critical is not None and math.isnan(result.critical.factor):
             result = result.with_reason(["critical"], "critical_max_forwards came before the search had a bracket")
         hidden = [name for name, one in estimates.items() if math.isnan(one.quadratic)]
-        return result.with_reason(hidden, "rounding or truncation hides it")
+        return result.with_reason(hidden, "its error is above 100 %: rounding, truncation or kinks hide it")

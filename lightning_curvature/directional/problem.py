@@ -2,17 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.directional.likelihood import OutputModel
-from lightning_curvature.distributed.shards import fresh_shards
+from lightning_curvature.distributed.shards import fresh_shards, is_sharded
 from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.optimizers.update import ParameterUpdate
+from lightning_curvature.replay.check import other_loss
+from lightning_curvature.replay.head import find_cut, head_loss, made_outputs
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.replay.recording import RecordedBatch
@@ -29,6 +31,7 @@ class Window:
         segment: manual optimization: which of the optimizer steps of the last batch is measured.
         averaged: whether the loss is the mean over the records (else their sum).
         model: how the loss depends on the outputs; None where there are none.
+        headed: whether its dependence is that of the head of the loss, which is evaluated by itself.
         base: loss and outputs of each record at θ_t.
     """
 
@@ -39,7 +42,9 @@ class Window:
     segment: int = 0
     averaged: bool = True
     model: OutputModel | None = None
+    headed: bool = False
     base: list[Evaluation] = field(default_factory=list)
+    _beside: list[Tensor] = field(default_factory=list)
 
     def take_base(self, repeat: bool) -> None:
         """Set ``base`` to loss and outputs of the step itself; where ``repeat``, to those of one evaluation at θ_t.
@@ -57,7 +62,7 @@ class Window:
             for index, record in enumerate(self.records):
                 assert record.base is not None
                 loss = self.objective.base_loss(record, self._segment(index))
-                self.base.append(Evaluation(loss, record.base.outputs, record.base.mask))
+                self.base.append(replace(record.base, loss=loss))
         self.objective.confirm(expected, self.base[0].loss)
 
     def evaluations(self) -> Iterator[Evaluation]:
@@ -84,6 +89,60 @@ class Window:
         """Set the parameters to θ_t − position·d, without gradients."""
         with self.update.at(position), fresh_shards(self.objective.module), torch.no_grad():
             yield
+
+    def take_head(self) -> None:
+        """Find where to cut off the head of the loss, unless that is known, and the outputs there at θ_t.
+
+        Raises:
+            ValueError: if there is no such place, or the head by itself has another loss.
+        """
+        objective = self.objective
+        if is_sharded(self.update.parameters):
+            raise ValueError("the parameters are sharded")
+        if objective.cut is None:
+            with self.at(0.0), self.precision(), same_attention(objective.module):
+                trained, name = self.update.parameters, objective.outputs_name
+                objective.cut = find_cut(objective, self.records[0], self._segment(0), trained, name)
+        self.headed = True
+        with self.at(0.0):
+            if not all(base.calls for base in self.base):
+                pairs = zip(self.base, self.evaluations(), strict=True)
+                self.base = [replace(base, calls=result.calls) for base, result in pairs]
+            self._beside = self.parameters_beside()
+            for index, base in enumerate(self.base):
+                loss = self.head_loss(index, self.head_points(index))
+                if other_loss(float(base.loss), float(loss), self.records[index].forward_dtype, ()) is not None:
+                    raise ValueError(
+                        f"the loss must be a function of the outputs of {sorted(objective.cut.made)}, got "
+                        f"{float(loss):.6g} from them alone where it was {float(base.loss):.6g}"
+                    )
+
+    def head_points(self, index: int) -> list[Tensor]:
+        """Return what one record's loss is a function of, at θ_t: outputs, then parameters."""
+        return [*self.made(self.base[index]), *self._beside]
+
+    def made(self, result: Evaluation) -> list[Tensor]:
+        """Return the outputs of an evaluation at which the loss is cut off."""
+        assert self.objective.cut is not None
+        return made_outputs(self.objective.cut, result.calls)
+
+    def parameters_beside(self) -> list[Tensor]:
+        """Return copies of the parameters, as they are now, that the loss reaches beside the outputs."""
+        assert self.objective.cut is not None
+        return [self.update.parameters[k].detach().clone() for k in self.objective.cut.parameters]
+
+    def head_loss(self, index: int, points: list[Tensor]) -> Tensor:
+        """Return one record's loss at other outputs and parameters beside them; to be called at θ_t."""
+        objective, cut = self.objective, self.objective.cut
+        assert cut is not None
+        count = len(points) - len(cut.parameters)
+        parameters = [id(self.update.parameters[k]) for k in cut.parameters]
+        with (
+            self.precision(),
+            parameters_replaced(objective.module, dict(zip(parameters, points[count:], strict=True))),
+        ):
+            calls = self.base[index].calls
+            return head_loss(objective, self.records[index], self._segment(index), cut, calls, points[:count])
 
     def loss_at(self, position: float) -> Tensor:
         """Return this rank's loss at θ_t − position·d. One pass."""

@@ -23,6 +23,11 @@ def is_mistake(error: Exception) -> bool:
     return isinstance(error, MisconfigurationException)
 
 
+def lacks_derivatives(error: Exception | None) -> bool:
+    """Return whether an error may be a lack of derivatives."""
+    return isinstance(error, NotImplementedError) or any(word in str(error or "").lower() for word in _LACKING)
+
+
 def elsewhere(what: str, mistake: bool) -> Exception:
     """Return the error of a rank that did not fail itself: of the same kind, so that all ranks go on or none."""
     kind = MisconfigurationException if mistake else RuntimeError
@@ -83,7 +88,7 @@ def attempt_together(trainer: pl.Trainer, make: Callable[[], Tensors], instead: 
     except Exception as caught:
         error = caught.with_traceback(None)  # whose frames hold graphs and vectors
     reduce, here = sum_over_ranks(trainer), error is not None
-    lacking = isinstance(error, NotImplementedError) or any(word in str(error or "").lower() for word in _LACKING)
+    lacking = lacks_derivatives(error)
     if reduce is None:
         return Outcome(dict(own), error, here, int(here), lacking)
     home = next(iter(instead.values()), torch.zeros((), dtype=torch.float64, device="cpu"))

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +15,15 @@ from lightning_curvature.operators.differentiation import differentiable
 
 @dataclass
 class Evaluation:
-    """Scalar mean loss of one batch and, where available, outputs, (B, …), and mask: the weight of each position."""
+    """Scalar mean loss of one batch and, where available, outputs, (B, …), and mask: the weight of each position.
+
+    ``calls`` are those of the modules at which the loss is cut off, where it is.
+    """
 
     loss: Tensor
     outputs: Tensor | None = None
     mask: Tensor | None = None
+    calls: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

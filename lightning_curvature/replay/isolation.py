@@ -37,8 +37,11 @@ class Shelter:
             self._snapshots[id(real)] = Snapshot([real], passed=parameters)
 
     def restore(self) -> None:
-        """Put all of them back."""
-        put_back([snapshot.restore for snapshot in self._snapshots.values()])
+        """Put all of them back, once: before patches come off, which are part of what is put back."""
+        try:
+            put_back([snapshot.restore for snapshot in self._snapshots.values()])
+        finally:
+            self._snapshots.clear()
 
 
 class _Inert:

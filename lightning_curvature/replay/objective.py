@@ -1,19 +1,20 @@
 """A LightningModule's training step as a function of its parameters: recorded once, repeated many times."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.batches import copied
+from lightning_curvature.replay.calls import Call, recording_calls
 from lightning_curvature.replay.check import left_behind, moved_before, other_loss
+from lightning_curvature.replay.head import Cut
 from lightning_curvature.replay.isolation import Shelter, muted, own_buffers, untouched
 from lightning_curvature.replay.memory import addresses
 from lightning_curvature.replay.randomness import RandomState
@@ -27,11 +28,13 @@ from lightning_curvature.replay.recording import (
     read_result,
     recorded_through,
     recording_backward,
+    watching_outputs,
 )
 from lightning_curvature.replay.rewrites import Rewrites
 from lightning_curvature.replay.snapshot import Snapshot
 from lightning_curvature.replay.witness import Witness
 
+_Context = contextlib.AbstractContextManager[Any]
 ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
 
 
@@ -60,7 +63,8 @@ class StepObjective:
                 f"choose one of {[name for name, _ in module.named_modules() if name][:10]}."
             )
         self.module, self.device, self.function = module, device, function
-        self._outputs_name = outputs
+        self.outputs_name = outputs
+        self.cut: Cut | None = None  # where the loss is cut off, if it is
         self._step: Callable[..., Any] = module.training_step
         # ``torch.compile(module)`` compiles the step too, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
@@ -78,10 +82,10 @@ class StepObjective:
         and never into the step.
         """
         called, start = False, self.rewrites.position() if self.module.automatic_optimization else {}
-        stack, seen = contextlib.ExitStack(), list[Any]()
+        stack, seen, calls = contextlib.ExitStack(), list[Any](), list[Call]()
 
         def begin(*args: Any, **kwargs: Any) -> RecordedBatch | None:
-            nonlocal called, seen
+            nonlocal called, seen, calls
             if called:
                 return None
             called, record = True, self._begin(args, kwargs)
@@ -90,7 +94,8 @@ class StepObjective:
                 raise self.refusal
             # A step compiled as a whole is one graph; watching its outputs would compile another.
             if not (self.compiled or self.function is not None):
-                seen = stack.enter_context(self._watching_outputs())
+                seen = stack.enter_context(watching_outputs(self._watched))
+                calls = stack.enter_context(self._recording_calls())
             if not self.module.automatic_optimization:
                 stack.enter_context(recording_backward(self.module, record.backward))
             self.records.append(record)
@@ -103,7 +108,7 @@ class StepObjective:
             finally:
                 _attempt(on_error, stack.close)
             if record is not None:
-                _attempt(on_error, lambda: self._finish(record, result, seen))
+                _attempt(on_error, lambda: self._finish(record, result, seen, calls))
             return result
 
         with recorded_through(self.module, record_call) as self._step:
@@ -183,7 +188,7 @@ class StepObjective:
         dtype = forward_dtype(self.module, self.device)
         return RecordedBatch(args, kwargs, randomness, state, self.module.trainer.global_step, dtype)
 
-    def _finish(self, record: RecordedBatch, result: Any, seen: list[Any]) -> None:
+    def _finish(self, record: RecordedBatch, result: Any, seen: list[Any], calls: list[Call]) -> None:
         lost = self.rewrites.note(record.marks, self._marks())
         if self.function is not None:
             return
@@ -205,7 +210,8 @@ class StepObjective:
         else:
             base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
         # The graph must not outlive the step.
-        record.base = Evaluation(base.loss.detach(), None if base.outputs is None else base.outputs.detach())
+        outputs = None if base.outputs is None else base.outputs.detach()
+        record.base = Evaluation(base.loss.detach(), outputs, calls=[call.detached() for call in calls])
 
     def base_loss(self, record: RecordedBatch, segment: int) -> Tensor:
         """Return the loss of the step itself; in manual optimization that of one segment."""
@@ -215,8 +221,10 @@ class StepObjective:
         loss = record.backward.loss(segment)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
-    def evaluate(self, record: RecordedBatch, segment: int = 0) -> Evaluation:
+    def evaluate(self, record: RecordedBatch, segment: int = 0, within: _Context | None = None) -> Evaluation:
         """Repeat a recorded step at the present parameters, under ``torch.no_grad`` unless gradients are enabled.
+
+        ``within`` is entered around the step itself, when all states are those of the recorded call.
 
         Raises:
             ValueError: if the loss is not a scalar.
@@ -224,12 +232,12 @@ class StepObjective:
         if self.refusal is not None:
             raise self.refusal
         try:
-            return self._evaluate(record, segment)
+            return self._evaluate(record, segment, within)
         except BaseException:
             record.state.restore()  # whoever goes on must not meet half a step
             raise
 
-    def _evaluate(self, record: RecordedBatch, segment: int) -> Evaluation:
+    def _evaluate(self, record: RecordedBatch, segment: int, within: _Context | None) -> Evaluation:
         with_graph = torch.is_grad_enabled()
         record.state.restore()
         record.randomness.restore()
@@ -239,16 +247,19 @@ class StepObjective:
             stack.enter_context(self.rewrites.replaced())
             if with_graph:
                 stack.enter_context(own_buffers(self.module))
+            calls = stack.enter_context(self._recording_calls() if within is None else within)
             if self.function is not None:
-                return read_result(self.function(self.module, first_of(args, kwargs)), [], objective=True)
-            seen = stack.enter_context(self._watching_outputs())
+                result = read_result(self.function(self.module, first_of(args, kwargs)), [], objective=True)
+                return replace(result, calls=calls or [])
+            seen = stack.enter_context(watching_outputs(self._watched))
             log = BackwardLog()
             # Also in automatic optimization: a step may use its optimizer or step a scheduler.
             stack.enter_context(inert_optimization(self.module, log, shelter))
+            stack.callback(shelter.restore)
             result = self._step(*args, **kwargs)
             if self.module.automatic_optimization:
-                return read_result(result, seen)
-            return Evaluation(log.loss(segment), find_outputs(result, seen))
+                return replace(read_result(result, seen), calls=calls or [])
+            return Evaluation(log.loss(segment), find_outputs(result, seen), calls=calls or [])
 
     def rehearse(self, record: RecordedBatch, segment: int = 0) -> Tensor | None:
         """Repeat a step once, without gradients, and return its loss; None where that was done before.
@@ -273,23 +284,13 @@ class StepObjective:
             self.refusal = refusal
             raise refusal
 
-    @contextlib.contextmanager
-    def _watching_outputs(self) -> Generator[list[Any], None, None]:
-        """Collect what the module's forward, or the named submodule, returns inside the block."""
-        seen: list[Any] = []
-        watched = self.module.get_submodule(self._outputs_name or "")
-        forward = watched.forward
+    @property
+    def _watched(self) -> nn.Module:
+        return self.module.get_submodule(self.outputs_name or "")
 
-        # Not a hook: compiled code ignores those added later. Without the attributes of a compiled function, by which
-        # torch would take this one for it, and pass it over.
-        @functools.wraps(forward, updated=())
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            seen.append(output)
-            return output
-
-        with patched(watched, forward=noted):
-            yield seen
+    def _recording_calls(self) -> contextlib.AbstractContextManager[list[Call]]:
+        names = () if self.cut is None else self.cut.made | self.cut.passed
+        return recording_calls(self.module, names, self.device)
 
 
 def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:

@@ -58,6 +58,23 @@ def find_outputs(result: Any, seen: list[Any]) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
 
 
+@contextlib.contextmanager
+def watching_outputs(module: nn.Module) -> Generator[list[Any], None, None]:
+    """Collect what the forward of a module returns inside the block."""
+    seen, forward = list[Any](), module.forward
+
+    # Not a hook: compiled code ignores those added later. Without the attributes of a compiled function, by which
+    # torch would take this one for it, and pass it over.
+    @functools.wraps(forward, updated=())
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        seen.append(output)
+        return output
+
+    with patched(module, forward=noted):
+        yield seen
+
+
 class BackwardLog:
     """Losses handed to ``manual_backward``, in segments that end with an optimizer step."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.helpers.directional import monitor, regression
 from tests.helpers.modules import Plain, TwoOptimizers
@@ -37,10 +37,13 @@ def test_several_optimizers_with_an_objective() -> None:
 
 
 class Hidden(Plain):
-    """Its outputs never leave training_step."""
+    """Makes its outputs of parameters, without a module."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(self.network(batch[0]), batch[1])
+        z = batch[0]
+        for layer in self.network:
+            z = F.linear(z, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else z.tanh()
+        return self.loss(z, batch[1])
 
 
 @pytest.mark.parametrize("estimators", [("kl",), ("gauss_newton",), ("kl", "finite_difference", "hvp")])
@@ -68,19 +71,20 @@ def test_the_default_pair_goes_on_without_outputs() -> None:
     assert capture.curve("curvature/lambda_kl") == []
 
 
-def penalized(z: Tensor, y: Tensor) -> Tensor:
-    """A loss that belongs to no likelihood the batch could tell."""
-    return (z - y).square().mean() + z.abs().mean()
+def margin(z: Tensor, y: Tensor) -> Tensor:
+    """A loss that belongs to no likelihood the batch could tell, and has no second derivative by the outputs."""
+    labels = y.argmax(-1) if y.ndim > 1 else (y > 0).long()
+    return F.multi_margin_loss(z.expand(-1, 2) if z.shape[-1] == 1 else z, labels, p=2)
 
 
 def test_a_likelihood_that_cannot_be_read_is_asked_for() -> None:
     sentence = r"likelihood='auto' could not read off the batch: name it, likelihood='categorical', 'gaussian' or"
     with pytest.raises(MisconfigurationException, match=sentence):
-        run(Plain(loss=penalized), regression(2), monitor(estimators=["kl"]))
-    messages = warned(lambda: run(Plain(loss=penalized), regression(2), monitor()))
+        run(Plain(loss=margin), regression(2), monitor(estimators=["kl"]))
+    messages = warned(lambda: run(Plain(loss=margin), regression(2), monitor()))
     assert len(messages) == 1
     assert "name it, likelihood=" in messages[0]
-    outcome = run(Plain(loss=penalized), regression(2), monitor(estimators=["kl"], likelihood="gaussian"))
+    outcome = run(Plain(loss=margin), regression(2), monitor(estimators=["kl"], likelihood="gaussian"))
     assert all(v > 0 for v in outcome.capture.curve("curvature/lambda_kl"))
 
 

@@ -117,16 +117,21 @@ def test_the_error_of_the_descent_counts() -> None:
 def test_descent_of_the_kept_gradient_or_of_the_pair() -> None:
     values, epsilon = numbers(0.1), 0.1
     pair = estimate(("finite_difference",), values, epsilon, epsilon, rounding())["finite_difference"]
-    assert loss_descent(values, epsilon, rounding(), pair) == (DESCENT, True)
+    assert loss_descent(values, epsilon, rounding(), pair) == (DESCENT, True, True)
     # A gradient that something cut to a tenth after backward, as clipping does: the slope of the pair is the loss's.
     changed = values | {"descent": 0.05}
-    slope, kept = loss_descent(changed, epsilon, rounding(), pair)
+    slope, kept, same = loss_descent(changed, epsilon, rounding(), pair)
     assert slope == pytest.approx(DESCENT, rel=1e-12)
-    assert not kept
+    assert (kept, same) == (False, True)
+    # One that the loss has been differentiated for: the pair's is another function.
+    assert loss_descent(changed | {"hvp_descent": 0.05}, epsilon, rounding(), pair) == (0.05, True, False)
+    assert loss_descent(changed | {"head_slope": 0.05 * epsilon}, epsilon, rounding(), pair) == (0.05, True, False)
+    by_outputs, kept, same = loss_descent(changed | {"head_slope": DESCENT * epsilon}, epsilon, rounding(), pair)
+    assert (by_outputs, kept, same) == (pytest.approx(DESCENT), False, True)
     # Where the pair is no evidence, the kept one stays.
     assert pair.model is not None
     wide = replace(pair, model=replace(pair.model, truncation=0.4))
     for doubtful in (None, Estimate(math.nan, math.nan, pair.model), Estimate(0.3, 0.0, None), wide):
-        assert loss_descent(changed, epsilon, rounding(), doubtful) == (0.05, True)
+        assert loss_descent(changed, epsilon, rounding(), doubtful) == (0.05, True, True)
     # An exact product has differentiated the loss itself.
-    assert loss_descent(changed | {"hvp_descent": 0.7}, epsilon, rounding(), pair) == (0.7, True)
+    assert loss_descent(changed | {"hvp_descent": 0.7}, epsilon, rounding(), pair) == (0.7, True, True)

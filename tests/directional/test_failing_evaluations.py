@@ -118,8 +118,10 @@ def test_warns_and_goes_on(estimators: tuple[Any, ...], at: int, place: str) -> 
     assert_same(unwatched(place), watched)
     messages = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
     assert messages == ["DirectionalCurvatureMonitor logs NaN: Boom: trapped"]
-    assert trap.calls()[0] == at
-    for name in estimators:
+    # One exact product that fails leaves the other.
+    apart = len(estimators) > 1 and not {"kl", "finite_difference"} & set(estimators)
+    assert trap.calls()[0] == at + apart
+    for name in estimators[:1] if apart else estimators:
         values = watched.curve(LAMBDAS[name])
         assert math.isnan(values[0])
         assert all(math.isfinite(value) for value in values[1:])

@@ -62,14 +62,24 @@ def test_an_ignored_class_that_the_first_batch_does_not_hold() -> None:
     batches = classification(3)
     batches[0] = (batches[0][0], batches[0][1].clamp_min(1))
     module = Classifier(mlp(4, 6, 3), sgd, loss=lambda z, y: F.cross_entropy(z, y, ignore_index=0))
-    with pytest.warns(CurvatureWarning, match="not the mean categorical negative log-likelihood"):
-        outcome = run(module, batches, monitor("kl"))
-    for index in (1, 2):
-        truth, row = outcome.reference(index), outcome.capture.rows[index]
-        distance = abs(row["curvature/lambda_kl"] / (truth.gauss_newton / truth.descent / 0.3) - 1.0)
-        assert distance > 0.01  # else the case is none
-        # The reported error is the mismatch of the loss, of the size of what is left out but not equal to it.
-        assert row["curvature/lambda_kl_error"] > 0.1 * distance
+    # One point: the truncation of O(ε) at the ε of rounding in float64, (u L / q)^⅓ of about 1e-5, with room for ten.
+    check(run(module, batches, monitor("kl")), {"lambda_kl": 1e-4}, steps=3)
+    check(run(module, batches, monitor()), FOUR, steps=3)
+
+
+def test_a_named_likelihood_that_is_another() -> None:
+    """What is named is kept, and the mismatch of the loss is its error; NaN where that is above 1."""
+    for reduction, known in (("mean", True), ("sum", False)):
+        module = Classifier(mlp(4, 6, 3), sgd)
+        module.loss = lambda z, y, reduction=reduction: (  # type: ignore[misc]
+            F.cross_entropy(z, y, ignore_index=0, reduction=reduction) + (3.0 if reduction == "sum" else 0.0)
+        )
+        with pytest.warns(CurvatureWarning, match="not the mean categorical negative log-likelihood"):
+            outcome = run(module, classification(2), monitor("kl", likelihood="categorical"))
+        row = outcome.capture.rows[1]
+        assert math.isfinite(row["curvature/lambda_kl"]) == known
+        assert (row["curvature/lambda_kl_error"] <= 1.0) == known
+        assert row["curvature/lambda_kl_error"] > 0.01
 
 
 def test_mean_and_sum_that_one_sample_cannot_tell_apart() -> None:
@@ -85,9 +95,7 @@ def test_mean_and_sum_that_one_sample_cannot_tell_apart() -> None:
 def test_labels_out_of_range_that_the_loss_ignores() -> None:
     batches: list[Batch] = [(x, y.masked_fill(torch.arange(8) < 2, 255)) for x, y in classification(2)]
     module = Classifier(mlp(4, 6, 3), sgd, loss=lambda z, y: F.cross_entropy(z, y, ignore_index=255))
-    with pytest.warns(CurvatureWarning, match="not the mean categorical"):
-        outcome = run(module, batches, monitor("kl", "finite_difference", "hvp"))
-    check(outcome, {"lambda_dir": EXACT, "lambda_fd": DIFFERENCE}, steps=2)
+    check(run(module, batches, monitor()), FOUR, steps=2)
 
 
 class Pair(nn.Module):

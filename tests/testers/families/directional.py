@@ -90,10 +90,16 @@ def forward_only(name: str, plain: Any = None) -> dict[str, Any]:
     return {"estimators": FORWARD_ONLY, "every_n_train_steps": 1 if name == "manual optimization" else 2}
 
 
+# A part of the loss that has no gradient follows the weights: at other weights the loss is another function.
+ELSEWHERE = {"moves_a_teacher", "moves_a_teacher_past_autograd", "gives_a_teacher_new_memory", "grows_buffers"}
+
+
 def missing(name: str) -> set[str]:
     """Return what rounding may hide in all steps, and what a step has not that moves trained weights itself."""
     if name in MOVING:
         return {*LAMBDAS.values(), "headroom"}
+    if name in ELSEWHERE:
+        return {"lambda_fd"}
     return {"lambda_fd", "lambda_kl"} if name == "bf16-mixed" else set()
 
 

@@ -1,0 +1,131 @@
+"""Gauss–Newton of any loss: its second derivative along the change of the outputs, by a pass through its head alone.
+
+With ℓ(z) the loss as a function of the outputs z, and u their change along the step, dᵀGd = uᵀ(∇²ℓ)u. Parameters that
+the loss reaches beside the outputs (penalties, temperatures) are outputs like any other, with u = d.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.directional.problem import Window
+
+Values = dict[str, Tensor]
+# A change of the outputs, the one at hand and that by rounding: each as a list of tensors.
+Change = Sequence[Tensor]
+
+
+def derivatives(window: Window, index: int, changes: Sequence[Change], higher: bool) -> tuple[Values, list[Tensor]]:
+    """Return first and second derivatives of one record's loss along changes of its outputs, and ∂ℓ/∂z.
+
+    To be called at θ_t. Third and fourth ones, along the first change, with ``higher``; 0 where the loss has none.
+    """
+    points = [z.detach().requires_grad_() for z in window.head_points(index)]
+    wide = torch.promote_types(points[0].dtype, torch.float32)
+    t = torch.zeros(len(changes), dtype=wide, device=points[0].device, requires_grad=True)
+    with torch.enable_grad():
+        moved = [
+            z + sum((t[i].to(z.device, z.dtype) * change[k] for i, change in enumerate(changes)), torch.zeros_like(z))
+            for k, z in enumerate(points)
+        ]
+        loss = window.head_loss(index, moved)
+        first, *gradient = torch.autograd.grad(
+            loss, [t, *points], create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        second = torch.stack([_along(first[i], t, i, higher and i == 0) for i in range(len(changes))])
+        values = {"loss": loss.detach(), "first": first.detach(), "second": second.detach()}
+        if higher:
+            values |= dict.fromkeys(("third", "fourth"), torch.zeros_like(loss.detach()))
+            with contextlib.suppress(RuntimeError):  # some functions have two derivatives and no more
+                third = _along(second[0], t, 0, graph=True)
+                values |= {"third": third.detach(), "fourth": _along(third, t, 0, graph=False).detach()}
+    return values, [part.detach() for part in gradient]
+
+
+def check(window: Window) -> None:
+    """Raise ValueError where the loss has no second derivative by its outputs."""
+    try:
+        with window.at(0.0):
+            derivatives(window, 0, [[torch.ones_like(z) for z in window.head_points(0)]], higher=False)
+    except RuntimeError as error:
+        raise ValueError(f"its second derivative by the outputs is not to be had ({error})") from error
+
+
+def _along(value: Tensor, t: Tensor, index: int, graph: bool) -> Tensor:
+    """Return the derivative by one entry of t; 0 where the value does not depend on it."""
+    if value.grad_fn is None:
+        return torch.zeros_like(value)
+    (derivative,) = torch.autograd.grad(
+        value, t, create_graph=graph, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return derivative[index]
+
+
+def pair(window: Window, plus: Sequence[Change], minus: Sequence[Change]) -> Values:
+    """Return the numbers of a symmetric pair of outputs: those of ``pair_statistics``, and what rounding adds."""
+    rows = []
+    for index, (up, down) in enumerate(zip(plus, minus, strict=True)):
+        base = window.head_points(index)
+        # Differences first: near convergence z is large and its changes are small.
+        ups, downs = ([one - z for one, z in zip(side, base, strict=True)] for side in (up, down))
+        odd, even = ([0.5 * (a + sign * b) for a, b in zip(ups, downs, strict=True)] for sign in (-1.0, 1.0))
+        values, gradient = derivatives(window, index, [odd, even, _rounded(base)], higher=True)
+        signal, defect, noise = values["second"]
+        rows.append(
+            {
+                "signal": signal,
+                "defect": defect.abs(),
+                "third": values["third"],
+                "fourth": values["fourth"],
+                "head_slope": values["first"][0],
+            }
+            | _noise(base, gradient, noise)
+        )
+    return _totals(window, rows)
+
+
+def one_sided(window: Window, minus: Sequence[Change]) -> Values:
+    """Return the numbers of the outputs at θ_t − εd alone."""
+    rows = []
+    for index, down in enumerate(minus):
+        base = window.head_points(index)
+        change = [z - one for z, one in zip(base, down, strict=True)]
+        values, gradient = derivatives(window, index, [change, _rounded(base)], higher=True)
+        signal, noise = values["second"]
+        rows.append(
+            {"twice_divergence": signal, "departure": values["third"].abs(), "head_slope": values["first"][0]}
+            | _noise(base, gradient, noise)
+        )
+    return _totals(window, rows)
+
+
+def _rounded(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return changes of random signs as large as the outputs of each position, the same in every call."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    signs = [(torch.rand(z.shape, generator=generator) < 0.5).to(z.device, z.dtype) * 2.0 - 1.0 for z in outputs]
+    return [sign * _size(z) for sign, z in zip(signs, outputs, strict=True)]
+
+
+def _size(outputs: Tensor) -> Tensor:
+    """Return the root mean square of each position's components, to be broadcast over them."""
+    return outputs.square().mean(-1, keepdim=True).sqrt() if outputs.ndim else outputs.abs()
+
+
+def _noise(outputs: Sequence[Tensor], gradient: Sequence[Tensor], noise: Tensor) -> Values:
+    """Return what rounding errors as large as the outputs do to the quadratic form and to the loss."""
+    positions = sum(z.numel() // (z.shape[-1] if z.ndim > 1 else 1) for z in outputs)
+    loss = torch.stack([(g * _size(z)).double().square().sum() for z, g in zip(outputs, gradient, strict=True)]).sum()
+    return {
+        "noise_gain": noise.abs(),
+        "spread_gain": noise.abs(),
+        "loss_noise_gain": loss * positions,
+        "positions": loss.new_tensor(float(positions)),
+    }
+
+
+def _totals(window: Window, rows: Sequence[Values]) -> Values:
+    """Add the numbers of the records, each as the loss weights it; positions are counted."""
+    values = {name: window.total(row[name] for row in rows) for name in rows[0]}
+    return values | {"positions": torch.stack([row["positions"] for row in rows]).sum()}
