@@ -4,7 +4,7 @@ All inputs are numbers of the whole job. All errors are relative, a rounding par
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,8 @@ _SLOPE_TRUNCATION = 3.0
 _SLOPE_DISAGREEMENT = 0.5
 # The slope by the outputs may differ from gᵀd by this share: the truncation of a pair.
 _SAME_SLOPE = 0.1
+# Below these shares it is the truncation of a pair, or rounding in float32: no reason to doubt.
+_ALIKE = {"kl": 0.02, "gauss_newton": 1e-3}
 # The slope of a pair of a larger error is no evidence.
 _WELL_BEHAVED = 0.3
 # The error of gᵀd as a share of its bound (see _with_slope). Measured in bf16: 0.2 to 0.3, one time in ten 1.
@@ -204,12 +206,26 @@ def loss_descent(
     return (slope, False, True) if changed else (kept, True, True)
 
 
-def beside_outputs(values: Numbers, epsilon: float, descent: float, rounding: Rounding) -> list[str]:
-    """Return the estimators of the outputs where these do not explain the slope of the loss, gᵀd.
+def checked_by_slope(
+    estimates: Mapping[str, Estimate], values: Numbers, epsilon: float, descent: float, rounding: Rounding
+) -> tuple[dict[str, Estimate], list[str], bool]:
+    """Return the estimates, those of the outputs that belong to another loss, and whether their loss is in doubt.
 
-    A repeated step then moves something beside them, such as a teacher that follows the weights.
+    A loss that is a function of the outputs has the slope gᵀd by them too. Where it has another, a reading of the batch
+    reproduces the loss by chance (class weights while all classes are alike), or a repeated step moves something beside
+    the outputs, such as a teacher that follows the weights. A small difference adds to the error.
     """
-    rounded = 3.0 * rounding.loss_deviation(values) / epsilon
-    slopes = {"kl": (values.get("head_slope", math.nan) / epsilon, rounded)}
-    slopes["gauss_newton"] = (values.get("gauss_newton_slope", math.nan), 0.0)
-    return [name for name, (slope, more) in slopes.items() if abs(slope - descent) > _SAME_SLOPE * abs(descent) + more]
+    checked, lost, doubt = dict(estimates), [], False
+    rounded = 3.0 * rounding.loss_deviation(values)
+    slopes = {"kl": "head_slope" if "head_slope" in values else "outputs_slope", "gauss_newton": "gauss_newton_slope"}
+    for name, key in slopes.items():
+        unit, noise = (epsilon, rounded) if name == "kl" else (1.0, rounded / epsilon if rounding.half else 0.0)
+        off = max(abs(values.get(key, math.nan) - descent * unit) - noise, 0.0) / abs(descent * unit or math.nan)
+        if name not in checked or not off > _ALIKE[name]:
+            continue
+        doubt = True
+        checked[name] = replace(checked[name], error=checked[name].error + off)
+        if off > _SAME_SLOPE:
+            del checked[name]
+            lost.append(name)
+    return checked, lost, doubt

@@ -4,8 +4,9 @@ Every function returns scalars of *this rank* whose mean over all ranks is that 
 """
 
 import functools
+import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -33,9 +34,9 @@ def names(estimators: Collection[str], have_outputs: bool, headed: bool) -> list
         numbers += ["loss_plus", "loss_minus", *(PairStatistics._fields if have_outputs else ())]
     elif "kl" in estimators:
         numbers += ["loss_minus", "twice_divergence", "departure"]
-    if headed:
+    if have_outputs:
         numbers += ["gauss_newton_slope"] if "gauss_newton" in estimators else []
-        numbers += ["head_slope"] if along else []
+        numbers += ["head_slope" if headed else "outputs_slope"] if along else []
     return numbers + ([*_ROUNDED] if have_outputs and (along or not headed) else [])
 
 
@@ -101,11 +102,24 @@ def _one_sided(window: Window, epsilon: float) -> Values:
         functional.divergence_statistics(z, moved, window.model.likelihood, mask)
         for (z, mask), moved in zip(window.outputs, shifted, strict=True)
     ]
+    changes = [z - moved for (z, _), moved in zip(window.outputs, shifted, strict=True)]
     return {
         "loss_minus": loss,
         "twice_divergence": window.scaled_total(2.0 * s.divergence for s in statistics),
         "departure": window.scaled_total(s.departure for s in statistics),
+        "outputs_slope": _slope(window, changes),
     }
+
+
+def _slope(window: Window, changes: Sequence[Tensor]) -> Tensor:
+    """Return how the loss, as it is read, changes with the outputs to first order; NaN where no target is known."""
+    model, terms = window.model, []
+    assert model is not None
+    for base, record, (_, mask), change in zip(window.base, window.records, window.outputs, changes, strict=True):
+        residual = model.residual(base.outputs, record.batch)  # type: ignore[arg-type]
+        rows = (residual * change.reshape(residual.shape)).sum(-1)
+        terms.append(rows.mean() if mask is None else (mask * rows).sum() / mask.sum())
+    return window.scaled_total(terms) * (math.nan if model.target is None else 1.0)
 
 
 def _symmetric_pair(window: Window, epsilon: float) -> Values:
@@ -120,7 +134,9 @@ def _symmetric_pair(window: Window, epsilon: float) -> Values:
         for (z, mask), up, down in zip(window.outputs, plus, minus, strict=True)
     ]
     fields = zip(PairStatistics._fields, zip(*statistics, strict=True), strict=True)
-    return values | {name: window.scaled_total(terms) for name, terms in fields}
+    changes = [0.5 * (up - down) for up, down in zip(plus, minus, strict=True)]
+    values |= {name: window.scaled_total(terms) for name, terms in fields}
+    return values | {"outputs_slope": _slope(window, changes)}
 
 
 def _pass(window: Window, position: float) -> tuple[Tensor, list[Tensor]]:
@@ -205,7 +221,7 @@ def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
     if window.headed:
         return _gauss_newton_of_head(window, direction)
     assert window.model is not None
-    descents, quadratics = [], []
+    descents, quadratics, changes = [], [], []
     for index, (_, mask) in enumerate(window.outputs):
         with forward_ad.dual_level():
             result = _dual(window, index, direction)
@@ -217,8 +233,11 @@ def _gauss_newton(window: Window, direction: list[Tensor]) -> Values:
             )
         _check_loss(window, index, loss)
         quadratics.append(functional.output_quadratic_form(z, u, window.model.likelihood, mask))
+        changes.append(u)
         descents.append(slope)
-    return {"gauss_newton_descent": window.total(descents), "gauss_newton_quadratic": window.scaled_total(quadratics)}
+    values = {"descent": window.total(descents), "quadratic": window.scaled_total(quadratics)}
+    values["slope"] = _slope(window, changes)
+    return {f"gauss_newton_{name}": value for name, value in values.items()}
 
 
 def _dual(window: Window, index: int, direction: list[Tensor]) -> Evaluation:

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.directional import evaluations, head
-from lightning_curvature.directional.estimates import Estimate, beside_outputs, estimate, estimate_again, loss_descent
+from lightning_curvature.directional.estimates import Estimate, checked_by_slope, estimate, estimate_again, loss_descent
 from lightning_curvature.directional.evaluations import Values
 from lightning_curvature.directional.likelihood import OutputModel, confirm, identify
 from lightning_curvature.directional.line_search import CriticalStep, critical_step
@@ -46,7 +46,7 @@ class DirectionalMeasurement:
         """Forget the module: a new fit may bring another. What was learned about ε stays."""
         self.estimators: Sequence[str] = self._options.estimators
         self._model: OutputModel | None = None
-        self._headed, self._unread = False, ""
+        self._headed, self._doubtful, self._unread = False, False, ""
         self._rounding: Rounding | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +146,8 @@ class DirectionalMeasurement:
                 )
         elif self._model is not None and base.outputs is not None:
             self._model = confirm(self._model, base.outputs, record.batch, base.loss, likelihood, base.mask)
-        read = self._model is not None and (self._model.reproduced or likelihood != "auto")
+        likely = self._model is not None and self._model.reproduced and not self._doubtful
+        read = self._model is not None and (likely or likelihood != "auto") and not self._headed
         if needing and not read and not self._unread:
             self._take_head(window, needing, first)
         window.model = None if self._headed else self._model
@@ -279,9 +280,8 @@ class DirectionalMeasurement:
             estimates.pop("finite_difference", None)
             reason = "the loss at other parameters is another function than the one that is trained: a part of it that "
             result = result.with_reason(["finite_difference"], f"{reason}has no gradient depends on them too")
-        for name in beside_outputs(values, epsilon, descent, rounding):
-            estimates.pop(name, None)
-            result = result.with_reason([name], "the loss changes along the step by more than its outputs do")
+        estimates, lost, self._doubtful = checked_by_slope(estimates, values, epsilon, descent, rounding)
+        result = result.with_reason(lost, "the loss does not change along the step as its outputs say")
         result = replace(result, estimates=estimates, descent=descent)
         if descent <= 0.0:
             return result.with_reason(self.estimators, "the step goes uphill: gᵀd ≤ 0")

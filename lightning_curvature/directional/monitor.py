@@ -39,7 +39,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     O(ε²)), gauss_newton one forward-mode pass, hvp a forward and two backwards, critical 3 to 8. One more where the
     step's own loss is computed otherwise than theirs: with ``objective=``, ``probe_precision="32-true"``, or a module
     compiled as a whole; and one on the first measured step of a fit, which checks that the step can be repeated (see
-    docs/effect.md). None on other steps.
+    docs/effect.md). For a loss of no known likelihood two more once a fit, which find its outputs. None on other steps.
 
     Choice of ε (``epsilon="auto"``): a measured step shows the rounding part of its errors (a/ε²) and their truncation
     part (bε², one-sided bε), without an evaluation more. The next ε makes the sum least, between a tenth and four times
@@ -51,10 +51,10 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             is left out, with one warning, where the step has no outputs; any other choice that needs them raises.
         every_n_train_steps: measure optimizer steps 0, n, 2n, …
         epsilon: how far along the step to evaluate, in steps (1 reaches θ_{t+1}), or "auto".
-        likelihood: "auto" (integer targets: categorical; float targets whose squared error or binary cross-entropy
-            reproduces the loss: gaussian, bernoulli), or one of the three by name.
+        likelihood: "auto" (the one that reproduces the loss; for any other loss its second derivative by the outputs,
+            through its head), or "categorical", "gaussian" or "bernoulli" by name.
         outputs: name of the submodule that makes the outputs; default: what training_step returns under "outputs",
-            else what the module's own forward returned.
+            else what the module's own forward returned; through the head, also those of the last modules before it.
         objective: callable (module, batch) → loss, or → {"loss", "outputs", "mask"}, in place of training_step. It
             must be the loss whose gradient makes the step.
         optimizer_index: which optimizer to follow where there are several.

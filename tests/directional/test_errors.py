@@ -84,8 +84,10 @@ def test_a_likelihood_that_cannot_be_read_is_asked_for() -> None:
     messages = warned(lambda: run(Plain(loss=margin), regression(2), monitor()))
     assert len(messages) == 1
     assert "name it, likelihood=" in messages[0]
-    outcome = run(Plain(loss=margin), regression(2), monitor(estimators=["kl"], likelihood="gaussian"))
-    assert all(v > 0 for v in outcome.capture.curve("curvature/lambda_kl"))
+    named = monitor(estimators=["kl"], likelihood="gaussian")
+    outcome = run(Plain(loss=margin), regression(2), named)
+    assert all(math.isnan(v) for v in outcome.capture.curve("curvature/lambda_kl"))
+    assert named.result.reasons == {"lambda_kl": "the loss does not change along the step as its outputs say"}
 
 
 def test_validation_alone_is_left_alone() -> None:

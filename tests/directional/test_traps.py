@@ -67,19 +67,38 @@ def test_an_ignored_class_that_the_first_batch_does_not_hold() -> None:
     check(run(module, batches, monitor()), FOUR, steps=3)
 
 
-def test_a_named_likelihood_that_is_another() -> None:
-    """What is named is kept, and the mismatch of the loss is its error; NaN where that is above 1."""
-    for reduction, known in (("mean", True), ("sum", False)):
-        module = Classifier(mlp(4, 6, 3), sgd)
-        module.loss = lambda z, y, reduction=reduction: (  # type: ignore[misc]
-            F.cross_entropy(z, y, ignore_index=0, reduction=reduction) + (3.0 if reduction == "sum" else 0.0)
-        )
-        with pytest.warns(CurvatureWarning, match="not the mean categorical negative log-likelihood"):
-            outcome = run(module, classification(2), monitor("kl", likelihood="categorical"))
-        row = outcome.capture.rows[1]
-        assert math.isfinite(row["curvature/lambda_kl"]) == known
-        assert (row["curvature/lambda_kl_error"] <= 1.0) == known
-        assert row["curvature/lambda_kl_error"] > 0.01
+@pytest.mark.parametrize(("weight", "known"), [(0.02, True), (5.0, False)])
+def test_a_named_likelihood_that_is_another(weight: float, known: bool) -> None:
+    """What is named is kept, and the mismatch of the loss is part of its error; NaN where the slope is another."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y) + weight * z.square().mean()
+
+    with pytest.warns(CurvatureWarning, match="not the mean categorical negative log-likelihood"):
+        outcome = run(Classifier(mlp(4, 6, 3), sgd, loss), classification(2), monitor("kl", likelihood="categorical"))
+    for index in range(2):
+        truth, row = outcome.reference(index), outcome.capture.rows[index]
+        off = abs(row["curvature/lambda_kl"] / (truth.gauss_newton / truth.descent / 0.3) - 1.0)
+        assert math.isfinite(off) == known
+        assert not known or 1e-4 < row["curvature/lambda_kl_error"] <= 1.0
+
+
+def test_weights_that_the_loss_does_not_show() -> None:
+    """All classes are alike at first, and any weights give the same loss: the slope along the step tells."""
+    weight = torch.tensor([1.0, 4.0, 0.2], dtype=torch.float64)
+    network = mlp(4, 6, 3)
+    with torch.no_grad():
+        network[-1].weight.mul_(1e-4)
+        network[-1].bias.zero_()
+    module = Classifier(network, sgd, lambda z, y: F.cross_entropy(z, y, weight=weight))
+    outcome = run(module, classification(4), monitor())
+    assert math.isnan(outcome.capture.rows[0]["curvature/lambda_kl"])  # the reading by chance
+    assert math.isnan(outcome.capture.rows[0]["curvature/lambda_gn"])
+    for index in (1, 2, 3):
+        truth, row = outcome.reference(index), outcome.capture.rows[index]
+        value = truth.gauss_newton / truth.descent / 0.3
+        assert row["curvature/lambda_gn"] == pytest.approx(value, rel=EXACT)
+        assert row["curvature/lambda_kl"] == pytest.approx(value, rel=DIFFERENCE)
 
 
 def test_mean_and_sum_that_one_sample_cannot_tell_apart() -> None:

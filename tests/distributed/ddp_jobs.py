@@ -103,6 +103,34 @@ unused = Case(Unused, strategy="ddp_find_unused_parameters_true")
 rare = Case(Rare, rare_batches, strategy="ddp_find_unused_parameters_true")
 
 
+def squared_weights(z: Tensor, y: Tensor) -> Tensor:
+    """A loss of no likelihood that the batch could tell."""
+    weight = torch.tensor([1.0, 3.0, 0.5], dtype=z.dtype)[y]
+    return (weight * (z.softmax(-1) - F.one_hot(y, 3)).square().sum(-1)).mean()
+
+
+class Penalized(Classifier):
+    """Its loss reaches a weight beside the outputs, which two modules make."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        first, *rest, last = self.network
+        hidden = first(batch[0])
+        for layer in rest:
+            hidden = layer(hidden)
+        loss = self.loss(last(hidden), batch[1]) + 0.01 * last.weight.square().sum() + 0.1 * hidden.square().mean()
+        self.log("train_loss", loss)
+        return loss
+
+
+def penalized() -> Classifier:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return Penalized(network, lambda m: torch.optim.SGD(m.parameters(), lr=0.3), squared_weights)
+
+
+by_head = Case(penalized)
+by_head_accumulated = replace(by_head, trainer={"accumulate_grad_batches": 2})
+
 uneven = replace(rare, module=Uneven, batches=uneven_batches, monitor={"objective": mean_of_halves})
 
 
