@@ -176,17 +176,18 @@ class DirectionalMeasurement:
             warn(f"{needing} must belong to the loss that is trained. {self._unread.capitalize()}. Logging NaN.")
 
     def _go_without_outputs(self, needing: list[str], have_outputs: bool, error: Exception) -> None:
-        """Raise where estimators need the likelihood; with the default pair go on without "kl"."""
+        """Go on without the estimators that need the outputs; raise where there are no others."""
         reason = (
             f"{needing} need the likelihood of the loss, which likelihood='auto' could not read off the batch: name "
             f"it, likelihood='categorical', 'gaussian' or 'bernoulli' ({error})"
             if have_outputs
             else f"{needing} need the outputs of the model, got none: {OUTPUTS_REMEDY}"
         )
-        if set(self._options.estimators) != set(DirectionalOptions.estimators):
+        rest = [name for name in self.estimators if name not in needing]
+        if not rest:
             raise MisconfigurationException(f"{reason}.")
-        warn(f"{reason}. Going on with 'finite_difference' alone.")
-        self.estimators = ("finite_difference",)
+        warn(f"{reason}. Going on with {', '.join(map(repr, rest))} alone.")
+        self.estimators = rest
 
     def _choose_epsilon(self, norm: float, start: Numbers) -> float:
         """Return ε of a step of length ``norm``, the same on every rank."""

@@ -14,6 +14,7 @@ from lightning_curvature.directional.result import DirectionalResult
 from lightning_curvature.directional.update_monitor import UpdateMonitor
 from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.distributed.together import attempted
+from lightning_curvature.monitors.checks import check_real
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.replay.objective import ObjectiveFunction
 
@@ -47,8 +48,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     distance is part of the checkpoint. docs/directional.md has the details.
 
     Args:
-        estimators: which of "kl", "finite_difference", "hvp", "gauss_newton", "critical". From the default pair "kl"
-            is left out, with one warning, where the step has no outputs; any other choice that needs them raises.
+        estimators: which of "kl", "finite_difference", "hvp", "gauss_newton", "critical". Those that need
+            outputs are left out, with one warning, where the step has none; it raises if there are no others.
         every_n_train_steps: measure optimizer steps 0, n, 2n, …
         epsilon: how far along the step to evaluate, in steps (1 reaches θ_{t+1}), or "auto".
         likelihood: "auto" (the one that reproduces the loss; for any other loss its second derivative by the outputs,
@@ -113,6 +114,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         """Check strategy and precision against the estimators."""
         super().on_fit_start(trainer, pl_module)
         self._measurement.begin()
+        for group in trainer.optimizers[self.options.optimizer_index].param_groups if trainer.optimizers else ():
+            check_real(type(self).__name__, group["params"])
         derivatives = [name for name in self.options.estimators if name in EXACT]
         parameters = list(pl_module.parameters())
         if derivatives and is_sharded(parameters):

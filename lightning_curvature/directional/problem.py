@@ -61,7 +61,7 @@ class Window:
         else:
             for index, record in enumerate(self.records):
                 assert record.base is not None
-                loss = self.objective.base_loss(record, self._segment(index))
+                loss = record.loss(self.objective.module.automatic_optimization, self._segment(index))
                 self.base.append(replace(record.base, loss=loss))
         self.objective.confirm(expected, self.base[0].loss)
 
@@ -99,6 +99,8 @@ class Window:
         objective = self.objective
         if is_sharded(self.update.parameters):
             raise ValueError("the parameters are sharded")
+        if objective.differentiates:
+            raise ValueError("the step differentiates by itself, and so depends on more than its outputs")
         if objective.cut is None:
             with self.at(0.0), self.precision(), same_attention(objective.module):
                 trained, name = self.update.parameters, objective.outputs_name

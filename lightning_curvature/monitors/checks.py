@@ -70,6 +70,14 @@ def check_not_quantized(monitor: str, module: nn.Module) -> None:
             )
 
 
+def check_real(monitor: str, parameters: Iterable[Tensor]) -> None:
+    """Raise where parameters are complex: a step along one has a real and an imaginary part."""
+    if any(p.is_complex() for p in parameters):
+        raise MisconfigurationException(
+            f"{monitor} must find real parameters, got complex ones: train their real and imaginary parts."
+        )
+
+
 def is_lazy(module: nn.Module) -> bool:
     """Return whether a module has parameters whose shape its first forward decides."""
     return any(isinstance(p, UninitializedTensorMixin) for p in module.parameters())

@@ -14,6 +14,7 @@ from lightning_curvature.data.probe_set import read_probe_set, step_size
 from lightning_curvature.data.reading import sample_count
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.monitors.base import Monitor
+from lightning_curvature.monitors.checks import check_real
 from lightning_curvature.monitors.options import ProbeSetOptions
 from lightning_curvature.monitors.protocol import Prepared, Problem, Result, prepare_together
 from lightning_curvature.replay.objective import StepObjective
@@ -100,11 +101,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
 
     def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the parameters cannot be moved."""
-        if any(p.is_complex() for p in parameters):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find real parameters, got complex ones: train their real and imaginary "
-                "parts."
-            )
+        check_real(type(self).__name__, parameters)
 
     def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
         """Return the parameters that the followed optimizer moves; by hand there is one optimizer, of all of them."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +25,13 @@ class Evaluation:
     outputs: Tensor | None = None
     mask: Tensor | None = None
     calls: list[Any] = field(default_factory=list)
+
+    def detached(self) -> "Evaluation":
+        """Return the evaluation without its graph; one in forward mode keeps its derivatives, and has none."""
+        if forward_ad.unpack_dual(self.loss).tangent is not None:
+            return self
+        outputs = None if self.outputs is None else self.outputs.detach()
+        return Evaluation(self.loss.detach(), outputs, self.mask, [call.detached() for call in self.calls])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,11 @@ def other_loss(expected: float, found: float, dtype: torch.dtype, written: Seque
     )
 
 
+def asks_for_gradients(error: BaseException) -> bool:
+    """Return whether a step failed because it differentiates something that has no graph."""
+    return isinstance(error, RuntimeError) and "does not require grad" in str(error)
+
+
 def moved_before() -> Exception:
     """Return what is wrong where parameters were moved between the start of a batch and its step."""
     return ValueError(

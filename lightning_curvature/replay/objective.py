@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.batches import copied
 from lightning_curvature.replay.calls import Call, recording_calls
-from lightning_curvature.replay.check import left_behind, moved_before, other_loss
+from lightning_curvature.replay.check import asks_for_gradients, left_behind, moved_before, other_loss
 from lightning_curvature.replay.head import Cut
 from lightning_curvature.replay.isolation import Shelter, muted, own_buffers, untouched
 from lightning_curvature.replay.memory import addresses
@@ -71,6 +71,7 @@ class StepObjective:
         self.records: list[RecordedBatch] = []
         self.rewrites = Rewrites(module, module.trainer.optimizers)
         self.refusal: Exception | None = None
+        self.differentiates = False  # whether the step itself needs gradients
         self._snapshot: Snapshot | None = None
         self._covered: Sequence[Tensor] = ()
 
@@ -185,8 +186,8 @@ class StepObjective:
                 f"training_step must not depend on what cannot be put back, got {state.unrepeatable} on the module, "
                 "iterators or open files: keep them elsewhere, or give objective=."
             )
-        dtype = forward_dtype(self.module, self.device)
-        return RecordedBatch(args, kwargs, randomness, state, self.module.trainer.global_step, dtype)
+        step, dtype = self.module.trainer.global_step, forward_dtype(self.module, self.device)
+        return RecordedBatch(args, kwargs, randomness, state, step, dtype)
 
     def _finish(self, record: RecordedBatch, result: Any, seen: list[Any], calls: list[Call]) -> None:
         lost = self.rewrites.note(record.marks, self._marks())
@@ -210,20 +211,12 @@ class StepObjective:
         else:
             base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
         # The graph must not outlive the step.
-        outputs = None if base.outputs is None else base.outputs.detach()
-        record.base = Evaluation(base.loss.detach(), outputs, calls=[call.detached() for call in calls])
-
-    def base_loss(self, record: RecordedBatch, segment: int) -> Tensor:
-        """Return the loss of the step itself; in manual optimization that of one segment."""
-        if self.module.automatic_optimization:
-            assert record.base is not None
-            return record.base.loss
-        loss = record.backward.loss(segment)
-        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+        record.base = replace(base, calls=calls).detached()
 
     def evaluate(self, record: RecordedBatch, segment: int = 0, within: _Context | None = None) -> Evaluation:
         """Repeat a recorded step at the present parameters, under ``torch.no_grad`` unless gradients are enabled.
 
+        A step that turns out to differentiate for itself has its gradients, and the result comes without its graph.
         ``within`` is entered around the step itself, when all states are those of the recorded call.
 
         Raises:
@@ -231,11 +224,17 @@ class StepObjective:
         """
         if self.refusal is not None:
             raise self.refusal
+        graphless = not torch.is_grad_enabled()
         try:
-            return self._evaluate(record, segment, within)
-        except BaseException:
+            with torch.set_grad_enabled(self.differentiates or not graphless):
+                result = self._evaluate(record, segment, within)
+            return result.detached() if graphless else result
+        except BaseException as error:
             record.state.restore()  # whoever goes on must not meet half a step
-            raise
+            if self.differentiates or not graphless or within is not None or not asks_for_gradients(error):
+                raise
+        self.differentiates = True
+        return self.evaluate(record, segment)
 
     def _evaluate(self, record: RecordedBatch, segment: int, within: _Context | None) -> Evaluation:
         with_graph = torch.is_grad_enabled()

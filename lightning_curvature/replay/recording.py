@@ -123,6 +123,14 @@ class RecordedBatch:
         """The batch as training_step received it."""
         return first_of(self.args, self.kwargs)
 
+    def loss(self, automatic: bool, segment: int) -> Tensor:
+        """Return the loss of the step itself; in manual optimization that of one segment."""
+        if automatic:
+            assert self.base is not None
+            return self.base.loss
+        loss = self.backward.loss(segment)
+        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
 
 def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the batch out of the arguments of a step."""

@@ -13,6 +13,7 @@ from lightning_curvature import DirectionalCurvatureMonitor
 from tests.helpers.habits import MOVING
 from tests.helpers.modules import FromIterator, Plain, TwoOptimizers
 from tests.helpers.runs import Classifier, classification, mlp, run
+from tests.helpers.stabilization import Complex
 from tests.helpers.witness import ALL, FORWARD_ONLY, LAMBDAS
 from tests.oracles.along_step import DIFFERENCE, EXACT, norm_of, rows_of
 from tests.testers.family import Family, Misfit
@@ -49,6 +50,12 @@ MISFITS: dict[str, Misfit] = {
         Plain,
         {"optimizer_index": 1},
         r"optimizer_index must be below the number of optimizers, got 1 of 1: count from 0",
+        error=MisconfigurationException,
+    ),
+    "complex parameters": Misfit(
+        Complex,
+        {},
+        r"DirectionalCurvatureMonitor must find real parameters, got complex ones: train their real and imaginary",
         error=MisconfigurationException,
     ),
     "step that fetches its own batch": Misfit(
