@@ -6,6 +6,7 @@ import contextlib
 import random
 import types
 from collections import deque
+from collections.abc import Generator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.replay.isolation import ReplayTrainer, muted, parameters_replaced, untouched
@@ -281,3 +282,21 @@ def test_replaced_parameters_are_put_back_wherever_they_stand() -> None:
         assert module["c"].weight is not other
         raise KeyError
     assert {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)} == before
+
+
+@contextlib.contextmanager
+def counted(module: Any) -> Generator[None, None, None]:
+    yield
+
+
+def test_a_context_manager_that_decorates_a_method_is_no_iterator() -> None:
+    """It holds a generator that never runs, since each call makes another: transformers' models have such methods."""
+
+    class Decorated(nn.Module):
+        @counted(None)
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    module = Decorated()
+    module.method = counted(module)(lambda x: x)  # type: ignore[assignment]
+    assert Snapshot([module]).unrepeatable == []
