@@ -208,24 +208,21 @@ def loss_descent(
 
 def checked_by_slope(
     estimates: Mapping[str, Estimate], values: Numbers, epsilon: float, descent: float, rounding: Rounding
-) -> tuple[dict[str, Estimate], list[str], bool]:
-    """Return the estimates, those of the outputs that belong to another loss, and whether their loss is in doubt.
+) -> tuple[dict[str, Estimate], bool]:
+    """Return the estimates with what the slope by the outputs says of their error, and whether their loss is in doubt.
 
     A loss that is a function of the outputs has the slope gᵀd by them too. Where it has another, a reading of the batch
     reproduces the loss by chance (class weights while all classes are alike), or a repeated step moves something beside
-    the outputs, such as a teacher that follows the weights. A small difference adds to the error.
+    the outputs, such as a teacher that follows the weights. A quadratic form is off by twice the share of the slope.
     """
-    checked, lost, doubt = dict(estimates), [], False
+    checked, doubt = dict(estimates), False
     rounded = 3.0 * rounding.loss_deviation(values)
     slopes = {"kl": "head_slope" if "head_slope" in values else "outputs_slope", "gauss_newton": "gauss_newton_slope"}
     for name, key in slopes.items():
         unit, noise = (epsilon, rounded) if name == "kl" else (1.0, rounded / epsilon if rounding.half else 0.0)
         off = max(abs(values.get(key, math.nan) - descent * unit) - noise, 0.0) / abs(descent * unit or math.nan)
-        if name not in checked or not off > _ALIKE[name]:
-            continue
-        doubt = True
-        checked[name] = replace(checked[name], error=checked[name].error + off)
-        if off > _SAME_SLOPE:
-            del checked[name]
-            lost.append(name)
-    return checked, lost, doubt
+        # The truncation of a pair moves its slope too: that much is in the error already.
+        if name in checked and off > max(_ALIKE[name], 3.0 * checked[name].error):
+            doubt = True
+            checked[name] = replace(checked[name], error=checked[name].error + 2.0 * off)
+    return checked, doubt

@@ -46,7 +46,7 @@ class DirectionalMeasurement:
         """Forget the module: a new fit may bring another. What was learned about ε stays."""
         self.estimators: Sequence[str] = self._options.estimators
         self._model: OutputModel | None = None
-        self._headed, self._doubtful, self._unread = False, False, ""
+        self._headed, self._doubtful, self._settled, self._unread = False, False, False, ""
         self._rounding: Rounding | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class DirectionalMeasurement:
                 )
         elif self._model is not None and base.outputs is not None:
             self._model = confirm(self._model, base.outputs, record.batch, base.loss, likelihood, base.mask)
-        likely = self._model is not None and self._model.reproduced and not self._doubtful
+        likely = self._model is not None and self._model.reproduced and (self._settled or not self._doubtful)
         read = self._model is not None and (likely or likelihood != "auto") and not self._headed
         if needing and not read and not self._unread:
             self._take_head(window, needing, first)
@@ -167,6 +167,9 @@ class DirectionalMeasurement:
             self._headed = True
         except (ValueError, RuntimeError, TypeError) as error:
             window.headed = self._headed = False
+            if self._model is not None and self._model.reproduced:
+                self._settled = True  # its values have their doubt in their error
+                return
             if self._model is None:
                 if not first:
                     raise
@@ -240,7 +243,7 @@ class DirectionalMeasurement:
         for name in wanted:
             if values[f"{name}_failed"] and name not in exact_failures:
                 mistake = values[f"{name}_mistaken"] > 0.0
-                exact_failures[name] = elsewhere(f"the exact product of {name!r}", mistake)
+                exact_failures[name] = elsewhere("an exact product", mistake)
         return values, critical, exact_failures
 
     def _search(self, loss_at: Callable[[float], float], base_loss: float) -> CriticalStep:
@@ -276,17 +279,18 @@ class DirectionalMeasurement:
         models = [one.model for one in estimates.values() if one.model is not None]
         self._distance = result.norm * choose_epsilon(epsilon, models)
         self._learned = astuple(rounding.growth) + astuple(rounding.offset)
+        estimates, self._doubtful = checked_by_slope(estimates, values, epsilon, descent, rounding)
         estimates = {name: self._judged(name, one) for name, one in estimates.items()}
         if not same:
             estimates.pop("finite_difference", None)
             reason = "the loss at other parameters is another function than the one that is trained: a part of it that "
             result = result.with_reason(["finite_difference"], f"{reason}has no gradient depends on them too")
-        estimates, lost, self._doubtful = checked_by_slope(estimates, values, epsilon, descent, rounding)
-        result = result.with_reason(lost, "the loss does not change along the step as its outputs say")
         result = replace(result, estimates=estimates, descent=descent)
         if descent <= 0.0:
             return result.with_reason(self.estimators, "the step goes uphill: gᵀd ≤ 0")
         if result.critical is not None and math.isnan(result.critical.factor):
             result = result.with_reason(["critical"], "critical_max_forwards came before the search had a bracket")
         hidden = [name for name, one in estimates.items() if math.isnan(one.quadratic)]
-        return result.with_reason(hidden, "its error is above 100 %: rounding, truncation or kinks hide it")
+        return result.with_reason(
+            hidden, "its error is above 100 %: rounding, truncation or kinks hide it, or the loss is another"
+        )

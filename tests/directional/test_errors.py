@@ -95,7 +95,7 @@ def test_a_likelihood_that_cannot_be_read_is_asked_for() -> None:
     named = monitor(estimators=["kl"], likelihood="gaussian")
     outcome = run(Plain(loss=margin), regression(2), named)
     assert all(math.isnan(v) for v in outcome.capture.curve("curvature/lambda_kl"))
-    assert named.result.reasons == {"lambda_kl": "the loss does not change along the step as its outputs say"}
+    assert "or the loss is another" in named.result.reasons["lambda_kl"]
 
 
 def test_validation_alone_is_left_alone() -> None:
