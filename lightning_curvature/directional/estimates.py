@@ -79,11 +79,16 @@ def estimate_again(wanted: Collection[str], values: Numbers, epsilon: float, rou
     return {name: _with_slope(one, values, rounding) for name, one in estimates.items()}
 
 
+def _exact_descent(values: Numbers) -> float | None:
+    """Return gᵀd of the first exact product, if there is one."""
+    return next((values[key] for name in EXACT if (key := f"{name}_descent") in values), None)
+
+
 def _differentiated(values: Numbers, epsilon: float, kept: float) -> float:
     """Return gᵀd of the loss itself where a measurement has it: hooks may have changed the gradient that was kept."""
-    for name in EXACT:
-        if f"{name}_descent" in values:
-            return values[f"{name}_descent"]
+    exact = _exact_descent(values)
+    if exact is not None:
+        return exact
     by_outputs = values.get("head_slope", math.nan) / epsilon
     return by_outputs if abs(by_outputs - kept) > _SAME_SLOPE * abs(kept) else kept
 
@@ -186,7 +191,7 @@ def loss_descent(
     and the pair has another slope, the loss elsewhere is another function: a target without gradient moves along.
     """
     kept = values["descent"]
-    exact = next((values[key] for name in EXACT if (key := f"{name}_descent") in values), None)
+    exact = _exact_descent(values)
     by_outputs = values["head_slope"] / epsilon if "head_slope" in values else None
     loss = _differentiated(values, epsilon, kept)
     changed, slope = False, kept

@@ -58,8 +58,7 @@ def _rounding_statistics(window: Window) -> Values:
     model = window.model
     assert model is not None
     loss_gains, positions = [], []
-    for base, record, (z, mask) in zip(window.base, window.records, window.outputs, strict=True):
-        residual = model.residual(base.outputs, record.batch)  # type: ignore[arg-type]
+    for residual, (z, mask) in zip(window.residuals, window.outputs, strict=True):
         rows = residual.square().sum(-1) * z.reshape(residual.shape).float().square().mean(-1)
         loss_gains.append(rows.mean() if mask is None else (mask * rows).sum() / mask.sum())
         positions.append(z.new_tensor(len(rows), dtype=torch.float64) if mask is None else mask.sum().double())
@@ -115,8 +114,7 @@ def _slope(window: Window, changes: Sequence[Tensor]) -> Tensor:
     """Return how the loss, as it is read, changes with the outputs to first order; NaN where no target is known."""
     model, terms = window.model, []
     assert model is not None
-    for base, record, (_, mask), change in zip(window.base, window.records, window.outputs, changes, strict=True):
-        residual = model.residual(base.outputs, record.batch)  # type: ignore[arg-type]
+    for residual, (_, mask), change in zip(window.residuals, window.outputs, changes, strict=True):
         rows = (residual * change.reshape(residual.shape)).sum(-1)
         terms.append(rows.mean() if mask is None else (mask * rows).sum() / mask.sum())
     return window.scaled_total(terms) * (math.nan if model.target is None else 1.0)

@@ -35,7 +35,7 @@ def derivatives(window: Window, index: int, changes: Sequence[Change], higher: b
             loss, [t, *points], create_graph=True, allow_unused=True, materialize_grads=True
         )
         second = torch.stack([_along(first[i], t, i, higher and i == 0) for i in range(len(changes))])
-        values = {"loss": loss.detach(), "first": first.detach(), "second": second.detach()}
+        values = {"first": first.detach(), "second": second.detach()}
         if higher:
             values |= dict.fromkeys(("third", "fourth"), torch.zeros_like(loss.detach()))
             with contextlib.suppress(RuntimeError):  # some functions have two derivatives and no more

@@ -176,7 +176,7 @@ class DirectionalMeasurement:
                 self._go_without_outputs(needing, window.base[0].outputs is not None, error)
                 return
             self._unread = f"the loss is no likelihood that the batch suggests, and no function of outputs: {error}"
-            warn(f"{needing} must belong to the loss that is trained. {self._unread.capitalize()}. Logging NaN.")
+            warn(f"{needing} must belong to the loss that is trained: {self._unread}. Logging NaN.")
 
     def _go_without_outputs(self, needing: list[str], have_outputs: bool, error: Exception) -> None:
         """Go on without the estimators that need the outputs; raise where there are no others."""

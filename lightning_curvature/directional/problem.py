@@ -170,6 +170,13 @@ class Window:
         return [(model.arrange(b.outputs), mask) for b, mask in zip(self.base, masks, strict=True)]
 
     @cached_property
+    def residuals(self) -> list[Tensor]:
+        """∂ℓ/∂z of each position's negative log-likelihood, (P, C), for each record at θ_t."""
+        assert self.model is not None
+        pairs = zip(self.base, self.records, strict=True)
+        return [self.model.residual(base.outputs, record.batch) for base, record in pairs]  # type: ignore[arg-type]
+
+    @cached_property
     def _scales(self) -> list[float]:
         """The loss of each record as a multiple of the mean negative log-likelihood of a position."""
         assert self.model is not None
