@@ -36,8 +36,14 @@ _SAME_SLOPE = 0.1
 _ALIKE = {"kl": 0.02, "gauss_newton": 1e-3}
 # The slope of a pair of a larger error is no evidence.
 _WELL_BEHAVED = 0.3
+# What kinks between the ends add to the divergence, in units of what they add to the second difference, both relative
+# to the slope.
+_KINKS_SHARE = 0.3
 # The error of gᵀd as a share of its bound (see _with_slope). Measured in bf16: 0.2 to 0.3, one time in ten 1.
 _SLOPE_SHARE = 0.5
+# The reported error of an estimate with an ε, in units of what its model expects: then nine true errors in ten are
+# below it (benchmarks/calibration.py).
+_COVERAGE = 1.5
 # The KL estimators share ε with the second difference and weigh more: they resolve curvature that the loss rounds away.
 _KL_WEIGHT = {False: 5.0, True: 25.0}  # in half precision the loss hardly resolves curvature at any ε
 
@@ -93,6 +99,11 @@ def _differentiated(values: Numbers, epsilon: float, kept: float) -> float:
     return by_outputs if abs(by_outputs - kept) > _SAME_SLOPE * abs(kept) else kept
 
 
+def _slope(values: Numbers) -> float:
+    """Return εgᵀd of a symmetric pair."""
+    return (values["loss_plus"] - values["loss_minus"]) / 2.0
+
+
 def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     """dᵀHd from the second difference of the loss; truncation from ``defect``, or without outputs from the slope."""
     second = (values["loss_plus"] - values["loss"]) + (values["loss_minus"] - values["loss"])
@@ -100,20 +111,22 @@ def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> E
     if size == 0.0 or not math.isfinite(second):
         return _lost(overflow=size != 0.0)
     noise = math.sqrt(6.0) * rounding.loss_deviation(values) / size
-    slope = (values["loss_plus"] - values["loss_minus"]) / 2.0
+    slope = _slope(values)
     difference = slope - epsilon * values["descent"]
+    kinks = rounding.kinks() / size if values.get("crossed", 0.0) > 0.0 else 0.0
     if "signal" not in values:
         ratio = max(abs(difference) - rounding.offset.level * abs(slope), 0.0) / size
         # In half precision the slope's rounding hides its truncation.
-        return _known(second / epsilon**2, ErrorModel(noise, ratio if rounding.half else _SLOPE_TRUNCATION * ratio**2))
+        model = ErrorModel(noise, ratio if rounding.half else _SLOPE_TRUNCATION * ratio**2)
+        return _known(second / epsilon**2, model, kinks)
     network = _DIFFERENCE_TRUNCATION * _excess(values, rounding) * max(abs(values["signal"]), size) / size
     model = ErrorModel(noise, network + abs(values["fourth"]) / (12.0 * size))
     if rounding.half:
         return _known(second / epsilon**2, model, doubt=model.truncation)
-    # Kinks of the loss (ReLU, max pooling) between the ends: no ε is small enough, and no output shows them. But they
-    # add to the slope as much as to the second difference, and more than a smooth third order would.
+    # Kinks between the ends that nobody knows of: no ε is small enough, and no output shows them. But they add to the
+    # slope as much as to the second difference, and more than a smooth third order would.
     bent = max(abs(difference - values["third"] / 6.0) / size - noise, 0.0)
-    return _known(second / epsilon**2, model, doubt=min(_SLOPE_TRUNCATION * bent**2, bent))
+    return _known(second / epsilon**2, model, doubt=max(min(_SLOPE_TRUNCATION * bent**2, bent), kinks))
 
 
 def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
@@ -132,7 +145,10 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     if symmetric:
         truncation = _SYMMETRIC_TRUNCATION * _excess(values, rounding)
         truncation += _SATURATION * abs(values["fourth"]) / (12.0 * signal)
-        return _known(quadratic / epsilon**2, ErrorModel(noise, truncation, 2, weight, crossed), doubt=truncation)
+        kinks = _KINKS_SHARE * rounding.kinks() / abs(_slope(values)) if values.get("crossed", 0.0) > 0.0 else 0.0
+        return _known(
+            quadratic / epsilon**2, ErrorModel(noise, truncation, 2, weight, crossed), doubt=truncation + kinks
+        )
     # The network bends on the scale of the outputs, √(signal/spread gain) = |δ|/|z|; the bend of the softmax is known.
     spread = values["spread_gain"]
     truncation = _ONE_SIDED_TRUNCATION * math.sqrt(signal / spread) if spread > 0 else math.inf
@@ -169,7 +185,8 @@ def _with_slope(one: Estimate, values: Numbers, rounding: Rounding) -> Estimate:
     The gradient is that of the rounded network, whose outputs are off by n; along the step that makes dᵀJᵀSn, at most
     √(dᵀGd · nᵀSn).
     """
-    error = one.error
+    # In half precision it decides whether there is a value.
+    error = one.error * (1.0 if rounding.half or one.model is None else _COVERAGE)
     if values["descent"] > 0.0 and math.isfinite(one.quadratic) and "noise_gain" in values:
         bound = math.sqrt(abs(one.quadratic) * rounding.unit**2 * values["noise_gain"])
         error += _SLOPE_SHARE * bound / values["descent"]

@@ -89,7 +89,7 @@ def _through_head(window: Window, epsilon: float, symmetric: bool) -> Values:
 def _made(window: Window, position: float) -> tuple[Tensor, list[list[Tensor]]]:
     """Return the loss at θ_t − position·d, and for each record what it is a function of there."""
     with window.at(position):
-        results, beside = list(window.evaluations()), window.parameters_beside()
+        results, beside = list(window.evaluations(on_sides=True)), window.parameters_beside()
         return window.total(one.loss for one in results), [[*window.made(one), *beside] for one in results]
 
 
@@ -142,7 +142,7 @@ def _pass(window: Window, position: float) -> tuple[Tensor, list[Tensor]]:
     losses: list[Tensor] = []
     outputs: list[Tensor] = []
     with window.at(position):
-        for result in window.evaluations():
+        for result in window.evaluations(on_sides=True):
             losses.append(result.loss)
             if window.model is not None:
                 outputs.append(window.model.arrange(result.outputs))

@@ -25,7 +25,7 @@ from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn
 
 # Numbers that the ranks exchange before evaluations along the step.
-_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed")
+_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed", "crossed")
 
 
 class DirectionalMeasurement:
@@ -123,8 +123,9 @@ class DirectionalMeasurement:
         values = {"loss": loss, "descent": update.descent, "squared_norm": update.squared_norm}
         # ‖θ‖ sets the first distance; afterwards nobody asks.
         size = {"squared_size": update.squared_size()} if math.isnan(self._distance) else {}
-        modelled = {"modelled": self._model is not None or self._headed, "headed": self._headed}
-        return values | size | {name: torch.tensor(float(known)) for name, known in modelled.items()}
+        flags = {"modelled": self._model is not None or self._headed, "headed": self._headed}
+        flags["crossed"] = window.crossed
+        return values | size | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
     def _find_model(self, window: Window) -> None:
         """On the first measured step find likelihood, target and estimators; later check that they still hold."""
@@ -137,8 +138,9 @@ class DirectionalMeasurement:
                 self._model = identify(base.outputs, record.batch, base.loss, likelihood, base.mask)
             dtype = record.forward_dtype if self._options.probe_precision is None else torch.float32
             roundoff = forward_roundoff(window.objective.module, window.objective.device, dtype)
-            floors = Floor(*self._learned[:2]), Floor(*self._learned[2:])
-            self._rounding = Rounding(dtype, roundoff, torch.finfo(base.loss.dtype).eps / 2.0, *floors)
+            floors = Floor(*self._learned[:2]), Floor(*self._learned[2:4])
+            eps = torch.finfo(base.loss.dtype).eps
+            self._rounding = Rounding(dtype, roundoff, eps / 2.0, *floors, list(*self._learned[4:]))
             if self._rounding.half and "kl" in self.estimators and "finite_difference" not in self.estimators:
                 warn(
                     "in half precision rounding hides 'kl' by itself: add 'finite_difference', which makes it "
@@ -211,7 +213,7 @@ class DirectionalMeasurement:
         # Of this rank; the other ranks learn of them in the next exchange.
         failures: list[Exception] = []
         exact_failures: dict[str, Exception] = {}
-        wanted = [name for name in EXACT if name in self.estimators]
+        wanted, kinks = [name for name in EXACT if name in self.estimators], window.objective.kinks
         forwards = attempted(lambda: evaluations.forwards(window, epsilon, self.estimators), failures.append) or {}
 
         def exchange(make: Callable[[], Values], names: tuple[str, ...]) -> Numbers:
@@ -229,15 +231,17 @@ class DirectionalMeasurement:
             # Not every module has the derivatives: the failure is sent as a number, beside the values of the forwards.
             values, errors = evaluations.exact(window, wanted)
             exact_failures.update(errors)
-            flags = {f"{name}_failed": name in errors for name in wanted}
+            flags = {"lost": kinks.lost} | {f"{name}_failed": name in errors for name in wanted}
             flags |= {f"{name}_mistaken": is_mistake(errors[name]) if name in errors else False for name in wanted}
             return forwards | values | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
         critical = self._search(loss_at, base_loss) if "critical" in self.estimators else None
         flags = [f"{name}_{flag}" for name in wanted for flag in ("failed", "mistaken")]
         have_outputs = self._model is not None or self._headed
-        names = (*flags, *evaluations.names(self.estimators, have_outputs, self._headed))
-        values = exchange(with_exact, names) if names else {}
+        names = [*flags, *evaluations.names(self.estimators, have_outputs, self._headed)]
+        names += ["lost"] if kinks.kinks is not None else []
+        values = exchange(with_exact, tuple(names)) if names else {}
+        kinks.repeated |= values.get("lost", 0.0) > 0.0  # from now on, on all ranks alike
         if "positions" in values:
             values["positions"] *= trainer.world_size
         for name in wanted:
@@ -278,7 +282,7 @@ class DirectionalMeasurement:
             estimates = estimate_again(wanted, values | {"descent": descent}, epsilon, rounding)
         models = [one.model for one in estimates.values() if one.model is not None]
         self._distance = result.norm * choose_epsilon(epsilon, models)
-        self._learned = astuple(rounding.growth) + astuple(rounding.offset)
+        self._learned = (*astuple(rounding.growth), *astuple(rounding.offset), rounding.bends)
         estimates, self._doubtful = checked_by_slope(estimates, values, epsilon, descent, rounding)
         estimates = {name: self._judged(name, one) for name, one in estimates.items()}
         if not same:

@@ -87,6 +87,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         outputs: str | None = DirectionalOptions.outputs,
         objective: ObjectiveFunction | None = DirectionalOptions.objective,
         optimizer_index: int = DirectionalOptions.optimizer_index,
+        kinks: Literal["frozen", "crossed"] = DirectionalOptions.kinks,
         probe_precision: Literal["32-true"] | None = DirectionalOptions.probe_precision,
         critical_max_forwards: int = DirectionalOptions.critical_max_forwards,
         prefix: str = DirectionalOptions.prefix,
@@ -114,6 +115,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         """Check strategy and precision against the estimators."""
         super().on_fit_start(trainer, pl_module)
         self._measurement.begin()
+        if self._objective is not None and {"kl", "finite_difference"} & set(self.options.estimators):
+            self._objective.kinks.kinks = self.options.kinks
         for group in trainer.optimizers[self.options.optimizer_index].param_groups if trainer.optimizers else ():
             check_real(type(self).__name__, group["params"])
         derivatives = [name for name in self.options.estimators if name in EXACT]

@@ -30,6 +30,7 @@ class DirectionalOptions(MonitorOptions):
     every_n_train_steps: int | None = 10
     epsilon: float | Literal["auto"] = "auto"
     likelihood: Literal["auto", "categorical", "gaussian", "bernoulli"] = "auto"
+    kinks: Literal["frozen", "crossed"] = "frozen"
     critical_max_forwards: int = 20
     progress_bar: bool = False
 
@@ -41,5 +42,6 @@ class DirectionalOptions(MonitorOptions):
                 f"epsilon must be positive and finite, or 'auto', got {self.epsilon!r}: 1.0 is as far as the step went."
             )
         check_choice("likelihood", self.likelihood, ("auto", *LIKELIHOODS), "name the one that is trained")
+        check_choice("kinks", self.kinks, ("frozen", "crossed"), "'frozen' measures the curvature at θ_t")
         check_count("critical_max_forwards", self.critical_max_forwards, 3, "a bracket alone takes two")
         self._normalize(estimators=tuple(dict.fromkeys(self.estimators)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_curvature.directional.likelihood import OutputModel
 from lightning_curvature.distributed.shards import fresh_shards, is_sharded
+from lightning_curvature.distributed.together import attempted
 from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.optimizers.update import ParameterUpdate
@@ -33,6 +34,7 @@ class Window:
         model: how the loss depends on the outputs; None where there are none.
         headed: whether its dependence is that of the head of the loss, which is evaluated by itself.
         base: loss and outputs of each record at θ_t.
+        crossed: whether evaluations elsewhere cross kinks, as far as is known.
     """
 
     objective: StepObjective
@@ -44,6 +46,7 @@ class Window:
     model: OutputModel | None = None
     headed: bool = False
     base: list[Evaluation] = field(default_factory=list)
+    crossed: bool = True
     _beside: list[Tensor] = field(default_factory=list)
 
     def take_base(self, repeat: bool) -> None:
@@ -51,25 +54,65 @@ class Window:
 
         The first time in a fit the first record is evaluated once more, and must have the same loss.
         """
-        expected = None
-        if not self.objective.rewrites.checked:
-            with self.at(0.0), self.precision(), same_attention(self.objective.module):
-                expected = self.objective.rehearse(self.records[0], self._segment(0))
+        expected, kinks = self._rehearse(repeat and not self.objective.compiled), self.objective.kinks
+        kinks.repeated = repeat = repeat or kinks.repeated
         if repeat:
             with self.at(0.0):
-                self.base = list(self.evaluations())
+                self.base = [self._looked_at(index) for index in range(len(self.records))]
         else:
             for index, record in enumerate(self.records):
                 assert record.base is not None
                 loss = record.loss(self.objective.module.automatic_optimization, self._segment(index))
                 self.base.append(replace(record.base, loss=loss))
         self.objective.confirm(expected, self.base[0].loss)
+        sides = [record.sides for record in self.records]
+        self.crossed = None in sides or (kinks.lost and not repeat) or (kinks.closed and any(sides))
 
-    def evaluations(self) -> Iterator[Evaluation]:
-        """Yield loss and outputs of each record with the parameters as they are now: one pass."""
-        for index in range(len(self.records)):
+    def _rehearse(self, repeated: bool) -> Tensor | None:
+        """Evaluate the first record once more, the first time in a fit, and learn of its kinks; return its loss.
+
+        ``repeated``: the records are evaluated anyway, and show their kinks there.
+        """
+        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self._segment(0)
+        if objective.rewrites.checked:
+            return None
+        looking, shown = None if repeated else kinks.looking(), record.sides is not None
+        with self.at(0.0), self.precision(), same_attention(objective.module):
+            expected = objective.rehearse(record, segment, looking if shown else None)
+            if looking is not None and not shown and expected is not None:
+                # Code that was compiled runs as it was written: another rounding, and maybe other masks of dropout.
+                loss = objective.evaluate(record, segment, mode=looking).loss
+                kinks.closed = other_loss(float(expected), float(loss), record.forward_dtype, ()) is not None
+            # Derivatives that the step takes for itself would be those of the other side.
+            kinks.closed |= objective.differentiates
+            if looking is not None and expected is not None:
+                kinks.learn(record.sides, looking)
+            if expected is not None and (spoiled := kinks.spoiled()) is not None:
+                # Such as those of an accuracy that the step logs.
+                without = attempted(lambda: objective.evaluate(record, segment, mode=spoiled).loss, lambda error: None)
+                if without is not None and torch.equal(without, expected):
+                    kinks.leave()
+        return expected
+
+    def _looked_at(self, index: int) -> Evaluation:
+        """Evaluate one record at θ_t and note the sides of its kinks."""
+        looking, record = self.objective.kinks.looking(), self.records[index]
+        with self.precision(), same_attention(self.objective.module):
+            result = self._evaluate(index, looking)
+        record.sides = self.objective.kinks.read([]) if looking is None else looking.sides
+        return result
+
+    def evaluations(self, on_sides: bool = False) -> Iterator[Evaluation]:
+        """Yield loss and outputs of each record with the parameters as they are now: one pass.
+
+        ``on_sides``: with each kink on the side on which it is at θ_t.
+        """
+        kinks = self.objective.kinks
+        for index, record in enumerate(self.records):
+            mode = kinks.on_sides(record.sides if on_sides and not self.crossed else None)
             with self.precision(), same_attention(self.objective.module):
-                result = self._evaluate(index)
+                result = self._evaluate(index, mode)
+            kinks.settle(mode)
             yield result
 
     def dual_evaluation(self, index: int, parameters: dict[int, Tensor]) -> Evaluation:
@@ -77,8 +120,8 @@ class Window:
         with self.precision(), parameters_replaced(self.objective.module, parameters):
             return self._evaluate(index)
 
-    def _evaluate(self, index: int) -> Evaluation:
-        return self.objective.evaluate(self.records[index], self._segment(index))
+    def _evaluate(self, index: int, mode: contextlib.AbstractContextManager[object] | None = None) -> Evaluation:
+        return self.objective.evaluate(self.records[index], self._segment(index), mode=mode)
 
     def _segment(self, index: int) -> int:
         # In manual optimization every earlier batch of the window ended without a step: segment 0.

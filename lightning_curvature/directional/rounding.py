@@ -20,6 +20,11 @@ Numbers = dict[str, float]
 # κ above, at the upper end of what was measured.
 _GROWTH = {torch.float64: 2.0, torch.float32: 2.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
+# What kinks between the ends of a pair add to its second difference, in units of what they add to its slope, and the
+# power of the distance with which that grows. Measured on ReLU networks, whose pairs meet other kinks at each step: the
+# root mean square of the last eight says more than one.
+_KINKS, _KINKS_GROW = 4.0, 1.5
+
 # A number counts as a floor where, at less than 1/2.5 of the distance of one of the last eight measurements, it is more
 # than half of what it was: the root of the defect would have fallen to 1/2.5² = 0.16, were it curvature of the outputs.
 # Other batches differ by less than the factor of three between. A κ beyond eight times the expected one has not been
@@ -66,6 +71,7 @@ class Rounding:
         growth: κ, where the defect turned out not to fall with the distance.
         offset: relative difference between the pair's slope and gᵀd, where it does not fall with the distance: the
             gradient is not quite that of the loss (another optimizer stepped in between, or an objective is random).
+        bends: distance of the last pairs, and what kinks added to their slope.
     """
 
     dtype: torch.dtype
@@ -73,6 +79,7 @@ class Rounding:
     loss_roundoff: float
     growth: Floor
     offset: Floor
+    bends: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def half(self) -> bool:
@@ -111,7 +118,18 @@ class Rounding:
             self.growth.level = min(self.growth.level, bound)
         slope = (values["loss_plus"] - values["loss_minus"]) / 2.0
         if slope != 0.0 and math.isfinite(slope):
-            self.offset.learn(distance, abs(slope - epsilon * values["descent"]) / abs(slope))
+            off = abs(slope - epsilon * values["descent"])
+            self.offset.learn(distance, off / abs(slope))
+            smooth = abs(values.get("third", 0.0)) / 6.0 + self.loss_deviation(values)
+            self.bends = [*self.bends[1 - _HISTORY :], (distance, max(off - smooth, 0.0))]
+
+    def kinks(self) -> float:
+        """Return what kinks between the ends of the last pair may have added to its second difference."""
+        if not self.bends:
+            return 0.0
+        last, bend = self.bends[-1]
+        usual = [(b * (last / distance) ** _KINKS_GROW) ** 2 for distance, b in self.bends]
+        return _KINKS * max(bend, math.sqrt(sum(usual) / len(usual)))
 
 
 # The first step is taken for one with a curvature of a twentieth of the edge, in a network that bends at a tenth of the

@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_curvature.distributed.together import attempted
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.batches import copied
 from lightning_curvature.replay.calls import Call, recording_calls
 from lightning_curvature.replay.check import asks_for_gradients, left_behind, moved_before, other_loss
+from lightning_curvature.replay.frozen import KinkedStep
 from lightning_curvature.replay.head import Cut
 from lightning_curvature.replay.isolation import Shelter, muted, own_buffers, untouched
 from lightning_curvature.replay.memory import addresses
@@ -65,6 +67,7 @@ class StepObjective:
         self.module, self.device, self.function = module, device, function
         self.outputs_name = outputs
         self.cut: Cut | None = None  # where the loss is cut off, if it is
+        self.kinks = KinkedStep()
         self._step: Callable[..., Any] = module.training_step
         # ``torch.compile(module)`` compiles the step too, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
@@ -98,18 +101,18 @@ class StepObjective:
                 seen = stack.enter_context(watching_outputs(self._watched))
                 calls = stack.enter_context(self._recording_calls())
             if not self.module.automatic_optimization:
-                stack.enter_context(recording_backward(self.module, record.backward))
+                stack.enter_context(recording_backward(self.module, record.backward, self.kinks.read))
             self.records.append(record)
             return record
 
         def record_call(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            record = _attempt(on_error, lambda: begin(*args, **kwargs))
+            record = attempted(lambda: begin(*args, **kwargs), on_error)
             try:
                 result = step(*args, **kwargs)
             finally:
-                _attempt(on_error, stack.close)
+                attempted(stack.close, on_error)
             if record is not None:
-                _attempt(on_error, lambda: self._finish(record, result, seen, calls))
+                attempted(lambda: self._finish(record, result, seen, calls), on_error)
             return result
 
         with recorded_through(self.module, record_call) as self._step:
@@ -126,6 +129,7 @@ class StepObjective:
         """Take up a module that has changed its parts, or stop at one that cannot be measured."""
         if self.rewrites.follow():
             self.refusal = None
+            self.kinks.begin()
         if self.refusal is not None:
             raise self.refusal
 
@@ -198,45 +202,47 @@ class StepObjective:
                 f"training_step wrote to tensors that it left alone before, got {lost[:3]}: this step cannot be "
                 "repeated, later ones can."
             )
+        if self.module.automatic_optimization and result is None:
+            self.records.remove(record)
+            return
         if self.module.automatic_optimization:
-            if result is None:
-                self.records.remove(record)
-                return
             base = read_result(result, seen)
+            record.sides = self.kinks.read([base.loss])
             if not base.loss.requires_grad:
-                raise ValueError(
-                    "training_step must return a loss that requires grad, got a constant: leave no_grad and detach "
-                    "out of it."
-                )
+                remedy = "leave no_grad and detach out of it"
+                raise ValueError(f"training_step must return a loss that requires grad, got a constant: {remedy}.")
         else:
             base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
+            record.sides = record.backward.sides
         # The graph must not outlive the step.
         record.base = replace(base, calls=calls).detached()
 
-    def evaluate(self, record: RecordedBatch, segment: int = 0, within: _Context | None = None) -> Evaluation:
+    def evaluate(
+        self, record: RecordedBatch, segment: int = 0, within: _Context | None = None, mode: _Context | None = None
+    ) -> Evaluation:
         """Repeat a recorded step at the present parameters, under ``torch.no_grad`` unless gradients are enabled.
 
         A step that turns out to differentiate for itself has its gradients, and the result comes without its graph.
-        ``within`` is entered around the step itself, when all states are those of the recorded call.
+        ``within`` is entered around the step itself, when all states are those of the recorded call, and ``mode`` too.
 
-        Raises:
-            ValueError: if the loss is not a scalar.
         """
         if self.refusal is not None:
             raise self.refusal
         graphless = not torch.is_grad_enabled()
         try:
             with torch.set_grad_enabled(self.differentiates or not graphless):
-                result = self._evaluate(record, segment, within)
+                result = self._evaluate(record, segment, within, mode)
             return result.detached() if graphless else result
         except BaseException as error:
             record.state.restore()  # whoever goes on must not meet half a step
             if self.differentiates or not graphless or within is not None or not asks_for_gradients(error):
                 raise
         self.differentiates = True
-        return self.evaluate(record, segment)
+        return self.evaluate(record, segment, mode=mode)
 
-    def _evaluate(self, record: RecordedBatch, segment: int, within: _Context | None) -> Evaluation:
+    def _evaluate(
+        self, record: RecordedBatch, segment: int, within: _Context | None, mode: _Context | None
+    ) -> Evaluation:
         with_graph = torch.is_grad_enabled()
         record.state.restore()
         record.randomness.restore()
@@ -247,6 +253,7 @@ class StepObjective:
             if with_graph:
                 stack.enter_context(own_buffers(self.module))
             calls = stack.enter_context(self._recording_calls() if within is None else within)
+            stack.enter_context(mode or contextlib.nullcontext())
             if self.function is not None:
                 result = read_result(self.function(self.module, first_of(args, kwargs)), [], objective=True)
                 return replace(result, calls=calls or [])
@@ -260,7 +267,7 @@ class StepObjective:
                 return replace(read_result(result, seen), calls=calls or [])
             return Evaluation(log.loss(segment), find_outputs(result, seen), calls=calls or [])
 
-    def rehearse(self, record: RecordedBatch, segment: int = 0) -> Tensor | None:
+    def rehearse(self, record: RecordedBatch, segment: int = 0, mode: _Context | None = None) -> Tensor | None:
         """Repeat a step once, without gradients, and return its loss; None where that was done before.
 
         To be called inside :meth:`untouched`, at the parameters at which the step is repeated next.
@@ -268,7 +275,7 @@ class StepObjective:
         if self.rewrites.checked or self._snapshot is None:
             return None
         with torch.no_grad(), self.rewrites.rehearsing(self._covered, self._snapshot):
-            return self.evaluate(record, segment).loss
+            return self.evaluate(record, segment, mode=mode).loss
 
     def confirm(self, expected: Tensor | None, loss: Tensor) -> None:
         """Compare the loss of a step with that of a repetition; where they differ, nothing is measured any more.
@@ -290,11 +297,3 @@ class StepObjective:
     def _recording_calls(self) -> contextlib.AbstractContextManager[list[Call]]:
         names = () if self.cut is None else self.cut.made | self.cut.passed
         return recording_calls(self.module, names, self.device)
-
-
-def _attempt(on_error: Callable[[Exception], None], action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except Exception as error:
-        on_error(error)
-        return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.replay.frozen import Side
 from lightning_curvature.replay.isolation import Shelter, inert, silent
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot
@@ -80,6 +81,7 @@ class BackwardLog:
 
     def __init__(self) -> None:
         self.segments: list[list[Tensor]] = [[]]
+        self.sides: list[Side] | None = None  # of the one loss, where there is one
 
     def add(self, loss: Tensor) -> None:
         """Append a loss to the last segment."""
@@ -116,6 +118,7 @@ class RecordedBatch:
     forward_dtype: torch.dtype
     marks: dict[int, tuple[int, ...]] = field(default_factory=dict)
     base: Evaluation | None = None
+    sides: list[Side] | None = None
     backward: BackwardLog = field(default_factory=BackwardLog)
 
     @property
@@ -146,11 +149,14 @@ def forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def recording_backward(module: pl.LightningModule, log: BackwardLog) -> Generator[None, None, None]:
-    """Log the losses of a real step."""
+def recording_backward(
+    module: pl.LightningModule, log: BackwardLog, read: Callable[[list[Tensor]], list[Side] | None]
+) -> Generator[None, None, None]:
+    """Log the losses of a real step, and what is read of their graph."""
     original = module.manual_backward
 
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        log.sides = None if any(log.segments) else read([loss])
         log.add(loss.detach())
         original(loss, *args, **kwargs)
 

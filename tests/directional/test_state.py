@@ -31,7 +31,7 @@ def test_a_checkpoint_from_before_is_taken_up() -> None:
     # ε‖d‖, of ‖d‖ = η‖Δθ‖; products of two roundings.
     distance = row["epsilon"] * row["update_norm"] * 0.3
     assert distance == pytest.approx(saved["distance"], rel=1e-12)
-    growth, first, offset, second = monitor.state_dict()["rounding"]
+    growth, first, offset, second, _ = monitor.state_dict()["rounding"]
     assert growth <= 2.0
     assert offset <= 0.25
     assert (first[0], second[0]) == (history[0], history[0])

@@ -1,0 +1,288 @@
+"""Evaluations of a training step that stay on the sides of its kinks, or note them."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_curvature.distributed.together import attempted
+from lightning_curvature.replay.kinks import KINKS, kink_of
+from lightning_curvature.replay.memory import sums
+
+Node = Any  # of the graph of autograd
+
+
+@dataclass(frozen=True)
+class Side:
+    """On which side of its kinks one operation was."""
+
+    kink: str
+    number: Tensor
+
+
+class _Saved:
+    """What a node of the graph has kept of its operation."""
+
+    _ALSO: ClassVar = {"self": ("result", "self_or_result"), "indices": ("result1",)}
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def _attribute(self, name: str) -> str | None:
+        # Of the class: that of the node would be unpacked.
+        known = (f"_saved_{one}" for one in (name, *self._ALSO.get(name, ())))
+        return next((one for one in known if hasattr(type(self._node), one)), None)
+
+    def __contains__(self, name: str) -> bool:
+        return self._attribute(name) is not None
+
+    def __getitem__(self, name: str) -> Any:
+        attribute = self._attribute(name)
+        assert attribute is not None
+        raw = getattr(self._node, f"_raw{attribute}", None)
+        if raw is not None and getattr(raw, "unpack_hook", raw) is not None:
+            # Unpacking would run a checkpointed forward again, inside of the user's step.
+            raise RuntimeError("the graph is packed")
+        return getattr(self._node, attribute)
+
+
+@torch.no_grad()
+def sides_of(losses: Iterable[Tensor]) -> list[Side] | None:
+    """Return the sides of a step, in the order of its operations, from its graph; None where the graph is closed."""
+    found: list[tuple[int, Side]] = []
+    seen: set[Node] = set()
+    waiting = [loss.grad_fn for loss in losses]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        name = node.name().partition("Backward")[0].lower()
+        if name == "compiledfunction":  # whatever is in it
+            return None
+        if name in KINKS:
+            saved = _Saved(node)
+            try:
+                if KINKS[name].applies(saved):
+                    found.append((node._sequence_nr(), Side(name, KINKS[name].side(saved))))
+            except RuntimeError:  # packed, freed, or written to since
+                return None
+    return [side for _, side in sorted(found, key=operator.itemgetter(0))]
+
+
+class _Watching(TorchDispatchMode):
+    """Base of modes that meet kinked operations; in one, code that was compiled runs as it was written."""
+
+    def __enter__(self) -> Any:
+        self._stance = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stance.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, run = kink_of(func), functools.partial(func, *args, **kwargs)
+        if name is None or not (isinstance(args[0], Tensor) and args[0].is_floating_point()):
+            return run()
+        described = func._schema.arguments
+        arguments = {one.name: one.default_value for one in described if one.has_default_value()}
+        arguments |= {one.name: value for one, value in zip(described, args, strict=False)} | kwargs
+        if not KINKS[name].applies(arguments):
+            return run()
+        result = self._meet(name, arguments, run)
+        # In place: what was given is written and returned.
+        return result if result is args[0] or not func._schema.name.endswith("_") else args[0].copy_(result)
+
+    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        raise NotImplementedError
+
+
+_Content = list[tuple[int, ...]]
+
+
+def _content(arguments: dict[str, Any]) -> _Content:
+    """Return numbers that tell what an operation was given."""
+    return [tuple(sums(one)) for one in arguments.values() if isinstance(one, Tensor)]
+
+
+class Looking(_Watching):
+    """Note the sides of all kinked operations in their order, and if asked what they were given."""
+
+    def __init__(self, given: bool) -> None:
+        super().__init__()
+        self._given = given
+
+    def __enter__(self) -> "Looking":
+        self.sides: list[Side] = []  # a step that begins again
+        self.contents: list[_Content] = []
+        return super().__enter__()
+
+    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        kink = KINKS[name]
+        if self._given:
+            self.contents.append(_content(arguments))
+        if not kink.chooses:
+            self.sides.append(Side(name, kink.side(arguments)))  # before it runs: it may be in place
+            return run()
+        result = run()
+        known = dict(zip(("result", "indices"), _parts(result), strict=False))
+        self.sides.append(Side(name, kink.side(arguments | known)))
+        return result
+
+
+class Frozen(_Watching):
+    """Evaluate kinked operations on given sides.
+
+    Args:
+        sides: those of the operations, in their order.
+        beside: what the operations were given that are left as they are, by position among all kinked operations; None
+            where that does not matter.
+
+    Attributes:
+        other: whether an operation was not that of its side.
+        moved: whether an operation that is left as it is was given something else.
+    """
+
+    def __init__(self, sides: Sequence[Side], beside: Mapping[int, _Content | None]) -> None:
+        super().__init__()
+        self._sides, self._beside = sides, beside
+
+    def __enter__(self) -> "Frozen":
+        self._waiting, self._position = list(reversed(self._sides)), -1
+        self.other = self.moved = False
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.other = self.other or bool(self._waiting)
+        super().__exit__(*error)
+
+    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        self._position += 1
+        if self._position in self._beside:
+            before = self._beside[self._position]
+            self.moved = self.moved or (before is not None and before != _content(arguments))
+            return run()
+        if not self.other and self._waiting and self._waiting[-1].kink == name:
+            try:
+                return KINKS[name].branch(arguments, self._waiting.pop().number)
+            except RuntimeError:  # it is of another shape
+                pass
+        self.other = True
+        return run()
+
+
+class Spoiled(_Watching):
+    """Spoil what operations at some positions return: a loss that stays the same does not depend on them."""
+
+    def __init__(self, positions: Container[int]) -> None:
+        super().__init__()
+        self._spoiled = positions
+
+    def __enter__(self) -> "Spoiled":
+        self._position = -1
+        return super().__enter__()
+
+    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        self._position += 1
+        result = run()
+        if self._position not in self._spoiled:
+            return result
+        parts = [torch.full_like(one, math.nan if one.is_floating_point() else 0) for one in _parts(result)]
+        return parts[0] if isinstance(result, Tensor) else parts
+
+
+def _parts(result: Any) -> Sequence[Tensor]:
+    return [result] if isinstance(result, Tensor) else result
+
+
+class KinkedStep:
+    """How the step of a module is evaluated at other parameters: on the sides of its kinks at θ_t, or across them.
+
+    The sides come from the graph of the step itself. Where that does not show all (checkpointing, custom functions,
+    compiled code), from a repetition at θ_t, one forward.
+
+    Attributes:
+        kinks: "frozen" or "crossed"; None where nobody asks.
+        closed: whether there are no sides to be had.
+        repeated: whether sides come from repetitions, on all ranks alike.
+        lost: whether the graph does not show the sides on this rank, so that later steps are to be repeated.
+    """
+
+    def __init__(self) -> None:
+        self.kinks: str | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was learned of the module."""
+        self.repeated = self.lost = self.closed = False
+        self._smooth: bool | None = None
+        self._beside: dict[int, _Content | None] = {}
+
+    def read(self, losses: Sequence[Tensor]) -> list[Side] | None:
+        """Return the sides of a step with the graph of its losses; None where they are not there. Never raises."""
+        if self.kinks is None or self._smooth:
+            return []
+        sides = None if self.repeated or self.closed else attempted(lambda: sides_of(losses), lambda error: None)
+        return sides if self.kinks == "frozen" or not sides else None
+
+    def looking(self) -> Looking | None:
+        """Return a mode that notes the sides of an evaluation; None where they are not to be had or not wanted."""
+        return (
+            Looking(given=self._smooth is None and not self.repeated)
+            if self.kinks == "frozen" and not (self.closed or self._smooth)
+            else None
+        )
+
+    def learn(self, read: Sequence[Side] | None, seen: Looking) -> None:
+        """Learn from both kinds of sides of one step whether its graph shows them all."""
+        waiting = list(reversed(read or ()))
+        self._beside = {}
+        for position, (side, content) in enumerate(zip(seen.sides, seen.contents, strict=True)):
+            # The same operation on something else has other sides.
+            if waiting and waiting[-1].kink == side.kink and torch.equal(waiting[-1].number, side.number):
+                waiting.pop()
+            else:
+                self._beside[position] = content
+        self._smooth = not seen.sides
+        self.lost = not self.closed and (bool(waiting) or (read is None and not self._smooth))
+
+    def spoiled(self) -> Spoiled | None:
+        """Return a mode that spoils the operations of which the graph shows nothing; None where there are none."""
+        return Spoiled(self._beside) if self._beside and not self.lost else None
+
+    def leave(self) -> None:
+        """Leave these operations as they are, whatever they are given: the loss does not depend on them."""
+        self._beside = dict.fromkeys(self._beside)
+
+    def on_sides(self, sides: Sequence[Side] | None) -> Frozen | None:
+        """Return a mode that evaluates a step on its sides; None where it has none."""
+        if sides is None or (not sides and (self.repeated or not self._beside)):
+            return None
+        return Frozen(sides, {} if self.repeated else self._beside)
+
+    def settle(self, evaluated: Frozen | None) -> None:
+        """Learn from an evaluation on the sides of a step.
+
+        Raises:
+            ValueError: if its operations were others than those of the step.
+        """
+        if evaluated is None:
+            return
+        self.lost = self.lost or evaluated.moved
+        self.leave()  # what was known of them is of this batch
+        if evaluated.other:
+            self.closed, self.lost = self.repeated, True
+            raise ValueError(
+                "a repeated step must make the operations with kinks (relu, max, clamp, …) that it made, got others: "
+                "kinks='crossed' evaluates them as they come."
+            )
