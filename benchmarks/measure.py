@@ -24,6 +24,7 @@ ESTIMATORS: dict[str, dict[str, str]] = {
     "kl": {"kl": "lambda_kl"},
     "finite_difference": {"finite_difference": "lambda_fd"},
     "kl + finite_difference": {"kl": "lambda_kl", "finite_difference": "lambda_fd"},
+    "kl + finite_difference, crossed": {"kl": "lambda_kl", "finite_difference": "lambda_fd"},
     "gauss_newton": {"gauss_newton": "lambda_gn"},
     "hvp": {"hvp": "lambda_dir"},
     "critical": {"critical": "critical_sharpness"},
@@ -80,7 +81,8 @@ def estimator_cost(
     timed_steps = _WARM_UP + 2 * repeats
     opening = Opening(clock, lambda i: i >= timed_steps and i % 2 == 0)
     closing = Closing(opening, check)
-    monitor = partial(DirectionalCurvatureMonitor, estimators=tuple(estimators), every_n_train_steps=2)
+    options: dict[str, Any] = {"kinks": "crossed"} if name.endswith("crossed") else {}
+    monitor = partial(DirectionalCurvatureMonitor, estimators=tuple(estimators), every_n_train_steps=2, **options)
     fit(workload, clock.device, timed_steps + _CHECKED, [opening, monitor(on_error="raise"), closing], logger)
     rows = closing.rows[_WARM_UP:timed_steps]
     measured, plain = rows[0::2], rows[1::2]

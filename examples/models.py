@@ -9,8 +9,7 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Fully connected network.
 
-    The default activation is smooth: with ReLU the loss has kinks, and a second difference across a kink is not a
-    second derivative.
+    The default activation is smooth: with ReLU the Hessian at a point says less of the loss around it, which has kinks.
 
     Args:
         in_features: size of a flattened input.

@@ -61,6 +61,11 @@ class Estimate:
     error: float
     model: ErrorModel | None = None
 
+    def judged(self, off: float, largest: float) -> "Estimate":
+        """Return it with what else it is off by, and without a value of which not even the size is known."""
+        error = self.error + off
+        return Estimate(self.quadratic if error <= largest or math.isinf(largest) else math.nan, error, self.model)
+
 
 def estimate(
     wanted: Collection[str], values: Numbers, epsilon: float, distance: float, rounding: Rounding
@@ -96,6 +101,10 @@ def _differentiated(values: Numbers, epsilon: float, kept: float) -> float:
     if exact is not None:
         return exact
     by_outputs = values.get("head_slope", math.nan) / epsilon
+    if "outputs_slope" in values and "loss_plus" in values:
+        # A reading of the batch may be wrong: not where the loss itself has its slope.
+        read, pair = values["outputs_slope"] / epsilon, _slope(values) / epsilon
+        by_outputs = read if abs(read - pair) <= _SAME_SLOPE * abs(pair) else math.nan
     return by_outputs if abs(by_outputs - kept) > _SAME_SLOPE * abs(kept) else kept
 
 
@@ -213,7 +222,7 @@ def loss_descent(
     loss = _differentiated(values, epsilon, kept)
     changed, slope = False, kept
     if pair is not None and pair.model is not None and math.isfinite(pair.quadratic):
-        slope = (values["loss_plus"] - values["loss_minus"]) / (2.0 * epsilon)
+        slope = _slope(values) / epsilon
         # Its error: rounding, and the third order, known of the softmax, of the network as in _SLOPE_TRUNCATION.
         rounded = 3.0 * rounding.loss_deviation(values)
         bent = abs(values.get("third", 0.0)) / 6.0 + 2.0 * epsilon**2 * abs(pair.quadratic) * math.sqrt(pair.error)
@@ -225,7 +234,7 @@ def loss_descent(
         rounded = 3.0 * rounding.loss_deviation(values) / epsilon
         same = abs(kept - by_outputs) <= _SAME_SLOPE * abs(by_outputs) + rounded
         return (kept, True, not changed) if same else (by_outputs, False, not changed)
-    return (slope, False, True) if changed else (kept, True, True)
+    return (slope, False, True) if changed else (loss, loss == kept, True)
 
 
 def checked_by_slope(

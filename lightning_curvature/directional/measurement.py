@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.directional import evaluations, head
-from lightning_curvature.directional.estimates import Estimate, checked_by_slope, estimate, estimate_again, loss_descent
+from lightning_curvature.directional.estimates import checked_by_slope, estimate, estimate_again, loss_descent
 from lightning_curvature.directional.evaluations import Values
 from lightning_curvature.directional.likelihood import OutputModel, confirm, identify
 from lightning_curvature.directional.line_search import CriticalStep, critical_step
@@ -46,7 +46,8 @@ class DirectionalMeasurement:
         """Forget the module: a new fit may bring another. What was learned about ε stays."""
         self.estimators: Sequence[str] = self._options.estimators
         self._model: OutputModel | None = None
-        self._headed, self._doubtful, self._settled, self._unread = False, False, False, ""
+        self._headed = self._doubtful = self._settled = self._changed = False
+        self._unread = ""
         self._rounding: Rounding | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,14 +261,6 @@ class DirectionalMeasurement:
             warn(f"the search for the critical step stopped at critical_max_forwards={limit}.")
         return step
 
-    def _judged(self, name: str, one: Estimate) -> Estimate:
-        """Add what the outputs do not explain of the loss, and drop a value of which not even the size is known."""
-        mismatch = self._model.mismatch if self._model is not None and not self._headed else 0.0
-        error = one.error + (mismatch if name in NEED_OUTPUTS else 0.0)
-        # With an ε of the user's the value is what was asked for.
-        lost = self._options.epsilon == "auto" and not error <= 1.0
-        return Estimate(math.nan if lost else one.quadratic, error, one.model)
-
     def _conclude(self, result: DirectionalResult, values: Numbers) -> DirectionalResult:
         """Add estimates of the numbers of the job to a result, and choose the next ε."""
         rounding, epsilon = self._rounding, result.epsilon
@@ -278,13 +271,20 @@ class DirectionalMeasurement:
         estimates = estimate(wanted, values, epsilon, epsilon * result.norm, rounding)
         descent, trusted, same = loss_descent(values, epsilon, rounding, estimates.get("finite_difference"))
         if not trusted:
-            warn("the gradient after backward is not that of the loss: gᵀd is taken from the loss at θ ± εd.")
+            if not self._changed:
+                said = f"{values['descent']:.3g} where the loss has {descent:.3g}"
+                warn(f"the gradient after backward is not that of the loss, got gᵀd = {said}: that is taken.")
+            self._changed = True
             estimates = estimate_again(wanted, values | {"descent": descent}, epsilon, rounding)
         models = [one.model for one in estimates.values() if one.model is not None]
         self._distance = result.norm * choose_epsilon(epsilon, models)
         self._learned = (*astuple(rounding.growth), *astuple(rounding.offset), rounding.bends)
         estimates, self._doubtful = checked_by_slope(estimates, values, epsilon, descent, rounding)
-        estimates = {name: self._judged(name, one) for name, one in estimates.items()}
+        mismatch = self._model.mismatch if self._model is not None and not self._headed else 0.0
+        off = {name: mismatch if name in NEED_OUTPUTS else 0.0 for name in estimates}
+        # With an ε of the user's the value is what was asked for.
+        largest = 1.0 if self._options.epsilon == "auto" else math.inf
+        estimates = {name: one.judged(off[name], largest) for name, one in estimates.items()}
         if not same:
             estimates.pop("finite_difference", None)
             reason = "the loss at other parameters is another function than the one that is trained: a part of it that "

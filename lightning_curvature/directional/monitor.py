@@ -40,7 +40,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     O(ε²)), gauss_newton one forward-mode pass, hvp a forward and two backwards, critical 3 to 8. One more where the
     step's own loss is computed otherwise than theirs: with ``objective=``, ``probe_precision="32-true"``, or a module
     compiled as a whole; and one on the first measured step of a fit, which checks that the step can be repeated (see
-    docs/effect.md). For a loss of no known likelihood two more once a fit, which find its outputs. None on other steps.
+    docs/effect.md). For a loss of no known likelihood two more once a fit, which find its outputs. One more for kinks
+    that the graph of the step does not show (see docs/directional.md). None on other steps.
 
     Choice of ε (``epsilon="auto"``): a measured step shows the rounding part of its errors (a/ε²) and their truncation
     part (bε², one-sided bε), without an evaluation more. The next ε makes the sum least, between a tenth and four times
@@ -59,6 +60,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         objective: callable (module, batch) → loss, or → {"loss", "outputs", "mask"}, in place of training_step. It
             must be the loss whose gradient makes the step.
         optimizer_index: which optimizer to follow where there are several.
+        kinks: "frozen" keeps each kinked operation (relu, max pooling, clamp, sort, …) on the side that it has at θ_t,
+            so that differences measure H and G at θ_t; "crossed" is the plain difference, which counts the kinks.
         probe_precision: "32-true" evaluates without autocast.
         critical_max_forwards: cap on the forwards of one line search.
         prefix: prefix of the keys.

@@ -48,7 +48,10 @@ def test_a_quadratic_loss_gives_its_curvature() -> None:
 @pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("third", [0.3, 1.0])
 def test_the_error_covers_what_a_third_order_may_hide(third: float, outputs: bool) -> None:
-    """With φ⁗ = φ‴²/q, as is guessed from the slope: off by φ⁗ε²/12q = 3r², where r = εφ‴/6q is known."""
+    """With φ⁗ = φ‴²/q, as is guessed from the slope: off by φ⁗ε²/12q = 3r², where r = εφ‴/6q is known.
+
+    One and a half times that is reported.
+    """
     epsilon, fourth = 0.2, third**2 / QUADRATIC
     values = numbers(epsilon, third, fourth, outputs)
     one = estimate(("finite_difference",), values, epsilon, epsilon, rounding())["finite_difference"]
@@ -56,8 +59,8 @@ def test_the_error_covers_what_a_third_order_may_hide(third: float, outputs: boo
     assert off == pytest.approx(fourth * epsilon**2 / 12.0 / QUADRATIC, rel=1e-6)
     # Beside the value that was found, which is larger: 3r² of that is less than 3r² of the true one, by one power more.
     ratio = epsilon * third / 6.0 / one.quadratic
-    assert one.error == pytest.approx(3.0 * ratio**2, rel=1e-6)
-    assert off <= one.error * (1.0 + off) ** 2 * (1.0 + 1e-6)
+    assert one.error == pytest.approx(1.5 * 3.0 * ratio**2, rel=1e-6)
+    assert off <= one.error / 1.5 * (1.0 + off) ** 2 * (1.0 + 1e-6)
 
 
 @pytest.mark.parametrize("name", ["kl", "finite_difference"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ import torch
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.reporting.loggers import CurvatureWarning
-from tests.helpers.runs import Batch, Classifier, Outcome, classification, mlp, run
+from tests.helpers.runs import Batch, Classifier, Outcome, classification, mlp, run, warned
 from tests.oracles.along_step import DIFFERENCE, EXACT, check, monitors, norm_of, rows_of
 
 
@@ -77,6 +78,33 @@ def test_gradients_changed_grossly_before_the_monitor_are_seen_through() -> None
         assert pair["descent"] == pytest.approx(truth.descent / step.lr, rel=DIFFERENCE)
         assert pair["lambda_fd"] == pytest.approx(truth.hessian / truth.descent / step.lr, rel=DIFFERENCE)
         assert pair["lambda_kl"] == pytest.approx(truth.gauss_newton / truth.descent / step.lr, rel=DIFFERENCE)
+
+
+@pytest.mark.parametrize("change", [lambda g: 0.25 * g, lambda g: g.clamp(-1e-2, 1e-2)], ids=["scaled", "clamped"])
+@pytest.mark.parametrize("estimator", ["kl", "finite_difference", "gauss_newton", "hvp"])
+def test_hooks_on_parameters_are_seen_through_by_each_estimator_alone(estimator: Any, change: Any) -> None:
+    """gᵀd is that of the loss; where a kept gradient told otherwise, one sentence says both numbers."""
+    module = sgd()
+    for p in module.parameters():
+        p.register_hook(change)
+    follow = DirectionalCurvatureMonitor(estimators=(estimator,), every_n_train_steps=1, on_error="raise")
+    found: list[Outcome] = []
+    messages = warned(lambda: found.append(run(module, classification(4), follow)))
+    (outcome,) = found
+    for index, (row, step) in enumerate(zip(rows_of(outcome), outcome.steps, strict=True)):
+        truth = outcome.reference(index)
+        quadratic = truth.gauss_newton if estimator in ("kl", "gauss_newton") else truth.hessian
+        value = quadratic / truth.descent / step.lr
+        tolerance = EXACT if estimator in ("hvp", "gauss_newton") else DIFFERENCE
+        key = {"kl": "kl", "finite_difference": "fd", "gauss_newton": "gn", "hvp": "dir"}[estimator]
+        if (estimator, index) == ("kl", 0):  # the slope by the outputs is another one: the next step looks for the head
+            assert math.isnan(row["lambda_kl"])
+            continue
+        assert row[f"lambda_{key}"] == pytest.approx(value, rel=tolerance)
+        assert row[f"lambda_{key}_error"] < 1e-3
+    exact = estimator in ("hvp", "gauss_newton")
+    assert len(messages) == (0 if exact else 1)
+    assert exact or re.search(r"not that of the loss, got gᵀd = \S+ where the loss has \S+: that is taken", messages[0])
 
 
 UPHILL = 5

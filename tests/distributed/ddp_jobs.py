@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.distributed.cases import BATCHES, Case, adamw, batches, momentum
 from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp
@@ -131,6 +132,27 @@ def penalized() -> Classifier:
 by_head = Case(penalized)
 by_head_accumulated = replace(by_head, trainer={"accumulate_grad_batches": 2})
 
+
+def kinked(seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 12), nn.Hardtanh(), nn.Linear(12, 3)]
+    return Classifier(nn.Sequential(*layers).double(), momentum)
+
+
+class Checkpointed(Classifier):
+    """Its graph does not show the kinks: all ranks repeat the step, from the second measured one on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.network, x, use_reentrant=False)
+
+
+def checkpointed() -> Classifier:
+    return Checkpointed(kinked().network, momentum)
+
+
+on_sides = Case(kinked)
+on_sides_accumulated = replace(on_sides, trainer={"accumulate_grad_batches": 2})
+on_sides_repeated = Case(checkpointed)
 uneven = replace(rare, module=Uneven, batches=uneven_batches, monitor={"objective": mean_of_halves})
 
 

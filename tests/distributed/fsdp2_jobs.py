@@ -52,6 +52,12 @@ def classifier(make_optimizer: MakeOptimizer = momentum, *hidden: int, kind: Any
     return kind(mlp(4, *(hidden or (6,)), 3), make_optimizer)
 
 
+def kinked() -> Sharded:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 12), nn.Hardtanh(), nn.Linear(12, 3)]
+    return Sharded(nn.Sequential(*layers).double(), momentum)
+
+
 def regressor() -> Sharded:
     """One output: its bias is a single number, so that one of the processes holds nothing of it."""
     return Sharded(mlp(4, 6, 1), momentum, F.mse_loss)
@@ -72,6 +78,7 @@ adam = case(partial(classifier, adamw))
 as_one = case(partial(classifier, momentum, kind=ShardedAsOne))
 squared_error = case(regressor, batches=regression)
 one_sided = case(classifier, estimators=("kl",))
+on_sides = case(kinked)
 accumulated = case(classifier, batches=partial(batches, 5), trainer={"accumulate_grad_batches": 2})
 
 

@@ -33,6 +33,9 @@ def results() -> Any:
         "uneven",
         "by_head",
         "by_head_accumulated",
+        "on_sides",
+        "on_sides_accumulated",
+        "on_sides_repeated",
     ],
 )
 def test_values_are_those_of_the_union_in_float64(results: Results, name: str) -> None:

@@ -24,7 +24,7 @@ def results() -> Any:
     return run_on_ranks(jobs.__name__, [*jobs.JOBS, "refusal", "tensor_parallel", "interrupted"])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "as_one", "squared_error", "one_sided", "accumulated"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "as_one", "squared_error", "one_sided", "on_sides", "accumulated"])
 def test_values_are_those_of_the_union(results: Results, name: str) -> None:
     assert_same_values(results[name], getattr(jobs, name)(), torch.float64)
 

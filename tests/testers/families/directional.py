@@ -31,6 +31,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     *(({"every_n_train_steps": value}, rf"{EVERY} {value!r}: 1 measures every") for value in (0, 2.5, "10", -5)),
     ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore': 'warn' lets training go on"),
     ({"likelihood": "poisson"}, r"likelihood must be 'auto', .*'gaussian'.*, got 'poisson': name the one"),
+    ({"kinks": "smooth"}, r"kinks must be 'frozen' or 'crossed', got 'smooth': 'frozen' measures the curvature at θ_t"),
     ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64': None computes in the run's"),
     *(({"prefix": value}, f"{PREFIX} {value!r}: use 'curvature'") for value in ("", "train/")),
     ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1: 0 is the first optimizer"),
