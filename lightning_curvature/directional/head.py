@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.directional.problem import Window
+from lightning_curvature.functional.products import check_differentiable
 
 Values = dict[str, Tensor]
 # A change of the outputs, the one at hand and that by rounding: each as a list of tensors.
@@ -34,6 +35,7 @@ def derivatives(window: Window, index: int, changes: Sequence[Change], higher: b
         first, *gradient = torch.autograd.grad(
             loss, [t, *points], create_graph=True, allow_unused=True, materialize_grads=True
         )
+        check_differentiable(loss, [t, *points], [first, *gradient])
         second = torch.stack([_along(first[i], t, i, higher and i == 0) for i in range(len(changes))])
         values = {"first": first.detach(), "second": second.detach()}
         if higher:

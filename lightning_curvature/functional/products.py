@@ -1,9 +1,11 @@
 """Exact second derivatives along a direction."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def hessian_quadratic_form(
@@ -35,8 +37,7 @@ def hessian_quadratic_form(
     """
     if not loss.requires_grad:
         raise ValueError("loss must depend on the parameters, got a constant: compute it with gradients enabled.")
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    check_differentiable(gradients)
+    gradients = differentiable_gradients(loss, parameters)
     used = [(g, p, d) for g, p, d in zip(gradients, parameters, direction, strict=True) if g is not None]
     if not used:
         raise ValueError("loss must depend on the parameters, got none of them in its graph: check the list.")
@@ -49,23 +50,57 @@ def hessian_quadratic_form(
     return descent.detach(), quadratic
 
 
-def check_differentiable(gradients: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError if a backward in the graph of the gradients is marked ``once_differentiable``.
+def differentiable_gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a loss with their graphs; None for inputs that it does not depend on.
 
-    A second ``grad`` silently takes gradients made by that backward with ``create_graph=True`` for constants.
+    Raises:
+        RuntimeError: if a function between them is marked ``once_differentiable``: a second ``grad`` takes what its
+            backward has made for constants, and says nothing.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
-        >>> check_differentiable(torch.autograd.grad((x**3).sum(), x, create_graph=True))
+        >>> differentiable_gradients((x**3).sum(), [x])[0]
+        tensor([3., 3.], grad_fn=<MulBackward0>)
     """
-    waiting = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
-    seen = set(waiting)
+    gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    check_differentiable(loss, inputs, gradients)
+    return gradients
+
+
+def check_differentiable(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError if a function between a loss and inputs is marked ``once_differentiable``."""
+    # A backward that is given a constant, as that of a loss is, leaves no trace in the graph of the gradients.
+    marked = [node for node in _nodes([loss]) if _is_marked(node)]
+    below = set(_nodes_from(marked))
+    reached = any(x.grad_fn in below for x in inputs if x.grad_fn is not None) or not {
+        id(getattr(node, "variable", None)) for node in below
+    }.isdisjoint(map(id, inputs))
+    # The node that torch puts there raises only when it runs, and a call of ``grad`` for inputs never runs it.
+    if reached or any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+
+
+def _nodes(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return _nodes_from([x.grad_fn for x in tensors if x is not None and x.grad_fn is not None])
+
+
+def _nodes_from(waiting: list[Any]) -> list[Any]:
+    """Return all nodes of a graph below some, these included."""
+    seen = dict.fromkeys(waiting)
+    waiting = list(seen)
     while waiting:
-        node = waiting.pop()
-        # The node that torch puts there raises only when it runs, and a call of ``grad`` for inputs never runs it.
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        for following, _ in node.next_functions:
+        for following, _ in waiting.pop().next_functions:
             if following is not None and following not in seen:
-                seen.add(following)
+                seen[following] = None
                 waiting.append(following)
+    return list(seen)
+
+
+_MARK = once_differentiable(lambda ctx: None).__code__
+
+
+def _is_marked(node: Any) -> bool:
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    while backward is not None and getattr(backward, "__code__", None) is not _MARK:
+        backward = getattr(backward, "__wrapped__", None)  # marked, then decorated
+    return backward is not None

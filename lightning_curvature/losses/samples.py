@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_curvature.data.ordered import OrderedSamples
 from lightning_curvature.data.probe_set import ProbeBatch
+from lightning_curvature.functional.products import differentiable_gradients
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.stacked import Stacked, copies_of, single_samples, stack
 from lightning_curvature.operators.differentiation import differentiable
@@ -248,7 +249,7 @@ class BlockSamples(SampleBatch):
 def _graphs(loss: Tensor, leaves: Tensor, count: int) -> SampleGraphs:
     gradients = None
     if loss.requires_grad:
-        (gradients,) = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        (gradients,) = differentiable_gradients(loss, [leaves])
     if gradients is None:
         raise ValueError("the loss must depend on the parameter, got one that does not: choose another parameter.")
     return SampleGraphs(gradients.reshape(count, -1), leaves)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.functional import noise as formulas
+from lightning_curvature.functional.products import differentiable_gradients
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.samples import BlockSamples, SampleGraphs
 from lightning_curvature.noise.problem import NoiseProblem
@@ -129,7 +130,7 @@ def _block_hessian(batch: BlockSamples, problem: NoiseProblem, space: VectorSpac
     """Hessian of the mean loss of the samples by the block, (D, D), from products with that many unit vectors each."""
     parameter, size = problem.parameter, problem.parameter.numel()
     with building_graphs():
-        (gradient,) = torch.autograd.grad(batch.mean(problem.batched), parameter, create_graph=True)
+        (gradient,) = differentiable_gradients(batch.mean(problem.batched), [parameter])
     rows = []
     for first in range(0, size, vectors):
         units = torch.zeros(min(vectors, size - first), size, dtype=space.dtype, device=space.device)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.functional.products import check_differentiable
+from lightning_curvature.functional.products import check_differentiable, differentiable_gradients
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.graphs import Graphs, KeepGraph, pull_back
@@ -89,10 +89,7 @@ class HessianOperator(_GraphOperator):
 
     def _build(self, index: int) -> tuple[Tensor | None, ...]:
         with building_graphs():
-            loss = self.parts[index].with_graph().loss
-            gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-            check_differentiable(gradients)
-            return gradients
+            return differentiable_gradients(self.parts[index].with_graph().loss, self.parameters)
 
     def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
         """Return the gradient of the loss of one micro-batch, unweighted."""
@@ -155,7 +152,7 @@ class GaussNewtonOperator(_GraphOperator):
                     "outputs must come with the loss, in its graph, got none: compute them by calling self(…) exactly "
                     "once, or name the submodule that makes them, outputs='head'."
                 )
-            (residual,) = torch.autograd.grad(result.loss, outputs, create_graph=True, allow_unused=True)
+            (residual,) = differentiable_gradients(result.loss, [outputs])
             if residual is None:
                 raise ValueError(
                     "the loss must be computed from the outputs, got outputs that it does not depend on: return those "
@@ -165,7 +162,7 @@ class GaussNewtonOperator(_GraphOperator):
                 self.mismatch = self._mismatch(result.loss, outputs, residual)
             cotangent = torch.zeros_like(outputs, requires_grad=True)
             pulled_back = torch.autograd.grad(outputs, self.parameters, cotangent, create_graph=True, allow_unused=True)
-            check_differentiable(pulled_back)
+            check_differentiable(outputs, self.parameters, pulled_back)
         return _GaussNewtonGraph(result.loss, outputs, residual, cotangent, pulled_back)
 
     def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:

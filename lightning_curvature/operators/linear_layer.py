@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.functional.products import differentiable_gradients
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.graphs import pull_back, pull_back_rows
 from lightning_curvature.operators.memory import SavedBytes, available_memory
@@ -103,7 +104,7 @@ def linear_statistics(
             raise ValueError(
                 "the loss must depend on the parameter, got a constant: leave no_grad and detach out of it."
             )
-        (slope,) = torch.autograd.grad(loss, zero, create_graph=True, allow_unused=True)
+        (slope,) = differentiable_gradients(loss, [zero])
         if slope is None:
             raise ValueError("the loss must depend on the parameter, got one that does not: choose another parameter.")
         out = zero.shape[1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from tests.helpers.counting import out_of_reach
+from tests.helpers.once import OnceSum
 from tests.helpers.runs import Batch, Capture, Classifier, classification, loader, make_trainer, mlp, run, warned
 from tests.oracles.along_step import ALL, DIFFERENCE, EXACT
 
@@ -311,3 +312,17 @@ def test_one_that_fails_takes_no_other_along() -> None:
     assert math.isfinite(follow.result.values()["lambda_fd"])  # type: ignore[union-attr]
     assert "take 'finite_difference' for 'hvp'" in reasons["lambda_dir"]
     assert not any("file an issue" in sentence for sentence in [*messages, *reasons.values()])
+
+
+def test_a_loss_that_is_differentiable_once() -> None:
+    """Its second derivatives are no zeros: the difference of the loss itself is all that there is."""
+
+    def step(m: Any, batch: Batch) -> Tensor:
+        return OnceSum.apply(m(batch[0]) - 0.3)
+
+    follow = monitor(*ALL, on_error="warn")
+    messages = warned(lambda: fit(Module(step), follow))
+    reasons = follow.result.reasons  # type: ignore[union-attr]
+    assert set(reasons) == {"lambda_kl", "lambda_gn", "lambda_dir"}
+    assert math.isfinite(follow.result.values()["lambda_fd"])  # type: ignore[union-attr]
+    assert any("once_differentiable" in sentence for sentence in messages)

@@ -1,11 +1,16 @@
 """Exact products with the Hessian against the dense matrix."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.func import functional_call
 
 from lightning_curvature.functional import hessian_quadratic_form
+from lightning_curvature.functional.products import differentiable_gradients
+from tests.helpers.once import OnceSquare, OnceSum
 from tests.helpers.runs import mlp
 
 
@@ -70,3 +75,51 @@ def test_a_loss_without_the_parameters_is_explained(loss: torch.Tensor, sentence
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match=sentence):
         hessian_quadratic_form(loss, [x], [torch.ones(2)])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        OnceSum.apply,  # its backward gets a constant: nothing is left of it in the graph of the gradient
+        lambda x: OnceSum.apply(x.sin()),
+        lambda x: OnceSquare.apply(x).square().sum(),
+        lambda x: x.square().sum() + 1e-3 * OnceSum.apply(x),
+    ],
+    ids=["a loss", "a loss of a function", "a function inside", "one term of two"],
+)
+def test_functions_that_are_differentiable_once_are_noticed(loss: Any) -> None:
+    x = torch.linspace(0.5, 1.5, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
+        hessian_quadratic_form(loss(x), [x], [torch.ones(3, dtype=torch.float64)])
+
+
+def test_those_beside_the_parameters_do_not_matter() -> None:
+    x, y = (torch.linspace(0.5, 1.5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    found = hessian_quadratic_form((x**3).sum() + OnceSum.apply(y), [x], [torch.ones(3, dtype=torch.float64)])
+    assert [v.item() for v in found] == pytest.approx([3.0 * float(x.square().sum()), 6.0 * float(x.sum())], rel=1e-14)
+
+
+def test_those_between_are_noticed_also_from_a_tensor_that_is_no_leaf() -> None:
+    x = torch.linspace(0.5, 1.5, 3, requires_grad=True)
+    hidden = x.sin()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        differentiable_gradients(OnceSum.apply(hidden), [hidden])
+    (gradient,) = differentiable_gradients(OnceSum.apply(x) + hidden.square().sum(), [hidden])
+    assert torch.equal(gradient.detach(), 2.0 * hidden.detach())  # type: ignore[union-attr]
+
+
+def test_a_function_that_is_differentiable_twice_may_be_decorated() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type="cpu")
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square().sum()
+
+        @staticmethod
+        @torch.amp.custom_bwd(device_type="cpu")
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return 2.0 * ctx.saved_tensors[0] * gradient
+
+    x = torch.ones(2, requires_grad=True)
+    assert [v.item() for v in hessian_quadratic_form(Twice.apply(x), [x], [torch.ones(2)])] == [4.0, 4.0]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureWarning
 from tests.helpers.noise import BATCH, evaluated, module_of, monitor, samples
+from tests.helpers.once import OnceSum
 from tests.helpers.runs import Classifier, make_trainer
 from tests.helpers.setups import sgd
 
@@ -74,6 +75,15 @@ def test_class_weights_make_another_loss() -> None:
     assert "C and H are of samples one by one, all alike, and not of the loss that is trained" in sentence
     # As it says: a sample alone has the weight that divides it away.
     torch.testing.assert_close(found.curvatures, evaluated(module_of(network, mean), "0.weight").curvatures)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.bias"])
+def test_a_loss_that_is_differentiable_once_has_no_hessian(name: str) -> None:
+    """By the sums of a linear layer and by products: what its backward makes would be taken for a constant."""
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    module = module_of(network, lambda z, y: OnceSum.apply(z - F.one_hot(y, 3)))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        evaluated(module, name)
 
 
 def test_a_mean_is_nothing_to_be_told(recwarn: pytest.WarningsRecorder) -> None:

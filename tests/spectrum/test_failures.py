@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_curvature.linalg import NonFiniteProductError
+from tests.helpers.once import OnceSquare
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows, warned
 from tests.helpers.spectrum import monitor, samples, whole
 from tests.helpers.spectrum_setups import loader, sgd
@@ -122,21 +122,6 @@ def test_raises_if_asked_to(loss: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="must be finite, got NaN"):
         trainer.fit(module, loader())
     assert trainer.global_step == 0
-
-
-class OnceSquare(torch.autograd.Function):
-    """x² with a backward that cannot be differentiated: torch's ``grad`` takes it for a constant, and says nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2.0 * x * gradient
 
 
 class Square(nn.Module):
