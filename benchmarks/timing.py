@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from references import Step
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 from workloads import Batch, Cycle, Workload, loss_of
 
@@ -137,11 +139,17 @@ class Closing(pl.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Count the calls of the network at its first layer, which every forward passes once."""
-        first = next(m for m in pl_module.modules() if next(m.children(), None) is None)
-        first.register_forward_pre_hook(self._count)
+        first = weakref.ref(next(m for m in pl_module.modules() if next(m.children(), None) is None))
 
-    def _count(self, *args: object) -> None:
-        self._calls += 1
+        # Of all modules: what its own hooks count is within its reach, and would be put back by a measurement.
+        def count(module: nn.Module, args: Any) -> None:
+            self._calls += module is first()
+
+        self._counting = register_module_forward_pre_hook(count)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop counting."""
+        self._counting.remove()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop the clock."""

@@ -137,8 +137,14 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             )
 
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
-        """Measure one step and write its values."""
+        """Measure one step."""
+        self.result = None
         measured = attempted(lambda: self._measurement.measure(trainer, window, failure, self._fail), self._fail)
         self.result = measured or DirectionalResult(self._measurement.estimators)
+
+    def report(self, trainer: pl.Trainer) -> None:
+        """Write the values of the step."""
+        if self.result is None:
+            return
         shown = [*(KEYS[name] for name in self.result.estimators), "headroom"] if self.options.progress_bar else []
         self._write(trainer, self.result.values(), shown)

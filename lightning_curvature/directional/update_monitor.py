@@ -50,6 +50,9 @@ class UpdateMonitor(Monitor):
         """Measure a step on every rank; where one did not record it, ``window`` is None, the reason in ``failure``."""
         raise NotImplementedError
 
+    def report(self, trainer: pl.Trainer) -> None:
+        """Write what was measured, when everything within the module's reach, maybe a logger, has been put back."""
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizers, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
@@ -118,14 +121,17 @@ class UpdateMonitor(Monitor):
         """Measure where the batch ended with a step."""
         self._recording.close()
         objective, update, failure = self._objective, self._step.update, self._step.failure
+        # Not measured, or an accumulation window that goes on.
         if not self._armed or objective is None or self._step.number < 0:
-            return  # not measured, or an accumulation window that goes on
+            return
         try:
             if failure is not None:
                 self.measure(trainer, None, failure)
             elif update is not None:
                 self._measure_step(trainer, pl_module, objective, update)
         finally:
+            if failure is not None or update is not None:
+                self.report(trainer)
             self._forget()
 
     def _measure_step(

@@ -155,7 +155,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         read: Callable[[Exception | None], Any],
         report: Callable[[Prepared[Problem], ResultT], None],
     ) -> ResultT:
-        """Read the data (``read`` shares this rank's failure with all), measure, report, and put everything back."""
+        """Read the data (``read`` shares this rank's failure with all), measure, put everything back, and report."""
         with contextlib.ExitStack() as stack:
             # An error on one rank alone is kept until the others learn of it, which wait at the next collective.
             failure: Exception | None = None
@@ -176,7 +176,8 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
                 self.result = self.measure(trainer, prepared)
             finally:
                 prepared.progress.close()
-            report(prepared, self.result)
+        # Not before: what is within the module's reach is put back, and a logger may be.
+        report(prepared, self.result)
         return self.result
 
     def _report(self, trainer: pl.Trainer, result: ResultT | None) -> None:

@@ -77,6 +77,15 @@ class ReportTester(FamilyTester):
             for key, value in row.items():
                 assert float(written[step][f"curvature/{key}"]) == pytest.approx(value, rel=0.0, abs=0.0, nan_ok=True)
 
+    def test_a_logger_within_the_modules_reach_keeps_the_values(self) -> None:
+        """A measurement puts back what the module holds: before it writes."""
+        capture, module = Capture(), Learner()
+        module.notes = [capture]  # type: ignore[assignment]
+        make_trainer(self.family.make_few(), logger=capture, max_epochs=2).fit(module)
+        found = rows(capture)
+        assert list(found) == [0, 2]
+        assert all(f"curvature/{self.family.watched}" in capture.rows[step] for step in found)
+
     def test_without_any_logger(self) -> None:
         trainer = fit(self.family.make_few(), logger=False)
         assert trainer.callback_metrics[f"curvature/{self.family.watched}"].item() > 0.0
