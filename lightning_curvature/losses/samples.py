@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_curvature.data.ordered import OrderedSamples
 from lightning_curvature.data.probe_set import ProbeBatch
 from lightning_curvature.functional.products import differentiable_gradients
+from lightning_curvature.losses.cut import cut_samples
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.stacked import Stacked, copies_of, single_samples, stack
 from lightning_curvature.operators.differentiation import differentiable
@@ -194,9 +195,14 @@ class BlockSamples(SampleBatch):
     """
 
     def __init__(self, loss: ProbeLoss, probe: ProbeBatch) -> None:
-        super().__init__(loss, (), [probe.seed] * probe.size)
-        (self.batch,) = loss.moved([probe])
-        self.stacked = single_samples(self.batch, self.size)
+        (batch,) = loss.moved([probe])
+        super().__init__(loss, cut_samples(batch, probe.size), [probe.seed] * probe.size)
+        self.batch = batch
+
+    @functools.cached_property
+    def stacked(self) -> Stacked:
+        """The samples, stacked."""
+        return single_samples(self.batch, self.size)
 
     def whole(self) -> Tensor:
         """Return the loss of the whole micro-batch."""
@@ -205,9 +211,8 @@ class BlockSamples(SampleBatch):
 
     def one(self, index: int) -> Tensor:
         """Return the loss of one sample, which is cut out of the micro-batch."""
-        tensors, rebuild = self.stacked
         with differentiable():
-            return self._loss.loss_of(rebuild([t[index] for t in tensors]), self._seeds[index])
+            return super().one(index)
 
     def mean(self, batched: bool) -> Tensor:
         """Return the mean of the samples' losses, by the whole micro-batch where its loss is that mean."""
