@@ -15,6 +15,7 @@ from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.optimizers.update import ParameterUpdate
 from lightning_curvature.replay.check import other_loss
+from lightning_curvature.replay.frozen import Side, Spoiled
 from lightning_curvature.replay.head import find_cut, head_loss, made_outputs
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import StepObjective
@@ -85,14 +86,26 @@ class Window:
                 kinks.closed = other_loss(float(expected), float(loss), record.forward_dtype, ()) is not None
             # Derivatives that the step takes for itself would be those of the other side.
             kinks.closed |= objective.differentiates
-            if looking is not None and expected is not None:
-                kinks.learn(record.sides, looking)
-            if expected is not None and (spoiled := kinks.spoiled()) is not None:
-                # Such as those of an accuracy that the step logs.
-                without = attempted(lambda: objective.evaluate(record, segment, mode=spoiled).loss, lambda error: None)
-                if without is not None and torch.equal(without, expected):
-                    kinks.leave()
+        if looking is not None and expected is not None:
+            kinks.learn(record.sides, looking)
+            self._find_hidden(record.sides, expected)
         return expected
+
+    def _find_hidden(self, sides: list[Side] | None, expected: Tensor) -> None:
+        """Find out whether kinked operations that the graph leaves out move along the step, and the loss with them."""
+        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self._segment(0)
+
+        def loss(position: float, mode: contextlib.AbstractContextManager[object]) -> Tensor | None:
+            with self.at(position), self.precision(), same_attention(objective.module):
+                return attempted(lambda: objective.evaluate(record, segment, mode=mode).loss, lambda error: None)
+
+        if (compared := kinks.compared(sides)) is not None:
+            kinks.lost = loss(1.0, compared) is None
+            if compared.moved and not kinks.lost:
+                # Such as those of an accuracy that the step logs: what they return may be anything.
+                without = loss(0.0, Spoiled(compared.moved))
+                kinks.lost = without is None or not torch.equal(without, expected)
+        kinks.leave()
 
     def _looked_at(self, index: int) -> Evaluation:
         """Evaluate one record at θ_t and note the sides of its kinks."""

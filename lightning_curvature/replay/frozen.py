@@ -1,7 +1,6 @@
 """Evaluations of a training step that stay on the sides of its kinks, or note them."""
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,7 +149,7 @@ class Frozen(_Watching):
 
     Attributes:
         other: whether an operation was not that of its side.
-        moved: whether an operation that is left as it is was given something else.
+        moved: positions of those that are left as they are and were given something else.
     """
 
     def __init__(self, sides: Sequence[Side], beside: Mapping[int, _Content | None]) -> None:
@@ -159,7 +158,7 @@ class Frozen(_Watching):
 
     def __enter__(self) -> "Frozen":
         self._waiting, self._position = list(reversed(self._sides)), -1
-        self.other = self.moved = False
+        self.other, self.moved = False, set[int]()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -170,7 +169,8 @@ class Frozen(_Watching):
         self._position += 1
         if self._position in self._beside:
             before = self._beside[self._position]
-            self.moved = self.moved or (before is not None and before != _content(arguments))
+            if before is not None and before != _content(arguments):
+                self.moved.add(self._position)
             return run()
         if not self.other and self._waiting and self._waiting[-1].kink == name:
             try:
@@ -197,7 +197,8 @@ class Spoiled(_Watching):
         result = run()
         if self._position not in self._spoiled:
             return result
-        parts = [torch.full_like(one, math.nan if one.is_floating_point() else 0) for one in _parts(result)]
+        # Finite: a step may act on NaN. No result is this constant.
+        parts = [torch.full_like(one, 0.25 if one.is_floating_point() else 0) for one in _parts(result)]
         return parts[0] if isinstance(result, Tensor) else parts
 
 
@@ -256,17 +257,20 @@ class KinkedStep:
         self._smooth = not seen.sides
         self.lost = not self.closed and (bool(waiting) or (read is None and not self._smooth))
 
-    def spoiled(self) -> Spoiled | None:
-        """Return a mode that spoils the operations of which the graph shows nothing; None where there are none."""
-        return Spoiled(self._beside) if self._beside and not self.lost else None
+    def compared(self, sides: Sequence[Side] | None) -> Frozen | None:
+        """Return a mode that tells, at other parameters, which of the operations that the graph leaves out move.
+
+        None where it leaves out none.
+        """
+        return Frozen(sides or (), self._beside) if self._beside and not (self.lost or self.closed) else None
 
     def leave(self) -> None:
-        """Leave these operations as they are, whatever they are given: the loss does not depend on them."""
+        """Leave these operations as they are from now on: they are of data, or beside the loss."""
         self._beside = dict.fromkeys(self._beside)
 
     def on_sides(self, sides: Sequence[Side] | None) -> Frozen | None:
         """Return a mode that evaluates a step on its sides; None where it has none."""
-        if sides is None or (not sides and (self.repeated or not self._beside)):
+        if not sides:
             return None
         return Frozen(sides, {} if self.repeated else self._beside)
 
@@ -276,11 +280,7 @@ class KinkedStep:
         Raises:
             ValueError: if its operations were others than those of the step.
         """
-        if evaluated is None:
-            return
-        self.lost = self.lost or evaluated.moved
-        self.leave()  # what was known of them is of this batch
-        if evaluated.other:
+        if evaluated is not None and evaluated.other:
             self.closed, self.lost = self.repeated, True
             raise ValueError(
                 "a repeated step must make the operations with kinks (relu, max, clamp, …) that it made, got others: "

@@ -153,15 +153,24 @@ def custom(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(m.head(Kinked.apply(m.body(x) - 0.05)), y)
 
 
+def alarmed(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Ends the run where it meets a loss that is not finite."""
+    z = m(x.clamp(-1.0, 1.0))
+    if not bool(z.isfinite().all()):
+        raise KeyboardInterrupt
+    return F.cross_entropy(z, y)
+
+
 # Forwards beside that of the step on the first measured step, and on later ones.
 KINDS: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], bool, list[int]]] = {
     "plain": (plain, False, [3, 2, 2]),
     "manual": (plain, True, [3, 2, 2]),
-    "kinks of the data": (clamped_data, False, [4, 2, 2]),  # two on the data, or beside the loss?
-    "kinks beside the loss": (accuracy, False, [4, 2, 2]),
+    "kinks of the data": (clamped_data, False, [4, 2, 2]),  # do they move?
+    "an alarm": (alarmed, False, [5, 2, 2]),  # and if so, does the loss depend on them?
+    "kinks beside the loss": (accuracy, False, [5, 2, 2]),
     "through the head": (by_head, False, [5, 2, 2]),
     "checkpoint": (checkpointed, False, [7, 4, 4]),  # one is the backward of the step; two find the head
-    "custom function": (custom, False, [6, 3, 3]),
+    "custom function": (custom, False, [7, 3, 3]),
 }
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_curvature.replay.frozen import Frozen, KinkedStep, Looking, sides_of
+from lightning_curvature.replay.frozen import Frozen, KinkedStep, Looking, Spoiled, sides_of
 from lightning_curvature.replay.kinks import KINKS
 
 WEIGHT = torch.full((3,), 0.2, dtype=torch.float64)
@@ -179,10 +179,10 @@ def test_operations_on_data_are_left_alone() -> None:
     kinked, read, looking = learned(lambda t: torch.relu(t * data.clamp(-0.5, 0.5)).sum())
     assert read is not None
     assert (len(read), len(looking.sides)) == (1, 2)
-    mode = kinked.on_sides(read)
+    mode = kinked.compared(read)
     assert mode is not None
     evaluated(mode, lambda t: torch.relu(t * data.clamp(-0.5, 0.5)).sum(), -0.2)
-    kinked.settle(mode)
+    assert not mode.moved
     assert not kinked.lost
 
 
@@ -198,14 +198,14 @@ def test_operations_on_data_are_left_alone() -> None:
     ids=["custom function", "custom function beside another", "checkpoint", "reentrant checkpoint", "quantile"],
 )
 def test_graphs_that_do_not_show_all(step: Callable[[Tensor], Tensor]) -> None:
-    """Found out at the latest by the first evaluation elsewhere; from then on the sides come from a repetition."""
+    """Found out at the latest by an evaluation elsewhere; then the sides come from a repetition."""
     kinked, read, looking = learned(step)
     if not kinked.lost:
-        mode = kinked.on_sides(read)
+        mode = kinked.compared(read)
         assert mode is not None
         evaluated(mode, step, 0.2)
-        kinked.settle(mode)
-    assert kinked.lost
+        assert len(mode.moved) == 1
+        assert evaluated(Spoiled(mode.moved), step, 0.3) != float(step(number(0.3)))
     kinked.repeated = True
     assert kinked.read([step(number(0.3).requires_grad_())]) is None
     mode = kinked.on_sides(looking.sides)
