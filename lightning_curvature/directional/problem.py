@@ -89,6 +89,8 @@ class Window:
         if looking is not None and expected is not None:
             kinks.learn(record.sides, looking)
             self._find_hidden(record.sides, expected)
+            for one in self.records if kinks.smooth else ():
+                one.sides = []
         return expected
 
     def _find_hidden(self, sides: list[Side] | None, expected: Tensor) -> None:

@@ -197,9 +197,15 @@ class Spoiled(_Watching):
         result = run()
         if self._position not in self._spoiled:
             return result
-        # Finite: a step may act on NaN. No result is this constant.
-        parts = [torch.full_like(one, 0.25 if one.is_floating_point() else 0) for one in _parts(result)]
+        parts = [_other(one) for one in _parts(result)]
         return parts[0] if isinstance(result, Tensor) else parts
+
+
+def _other(result: Tensor) -> Tensor:
+    """Return something else, on which a step is not likely to act: finite, and no mask of another kind."""
+    if result.dtype == torch.bool:
+        return result if bool(result.all()) or not bool(result.any()) else ~result
+    return torch.full_like(result, 0.25 if result.is_floating_point() else 0)
 
 
 def _parts(result: Any) -> Sequence[Tensor]:
@@ -217,6 +223,7 @@ class KinkedStep:
         closed: whether there are no sides to be had.
         repeated: whether sides come from repetitions, on all ranks alike.
         lost: whether the graph does not show the sides on this rank, so that later steps are to be repeated.
+        smooth: whether there are no kinks that the loss depends on; None until that is known.
     """
 
     def __init__(self) -> None:
@@ -226,12 +233,13 @@ class KinkedStep:
     def begin(self) -> None:
         """Forget what was learned of the module."""
         self.repeated = self.lost = self.closed = False
-        self._smooth: bool | None = None
+        self.smooth: bool | None = None
+        self._shown = 0
         self._beside: dict[int, _Content | None] = {}
 
     def read(self, losses: Sequence[Tensor]) -> list[Side] | None:
         """Return the sides of a step with the graph of its losses; None where they are not there. Never raises."""
-        if self.kinks is None or self._smooth:
+        if self.kinks is None or self.smooth:
             return []
         sides = None if self.repeated or self.closed else attempted(lambda: sides_of(losses), lambda error: None)
         return sides if self.kinks == "frozen" or not sides else None
@@ -239,8 +247,8 @@ class KinkedStep:
     def looking(self) -> Looking | None:
         """Return a mode that notes the sides of an evaluation; None where they are not to be had or not wanted."""
         return (
-            Looking(given=self._smooth is None and not self.repeated)
-            if self.kinks == "frozen" and not (self.closed or self._smooth)
+            Looking(given=self.smooth is None and not self.repeated)
+            if self.kinks == "frozen" and not (self.closed or self.smooth)
             else None
         )
 
@@ -254,8 +262,8 @@ class KinkedStep:
                 waiting.pop()
             else:
                 self._beside[position] = content
-        self._smooth = not seen.sides
-        self.lost = not self.closed and (bool(waiting) or (read is None and not self._smooth))
+        self._shown = len(seen.sides) - len(self._beside)
+        self.lost = not self.closed and bool(waiting)
 
     def compared(self, sides: Sequence[Side] | None) -> Frozen | None:
         """Return a mode that tells, at other parameters, which of the operations that the graph leaves out move.
@@ -265,8 +273,9 @@ class KinkedStep:
         return Frozen(sides or (), self._beside) if self._beside and not (self.lost or self.closed) else None
 
     def leave(self) -> None:
-        """Leave these operations as they are from now on: they are of data, or beside the loss."""
+        """Leave these operations as they are from now on: they are of data, or beside the loss, unless all is lost."""
         self._beside = dict.fromkeys(self._beside)
+        self.smooth = not (self._shown or self.lost or (self.closed and self._beside))
 
     def on_sides(self, sides: Sequence[Side] | None) -> Frozen | None:
         """Return a mode that evaluates a step on its sides; None where it has none."""

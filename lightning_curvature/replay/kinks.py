@@ -162,6 +162,14 @@ def _rounded(width: str) -> Kink:
     return Kink(side, branch, applies=lambda a: a[width] > 0)
 
 
+def _scattered(a: _Arguments, number: Tensor) -> Tensor:
+    """The mean of the sources that were the extreme one of a place; what was there, where none was."""
+    kept = a["self"]
+    total = torch.zeros_like(kept).scatter_add(a["dim"], a["index"], torch.where(number, a["src"], 0))
+    count = torch.zeros_like(kept).scatter_add(a["dim"], a["index"], number.to(kept.dtype))
+    return torch.where(count > 0, total / count, kept)
+
+
 _choice = Kink(_one_of, _gathered, chooses=True)
 _extreme = Kink(lambda a: a["self"] == _spread(a), _reduced, chooses=True)
 
@@ -174,6 +182,9 @@ def _exponential(a: _Arguments, x: Tensor) -> list[Any]:
     scale = a["scale"]
     return [a["alpha"] * scale * torch.expm1(x * a["input_scale"]), x * scale]
 
+
+# Steps, whose derivative is zero or not there: masks of torch.where, indices of gather, values that are rounded.
+_step = Kink(lambda a: a["result"], lambda a, number: number, chooses=True)
 
 # By the name of the operation without underscores, which is also that of its node in the graph.
 KINKS = {
@@ -200,6 +211,14 @@ KINKS = {
     **dict.fromkeys(("maxpool2dwithindices", "adaptivemaxpool2d", "fractionalmaxpool2d"), _pool(2)),
     **dict.fromkeys(("maxpool3dwithindices", "adaptivemaxpool3d", "fractionalmaxpool3d"), _pool(3)),
     "linalgvectornorm": Kink(_norm_side, _norm, chooses=True, applies=lambda a: a["ord"] in (1, math.inf)),
+    "scatterreduce": Kink(
+        lambda a: a["src"] == a["result"].gather(a["dim"], a["index"]),
+        _scattered,
+        chooses=True,
+        applies=lambda a: a["reduce"] in ("amax", "amin"),
+    ),
+    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne", "argmax", "argmin", "bucketize", "searchsorted"), _step),
+    **dict.fromkeys(("sign", "floor", "ceil", "round", "trunc"), _step),
     "smoothl1loss": _rounded("beta"),
     "huberloss": _rounded("delta"),
 }
