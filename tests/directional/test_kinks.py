@@ -212,9 +212,9 @@ def second(module: Module, step: Any, batch: Batch, before: list[Tensor], after:
         for p, b in zip(parameters, before, strict=True):
             p.copy_(b)
     d = [b - a for b, a in zip(before, after, strict=True)]
-    gradients = torch.autograd.grad(step(module, *batch), parameters, create_graph=True)
+    gradients = torch.autograd.grad(step(module, *batch), parameters, create_graph=True, materialize_grads=True)
     slope = sum((g * x).sum() for g, x in zip(gradients, d, strict=True))
-    products = torch.autograd.grad(slope, parameters)  # type: ignore[arg-type]
+    products = torch.autograd.grad(slope, parameters, materialize_grads=True)  # type: ignore[arg-type]
     return float(sum((h * x).sum() for h, x in zip(products, d, strict=True)) / slope) / 0.3
 
 
