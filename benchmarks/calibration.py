@@ -13,19 +13,19 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers.logger import Logger
+from precision import Rows as Logged
+from precision import ninth_decile, trained
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
 
 from lightning_curvature import DirectionalCurvatureMonitor
 
@@ -157,24 +157,6 @@ class Steps(pl.Callback):
         self.steps.append((self.before, after, batch))
 
 
-class Noted(Logger):
-    """Keeps what is logged."""
-
-    name = version = "noted"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[dict[str, float]] = []
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to keep."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep the rows of the monitor."""
-        if "curvature/headroom" in metrics:
-            self.rows.append(metrics)
-
-
 def truth(
     network: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], batch: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
@@ -207,20 +189,9 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def compared(title: str, kinks: Any) -> Iterator[tuple[str, float, float]]:
     """Key, true and logged error of the first 40 steps and of the last 40."""
-    module, steps, noted = Digits(title), Steps(), Noted()
+    module, steps, noted = Digits(title), Steps(), Logged()
     monitor = DirectionalCurvatureMonitor(every_n_train_steps=1, kinks=kinks)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=noted,
-        log_every_n_steps=1,
-        callbacks=[steps, monitor],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(module, DataLoader(batches(), batch_size=None, shuffle=False))  # type: ignore[arg-type]
+    trained(module, batches(), noted, [steps, monitor], "32-true")
     for index in (*range(40), *range(STEPS - 40, STEPS)):
         row, exact = noted.rows[index], truth(module.network, *steps.steps[index])
         for key, form in KEYS.items():
@@ -235,7 +206,7 @@ def described(pairs: list[tuple[float, float]]) -> str:
     if len(known) < 2:
         return f"{len(known)} | {len(pairs) - len(known)} | – | – | – | –"
     errors = [true for true, _ in known]
-    tenth = quantiles(errors, n=10, method="inclusive")[-1]
+    tenth = ninth_decile(errors)
     within = sum(true <= logged for true, logged in known) / len(known)
     wide = median(logged / max(true, 1e-12) for true, logged in known)
     counts = f"{len(known)} | {len(pairs) - len(known)}"

@@ -136,6 +136,24 @@ def batches(setting: Setting) -> list[tuple[Tensor, Tensor]]:
     return [(x[i], y[i]) for i in parts[: setting.steps]]
 
 
+def trained(
+    module: pl.LightningModule, data: list[Any], logger: Logger, callbacks: list[pl.Callback], precision: Any
+) -> None:
+    """Train once over the batches."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        precision=precision,
+        logger=logger,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=None, shuffle=False))  # type: ignore[arg-type]
+
+
 def ninth_decile(values: list[float]) -> float:
     """The value that nine in ten do not exceed."""
     return quantiles(values, n=10, method="inclusive")[-1]
@@ -146,18 +164,7 @@ def table(precision: Any, estimators: tuple[str, ...]) -> Iterator[str]:
     for title, setting in SETTINGS.items():
         module, rows = Digits(setting), Rows()
         monitor = DirectionalCurvatureMonitor(estimators=estimators, every_n_train_steps=EVERY)  # type: ignore[arg-type]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            precision=precision,
-            logger=rows,
-            callbacks=[monitor],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        trainer.fit(module, DataLoader(batches(setting), batch_size=None, shuffle=False))  # type: ignore[arg-type]
+        trained(module, batches(setting), rows, [monitor], precision)
         truths = [truth(module.network, *step) for step in module.steps]
         for name in estimators:
             distances, ratios, lost = [], [], 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lightning_curvature.directional.options import EXACT
-from lightning_curvature.directional.rounding import Numbers, Rounding
+from lightning_curvature.directional.rounding import Numbers, Rounding, pair_slope
 from lightning_curvature.functional import ErrorModel
 
 # Above this rounding part noise hides a value, which is NaN.
@@ -103,14 +103,9 @@ def _differentiated(values: Numbers, epsilon: float, kept: float) -> float:
     by_outputs = values.get("head_slope", math.nan) / epsilon
     if "outputs_slope" in values and "loss_plus" in values:
         # A reading of the batch may be wrong: not where the loss itself has its slope.
-        read, pair = values["outputs_slope"] / epsilon, _slope(values) / epsilon
+        read, pair = values["outputs_slope"] / epsilon, pair_slope(values) / epsilon
         by_outputs = read if abs(read - pair) <= _SAME_SLOPE * abs(pair) else math.nan
     return by_outputs if abs(by_outputs - kept) > _SAME_SLOPE * abs(kept) else kept
-
-
-def _slope(values: Numbers) -> float:
-    """Return εgᵀd of a symmetric pair."""
-    return (values["loss_plus"] - values["loss_minus"]) / 2.0
 
 
 def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
@@ -120,7 +115,7 @@ def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> E
     if size == 0.0 or not math.isfinite(second):
         return _lost(overflow=size != 0.0)
     noise = math.sqrt(6.0) * rounding.loss_deviation(values) / size
-    slope = _slope(values)
+    slope = pair_slope(values)
     difference = slope - epsilon * values["descent"]
     kinks = rounding.kinks() / size if values.get("crossed", 0.0) > 0.0 else 0.0
     if "signal" not in values:
@@ -154,7 +149,7 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     if symmetric:
         truncation = _SYMMETRIC_TRUNCATION * _excess(values, rounding)
         truncation += _SATURATION * abs(values["fourth"]) / (12.0 * signal)
-        kinks = _KINKS_SHARE * rounding.kinks() / abs(_slope(values)) if values.get("crossed", 0.0) > 0.0 else 0.0
+        kinks = _KINKS_SHARE * rounding.kinks() / abs(pair_slope(values)) if values.get("crossed", 0.0) > 0.0 else 0.0
         return _known(
             quadratic / epsilon**2, ErrorModel(noise, truncation, 2, weight, crossed), doubt=truncation + kinks
         )
@@ -222,7 +217,7 @@ def loss_descent(
     loss = _differentiated(values, epsilon, kept)
     changed, slope = False, kept
     if pair is not None and pair.model is not None and math.isfinite(pair.quadratic):
-        slope = _slope(values) / epsilon
+        slope = pair_slope(values) / epsilon
         # Its error: rounding, and the third order, known of the softmax, of the network as in _SLOPE_TRUNCATION.
         rounded = 3.0 * rounding.loss_deviation(values)
         bent = abs(values.get("third", 0.0)) / 6.0 + 2.0 * epsilon**2 * abs(pair.quadratic) * math.sqrt(pair.error)

@@ -240,7 +240,7 @@ class DirectionalMeasurement:
         flags = [f"{name}_{flag}" for name in wanted for flag in ("failed", "mistaken")]
         have_outputs = self._model is not None or self._headed
         names = [*flags, *evaluations.names(self.estimators, have_outputs, self._headed)]
-        names += ["lost"] if kinks.kinks is not None else []
+        names += ["lost"] if kinks.wanted is not None else []
         values = exchange(with_exact, tuple(names)) if names else {}
         kinks.repeated |= values.get("lost", 0.0) > 0.0  # from now on, on all ranks alike
         if "positions" in values:

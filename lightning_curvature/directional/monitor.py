@@ -119,7 +119,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         super().on_fit_start(trainer, pl_module)
         self._measurement.begin()
         if self._objective is not None and {"kl", "finite_difference"} & set(self.options.estimators):
-            self._objective.kinks.kinks = self.options.kinks
+            self._objective.kinks.wanted = self.options.kinks
         for group in trainer.optimizers[self.options.optimizer_index].param_groups if trainer.optimizers else ():
             check_real(type(self).__name__, group["params"])
         derivatives = [name for name in self.options.estimators if name in EXACT]

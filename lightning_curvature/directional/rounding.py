@@ -41,6 +41,11 @@ def forward_roundoff(module: torch.nn.Module, device: torch.device, dtype: torch
     return max(torch.finfo(dtype).eps / 2.0, 2.0**-11 if coarse else 0.0)
 
 
+def pair_slope(values: Numbers) -> float:
+    """Return εgᵀd of a symmetric pair."""
+    return (values["loss_plus"] - values["loss_minus"]) / 2.0
+
+
 @dataclass
 class Floor:
     """The part of a number that does not fall with the distance, learned from the last measurements.
@@ -116,7 +121,7 @@ class Rounding:
             bound = math.sqrt(values["defect"] / 1.5 / values["noise_gain"]) / self.roundoff
             self.growth.learn(distance, bound, limit=_LARGEST_GROWTH * _GROWTH.get(self.dtype, 1.0))
             self.growth.level = min(self.growth.level, bound)
-        slope = (values["loss_plus"] - values["loss_minus"]) / 2.0
+        slope = pair_slope(values)
         if slope != 0.0 and math.isfinite(slope):
             off = abs(slope - epsilon * values["descent"])
             self.offset.learn(distance, off / abs(slope))

@@ -121,9 +121,8 @@ class UpdateMonitor(Monitor):
         """Measure where the batch ended with a step."""
         self._recording.close()
         objective, update, failure = self._objective, self._step.update, self._step.failure
-        # Not measured, or an accumulation window that goes on.
         if not self._armed or objective is None or self._step.number < 0:
-            return
+            return  # not measured, or an accumulation window that goes on
         try:
             if failure is not None:
                 self.measure(trainer, None, failure)

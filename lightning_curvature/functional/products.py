@@ -1,6 +1,6 @@
 """Exact second derivatives along a direction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,17 +70,18 @@ def differentiable_gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Te
 def check_differentiable(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Raise RuntimeError if a function between a loss and inputs is marked ``once_differentiable``."""
     # A backward that is given a constant, as that of a loss is, leaves no trace in the graph of the gradients.
-    marked = [node for node in _nodes([loss]) if _is_marked(node)]
+    marked = [node for node in graph_nodes([loss]) if _is_marked(node)]
     below = set(_nodes_from(marked))
     reached = any(x.grad_fn in below for x in inputs if x.grad_fn is not None) or not {
         id(getattr(node, "variable", None)) for node in below
     }.isdisjoint(map(id, inputs))
     # The node that torch puts there raises only when it runs, and a call of ``grad`` for inputs never runs it.
-    if reached or any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
+    if reached or any(node.name() == "torch::autograd::Error" for node in graph_nodes(gradients)):
         raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
-def _nodes(tensors: Sequence[Tensor | None]) -> list[Any]:
+def graph_nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
+    """Return all nodes of the graphs of some tensors."""
     return _nodes_from([x.grad_fn for x in tensors if x is not None and x.grad_fn is not None])
 
 

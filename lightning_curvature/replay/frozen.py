@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_curvature.distributed.together import attempted
+from lightning_curvature.functional.products import graph_nodes
 from lightning_curvature.replay.kinks import KINKS, kink_of
 from lightning_curvature.replay.memory import sums
 
@@ -55,14 +56,7 @@ class _Saved:
 def sides_of(losses: Iterable[Tensor]) -> list[Side] | None:
     """Return the sides of a step, in the order of its operations, from its graph; None where the graph is closed."""
     found: list[tuple[int, Side]] = []
-    seen: set[Node] = set()
-    waiting = [loss.grad_fn for loss in losses]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
+    for node in graph_nodes(losses):
         name = node.name().partition("Backward")[0].lower()
         if name == "compiledfunction":  # whatever is in it
             return None
@@ -135,7 +129,8 @@ class Looking(_Watching):
             return run()
         result = run()
         known = dict(zip(("result", "indices"), _parts(result), strict=False))
-        self.sides.append(Side(name, kink.side(arguments | known)))
+        # A copy: a step may write into its masks and indices.
+        self.sides.append(Side(name, kink.side(arguments | known).clone()))
         return result
 
 
@@ -219,7 +214,7 @@ class KinkedStep:
     compiled code), from a repetition at θ_t, one forward.
 
     Attributes:
-        kinks: "frozen" or "crossed"; None where nobody asks.
+        wanted: "frozen" or "crossed"; None where nobody asks.
         closed: whether there are no sides to be had.
         repeated: whether sides come from repetitions, on all ranks alike.
         lost: whether the graph does not show the sides on this rank, so that later steps are to be repeated.
@@ -227,7 +222,7 @@ class KinkedStep:
     """
 
     def __init__(self) -> None:
-        self.kinks: str | None = None
+        self.wanted: str | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -239,16 +234,16 @@ class KinkedStep:
 
     def read(self, losses: Sequence[Tensor]) -> list[Side] | None:
         """Return the sides of a step with the graph of its losses; None where they are not there. Never raises."""
-        if self.kinks is None or self.smooth:
+        if self.wanted is None or self.smooth:
             return []
         sides = None if self.repeated or self.closed else attempted(lambda: sides_of(losses), lambda error: None)
-        return sides if self.kinks == "frozen" or not sides else None
+        return sides if self.wanted == "frozen" or not sides else None
 
     def looking(self) -> Looking | None:
         """Return a mode that notes the sides of an evaluation; None where they are not to be had or not wanted."""
         return (
             Looking(given=self.smooth is None and not self.repeated)
-            if self.kinks == "frozen" and not (self.closed or self.smooth)
+            if self.wanted == "frozen" and not (self.closed or self.smooth)
             else None
         )
 

@@ -127,8 +127,8 @@ def _gathered(a: _Arguments, number: Tensor) -> Any:
         return _reduced({**_ALL, "self": a["self"]}, number)
     dim, x = a["dim"], a["self"]
     if number.ndim == x.ndim:
-        return x.gather(dim, number), number
-    return x.gather(dim, number.unsqueeze(dim)).squeeze(dim), number
+        return x.gather(dim, number), number.clone()
+    return x.gather(dim, number.unsqueeze(dim)).squeeze(dim), number.clone()
 
 
 def _pooled(a: _Arguments, number: Tensor, dims: int) -> Any:
@@ -184,7 +184,7 @@ def _exponential(a: _Arguments, x: Tensor) -> list[Any]:
 
 
 # Steps, whose derivative is zero or not there: masks of torch.where, indices of gather, values that are rounded.
-_step = Kink(lambda a: a["result"], lambda a, number: number, chooses=True)
+_step = Kink(lambda a: a["result"], lambda a, number: number.clone(), chooses=True)
 
 # By the name of the operation without underscores, which is also that of its node in the graph.
 KINKS = {

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from tests.helpers.counting import out_of_reach
+from tests.helpers.once import Kinked
 from tests.helpers.runs import Batch, Capture, Classifier, classification, loader, make_trainer, run, warned
 from tests.oracles.along_step import DIFFERENCE, EXACT, check, monitors
 from tests.oracles.dense import loss_along
@@ -145,19 +146,6 @@ def accuracy(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def checkpointed(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(m.head(checkpoint(m.body, x, use_reentrant=False)), y)
-
-
-class Kinked(torch.autograd.Function):
-    """A ReLU that autograd does not see into."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp_min(0.0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient * (ctx.saved_tensors[0] > 0)
 
 
 def custom(m: Any, x: Tensor, y: Tensor) -> Tensor:

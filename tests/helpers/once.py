@@ -1,4 +1,4 @@
-"""Functions whose backward cannot be differentiated: torch's ``grad`` takes it for a constant, and says nothing."""
+"""Functions that autograd does not see into; torch takes a backward that is differentiable once for a constant."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ class OnceSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 2.0 * x / x.numel() * gradient
+
+
+class Kinked(torch.autograd.Function):
+    """A ReLU that autograd does not see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * (ctx.saved_tensors[0] > 0)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_curvature.replay.frozen import Frozen, KinkedStep, Looking, Spoiled, sides_of
 from lightning_curvature.replay.kinks import KINKS
+from tests.helpers.once import Kinked
 
 WEIGHT = torch.full((3,), 0.2, dtype=torch.float64)
 LOW, HIGH = torch.linspace(-1.0, 0.0, 8, dtype=torch.float64), torch.linspace(0.5, 1.0, 8, dtype=torch.float64)
@@ -148,6 +149,8 @@ def test_operations(name: str) -> None:
 BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
     "where": lambda x: torch.where(x > 0.0, x, 0.1 * x),
     "mask": lambda x: x * (x >= 0.2),
+    "mask, written to": lambda x: x * (x >= 0.2).logical_or_(x < -1.0),
+    "indices, written to": lambda x: x.gather(1, x.max(1, keepdim=True).indices.add_(1).remainder_(3)),
     "masked_fill": lambda x: x.masked_fill(x < -0.1, 0.3),
     "argmax": lambda x: x.gather(1, x.argmax(1, keepdim=True)),
     "sign": lambda x: x * x.sign(),
@@ -182,22 +185,9 @@ def test_every_kink_is_tried() -> None:
     assert set(KINKS) - tried == twins | steps
 
 
-class Kinked(torch.autograd.Function):
-    """A ReLU that autograd does not see into."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp_min(0.0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient * (ctx.saved_tensors[0] > 0)
-
-
 def learned(step: Callable[[Tensor], Tensor]) -> tuple[KinkedStep, list[Any] | None, Looking]:
     kinked = KinkedStep()
-    kinked.kinks = "frozen"
+    kinked.wanted = "frozen"
     read = kinked.read([step(number(0.3).requires_grad_())])
     looking = kinked.looking()
     assert looking is not None
