@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import random
 import sys
@@ -69,10 +70,9 @@ class DataRandomness:
         restorers: list[objects.Restore] = [RandomState(self._device).restore]
         for holder in (*self._generators, *self._holders):
             restorers += objects.contents(holder)
-        try:
+        with contextlib.ExitStack() as stack:
+            objects.put_back_at_exit(stack, functools.partial(objects.put_back, restorers))
             yield
-        finally:
-            objects.put_back(restorers)
 
     def seed(self, *key: int) -> None:
         """Set all of them to states that follow from the key."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.replay.isolation import gradient_hooks, muted, without_gradients, without_hooks
+from lightning_curvature.replay.objects import put_back_at_exit
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot, restored
 
@@ -122,7 +123,7 @@ class TrialSteps:
         devices = {p.device for p in self._held}
         with contextlib.ExitStack() as stack:
             for device in devices:
-                stack.callback(RandomState(device).restore)
+                put_back_at_exit(stack, RandomState(device).restore)
             stack.enter_context(without_gradients(everywhere))
             stack.enter_context(without_hooks(tables))
             stack.enter_context(restored([self._optimizer, *self._held], spared, _silence))
@@ -152,7 +153,7 @@ class TrialSteps:
             trainer.precision_plugin.clip_gradients(self._optimizer, value or 0.0, kind)
             return
         with contextlib.ExitStack() as stack:
-            stack.callback(Snapshot([module], passed=module.parameters()).restore)
+            put_back_at_exit(stack, Snapshot([module], passed=module.parameters()).restore)
             stack.enter_context(muted(module, trainer.global_step))
             module.configure_gradient_clipping(self._optimizer, value, algorithm)
 

@@ -1,6 +1,7 @@
 """The true update of an optimizer step: d = θ_t − θ_{t+1}, its learning rate, its dot product with the gradient."""
 
 import contextlib
+import functools
 from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.distributed.shards import local, shard_count
+from lightning_curvature.replay.objects import put_back_at_exit
 
 # Numbers in a piece of a parameter: it fits a CPU's cache, is worth an accelerator's launch, and bounds temporaries.
 _PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
@@ -146,11 +148,13 @@ class ParameterUpdate:
     def _moved(self) -> Generator[list[Tensor], None, None]:
         self._completed()
         targets = [local(p).detach() for p in self.parameters]
-        try:
+        with contextlib.ExitStack() as stack:
+            put_back_at_exit(stack, functools.partial(self._put_back, targets))
             yield targets
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(targets, self._after)
+
+    @torch.no_grad()
+    def _put_back(self, targets: list[Tensor]) -> None:
+        torch._foreach_copy_(targets, self._after)
 
 
 def dense_copy(gradient: Tensor | None) -> Tensor:

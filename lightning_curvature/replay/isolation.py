@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.replay.memory import addresses
-from lightning_curvature.replay.objects import entries, put_back
+from lightning_curvature.replay.objects import entries, put_back, put_back_at_exit
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot
 
@@ -38,10 +38,8 @@ class Shelter:
 
     def restore(self) -> None:
         """Put all of them back, once: before patches come off, which are part of what is put back."""
-        try:
-            put_back([snapshot.restore for snapshot in self._snapshots.values()])
-        finally:
-            self._snapshots.clear()
+        put_back([snapshot.restore for snapshot in self._snapshots.values()])
+        self._snapshots.clear()
 
 
 class _Inert:
@@ -121,7 +119,7 @@ def muted(module: pl.LightningModule, global_step: int, shelter: Shelter | None 
     shelter = shelter or Shelter()
     stand_in = ReplayTrainer(module.trainer, global_step, shelter)
     with contextlib.ExitStack() as stack:
-        stack.callback(shelter.restore)
+        put_back_at_exit(stack, shelter.restore)
         for submodule in module.modules():
             if isinstance(submodule, pl.LightningModule):
                 stack.enter_context(patched(submodule, _trainer=stand_in, log=silent, log_dict=silent, print=silent))
@@ -181,13 +179,16 @@ def _replaced(tables: Iterable[dict[str, Any]], values: Mapping[int, Tensor]) ->
 def without_gradients(parameters: Iterable[Tensor]) -> Generator[None, None, None]:
     """Take the gradients off parameters inside the block: a step that writes to ``p.grad`` or zeroes it meets none."""
     before = [(p, p.grad) for p in parameters]
-    try:
+
+    def put_back_all() -> None:
+        for p, gradient in before:
+            p.grad = gradient
+
+    with contextlib.ExitStack() as stack:
+        put_back_at_exit(stack, put_back_all)
         for p, _ in before:
             p.grad = None
         yield
-    finally:
-        for p, gradient in before:
-            p.grad = gradient
 
 
 @contextlib.contextmanager
@@ -198,7 +199,7 @@ def without_hooks(
     with contextlib.ExitStack() as stack:
         for table in tables:
             if table:
-                stack.callback(entries(table))
+                put_back_at_exit(stack, entries(table))
                 for key in [key for key, hook in table.items() if which(hook)]:
                     del table[key]
         yield
@@ -228,9 +229,9 @@ def untouched(
         optimizers: their learning rates and all other options in ``param_groups``.
     """
     with contextlib.ExitStack() as stack:  # each restorer is called, also where another fails
-        stack.callback(RandomState(device).restore)
+        put_back_at_exit(stack, RandomState(device).restore)
         snapshot = Snapshot([module, *(optimizer.param_groups for optimizer in optimizers)], addresses(spared))
-        stack.callback(snapshot.restore)
+        put_back_at_exit(stack, snapshot.restore)
         stack.enter_context(without_gradients(module.parameters()))
         stack.enter_context(without_hooks(gradient_hooks(module.parameters())))
         stack.enter_context(without_hooks([m._forward_hooks for m in module.modules()], _watches))

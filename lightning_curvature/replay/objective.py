@@ -19,6 +19,7 @@ from lightning_curvature.replay.frozen import KinkedStep
 from lightning_curvature.replay.head import Cut
 from lightning_curvature.replay.isolation import Shelter, muted, own_buffers, untouched
 from lightning_curvature.replay.memory import addresses
+from lightning_curvature.replay.objects import put_back_at_exit
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.recording import (
     BackwardLog,
@@ -224,7 +225,6 @@ class StepObjective:
 
         A step that turns out to differentiate for itself has its gradients, and the result comes without its graph.
         ``within`` is entered around the step itself, when all states are those of the recorded call, and ``mode`` too.
-
         """
         if self.refusal is not None:
             raise self.refusal
@@ -261,7 +261,7 @@ class StepObjective:
             log = BackwardLog()
             # Also in automatic optimization: a step may use its optimizer or step a scheduler.
             stack.enter_context(inert_optimization(self.module, log, shelter))
-            stack.callback(shelter.restore)
+            put_back_at_exit(stack, shelter.restore)
             result = self._step(*args, **kwargs)
             if self.module.automatic_optimization:
                 return replace(read_result(result, seen), calls=calls or [])

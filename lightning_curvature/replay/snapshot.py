@@ -201,11 +201,10 @@ def restored(
         Exception: that of ``copy.deepcopy``, for an object that can neither be written in place nor copied.
     """
     snapshot = Snapshot(roots, prepare=prepare, passed=passed)
-    try:
+    with contextlib.ExitStack() as stack:
+        objects.put_back_at_exit(stack, snapshot.restore)
         _replace(set(snapshot.closed), snapshot.seen)
         yield
-    finally:
-        snapshot.restore()
 
 
 def _replace(closed: set[int], seen: dict[int, Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,6 +51,21 @@ class Fault(RuntimeError):
     pass
 
 
+@functools.cache
+def entries(code: CodeType) -> dict[int, int]:
+    """Return where the instructions of each ``with`` begin, by its line."""
+    starts: dict[int, int] = {}
+    for start, _, line in code.co_lines():
+        if line and linecache.getline(code.co_filename, line).lstrip().startswith("with "):
+            starts.setdefault(line, start)
+    return starts
+
+
+def leaves(frame: FrameType) -> bool:
+    """Return whether a ``with`` is about to call ``__exit__``: no error occurs there, and one would skip the call."""
+    return frame.f_lasti > entries(frame.f_code).get(frame.f_lineno, frame.f_lasti)
+
+
 class Tracer:
     """Counts the visits of each line of the package; at one visit of one line it raises."""
 
@@ -61,7 +77,7 @@ class Tracer:
         return self.line if code.co_filename.startswith(PACKAGE) and code.co_name not in HANDING_ON else None
 
     def line(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line":
+        if event == "line" and not leaves(frame):
             here = frame.f_code.co_filename, frame.f_lineno
             self.visits[here] += 1
             if self.at == (here, self.visits[here]):

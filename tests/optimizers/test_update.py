@@ -186,13 +186,19 @@ def test_sparse_gradients() -> None:
     assert update.descent.item() == pytest.approx(0.5 * gradient.square().sum().item(), rel=20 * U64)
 
 
-def test_sums_are_float64_whatever_the_parameters_are() -> None:
-    weight = nn.Parameter(torch.ones(4 * 256))
-    weight.grad = torch.tensor([2.0**26, 1.0, -(2.0**26), 1.0]).repeat(256)
-    update = ParameterUpdate(torch.optim.SGD([weight], lr=1.0))
-    weight.data.sub_(1.0)
+@pytest.mark.parametrize("shapes", [[1, 1, 1, 1], [4 * 2**16]], ids=["parameters", "pieces of one"])
+def test_dot_products_are_added_in_float64(shapes: list[int]) -> None:
+    """float32 has no 2²⁶ + 1; a dot product has one term that is not 0, so that its own order does not matter."""
+    weights = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    gradient = torch.zeros(4, sum(shapes) // 4)
+    gradient[:, 0] = torch.tensor([2.0**26, 1.0, -(2.0**26), 1.0])
+    for weight, part in zip(weights, gradient.reshape(-1).split(shapes), strict=True):
+        weight.grad = part
+    update = ParameterUpdate(torch.optim.SGD(weights, lr=1.0))
+    for weight in weights:
+        weight.data.sub_(1.0)
     update.complete()
-    assert update.descent.item() == 512.0  # float32 has no 2²⁶ + 1
+    assert update.descent.item() == 2.0
 
 
 def test_two_copies_of_the_parameters_at_most() -> None:
