@@ -19,6 +19,7 @@ from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.differences import GradientDifferenceOperator, Sharding
 from lightning_curvature.operators.exact import GaussNewtonOperator, HessianOperator
+from lightning_curvature.operators.fallback import FallbackOperator
 from lightning_curvature.operators.micro_batches import MicroBatch
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 
@@ -84,10 +85,19 @@ class SharpnessProblem:
         ``micro_batches`` are this rank's. Unless ``multiplied``, it gives the gradient alone if parameters are whole.
         """
         if self._sharding is not None:
-            return GradientDifferenceOperator(micro_batches, self.parameters, sharding=self._sharding)
+            return GradientDifferenceOperator(
+                micro_batches, self.parameters, sharding=self._sharding, history=self.loss.second.history
+            )
         if not multiplied:
             return CurvatureOperator(micro_batches, self.parameters, reduce=self.reduce)
-        return self.exact(micro_batches, self.parameters, reduce=self.reduce)
+        return self._of_whole(micro_batches, reduce=self.reduce)
+
+    def _of_whole(self, micro_batches: Sequence[MicroBatch], reduce: Reduce | None = None) -> CurvatureOperator:
+        """Return the operator of this rank's micro-batches by the parameters; they are whole."""
+        if self.curvature is not HessianOperator:
+            return self.exact(micro_batches, self.parameters, reduce=reduce)
+        options: dict[str, Any] = {"second": self.loss.second, "processes": self.trainer.num_devices}
+        return FallbackOperator(micro_batches, self.parameters, reduce=reduce, **options)
 
     def exact(self, micro_batches: Sequence[MicroBatch], leaves: Sequence[Tensor], **options: Any) -> CurvatureOperator:
         """Return the operator of this rank's micro-batches by the parameters, or by copies of them."""
@@ -99,7 +109,7 @@ class SharpnessProblem:
         if self.sharded:
             yield from map(self.operator, self._on_all(lambda: list(map(self.draw, numbers)), "drawing a mini-batch"))
         else:
-            yield from (self.exact(self.draw(one), self.parameters) for one in numbers)
+            yield from (self._of_whole(self.draw(one)) for one in numbers)
 
     def draw(self, number: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of the mini-batch of this number."""

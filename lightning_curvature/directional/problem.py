@@ -13,9 +13,10 @@ from lightning_curvature.distributed.shards import fresh_shards, is_sharded
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.operators.sides import Side
 from lightning_curvature.optimizers.update import ParameterUpdate
 from lightning_curvature.replay.check import other_loss
-from lightning_curvature.replay.frozen import Side, Spoiled
+from lightning_curvature.replay.frozen import Spoiled
 from lightning_curvature.replay.head import find_cut, head_loss, made_outputs
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import StepObjective

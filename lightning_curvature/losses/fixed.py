@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_curvature.data.copies import DataRandomness
 from lightning_curvature.data.probe_set import ProbeBatch, ProbeSet, to_device
 from lightning_curvature.losses.stacked import Stacked, stack
-from lightning_curvature.operators.differentiation import differentiable, same_attention
-from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch
+from lightning_curvature.operators.differentiation import differentiable, patched, same_attention
+from lightning_curvature.operators.micro_batches import Evaluation, MakeContext, MicroBatch
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.replay.randomness import RandomState
@@ -35,13 +35,17 @@ class ProbeLoss:
     Args:
         precision: makes the context of a forward.
         mode: "train" leaves the module as it trains, "eval" switches it.
+
+    Attributes:
+        second: what the fit has learned of second derivatives.
     """
 
     def __init__(self, trainer: pl.Trainer, objective: StepObjective, precision: Precision, mode: ProbeMode) -> None:
         self._trainer, self._objective, self._precision = trainer, objective, precision
         if mode == "eval":
             objective.module.eval()
-        self._state = objective.state()
+        self._state, self.second = objective.state(), objective.second
+        self._context: MakeContext | None = None
         objective.rewrites.hold()
 
     def parts(self, probe_set: ProbeSet) -> list[MicroBatch]:
@@ -60,7 +64,20 @@ class ProbeLoss:
             (batch,) = self.moved([probe])
             return self._repeat(batch, index, self._seeded(probe.seed))
 
-        return [MicroBatch(functools.partial(evaluate, one, i), one.size / total) for i, one in enumerate(batches)]
+        calls = [(functools.partial(evaluate, one, i), one.size / total) for i, one in enumerate(batches)]
+        return [self.micro_batch(*call) for call in calls]
+
+    def micro_batch(
+        self, evaluate: Callable[[], Evaluation], weight: float, settle: Callable[[], object] = lambda: None
+    ) -> MicroBatch:
+        """Return a micro-batch that is evaluated by repeated steps, the same in each evaluation after ``settle()``."""
+
+        def stepwise(context: MakeContext) -> Evaluation:
+            settle()
+            with patched(self, _context=context):
+                return evaluate()
+
+        return MicroBatch(evaluate, weight, stepwise)
 
     def parts_of_many(
         self, draws: Sequence[Sequence[ProbeBatch]], parameters: Sequence[Tensor], copies: Sequence[Tensor]
@@ -118,7 +135,7 @@ class ProbeLoss:
             values = {id(p): value for p, value in zip(parameters, copy, strict=True)}
             with parameters_replaced(objective.module, values):
                 record = objective.prepare(rebuild(batch), index, randomness, self._state)
-                evaluation = objective.evaluate(record)
+                evaluation = objective.evaluate(record, mode=self._context and self._context())
             return (evaluation.loss,) if evaluation.outputs is None else (evaluation.loss, evaluation.outputs)
 
         with self._precision(), same_attention(objective.module):
@@ -140,14 +157,14 @@ class ProbeLoss:
 
         ``calls`` are batch on the device, ``batch_idx`` and random state of each ``training_step`` on this rank.
         """
-        return [MicroBatch(functools.partial(self._repeat, *call), 1 / len(calls) / ranks) for call in calls]
+        return [self.micro_batch(functools.partial(self._repeat, *call), 1 / len(calls) / ranks) for call in calls]
 
     def _repeat(self, batch: Any, index: int, randomness: RandomState) -> Evaluation:
         self._state.restore()
         record = self._objective.prepare(batch, index, randomness, self._state)
         with self._precision(), same_attention(self._objective.module):
             expected = self._objective.rehearse(record)
-            evaluation = self._objective.evaluate(record)
+            evaluation = self._objective.evaluate(record, mode=self._context and self._context())
         self._objective.confirm(expected, evaluation.loss)
         return evaluation
 

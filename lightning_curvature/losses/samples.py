@@ -97,7 +97,7 @@ class SampleLosses:
     """
 
     def __init__(self, loss: ProbeLoss, samples: OrderedSamples, size: int) -> None:
-        self._loss, self.samples, self._size = loss, samples, size
+        self._loss, self.samples, self._size, self.second = loss, samples, size, loss.second
         self._moved: dict[int, tuple[Any, Any]] = {}
         self._batches: dict[tuple[int, ...], SampleBatch] = {}
         self._is_mean: dict[tuple[int, ...], bool] = {}
@@ -123,17 +123,27 @@ class SampleLosses:
     def parts(self, numbers: Sequence[int], total: int) -> list[MicroBatch]:
         """Return micro-batches of those of the numbers that this rank holds, weighted by their share of ``total``."""
         chunks = self._chunks(self.samples.among(numbers))
-        return [MicroBatch(functools.partial(self._evaluate, chunk), len(chunk) / total) for chunk in chunks]
+        return [
+            self._loss.micro_batch(
+                functools.partial(self._evaluate, chunk), len(chunk) / total, functools.partial(self._settle, chunk)
+            )
+            for chunk in chunks
+        ]
+
+    def _settle(self, chunk: tuple[int, ...]) -> None:
+        """Find out, once, whether the loss of a batch is the mean of its samples'."""
+        if len(chunk) == 1 or chunk in self._is_mean:
+            return
+        self._is_mean[chunk] = False
+        # Samples may make no batch, and a step may be for single samples.
+        with torch.no_grad(), contextlib.suppress(Exception):
+            self._is_mean[chunk] = equal_up_to_rounding(self._batch(chunk).whole(), self._losses(chunk).mean())
 
     def _evaluate(self, chunk: tuple[int, ...]) -> Evaluation:
+        self._settle(chunk)
         batch = self._batch(chunk)
         if len(chunk) == 1:
             return Evaluation(batch.one(0))
-        if chunk not in self._is_mean:
-            self._is_mean[chunk] = False
-            # Samples may make no batch, and a step may be for single samples.
-            with torch.no_grad(), contextlib.suppress(Exception):
-                self._is_mean[chunk] = equal_up_to_rounding(batch.whole(), self._losses(chunk).mean())
         return Evaluation(batch.whole() if self._is_mean[chunk] else self._losses(chunk).mean())
 
     def _losses(self, chunk: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.composed import PreconditionedOperator, SecondMomentOperator
-from lightning_curvature.operators.differences import GradientDifferenceOperator, Sharding
+from lightning_curvature.operators.differences import DifferenceHistory, GradientDifferenceOperator, Sharding
 from lightning_curvature.operators.exact import Curvature, GaussNewtonOperator, HessianOperator, operator_type
 from lightning_curvature.operators.linear_layer import LinearStatistics, NotSeparableError, linear_statistics
 from lightning_curvature.operators.micro_batches import MicroBatch, micro_batches
@@ -11,6 +11,7 @@ from lightning_curvature.operators.mini_batch import MiniBatch
 __all__ = [
     "Curvature",
     "CurvatureOperator",
+    "DifferenceHistory",
     "GaussNewtonOperator",
     "GradientDifferenceOperator",
     "HessianOperator",

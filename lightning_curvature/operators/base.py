@@ -1,5 +1,6 @@
 """The base class of the operators: sums over micro-batches and ranks."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,8 +96,22 @@ class CurvatureOperator:
         return self.space.zeros() if total is None else total
 
     def quadratic_form(self, vector: Tensor) -> float:
-        """Return vᵀAv, over all ranks."""
-        return self.space.dot(vector, self(vector))
+        """Return vᵀAv, over all ranks: one product, and where ranks add terms a reduction of a single number."""
+        zero = functools.partial(torch.zeros, (), dtype=torch.float64, device=self.space.device)
+        return float(self.summed(lambda: self.local_form(vector), zero))
+
+    def local_form(self, vector: Tensor) -> Tensor:
+        """Return this rank's term of vᵀAv, a float64 scalar."""
+        form = self.space.dot(vector, self.local_product(vector))
+        return torch.full((), form, dtype=torch.float64, device=self.space.device)
+
+    def local_products(self, vectors: Tensor) -> Tensor:
+        """Return this rank's terms of the products with several vectors, (q, n)."""
+        return torch.stack([self.local_product(vector) for vector in vectors])
+
+    def uncertainty(self, vector: Tensor, form: float) -> float:
+        """Return how far a quadratic form vᵀAv may be off but for rounding: 0.0 where products are exact."""
+        return 0.0
 
     def gradient_of(self, index: int) -> tuple[Tensor | None, ...]:
         """Return the gradient of the loss of one micro-batch, unweighted."""

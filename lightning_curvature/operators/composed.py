@@ -38,6 +38,10 @@ class PreconditionedOperator:
         """Return P^{-1/2} A P^{-1/2} v."""
         return self.operator(vector * self._scale).mul_(self._scale)
 
+    def uncertainty(self, vector: Tensor, form: float) -> float:
+        """Return how far a quadratic form may be off; see :meth:`~.base.CurvatureOperator.uncertainty`."""
+        return self.operator.uncertainty(vector * self._scale, form)
+
     @property
     def error(self) -> Exception | None:
         """The error of this rank, or None."""
@@ -99,8 +103,9 @@ class SecondMomentOperator(HessianOperator):
         """Return Sv."""
         return self.local_product(vector) if self._spread else super().__call__(vector)
 
-    # The square of a mini-batch's products is no sum over its micro-batches.
-    quadratic_form = CurvatureOperator.quadratic_form
+    def quadratic_form(self, vector: Tensor) -> float:
+        """Return vᵀSv: the square of a mini-batch's products is no sum over its micro-batches."""
+        return self.space.dot(vector, self(vector))
 
     def local_product(self, vector: Tensor) -> Tensor:
         """Return this rank's term of Sv; all of Sv where mini-batches lie on several ranks."""

@@ -1,6 +1,5 @@
 """Exact products with the Hessian and the Gauss–Newton matrix of a loss."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from lightning_curvature.functional.products import check_differentiable, differentiable_gradients
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import CurvatureOperator
-from lightning_curvature.operators.graphs import Graphs, KeepGraph, pull_back
+from lightning_curvature.operators.graphs import Graphs, KeepGraph, products_with, pull_back
 from lightning_curvature.operators.micro_batches import MicroBatch, building_graphs
 
 Curvature = Literal["hessian", "gauss_newton"]
@@ -40,21 +39,16 @@ class _GraphOperator(CurvatureOperator):
         views = self.space.views(vector)
         return self.weighted_sum(lambda index: self.product_of(index, views))
 
-    def quadratic_form(self, vector: Tensor) -> float:
-        """Return vᵀAv, over all ranks: one product, and a reduction of a single number."""
+    def local_form(self, vector: Tensor) -> Tensor:
+        """Return this rank's term of vᵀAv, a float64 scalar: tensor by tensor, without a vector."""
         views = self.space.views(vector)
-        zero = functools.partial(torch.zeros, (), dtype=torch.float64, device=self.space.device)
-
-        def local() -> Tensor:
-            terms = [
-                part.weight * torch.dot(product.reshape(-1).to(view.dtype), view.reshape(-1)).double()
-                for index, part in enumerate(self.parts)
-                for product, view in zip(self.product_of(index, views), views, strict=True)
-                if product is not None
-            ]
-            return torch.stack([zero(), *terms]).sum()
-
-        return float(self.summed(local, zero))
+        terms = [
+            part.weight * torch.dot(product.reshape(-1).to(view.dtype), view.reshape(-1)).double()
+            for index, part in enumerate(self.parts)
+            for product, view in zip(self.product_of(index, views), views, strict=True)
+            if product is not None
+        ]
+        return torch.stack([torch.zeros((), dtype=torch.float64, device=self.space.device), *terms]).sum()
 
     def close(self) -> None:
         """Release the graphs."""
@@ -100,6 +94,15 @@ class HessianOperator(_GraphOperator):
         gradients = self._graphs.get(index, self._build)
         with building_graphs():
             return pull_back(gradients, self.parameters, vectors, retain=self._graphs.keeps(index))
+
+    def local_products(self, vectors: Tensor) -> Tensor:
+        """Return this rank's terms of the products with several vectors, (q, n): at once, where operations allow it."""
+        total = self.space.zeros(len(vectors))
+        for index, part in enumerate(self.parts):
+            gradients = self._graphs.get(index, self._build)
+            with building_graphs():
+                total.add_(products_with(gradients, self.parameters, self.space, vectors), alpha=part.weight)
+        return total
 
 
 class _GaussNewtonGraph(NamedTuple):

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_curvature.operators.differentiation import differentiable
 
+MakeContext = Callable[[], contextlib.AbstractContextManager[object]]
+
 
 @dataclass
 class Evaluation:
@@ -41,10 +43,13 @@ class MicroBatch:
     Attributes:
         evaluate: returns loss and outputs at the present parameters, always the same, with a graph if gradients are on.
         weight: its number of samples over that of all ranks: the loss is Σ weight · loss.
+        stepwise: does so too, with a context around each step of which the evaluation consists, made by its argument;
+            None where a context can only be put around the whole.
     """
 
     evaluate: Callable[[], Evaluation]
     weight: float
+    stepwise: Callable[[MakeContext], Evaluation] | None = None
 
     def with_graph(self) -> Evaluation:
         """Evaluate, and raise unless the loss has a graph."""
@@ -75,12 +80,14 @@ def micro_batches(
     if not kept:
         raise ValueError("batches must hold at least one batch, got none: give a list of (inputs, targets).")
 
-    def evaluate(x: Any, y: Any) -> Evaluation:
-        outputs = model(x)
-        return Evaluation(loss_function(outputs, y), outputs)
+    def evaluate(x: Any, y: Any, context: MakeContext = contextlib.nullcontext) -> Evaluation:
+        with context():
+            outputs = model(x)
+            return Evaluation(loss_function(outputs, y), outputs)
 
     total = sum(sample_count(y) for _, y in kept)
-    return [MicroBatch(functools.partial(evaluate, x, y), sample_count(y) / total) for x, y in kept]
+    calls = [(functools.partial(evaluate, x, y), sample_count(y) / total) for x, y in kept]
+    return [MicroBatch(call, weight, call) for call, weight in calls]
 
 
 def sample_count(targets: Any) -> int:

@@ -1,29 +1,19 @@
 """Evaluations of a training step that stay on the sides of its kinks, or note them."""
 
-import functools
 import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.functional.products import graph_nodes
-from lightning_curvature.replay.kinks import KINKS, kink_of
+from lightning_curvature.operators.kinks import KINKS
+from lightning_curvature.operators.sides import Frozen, Looking, Side, Watching, parts
 from lightning_curvature.replay.memory import sums
 
 Node = Any  # of the graph of autograd
-
-
-@dataclass(frozen=True)
-class Side:
-    """On which side of its kinks one operation was."""
-
-    kink: str
-    number: Tensor
 
 
 class _Saved:
@@ -70,36 +60,6 @@ def sides_of(losses: Iterable[Tensor]) -> list[Side] | None:
     return [side for _, side in sorted(found, key=operator.itemgetter(0))]
 
 
-class _Watching(TorchDispatchMode):
-    """Base of modes that meet kinked operations; in one, code that was compiled runs as it was written."""
-
-    def __enter__(self) -> Any:
-        self._stance = torch.compiler.set_stance("force_eager")
-        self._stance.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._stance.__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name, run = kink_of(func), functools.partial(func, *args, **kwargs)
-        if name is None or not (isinstance(args[0], Tensor) and args[0].is_floating_point()):
-            return run()
-        described = func._schema.arguments
-        arguments = {one.name: one.default_value for one in described if one.has_default_value()}
-        arguments |= {one.name: value for one, value in zip(described, args, strict=False)} | kwargs
-        if not KINKS[name].applies(arguments):
-            return run()
-        result = self._meet(name, arguments, run)
-        # In place: what was given is written and returned.
-        return result if result is args[0] or not func._schema.name.endswith("_") else args[0].copy_(result)
-
-    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
-        raise NotImplementedError
-
-
 _Content = list[tuple[int, ...]]
 
 
@@ -108,75 +68,39 @@ def _content(arguments: dict[str, Any]) -> _Content:
     return [tuple(sums(one)) for one in arguments.values() if isinstance(one, Tensor)]
 
 
-class Looking(_Watching):
-    """Note the sides of all kinked operations in their order, and if asked what they were given."""
-
-    def __init__(self, given: bool) -> None:
-        super().__init__()
-        self._given = given
-
-    def __enter__(self) -> "Looking":
-        self.sides: list[Side] = []  # a step that begins again
-        self.contents: list[_Content] = []
-        return super().__enter__()
-
-    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
-        kink = KINKS[name]
-        if self._given:
-            self.contents.append(_content(arguments))
-        if not kink.chooses:
-            self.sides.append(Side(name, kink.side(arguments)))  # before it runs: it may be in place
-            return run()
-        result = run()
-        known = dict(zip(("result", "indices"), _parts(result), strict=False))
-        # A copy: a step may write into its masks and indices.
-        self.sides.append(Side(name, kink.side(arguments | known).clone()))
-        return result
-
-
-class Frozen(_Watching):
-    """Evaluate kinked operations on given sides.
+class FrozenBut(Frozen):
+    """Evaluate kinked operations on given sides, but for some that are left as they are.
 
     Args:
-        sides: those of the operations, in their order.
+        sides: those of the others, in their order.
         beside: what the operations were given that are left as they are, by position among all kinked operations; None
             where that does not matter.
 
     Attributes:
-        other: whether an operation was not that of its side.
         moved: positions of those that are left as they are and were given something else.
     """
 
     def __init__(self, sides: Sequence[Side], beside: Mapping[int, _Content | None]) -> None:
-        super().__init__()
-        self._sides, self._beside = sides, beside
+        super().__init__(sides)
+        self._beside = beside
 
-    def __enter__(self) -> "Frozen":
-        self._waiting, self._position = list(reversed(self._sides)), -1
-        self.other, self.moved = False, set[int]()
-        return super().__enter__()
+    def __enter__(self) -> "FrozenBut":
+        self._position, self.moved = -1, set[int]()
+        super().__enter__()
+        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.other = self.other or bool(self._waiting)
-        super().__exit__(*error)
-
-    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+    def meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        """Evaluate it on its side, unless it is left as it is."""
         self._position += 1
-        if self._position in self._beside:
-            before = self._beside[self._position]
-            if before is not None and before != _content(arguments):
-                self.moved.add(self._position)
-            return run()
-        if not self.other and self._waiting and self._waiting[-1].kink == name:
-            try:
-                return KINKS[name].branch(arguments, self._waiting.pop().number)
-            except RuntimeError:  # it is of another shape
-                pass
-        self.other = True
+        if self._position not in self._beside:
+            return super().meet(name, arguments, run)
+        before = self._beside[self._position]
+        if before is not None and before != _content(arguments):
+            self.moved.add(self._position)
         return run()
 
 
-class Spoiled(_Watching):
+class Spoiled(Watching):
     """Spoil what operations at some positions return: a loss that stays the same does not depend on them."""
 
     def __init__(self, positions: Container[int]) -> None:
@@ -187,13 +111,14 @@ class Spoiled(_Watching):
         self._position = -1
         return super().__enter__()
 
-    def _meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+    def meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
+        """Spoil its result at some positions."""
         self._position += 1
         result = run()
         if self._position not in self._spoiled:
             return result
-        parts = [_other(one) for one in _parts(result)]
-        return parts[0] if isinstance(result, Tensor) else parts
+        spoiled = [_other(one) for one in parts(result)]
+        return spoiled[0] if isinstance(result, Tensor) else spoiled
 
 
 def _other(result: Tensor) -> Tensor:
@@ -201,10 +126,6 @@ def _other(result: Tensor) -> Tensor:
     if result.dtype == torch.bool:
         return result if bool(result.all()) or not bool(result.any()) else ~result
     return torch.full_like(result, 0.25 if result.is_floating_point() else 0)
-
-
-def _parts(result: Any) -> Sequence[Tensor]:
-    return [result] if isinstance(result, Tensor) else result
 
 
 class KinkedStep:
@@ -241,17 +162,15 @@ class KinkedStep:
 
     def looking(self) -> Looking | None:
         """Return a mode that notes the sides of an evaluation; None where they are not to be had or not wanted."""
-        return (
-            Looking(given=self.smooth is None and not self.repeated)
-            if self.wanted == "frozen" and not (self.closed or self.smooth)
-            else None
-        )
+        if self.wanted != "frozen" or self.closed or self.smooth:
+            return None
+        return Looking(_content if self.smooth is None and not self.repeated else None)
 
     def learn(self, read: Sequence[Side] | None, seen: Looking) -> None:
         """Learn from both kinds of sides of one step whether its graph shows them all."""
         waiting = list(reversed(read or ()))
         self._beside = {}
-        for position, (side, content) in enumerate(zip(seen.sides, seen.contents, strict=True)):
+        for position, (side, content) in enumerate(zip(seen.sides, seen.notes, strict=True)):
             # The same operation on something else has other sides.
             if waiting and waiting[-1].kink == side.kink and torch.equal(waiting[-1].number, side.number):
                 waiting.pop()
@@ -260,12 +179,12 @@ class KinkedStep:
         self._shown = len(seen.sides) - len(self._beside)
         self.lost = not self.closed and bool(waiting)
 
-    def compared(self, sides: Sequence[Side] | None) -> Frozen | None:
+    def compared(self, sides: Sequence[Side] | None) -> FrozenBut | None:
         """Return a mode that tells, at other parameters, which of the operations that the graph leaves out move.
 
         None where it leaves out none.
         """
-        return Frozen(sides or (), self._beside) if self._beside and not (self.lost or self.closed) else None
+        return FrozenBut(sides or (), self._beside) if self._beside and not (self.lost or self.closed) else None
 
     def leave(self) -> None:
         """Leave these operations as they are from now on: they are of data, or beside the loss, unless all is lost."""
@@ -276,7 +195,7 @@ class KinkedStep:
         """Return a mode that evaluates a step on its sides; None where it has none."""
         if not sides:
             return None
-        return Frozen(sides, {} if self.repeated else self._beside)
+        return Frozen(sides) if self.repeated else FrozenBut(sides, self._beside)
 
     def settle(self, evaluated: Frozen | None) -> None:
         """Learn from an evaluation on the sides of a step.

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_curvature.distributed.together import attempted
+from lightning_curvature.operators.fallback import SecondDerivatives
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.batches import copied
 from lightning_curvature.replay.calls import Call, recording_calls
@@ -68,7 +69,7 @@ class StepObjective:
         self.module, self.device, self.function = module, device, function
         self.outputs_name = outputs
         self.cut: Cut | None = None  # where the loss is cut off, if it is
-        self.kinks = KinkedStep()
+        self.kinks, self.second = KinkedStep(), SecondDerivatives()
         self._step: Callable[..., Any] = module.training_step
         # ``torch.compile(module)`` compiles the step too, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
@@ -129,7 +130,7 @@ class StepObjective:
     def _follow(self) -> None:
         """Take up a module that has changed its parts, or stop at one that cannot be measured."""
         if self.rewrites.follow():
-            self.refusal = None
+            self.refusal, self.second = None, SecondDerivatives()
             self.kinks.begin()
         if self.refusal is not None:
             raise self.refusal

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
-from lightning_curvature.replay.frozen import Side
+from lightning_curvature.operators.sides import Side
 from lightning_curvature.replay.isolation import Shelter, inert, silent
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot

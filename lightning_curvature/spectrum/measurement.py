@@ -13,6 +13,8 @@ from lightning_curvature import linalg
 from lightning_curvature.distributed.together import Outcome, attempt_together, attempted
 from lightning_curvature.linalg import Eigenpairs, NonFiniteProductError, SpectralDensity, eigenpairs
 from lightning_curvature.operators import CurvatureOperator, PreconditionedOperator
+from lightning_curvature.operators.differences import DifferenceHistory
+from lightning_curvature.operators.fallback import BY_DIFFERENCES
 from lightning_curvature.optimizers.stability import NotYetSteppedError
 from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.spectrum.options import EXACT_ONLY, UPPER, SpectrumOptions, largest_name, with_error
@@ -47,6 +49,7 @@ class SpectrumMeasurement:
     def begin(self, sharded: bool = False) -> None:
         """Forget the module: a new fit may bring another. Eigenvectors stay, and are used where they fit."""
         self._difference = sharded or self._options.products == "difference"
+        self._history = DifferenceHistory()
 
     def measure(self, problem: SpectrumProblem, basis: int, fail: Callable[[Exception], None]) -> Spectrum:
         """Measure all quantities.
@@ -80,8 +83,7 @@ class SpectrumMeasurement:
             self._difference = second is None
             if second is None:
                 warn(
-                    "products with the Hessian are differences of gradients from here on, since second derivatives "
-                    f"are missing: {failure.error}",
+                    f"{BY_DIFFERENCES} {failure.error}",
                     any_rank=failure.here and failure.failed < problem.trainer.world_size,
                 )
             failure = second
@@ -91,7 +93,8 @@ class SpectrumMeasurement:
     def _attempt(
         self, problem: SpectrumProblem, kind: str, wanted: Sequence[str], basis: int, numbers: _Numbers
     ) -> Outcome | None:
-        with contextlib.closing(problem.operator(kind, self._difference, self._options.keep_graph)) as operator:
+        history = self._history if self._difference else None
+        with contextlib.closing(problem.operator(kind, history, self._options.keep_graph)) as operator:
             try:
                 whole = problem.preconditioned(operator) if kind == "preconditioned" else operator
                 self._measure_on(whole, problem, kind, wanted, basis, numbers)
@@ -158,7 +161,8 @@ class SpectrumMeasurement:
                 )
             self.vectors[kind] = [v.to("cpu") for v in pairs.vectors]
             names = [*map(largest_name, range(1, largest + 1)), "lambda_min"] if kind == "hessian" else wanted
-            numbers.values |= self._eigenvalues(pairs, kind, names)
+            off = [operator.uncertainty(*pair) for pair in zip(pairs.vectors, pairs.values.tolist(), strict=True)]
+            numbers.values |= self._eigenvalues(pairs, kind, names, off)
         if "hessian_trace" in wanted:
             estimate = linalg.trace(
                 matvec,
@@ -179,9 +183,12 @@ class SpectrumMeasurement:
                 generator=generator,
             )
 
-    def _eigenvalues(self, pairs: Eigenpairs, kind: str, names: Sequence[str]) -> dict[str, float]:
+    def _eigenvalues(
+        self, pairs: Eigenpairs, kind: str, names: Sequence[str], off: Sequence[float]
+    ) -> dict[str, float]:
         options, values = self._options, dict[str, float]()
-        numbers = zip(names, pairs.values.tolist(), pairs.errors.tolist(), pairs.converged, strict=False)
+        errors = [error + other for error, other in zip(pairs.errors.tolist(), off, strict=True)]
+        numbers = zip(names, pairs.values.tolist(), errors, pairs.converged, strict=False)
         for name, value, error, converged in numbers:
             scale = abs(value)
             if kind == "second_moment":

@@ -13,6 +13,7 @@ from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.operators import CurvatureOperator, MicroBatch, SecondMomentOperator, Sharding
+from lightning_curvature.operators.differences import DifferenceHistory
 from lightning_curvature.operators.graphs import KeepGraph
 from lightning_curvature.operators.memory import vectors_that_fit
 from lightning_curvature.optimizers.stability import preconditioner, stability_rule
@@ -49,8 +50,8 @@ class SpectrumProblem:
         """How ranks share the parameters; None where each holds all of them. One collective."""
         return Sharding.of(self.trainer, self.parameters) if self.sharded else None
 
-    def operator(self, kind: str, difference: bool, keep_graph: KeepGraph) -> CurvatureOperator:
-        """Return the operator of a kind, for "preconditioned" the Hessian; by gradient ``difference`` or exact."""
+    def operator(self, kind: str, history: DifferenceHistory | None, keep_graph: KeepGraph) -> CurvatureOperator:
+        """Return the operator of a kind, for "preconditioned" the Hessian; by differences where a history is given."""
         data, reduce = (self.micro_batches, self.parameters), sum_over_ranks(self.trainer)
         exact: dict[str, Any] = {"reduce": reduce, "keep_graph": keep_graph, "processes": self.trainer.num_devices}
         if kind == "gauss_newton":
@@ -58,8 +59,8 @@ class SpectrumProblem:
         if kind == "second_moment":
             lr = stability_rule(self.optimizer).lr
             return SecondMomentOperator(*data, lr=lr, groups=self.groups, spread=self.spread, **exact)
-        if difference:
-            return operators.GradientDifferenceOperator(*data, sharding=self._sharding, reduce=reduce)
+        if history is not None:
+            return operators.GradientDifferenceOperator(*data, sharding=self._sharding, reduce=reduce, history=history)
         return operators.HessianOperator(*data, **exact)
 
     def preconditioned(self, hessian: CurvatureOperator) -> operators.PreconditionedOperator:

@@ -5,9 +5,7 @@ from torch import Tensor
 
 from lightning_curvature.functional import QuadraticIncrement, increment
 from lightning_curvature.linalg.space import pairwise_dots
-from lightning_curvature.operators import HessianOperator
-from lightning_curvature.operators.graphs import products_with
-from lightning_curvature.operators.micro_batches import building_graphs
+from lightning_curvature.operators import CurvatureOperator
 from lightning_curvature.stabilization.problem import StabilizationProblem
 from lightning_curvature.stabilization.subspace import Subspace
 
@@ -27,7 +25,7 @@ def increments_at(problem: StabilizationProblem, k: int) -> Tensor:
 
 
 def increment_model(
-    problem: StabilizationProblem, k: int, operator: HessianOperator, subspace: Subspace | None
+    problem: StabilizationProblem, k: int, operator: CurvatureOperator, subspace: Subspace | None
 ) -> tuple[QuadraticIncrement, Tensor]:
     r"""Return a, c and B of each new sample, and ‖∇L_{k+1} − ∇L_k‖² in the full space, (candidates,) float64.
 
@@ -62,12 +60,9 @@ def increment_model(
 
 def _of_sample(problem: StabilizationProblem, number: int, mean_gradient: Tensor, basis: Tensor) -> Tensor:
     space, rows = problem.space, []
-    loss, gradients = problem.gradients(number, graph=bool(len(basis)))
-    for vectors in basis.split(problem.vectors_at_once) if len(basis) else ():
-        with building_graphs():
-            products = products_with(gradients, problem.parameters, space, vectors)
-        rows.append(pairwise_dots(products, basis).reshape(-1))
-        problem.on_product()
-    gradient = space.pack(gradients)
-    square = space.squared_norm(gradient - mean_gradient)
-    return torch.cat([loss.detach().double().reshape(1), square, space.dots([basis], gradient), *rows])
+    with problem.sample(number) as (operator, gradient, loss):
+        for vectors in basis.split(problem.vectors_at_once) if len(basis) else ():
+            rows.append(pairwise_dots(operator.local_products(vectors), basis).reshape(-1))
+            problem.on_product()
+        square = space.squared_norm(gradient - mean_gradient)
+        return torch.cat([loss.double().reshape(1), square, space.dots([basis], gradient), *rows])

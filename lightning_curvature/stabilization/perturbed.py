@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_curvature.functional import increment
 from lightning_curvature.linalg.space import Distribution
-from lightning_curvature.operators.graphs import products_with
-from lightning_curvature.operators.micro_batches import building_graphs
 from lightning_curvature.stabilization.problem import StabilizationProblem
 
 # Random vectors: the use of random numbers, and their distribution.
@@ -117,11 +115,10 @@ def _terms(problem: StabilizationProblem, k: int, vectors: Tensor, means: Tensor
 
     def fill(table: Tensor) -> None:
         for number in problem.losses.samples.among(new):
-            _, gradients = problem.gradients(number, graph=True)
-            with building_graphs():
-                products = products_with(gradients, problem.parameters, space, vectors)
+            with problem.sample(number) as (operator, gradient, _):
+                products = operator.local_products(vectors)
             of_sample = table[:, number - k]
-            of_sample[:, 0] = space.dots([vectors], increment(space.pack(gradients), means[-1], k))
+            of_sample[:, 0] = space.dots([vectors], increment(gradient, means[-1], k))
             for row, product in enumerate(increment(products, means[:-1], k)):
                 of_sample[row, 1] = space.dot(vectors[row], product)
                 of_sample[row, 2] = space.squared_norm(product)[0]

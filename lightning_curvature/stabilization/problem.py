@@ -3,8 +3,9 @@
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,8 +16,9 @@ from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.together import cause_together, together
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.losses.samples import SampleLosses
-from lightning_curvature.operators import HessianOperator
-from lightning_curvature.operators.micro_batches import building_graphs, check_graph
+from lightning_curvature.operators import MicroBatch
+from lightning_curvature.operators.fallback import FallbackOperator
+from lightning_curvature.operators.micro_batches import Evaluation, building_graphs, check_graph
 from lightning_curvature.stabilization.options import StabilizationOptions
 
 
@@ -51,21 +53,38 @@ class StabilizationProblem:
         """Return the numbers of the samples that stand for the next one."""
         return range(k, k + self.options.candidates)
 
-    def operator(self, numbers: Sequence[int], total: int) -> HessianOperator:
+    def operator(self, numbers: Sequence[int], total: int) -> FallbackOperator:
         """Return the operator of the Hessian of the losses' sum over ``total``."""
-        parts, reduce = self.losses.parts(numbers, total), sum_over_ranks(self.trainer)
-        return HessianOperator(parts, self.parameters, reduce=reduce, processes=self.trainer.num_devices)
+        return self._operator(self.losses.parts(numbers, total), reduce=sum_over_ranks(self.trainer))
+
+    def _operator(self, parts: Sequence[MicroBatch], **options: Any) -> FallbackOperator:
+        processes = self.trainer.num_devices
+        return FallbackOperator(parts, self.parameters, second=self.losses.second, processes=processes, **options)
+
+    @contextlib.contextmanager
+    def sample(self, number: int) -> Generator[tuple[FallbackOperator, Tensor, Tensor], None, None]:
+        """Give the Hessian of one of this rank's samples, its gradient (n,) and its loss inside the block."""
+        (part,), losses = self.losses.parts([number], 1), list[Tensor]()
+
+        def evaluate() -> Evaluation:
+            result = part.evaluate()
+            losses.append(result.loss.detach())
+            return result
+
+        with contextlib.closing(self._operator([replace(part, evaluate=evaluate)], keep_graph=True)) as operator:
+            gradient = operator.local_gradient()
+            yield operator, gradient, losses[0]
 
     def generator(self, use: int) -> torch.Generator:
         """Return the random numbers of one use, the same at every k and on every rank."""
         return torch.Generator(self.space.device).manual_seed(self.options.seed + use)
 
-    def gradients(self, number: int, graph: bool = False) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Return the loss of one of this rank's samples and its gradient."""
+    def gradient(self, number: int) -> Tensor:
+        """Return the gradient of the loss of one of this rank's samples, (n,)."""
         with building_graphs():
             loss = self.losses.one(number)
             check_graph(loss)
-            return loss, torch.autograd.grad(loss, self.parameters, create_graph=graph, allow_unused=True)
+            return self.space.pack(torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def mean_loss(self, k: int) -> Tensor:
         """Return this rank's share of L_k, a float64 scalar."""
@@ -103,7 +122,7 @@ class StabilizationProblem:
         return together(self.trainer, make, {"table": table}, "evaluating samples")["table"]
 
     @contextlib.contextmanager
-    def fail_together(self, operator: HessianOperator) -> Generator[None, None, None]:
+    def fail_together(self, operator: FallbackOperator) -> Generator[None, None, None]:
         """Raise on every rank the error that ended an operator's products on one of them."""
         try:
             yield

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_curvature.linalg import VectorSpace, eigenpairs
 from lightning_curvature.linalg.space import pairwise_dots
-from lightning_curvature.operators import HessianOperator
+from lightning_curvature.operators import CurvatureOperator
 from lightning_curvature.stabilization.problem import StabilizationProblem
 
 # Uses of random numbers.
@@ -36,7 +36,9 @@ class Subspace:
     products: int
 
 
-def subspace_at(problem: StabilizationProblem, k: int, operator: HessianOperator, before: Subspace | None) -> Subspace:
+def subspace_at(
+    problem: StabilizationProblem, k: int, operator: CurvatureOperator, before: Subspace | None
+) -> Subspace:
     """Return the subspace at k; a search for eigenvectors starts from those ``before``, of a smaller k."""
     space, law = problem.space, problem.options.law
     if problem.directions is not None:
@@ -49,7 +51,7 @@ def subspace_at(problem: StabilizationProblem, k: int, operator: HessianOperator
     return _span(problem, operator, _longest_gradients(problem, k))
 
 
-def _eigen_subspace(problem: StabilizationProblem, operator: HessianOperator, before: Subspace | None) -> Subspace:
+def _eigen_subspace(problem: StabilizationProblem, operator: CurvatureOperator, before: Subspace | None) -> Subspace:
     """Return the eigenvectors of the algebraically largest or smallest eigenvalues, the outermost first."""
     options = problem.options
     dimension = options.subspace_dims[0]
@@ -79,7 +81,7 @@ def _eigen_subspace(problem: StabilizationProblem, operator: HessianOperator, be
     return Subspace(basis, torch.diag(pairs.values), all(pairs.converged), residual, pairs.matvecs)
 
 
-def _span(problem: StabilizationProblem, operator: HessianOperator, vectors: Tensor) -> Subspace:
+def _span(problem: StabilizationProblem, operator: CurvatureOperator, vectors: Tensor) -> Subspace:
     """Return the span of vectors (D, n), which takes D products for the Hessian in it."""
     basis = _orthonormal(problem.space, vectors)
     products = []
@@ -115,13 +117,13 @@ def _longest_gradients(problem: StabilizationProblem, k: int) -> Tensor:
 
     def fill_lengths(lengths: Tensor) -> None:
         for number in problem.losses.samples.among(range(k)):
-            lengths[number] = space.squared_norm(space.pack(problem.gradients(number)[1]))[0]
+            lengths[number] = space.squared_norm(problem.gradient(number))[0]
 
     lengths = problem.together(problem.zeros(k), fill_lengths)
     chosen = lengths.argsort(descending=True, stable=True)[:dimension].tolist()
 
     def fill_gradients(rows: Tensor) -> None:
         for number in problem.losses.samples.among(chosen):
-            rows[chosen.index(number)] = space.pack(problem.gradients(number)[1])
+            rows[chosen.index(number)] = problem.gradient(number)
 
     return problem.together(space.zeros(dimension), fill_gradients)

@@ -14,7 +14,7 @@ from tests.distributed.ddp_jobs import Rare, Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.sharpness_cases import Outcome, SharpnessCase
 from tests.distributed.spectrum_cases import Measuring, dataset
-from tests.distributed.spectrum_jobs import adam, classifier, dropping, noisy
+from tests.distributed.spectrum_jobs import adam, classifier, dropping, noisy, squaring
 from tests.helpers.runs import Batch, Classifier, mlp
 
 DRAWN = tuple(name for name in QUANTITIES if name != "step_sharpness")
@@ -77,6 +77,7 @@ class OnOneRank(Classifier):
 
 
 in_turn_on_one_rank = SharpnessCase(OnOneRank)
+by_differences = replace(whole, module=partial(squaring, momentum), steps=1)
 
 
 class Failing(Classifier):

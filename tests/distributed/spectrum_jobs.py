@@ -20,6 +20,7 @@ from tests.distributed.ddp_jobs import Rare, Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.fsdp2_jobs import Sharded, ShardedAsOne, strategy
 from tests.distributed.spectrum_cases import SAMPLES, STEP, Measuring, Outcome, SpectrumCase, dataset
+from tests.helpers.once import Square
 from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp
 
 
@@ -32,6 +33,13 @@ def classifier(
     make_optimizer: MakeOptimizer = adam, *hidden: int, dtype: torch.dtype = torch.float64, kind: Any = Classifier
 ) -> Any:
     return kind(mlp(4, *(hidden or (5,)), 3, dtype=dtype), make_optimizer)
+
+
+def squaring(make_optimizer: MakeOptimizer, once: bool = True) -> Any:
+    """Without second derivatives, unless they are wanted to compare."""
+    module = classifier(make_optimizer)
+    module.network[1] = Square(once)
+    return module
 
 
 # Mini-batches of a step lie whole on ranks, three on two of them, the last one smaller.

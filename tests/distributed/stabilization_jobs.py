@@ -17,7 +17,7 @@ from lightning_curvature.stabilization.result import SampleGrowth
 from tests.distributed.ddp_jobs import Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.spectrum_cases import Measuring, dataset
-from tests.distributed.spectrum_jobs import classifier, noisy
+from tests.distributed.spectrum_jobs import classifier, noisy, squaring
 from tests.distributed.stabilization_cases import Outcome, StabilizationCase, Stage, Stream
 from tests.helpers.runs import Batch, Classifier, mlp
 
@@ -45,6 +45,7 @@ def first_weights(module: Any) -> Tensor:
     return torch.eye(2, sum(p.numel() for p in module.parameters()))
 
 
+by_differences = replace(once, module=partial(squaring, momentum))
 given = replace(once, monitor={"directions": first_weights})
 
 # As few products as may be.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,6 +47,19 @@ def test_values_are_those_of_one_process(results: Results, name: str) -> None:
     assert_complete(alone)
     assert_same_sharpness(results[name], alone, ROUNDING)
     assert same_text(*results[name])
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_losses_without_second_derivatives(results: Results, once: bool) -> None:
+    """Each rank takes differences; they are those of one process, and nearly the exact products."""
+    alone = replace(jobs.by_differences, module=partial(jobs.squaring, jobs.momentum, once=once))()
+    # Products to 1e-9 each, at a distance that each rank measures for itself.
+    assert_same_sharpness(results["by_differences"], alone, 1e-6)
+    first, second = results["by_differences"]
+    assert same_text(first, second)
+    assert [said.partition(",")[0] for said in first.said] == [
+        "products with the Hessian are differences of gradients from here on"
+    ]
 
 
 def test_what_is_compared_is_not_one_number(results: Results) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,6 +47,16 @@ def test_values_are_those_of_one_process(results: Results, name: str) -> None:
     assert_same_growth(results[name], alone, ROUNDING)
     assert same_text(*results[name])
     assert all(all(outcome.intact) for outcome in results[name])
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_losses_without_second_derivatives(results: Results, once: bool) -> None:
+    """Each rank takes differences; they are those of one process, and nearly the exact products."""
+    alone = replace(jobs.by_differences, module=partial(jobs.squaring, jobs.momentum, once=once))()
+    assert_complete(alone)
+    # Products to 1e-9 each, at a distance that each rank measures for itself.
+    assert_same_growth(results["by_differences"], alone, 1e-6)
+    assert same_text(*results["by_differences"])
 
 
 def test_what_is_compared_is_not_one_number(results: Results) -> None:

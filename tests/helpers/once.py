@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -22,6 +22,17 @@ class OnceSquare(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return 2.0 * x * gradient
+
+
+class Square(nn.Module):
+    """x², with a second derivative or without."""
+
+    def __init__(self, once: bool = True) -> None:
+        super().__init__()
+        self.once = once
+
+    def forward(self, x: Tensor) -> Tensor:
+        return OnceSquare.apply(x) if self.once else x * x
 
 
 class OnceSum(torch.autograd.Function):

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.linalg import VectorSpace
-from lightning_curvature.operators import GradientDifferenceOperator, MicroBatch, Sharding, micro_batches
+from lightning_curvature.linalg import VectorSpace, eigenpairs
+from lightning_curvature.operators import (
+    GradientDifferenceOperator,
+    HessianOperator,
+    MicroBatch,
+    PreconditionedOperator,
+    Sharding,
+    micro_batches,
+)
+from lightning_curvature.operators.differences import DifferenceHistory
 from lightning_curvature.operators.micro_batches import Evaluation
 from tests.helpers.operators import CASES, Data, trained
 from tests.oracles.matrices import Matrices
 
-# θ ± r v rounds by about 0.2 u |θ_i|. Over a distance of r = u^{1/3} ‖θ‖/10 that turns v by √2 · 0.2 u ‖θ‖/2r = 1.4
-# u^{2/3}, of its length; the roundings of the gradients, a few u of the terms that cancel in them, over 2r are a few
-# times as much, and along the sharpest direction the truncation of up to 6 u^{2/3} is added (the operator's comment).
+# At the usual distance r = u^{1/3} ‖θ‖/10, or a better one: θ ± r v rounds by about 0.2 u |θ_i|, which turns v by
+# √2 · 0.2 u ‖θ‖/2r = 1.4 u^{2/3}, of its length; the roundings of the gradients, a few u of the terms that cancel in
+# them, over 2r are a few times as much, and along the sharpest direction the truncation of up to 6 u^{2/3} is added.
 # Root mean squares are at 3 to 6 u^{2/3}, with u^{2/3} = 2.4e-5 and 3.7e-11; single vectors reach twice that.
 WITHIN = {torch.float32: 2e-4, torch.float64: 1e-9}
 # Batch norm in training mode over two samples changes its curvature within shorter lengths.
@@ -62,7 +74,7 @@ def test_the_distance_follows_the_parameters_not_the_vector() -> None:
         seen.append(weight.detach().clone())
         return Evaluation(weight.square().sum())
 
-    operator = GradientDifferenceOperator([MicroBatch(evaluate, 1.0)], [weight])
+    operator = GradientDifferenceOperator([MicroBatch(evaluate, 1.0)], [weight], history=DifferenceHistory(0.1))
     operator(torch.tensor([3.0, 0.0, 4.0, 0.0], dtype=torch.float64))
     # ‖θ‖ = 16, v/‖v‖ = (0.6, 0, 0.8, 0)
     distance = 0.1 * torch.finfo(torch.float64).eps ** (1 / 3) * 16.0
@@ -81,6 +93,133 @@ def test_the_length_of_the_vector_is_a_factor(power: int) -> None:
     vector = torch.linspace(-1.0, 1.0, operator.space.size, dtype=torch.float64)
     # Powers of two only move exponents: not even the last bit may differ.
     assert torch.equal(operator(vector * 2.0**power), operator(vector) * 2.0**power)
+
+
+def bending(within: float) -> tuple[MicroBatch, nn.Parameter, Tensor]:
+    """A loss of cosines that bends within a length, at a point of length 1, and its second derivatives."""
+    weight = nn.Parameter(torch.linspace(-1.0, 1.0, 64) / torch.linspace(-1.0, 1.0, 64).norm())
+    bend = torch.linspace(1.0, 2.0, 64)
+    part = MicroBatch(lambda: Evaluation((bend * (1.0 - torch.cos(weight / within)) * within**2).sum()), 1.0)
+    return part, weight, bend.double() * torch.cos(weight.detach().double() / within)
+
+
+@pytest.mark.parametrize(("within", "usual_is_off"), [(3e-4, 1e-2), (1e-2, 1e-4), (10.0, 1e-3)])
+def test_the_distance_is_that_of_the_loss(within: float, usual_is_off: float) -> None:
+    """One that bends soon is differentiated over a shorter distance than one whose gradients are long beside H."""
+    part, weight, exact = bending(within)
+    history, g = DifferenceHistory(), torch.Generator().manual_seed(1)
+    vector = torch.randn(64, generator=g)
+
+    def off(operator: GradientDifferenceOperator) -> float:
+        return float((operator(vector).double() - exact * vector).norm() / (exact * vector).norm())
+
+    found = off(GradientDifferenceOperator([part], [weight], history=history))
+    usual = off(GradientDifferenceOperator([part], [weight], history=DifferenceHistory(0.1)))
+    # Of six distances, each a third of the one before, the best is at most √3 off the best of all, where the sum of r²
+    # and u/r is at most twice its least: u^{2/3} of what cancels in the gradients.
+    assert found < 1e-3
+    assert (usual > usual_is_off) == (within == 3e-4)
+    assert found < 1.5 * usual
+
+
+def test_passes_of_the_first_product_and_of_the_next() -> None:
+    case, passes = CASES["squared"], list[int]()
+    network = case.network()
+    network.register_forward_hook(lambda *args: passes.append(1))
+    parts = micro_batches(network, case.loss, case.data(8, 2))
+    history = DifferenceHistory()
+    first = GradientDifferenceOperator(parts, trained(network), history=history)
+    vector = torch.linspace(-1.0, 1.0, first.space.size, dtype=torch.float64)
+    first(vector)
+    # The sides at θ; a sharp direction, six distances along it, and the product itself: two passes each.
+    assert len(passes) == 2 * (1 + 2 * (1 + 6 + 1))
+    first(vector)
+    assert len(passes) == 2 * (17 + 2)
+    GradientDifferenceOperator(parts, trained(network), history=history)(vector)
+    assert len(passes) == 2 * (17 + 2 + 2)  # no kinks here: nobody looks for them again
+
+
+@pytest.mark.parametrize("kinked", [False, True])
+def test_products_are_those_of_the_sides(kinked: bool) -> None:
+    """Networks of ReLU and max pooling are as exact as smooth ones; across kinks they are off by half of H or more."""
+    torch.manual_seed(0)
+    bend: nn.Module = nn.ReLU() if kinked else nn.Tanh()
+    network = nn.Sequential(
+        nn.Linear(8, 300), bend, nn.Unflatten(1, (1, 300)), nn.MaxPool1d(2) if kinked else nn.AvgPool1d(2)
+    )
+    network = nn.Sequential(network, nn.Flatten(), nn.Linear(150, 3)).double()
+    x, y = torch.randn(16, 8, dtype=torch.float64), torch.arange(16) % 3
+    exact, single = HessianOperator.of(network, nn.functional.cross_entropy, [(x, y)]), copy.deepcopy(network).float()
+    parts = micro_batches(single, nn.functional.cross_entropy, [(x.float(), y)])
+    vector = torch.randn(exact.space.size, dtype=torch.float64)
+    truth = exact(vector)
+
+    def off(parts: list[MicroBatch]) -> float:
+        found = GradientDifferenceOperator(parts, trained(single))(vector.float())
+        return float((found.double() - truth).norm() / truth.norm())
+
+    assert off(parts) < 1e-2
+    across = off([replace(part, stepwise=None) for part in parts])
+    assert (across > 0.5) == kinked
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_the_error_of_an_eigenvalue_is_told(preconditioned: bool) -> None:
+    told: list[bool] = []
+    for name, steps in itertools.product(NAMES, (0, 5, 20)):
+        case = CASES[name]
+        network, data = case.network(torch.float32), case.data(8, 2, dtype=torch.float32)
+        train(network, case.loss, data, steps)
+        operator: Any = GradientDifferenceOperator.of(network, case.loss, data)
+        matrix = Matrices(network, case.loss).hessian(data)
+        if preconditioned:
+            scale = torch.linspace(1.0, 4.0, len(matrix))
+            operator = PreconditionedOperator(operator, operator.space.views(scale))
+            matrix = matrix / (scale[:, None] * scale).sqrt()
+        values = torch.linalg.eigvalsh(matrix)
+        pairs = eigenpairs(operator, operator.space, largest=1, smallest=1, tolerance=1e-4)
+        for found, vector, residual, value in zip(
+            pairs.values.tolist(), pairs.vectors, pairs.errors.tolist(), values[[-1, 0]].tolist(), strict=True
+        ):
+            error = operator.uncertainty(vector, found)
+            assert error < 0.02 * abs(value)  # it tells something
+            told.append(abs(found - value) <= error + residual)
+    assert sum(told) >= 0.9 * len(told)
+
+
+def test_exact_products_have_no_such_error() -> None:
+    case, passes = CASES["squared"], list[int]()
+    network = case.network()
+    operator = HessianOperator.of(network, case.loss, case.data(8, 2))
+    network.register_forward_hook(lambda *args: passes.append(1))
+    assert operator.uncertainty(operator.space.zeros() + 1.0, 1.0) == 0.0
+    assert passes == []
+
+
+def test_the_distance_is_measured_again_where_the_loss_has_changed() -> None:
+    part, weight, exact = bending(3e-4)
+    history = DifferenceHistory(1.0, error=1e-5)
+    operator, vector = GradientDifferenceOperator([part], [weight], history=history), torch.ones(64)
+    form = operator.quadratic_form(vector)
+    off = abs(form - float(exact.sum()))
+    assert operator.uncertainty(vector, form) > off > 0.1 * abs(float(exact.sum()))
+    assert history.distance is None
+    assert operator.quadratic_form(vector) == pytest.approx(float(exact.sum()), rel=1e-2)
+    assert history.distance in (0.01, 0.03)
+
+
+def test_operations_that_change_with_the_parameters_cross_their_kinks() -> None:
+    """A step that makes other operations elsewhere has no sides to stay on; it is evaluated as it comes."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+    def step(mode: Any = contextlib.nullcontext) -> Evaluation:
+        with mode():
+            moved = bool((weight.detach() != torch.tensor([1.0, 2.0])).any().item())
+            return Evaluation((torch.relu(weight) if not moved else weight.abs()).square().sum())
+
+    found = GradientDifferenceOperator([MicroBatch(step, 1.0, step)], [weight])(torch.ones(2, dtype=torch.float64))
+    # A parabola: rounding alone, over a distance of 0.003 u^{1/3} or more.
+    assert torch.allclose(found, torch.full((2,), 2.0, dtype=torch.float64), rtol=1e-6)
 
 
 def test_a_vector_of_zeros_needs_no_evaluation() -> None:
@@ -125,7 +264,8 @@ def test_parameters_and_gradients_come_back_bit_for_bit(dtype: torch.dtype, fail
 
         return MicroBatch(evaluate, part.weight)
 
-    operator = GradientDifferenceOperator([watched(p) for p in micro_batches(network, case.loss, data)], parameters)
+    parts = [watched(p) for p in micro_batches(network, case.loss, data)]
+    operator = GradientDifferenceOperator(parts, parameters, history=DifferenceHistory(0.1))
     with pytest.raises(RuntimeError, match="inside") if fails_at is not None else contextlib.nullcontext():
         operator(torch.ones(operator.space.size, dtype=operator.space.dtype))
     assert moved == calls == (4 if fails_at is None else fails_at + 1)
@@ -141,7 +281,7 @@ def test_sharded_products_of_a_single_rank() -> None:
     case = CASES["squared"]
     network, data = case.network(), case.data(8, 2)
     parts, parameters = micro_batches(network, case.loss, data), trained(network)
-    alone = GradientDifferenceOperator(parts, parameters)
+    alone = GradientDifferenceOperator(parts, parameters, history=DifferenceHistory(0.1))
     inside: list[bool] = []
 
     @contextlib.contextmanager
@@ -155,9 +295,12 @@ def test_sharded_products_of_a_single_rank() -> None:
 
     # A third round, in which this rank has nothing: its last micro-batch again, with weight 0.
     sharding = Sharding(VectorSpace(parameters), ranks=1, around=around)
-    sharded = GradientDifferenceOperator(parts, parameters, reduce=reduce, sharding=sharding)
+    sharded = GradientDifferenceOperator(
+        parts, parameters, reduce=reduce, sharding=sharding, history=DifferenceHistory(0.1)
+    )
     vector = torch.linspace(-1.0, 1.0, sharded.space.size, dtype=torch.float64)
     # Weights inside the gradient instead of outside: one rounding of gradients of size 1 over a distance of 1e-6.
     assert torch.allclose(sharded(vector), alone(vector), rtol=0.0, atol=1e-9)
-    assert inside == [True, False] * 2
+    # One forward of each micro-batch at θ for the sides of the kinks, one pass over all of them on each side.
+    assert inside == [True, False] * (len(parts) + 2)
     assert all(p.grad is None for p in parameters)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature.linalg import NonFiniteProductError
-from tests.helpers.once import OnceSquare
+from tests.helpers.once import Square
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows, warned
 from tests.helpers.spectrum import monitor, samples, whole
 from tests.helpers.spectrum_setups import loader, sgd
@@ -122,15 +122,6 @@ def test_raises_if_asked_to(loss: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="must be finite, got NaN"):
         trainer.fit(module, loader())
     assert trainer.global_step == 0
-
-
-class Square(nn.Module):
-    def __init__(self, once: bool) -> None:
-        super().__init__()
-        self.once = once
-
-    def forward(self, x: Tensor) -> Tensor:
-        return OnceSquare.apply(x) if self.once else x * x
 
 
 def squaring(once: bool, dtype: torch.dtype) -> nn.Module:

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_curvature import StabilizationMonitor
-from lightning_curvature.operators import HessianOperator
-from lightning_curvature.stabilization import increments as increment_model
-from lightning_curvature.stabilization import perturbed as perturbed_losses
+from lightning_curvature.operators import HessianOperator, exact
 from lightning_curvature.stabilization.result import SampleGrowth
 from tests.helpers.counting import on_forward
 from tests.helpers.runs import make_trainer
@@ -28,11 +26,11 @@ def measured(**options: Any) -> SampleGrowth:
     return monitor.evaluate(module, DataLoader(data, batch_size=7), make_trainer())
 
 
-def rows_multiplied(monkeypatch: pytest.MonkeyPatch, owner: Any) -> list[int]:
-    """How many vectors each call of ``products_with`` takes."""
+def rows_multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many vectors are multiplied at once with a single sample."""
     counts: list[int] = []
-    real = owner.products_with
-    monkeypatch.setattr(owner, "products_with", lambda *args: counts.append(len(args[-1])) or real(*args))
+    real = exact.products_with
+    monkeypatch.setattr(exact, "products_with", lambda *args: counts.append(len(args[-1])) or real(*args))
     return counts
 
 
@@ -54,7 +52,7 @@ def test_each_new_sample_takes_as_many_products_as_there_are_directions(
     dimension: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the one sample alone: those with the means over k and k + 1 would be D more of each."""
-    with_samples, with_means = rows_multiplied(monkeypatch, increment_model), products(monkeypatch)
+    with_samples, with_means = rows_multiplied(monkeypatch), products(monkeypatch)
     growth = measured(quantities=("delta_2_subspace",), subspace_dim=dimension, validation_draws=0)
     assert with_samples == [dimension] * CANDIDATES * len(SIZES)
     # One micro-batch at k = 2, two at k = 6: the eigensolver's, and no others.
@@ -62,7 +60,7 @@ def test_each_new_sample_takes_as_many_products_as_there_are_directions(
 
 
 def test_traces_go_through_each_sample_once_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_samples, with_means = rows_multiplied(monkeypatch, perturbed_losses), products(monkeypatch)
+    with_samples, with_means = rows_multiplied(monkeypatch), products(monkeypatch)
     measured(quantities=("delta_2",), trace_vectors=4, sigma=(0.1, 0.2), validation_draws=0)
     assert sum(with_samples) == 4 * CANDIDATES * len(SIZES)
     # Samples 0 and 1 in one micro-batch, 2 to 5 in two: not 0 to 5 once more.
@@ -71,14 +69,14 @@ def test_traces_go_through_each_sample_once_a_vector(monkeypatch: pytest.MonkeyP
 
 def test_the_model_of_the_full_space_takes_a_product_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all samples, once for all k and σ; those that it is compared on are among the draws."""
-    with_samples, with_means = rows_multiplied(monkeypatch, perturbed_losses), products(monkeypatch)
+    with_samples, with_means = rows_multiplied(monkeypatch), products(monkeypatch)
     measured(quantities=("delta_2",), estimators=("quadratic",), draws=5, sigma=(0.1, 0.2), validation_draws=3)
     assert sum(with_samples) == 5 * CANDIDATES * len(SIZES)
     assert sorted(with_means) == [0] * 10 + [1] * 5
 
 
 def test_the_value_alone_takes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_samples, with_means = rows_multiplied(monkeypatch, increment_model), products(monkeypatch)
+    with_samples, with_means = rows_multiplied(monkeypatch), products(monkeypatch)
     backward: list[int] = []
     real = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kw: backward.append(1) or real(*args, **kw))

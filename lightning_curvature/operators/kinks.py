@@ -25,14 +25,30 @@ class Kink:
     Attributes:
         side: its side, from its arguments.
         branch: its values on a side.
+        onto: brings an operand that has come to the other side back, in place, to just before the kink: what autograd
+            keeps of it tells the backward its side. Returns the values, or None: those of the operation itself. Where
+            it is None, ``branch`` alone keeps the backward on the side.
         chooses: whether the side is known only when it has run.
         applies: whether it has kinks with these arguments.
     """
 
     side: Callable[[_Arguments], Tensor]
     branch: Callable[[_Arguments, Tensor], Any]
+    onto: Callable[[_Arguments, Tensor], Any] | None = None
     chooses: bool = False
     applies: Callable[[_Arguments], bool] = lambda a: True
+
+
+def _bring(x: Tensor, edge: Any, beyond: Tensor | bool, below: Tensor | bool) -> None:
+    """Bring elements to one side of an edge, in place: those marked ``beyond`` above it, those marked ``below`` below.
+
+    Others stay.
+    """
+    edge = torch.as_tensor(edge, dtype=x.dtype, device=x.device)
+    # Not the next number: an accelerator may take the smallest ones for zero.
+    step = edge.abs() * torch.finfo(x.dtype).eps + torch.finfo(x.dtype).tiny
+    raised = torch.where(torch.as_tensor(beyond, device=x.device) & (x <= edge), edge + step, x)
+    x.copy_(torch.where(torch.as_tensor(below, device=x.device) & (raised >= edge), edge - step, raised))
 
 
 def _pieces(edges: Callable[[_Arguments], list[Any]], values: Callable[[_Arguments, Tensor], list[Any]]) -> Kink:
@@ -49,7 +65,13 @@ def _pieces(edges: Callable[[_Arguments], list[Any]], values: Callable[[_Argumen
             first = torch.where(number if len(others) == 1 else number > index, value, first)
         return first
 
-    return Kink(side, branch)
+    def onto(a: _Arguments, number: Tensor) -> None:
+        present = [edge for edge in edges(a) if edge is not None]
+        for index, edge in enumerate(present):
+            beyond = number if len(present) == 1 else number > index
+            _bring(a["self"], edge, beyond, ~beyond & (a["self"] > edge))
+
+    return Kink(side, branch, onto)
 
 
 def _clamped(low: str | None, high: str | None) -> Kink:
@@ -68,11 +90,23 @@ def _clamped(low: str | None, high: str | None) -> Kink:
         x = x if least is None else torch.where(number < 0, least, x)
         return x if most is None else torch.where(number > 0, most, x)
 
-    return Kink(side, branch)
+    def onto(a: _Arguments, number: Tensor) -> None:
+        x, (least, most) = a["self"], edges(a)
+        if least is not None:
+            _bring(x, least, (number >= 0) & (x < least), number < 0)
+        if most is not None:
+            _bring(x, most, number > 0, (number <= 0) & (x > most))
+
+    return Kink(side, branch, onto)
 
 
 def _sign(x: Tensor) -> Tensor:
     return (x > 0).to(torch.int8) - (x < 0).to(torch.int8)
+
+
+def _onto_sign(x: Tensor, number: Tensor) -> None:
+    _bring(x, 0.0, number > 0, number < 0)
+    x.copy_(torch.where(number == 0, 0.0, x))
 
 
 def _extremum(larger: bool) -> Kink:
@@ -86,7 +120,14 @@ def _extremum(larger: bool) -> Kink:
         first, second = a["self"], a["other"]
         return torch.where(number > 0, first, torch.where(number < 0, second, (first + second) / 2))
 
-    return Kink(side, branch)
+    def onto(a: _Arguments, number: Tensor) -> None:
+        x, other, sign = a["self"], a["other"], number if larger else -number
+        if x.shape != number.shape:
+            x, other, sign = other, x, -sign
+        _bring(x, other, sign > 0, sign < 0)
+        x.copy_(torch.where(sign == 0, other, x))
+
+    return Kink(side, branch, onto)
 
 
 def _dims(a: _Arguments) -> list[int] | None:
@@ -118,6 +159,13 @@ def _reduced(a: _Arguments, number: Tensor) -> Tensor:
     return _summed(a, torch.where(number, a["self"], 0)) / _summed(a, number)
 
 
+def _onto_extreme(a: _Arguments, number: Tensor) -> Tensor:
+    """The backward goes to the elements that are the result."""
+    result = _reduced(a, number)
+    a["self"].copy_(torch.where(number, _spread(a | {"result": result}), a["self"]))
+    return result
+
+
 def _one_of(a: _Arguments) -> Tensor:
     return a["indices"] if "indices" in a else a["self"] == a["result"]
 
@@ -129,6 +177,10 @@ def _gathered(a: _Arguments, number: Tensor) -> Any:
     if number.ndim == x.ndim:
         return x.gather(dim, number), number.clone()
     return x.gather(dim, number.unsqueeze(dim)).squeeze(dim), number.clone()
+
+
+def _onto_chosen(a: _Arguments, number: Tensor) -> Any:
+    return _onto_extreme({**_ALL, "self": a["self"]}, number) if number.dtype == torch.bool else _gathered(a, number)
 
 
 def _pooled(a: _Arguments, number: Tensor, dims: int) -> Any:
@@ -146,6 +198,16 @@ def _norm(a: _Arguments, number: Tensor) -> Tensor:
     return total if a["ord"] == 1 else total / _summed(a, number.abs())
 
 
+def _onto_norm(a: _Arguments, number: Tensor) -> Tensor | None:
+    x = a["self"]
+    if a["ord"] == 1:
+        _onto_sign(x, number)
+        return None
+    result = _norm(a, number)
+    x.copy_(torch.where(number == 0, x, number * _spread(a | {"result": result})))
+    return result
+
+
 def _rounded(width: str) -> Kink:
     """A loss that is quadratic within a width and linear outside: its second derivative jumps."""
 
@@ -159,7 +221,8 @@ def _rounded(width: str) -> Kink:
         values = values / a[width] if width == "beta" else values
         return (values, values.mean(), values.sum())[a["reduction"] if values.ndim else 0]
 
-    return Kink(side, branch, applies=lambda a: a[width] > 0)
+    # The gradient has no jump.
+    return Kink(side, branch, lambda a, number: None, applies=lambda a: a[width] > 0)
 
 
 def _scattered(a: _Arguments, number: Tensor) -> Tensor:
@@ -170,8 +233,8 @@ def _scattered(a: _Arguments, number: Tensor) -> Tensor:
     return torch.where(count > 0, total / count, kept)
 
 
-_choice = Kink(_one_of, _gathered, chooses=True)
-_extreme = Kink(lambda a: a["self"] == _spread(a), _reduced, chooses=True)
+_choice = Kink(_one_of, _gathered, _onto_chosen, chooses=True)
+_extreme = Kink(lambda a: a["self"] == _spread(a), _reduced, _onto_extreme, chooses=True)
 
 
 def _pool(dims: int) -> Kink:
@@ -202,7 +265,11 @@ KINKS = {
     "clamp": _clamped("min", "max"),
     "clampmin": _clamped("min", None),
     "clampmax": _clamped(None, "max"),
-    "abs": Kink(lambda a: _sign(a["self"]), lambda a, number: a["self"] * number),
+    "abs": Kink(
+        lambda a: _sign(a["self"]),
+        lambda a, number: a["self"] * number,
+        lambda a, number: _onto_sign(a["self"], number),
+    ),
     **dict.fromkeys(("maximum", "fmax"), _extremum(larger=True)),
     **dict.fromkeys(("minimum", "fmin"), _extremum(larger=False)),
     **dict.fromkeys(("max", "min", "median", "nanmedian", "kthvalue", "mode"), _choice),
@@ -210,7 +277,7 @@ KINKS = {
     **dict.fromkeys(("amax", "amin"), _extreme),
     **dict.fromkeys(("maxpool2dwithindices", "adaptivemaxpool2d", "fractionalmaxpool2d"), _pool(2)),
     **dict.fromkeys(("maxpool3dwithindices", "adaptivemaxpool3d", "fractionalmaxpool3d"), _pool(3)),
-    "linalgvectornorm": Kink(_norm_side, _norm, chooses=True, applies=lambda a: a["ord"] in (1, math.inf)),
+    "linalgvectornorm": Kink(_norm_side, _norm, _onto_norm, chooses=True, applies=lambda a: a["ord"] in (1, math.inf)),
     "scatterreduce": Kink(
         lambda a: a["src"] == a["result"].gather(a["dim"], a["index"]),
         _scattered,
