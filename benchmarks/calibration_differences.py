@@ -117,7 +117,7 @@ def main() -> None:
         f"products at most; torch {torch.__version__}, CPU. Errors are relative to exact products in float64, median",
         "and ninth decile. *Exact*: double backward in float32, the limit. *Before*: at one distance for all, across",
         "kinks. *Distance*: in u^{1/3} ‖θ‖, as measured. *Within*: share of the values whose error is at most the one",
-        "that is told, residual and distance together. PyHessian and curvlinops have no products without second derivatives.",
+        "that is told, residual and distance together. PyHessian and curvlinops have no such products.",
         "",
         "| network | distance | exact | 9th decile | differences | 9th decile | before | 9th decile | within |",
         "|---|---|---|---|---|---|---|---|---|",
