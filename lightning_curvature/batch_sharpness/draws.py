@@ -32,7 +32,7 @@ class Draws:
         self._batches = dict.fromkeys(quantities, 0)
         # At η = 0 there is no update over η.
         self._open = [q for q in quantities if q != "lambda_gen" or self._problem.lr]
-        self._begun = self._drawn = self._zero_gradients = self._unconverged = 0
+        self._begun = self._drawn = self._zero_gradients = self._unconverged = self._skipped = 0
 
     def draw(self) -> None:
         """Draw until every quantity is known well enough, or as many batches are drawn as the options allow."""
@@ -88,7 +88,7 @@ class Draws:
 
     def _exchange(self, pairs: Sequence[PairMoments], failure: Exception | None) -> Tensor:
         """Return moments and counts of the pairs of all ranks, a row each, by their numbers. One collective."""
-        width = 6 * len(self._quantities) + 2
+        width = 6 * len(self._quantities) + 3
         empty = torch.zeros(len(pairs), self._ranks, width, dtype=torch.float64, device="cpu")
 
         def rows() -> Mapping[str, Tensor]:
@@ -96,9 +96,9 @@ class Draws:
                 raise failure
             table = empty.clone()
             for row, pair in zip(table[:, self._rank], pairs, strict=True):
-                for moments, quantity in zip(row[:-2].split(6), self._quantities, strict=True):
+                for moments, quantity in zip(row[:-3].split(6), self._quantities, strict=True):
                     moments.copy_(pair.moments.get(quantity, moments))
-                row[-2], row[-1] = pair.zero_gradients, pair.unconverged
+                row[-3], row[-2], row[-1] = pair.zero_gradients, pair.unconverged, pair.skipped
             return {"pairs": table}
 
         alone = self._ranks == 1
@@ -108,9 +108,10 @@ class Draws:
     def _add(self, row: Tensor) -> None:
         """Add the moments of a pair, and close the quantities that are now known well enough."""
         self._drawn += PAIR
-        self._zero_gradients += int(row[-2])
-        self._unconverged += int(row[-1]) if "lambda_max_b" in self._open else 0
-        for quantity, draws in zip(self._quantities, row[:-2].split(6), strict=True):
+        self._zero_gradients += int(row[-3])
+        self._skipped += int(row[-1])
+        self._unconverged += int(row[-2]) if "lambda_max_b" in self._open else 0
+        for quantity, draws in zip(self._quantities, row[:-3].split(6), strict=True):
             if quantity not in self._open:
                 continue
             moments = merge_moments(torch.stack([self._moments[quantity], draws]))
@@ -127,6 +128,9 @@ class Draws:
 
     def values(self) -> dict[str, float]:
         """Return estimates, standard errors and numbers of batches of the quantities that are not lost."""
+        if self._skipped:
+            pairs = f"{self._skipped} of {self._drawn // PAIR} pairs"
+            warn(f"training_step returns None for a mini-batch of {pairs} that were drawn: they are left out.")
         if self._zero_gradients == self._drawn > 0:
             warn(
                 "no mini-batch that was drawn has a gradient, and sharpness along it is not defined: all samples are "

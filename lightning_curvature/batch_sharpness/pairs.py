@@ -19,6 +19,7 @@ from lightning_curvature.batch_sharpness.options import (
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem
 from lightning_curvature.functional import add_to_moments
 from lightning_curvature.operators.mini_batch import MiniBatch
+from lightning_curvature.replay.recording import NoLossError
 
 # Two flat vectors, one of each mini-batch of a pair, and by quantity the denominator of the sum of their curvatures
 # under the Hessian of all samples.
@@ -33,12 +34,14 @@ class PairMoments:
         moments: by quantity, (6,); a quantity without a draw has none.
         zero_gradients: number of its mini-batches without a gradient.
         unconverged: number of its mini-batches whose eigenvalue did not converge.
+        skipped: whether the step passed over one of its mini-batches, so that it says nothing.
         crosses: vectors that are still to be multiplied by the Hessian of the whole probe set.
     """
 
     moments: dict[Quantity, Tensor] = field(default_factory=dict)
     zero_gradients: int = 0
     unconverged: int = 0
+    skipped: bool = False
     crosses: Sequence[Cross] = ()
 
     def add(self, quantity: Quantity, numerator: float, denominator: float = 1.0) -> None:
@@ -67,7 +70,13 @@ class Pairs:
 
     def observe(self, numbers: Sequence[int], wanted: Collection[Quantity]) -> list[PairMoments]:
         """Draw the pairs of these numbers and measure the wanted quantities."""
-        return [self._observe(number, wanted) for number in numbers]
+        return [self._observed(number, wanted) for number in numbers]
+
+    def _observed(self, number: int, wanted: Collection[Quantity]) -> PairMoments:
+        try:
+            return self._observe(number, wanted)
+        except NoLossError:
+            return PairMoments(skipped=True)
 
     def _observe(self, number: int, wanted: Collection[Quantity]) -> PairMoments:
         pair, batches = PairMoments(), list[MiniBatch]()

@@ -18,6 +18,7 @@ from lightning_curvature.operators.micro_batches import Evaluation, MakeContext,
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.replay.randomness import RandomState
+from lightning_curvature.replay.recording import NoLossError
 
 ProbeMode = Literal["train", "eval"]
 Precision = Callable[[], contextlib.AbstractContextManager[object]]
@@ -56,6 +57,19 @@ class ProbeLoss:
         """
         parts = self.parts_of(probe_set.batches, probe_set.total)
         return parts + [replace(parts[-1], weight=0.0)] * (probe_set.rounds - len(parts))
+
+    def with_loss(self, probe_set: ProbeSet) -> list[int]:
+        """Return which of this rank's batches the step does not pass over, by one forward of each."""
+        lost = set()
+        for index, part in enumerate(self.parts(probe_set)):
+            try:
+                with torch.no_grad():
+                    part.evaluate()
+            except NoLossError:
+                lost.add(index)
+            except Exception:  # the measurement will meet it, and say so
+                continue
+        return [index for index in range(len(probe_set.batches)) if index not in lost]
 
     def parts_of(self, batches: Sequence[ProbeBatch], total: int) -> list[MicroBatch]:
         """Return micro-batches, each weighted by its share of ``total`` samples."""

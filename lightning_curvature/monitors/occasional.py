@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_curvature.distributed.shards import is_sharded
+from lightning_curvature.losses.skipped import may_skip
 from lightning_curvature.monitors.checks import check_not_quantized
 from lightning_curvature.monitors.options import OccasionalOptions
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor, ResultT
@@ -59,6 +60,7 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
         self._check_parameters(parameters)
         with torch.inference_mode(False), attached(trainer, module, parameters):
             self.check_module(trainer, module)
+            self._may_skip = self.options.objective is None and may_skip(module)
             objective = StepObjective(module, trainer.strategy.root_device, None, self.options.objective)
             return self._measure(
                 trainer,

@@ -10,9 +10,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_curvature.data.position import Bookmark
-from lightning_curvature.data.probe_set import read_probe_set, step_size
+from lightning_curvature.data.probe_set import ProbeSet, read_probe_set, step_size
 from lightning_curvature.data.reading import sample_count
 from lightning_curvature.losses.fixed import ProbeLoss
+from lightning_curvature.losses.skipped import may_skip, without_skipped
 from lightning_curvature.monitors.base import Monitor
 from lightning_curvature.monitors.checks import check_real
 from lightning_curvature.monitors.options import ProbeSetOptions
@@ -43,7 +44,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         super().__init__(options)
         self.result: ResultT | None = None
         self._data: Any = None
-        self._has_read = self._has_measured = False
+        self._has_read = self._has_measured = self._may_skip = False
         self._bookmark, self._loaded = Bookmark(), Bookmark()
         self._measured_step = -1
 
@@ -85,6 +86,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         self._data, self._measured_step = None, -1
         self._has_read = self._has_measured = False
         self._bookmark, self._loaded = self._loaded, Bookmark()
+        self._may_skip = self.options.objective is None and may_skip(pl_module)
         parameters = self._parameters(trainer)
         if not parameters:
             raise MisconfigurationException(
@@ -165,12 +167,17 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
                 failure = error.with_traceback(None)
             data = read(failure)
 
-            def prepare() -> Prepared[Problem]:
+            def make_loss() -> ProbeLoss:
                 if failure is not None:
                     raise failure
-                loss = ProbeLoss(trainer, objective, self._precision(trainer), self.options.probe_mode)
-                return self.prepare(trainer, loss, data)
+                return ProbeLoss(trainer, objective, self._precision(trainer), self.options.probe_mode)
 
+            def prepare() -> Prepared[Problem]:
+                return self.prepare(trainer, make_loss(), data)
+
+            if self._may_skip:
+                data, self._may_skip = self._with_loss(trainer, make_loss, data), False
+                self._data = data if self._has_read else None
             prepared = prepare_together(trainer, prepare, self.capacities)
             try:
                 self.result = self.measure(trainer, prepared)
@@ -216,6 +223,10 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             failure=failure,
             bookmark=bookmark,
         )
+
+    def _with_loss(self, trainer: pl.Trainer, make_loss: Callable[[], ProbeLoss], data: Any) -> Any:
+        """Return the data without batches that the step passes over."""
+        return without_skipped(trainer, make_loss, data) if isinstance(data, ProbeSet) else data
 
     def _cut(self, trainer: pl.Trainer, loader: Any) -> int | None:
         """Return the size of a micro-batch; None for that of the loader."""

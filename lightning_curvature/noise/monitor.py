@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -143,6 +143,9 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         size = routes.batch_size_of(trainer, loader)
         # Halves of a micro-batch are the mini-batches that are paired.
         return self.options.micro_batch_size or (2 * size if self.options.pairs and size is not None else None)
+
+    def _with_loss(self, trainer: pl.Trainer, make_loss: Callable[[], ProbeLoss], data: Any) -> Any:
+        return super()._with_loss(trainer, make_loss, data[0]), data[1]
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: tuple[ProbeSet, int]) -> Prepared[NoiseProblem]:
         """Return the block, its samples, and whether this rank can take the Kronecker route and pair samples."""

@@ -207,7 +207,9 @@ class GradientDifferenceOperator(CurvatureOperator):
             modes.append(Looking())
             return modes[-1]
 
-        with torch.no_grad(), self._around():
+        # With gradients, as it is differentiated: without them a layer may run other code. But a forward that gathers
+        # shards must not wait for a backward.
+        with torch.set_grad_enabled(self._sharding is None), self._around():
             stepwise(looking)
         return modes
 

@@ -23,16 +23,21 @@ OUTPUTS_REMEDY = (
 )
 
 
+class NoLossError(ValueError):
+    """A step returned None, for a batch that it passes over."""
+
+
 def read_result(result: Any, seen: list[Any], objective: bool = False) -> Evaluation:
     """Return loss and outputs of a step or of the user's objective; only the latter's "mask" means weights.
 
     Raises:
+        NoLossError: if the step returned None.
         ValueError: if the loss is not a tensor with one element.
     """
     loss = result.get("loss") if isinstance(result, dict) else result
     if not isinstance(loss, Tensor):
         got = f"a dict of {list(result)}" if isinstance(result, dict) and loss is None else type(loss).__name__
-        raise ValueError(
+        raise (NoLossError if result is None else ValueError)(
             f"the step must return a loss tensor or a dict with 'loss', got {got}: return the loss, or give objective=."
         )
     if loss.numel() != 1:

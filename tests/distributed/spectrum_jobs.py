@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.ddp_jobs import Rare, Unused
 from tests.distributed.failing_jobs import MESSAGE
 from tests.distributed.fsdp2_jobs import Sharded, ShardedAsOne, strategy
-from tests.distributed.spectrum_cases import SAMPLES, STEP, Measuring, Outcome, SpectrumCase, dataset
+from tests.distributed.spectrum_cases import MICRO, SAMPLES, STEP, Measuring, Outcome, SpectrumCase, dataset
 from tests.helpers.once import Square
 from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp
 
@@ -46,6 +46,26 @@ def squaring(make_optimizer: MakeOptimizer, once: bool = True) -> Any:
 whole = SpectrumCase(classifier, monitor={"k": 3})
 whole_32 = replace(whole, module=partial(classifier, dtype=torch.float32), data=partial(dataset, dtype=torch.float32))
 whole_32.trainer = {"precision": "32-true"}
+
+
+class PassesOver(Classifier):
+    """Has no loss for a batch with a large number in it."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if bool((batch[0] < 2.0).all()) else None
+
+
+def clamped() -> TensorDataset:
+    """Without large numbers: only the probe set has them, since on several processes Lightning passes over no step."""
+    x, y = dataset().tensors
+    return TensorDataset(x.clamp(max=1.9), y)
+
+
+passing = SpectrumCase(
+    partial(classifier, kind=PassesOver),
+    data=clamped,
+    monitor={"probe_dataloader": DataLoader(dataset(), MICRO), "quantities": ("lambda_max", "hessian_trace")},
+)
 # One mini-batch of the whole data: ranks have parts of it in common; shuffled, by the sampler that Lightning puts in.
 spread = replace(whole, step=SAMPLES, shuffle=True)
 # Fewer micro-batches than ranks: each is cut once more.

@@ -45,6 +45,7 @@ def results() -> Any:
         "gathering",
         "unused",
         "rare",
+        "passing",
     ],
 )
 def test_values_are_those_of_one_process(results: Results, name: str) -> None:
@@ -55,6 +56,12 @@ def test_values_are_those_of_one_process(results: Results, name: str) -> None:
     # Rounding of gradients over the distance: within 3e-10 of a product, as the operator says of itself.
     tolerance = 1e-8 if name == "by_differences" else ROUNDING[torch.float32 if name == "whole_32" else torch.float64]
     assert_same_spectra(results[name], alone, tolerance)
+
+
+def test_batches_without_a_loss_are_counted_on_all_ranks(results: Results) -> None:
+    sentence = "training_step returns None for 2 of 6 batches of the probe set: they are left out."
+    assert [outcome.said for outcome in results["passing"]] == [[sentence], []]
+    assert jobs.passing().said == [sentence]
 
 
 def test_the_data_of_a_step_matters() -> None:
