@@ -168,6 +168,8 @@ def _replaced(tables: Iterable[dict[str, Any]], values: Mapping[int, Tensor]) ->
     with contextlib.ExitStack() as stack:
         for table in tables:
             before = {name: tensor for name, tensor in table.items() if id(tensor) in values}
+            if not before:
+                continue
             stack.callback(table.update, before)
             table.update({name: values[id(tensor)] for name, tensor in before.items()})
             for tensor in before.values():  # a step may mark its parameters

@@ -40,8 +40,12 @@ MONITORS: dict[str, Callable[[], pl.Callback]] = {
     "spectrum": lambda: HessianSpectrumMonitor(
         quantities=("lambda_max", "hessian_trace", "preconditioned_lambda_max"), probe_samples=16, **EVERY
     ),
-    "batch_sharpness": lambda: BatchSharpnessMonitor(quantities=("batch_sharpness", "gni", "lambda_gen"), **EVERY),
-    "stabilization": lambda: StabilizationMonitor(sample_sizes=(2,), probe_dataloader=samples(), every_n_train_steps=3),
+    "batch_sharpness": lambda: BatchSharpnessMonitor(
+        quantities=("batch_sharpness", "gni", "lambda_gen"), num_batches=8, min_batches=4, **EVERY
+    ),
+    "stabilization": lambda: StabilizationMonitor(
+        sample_sizes=(2,), subspace_dim=2, draws=3, candidates=2, probe_dataloader=samples(), every_n_train_steps=3
+    ),
     "noise": lambda: NoiseCovarianceMonitor(parameter="network.0.weight", **EVERY),
 }
 Line = tuple[str, int]
@@ -74,7 +78,9 @@ class Tracer:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
-        return self.line if code.co_filename.startswith(PACKAGE) and code.co_name not in HANDING_ON else None
+        # Where one line is looked for, functions of other files need not be followed.
+        followed = code.co_filename.startswith(PACKAGE) if self.at is None else code.co_filename == self.at[0][0]
+        return self.line if followed and code.co_name not in HANDING_ON else None
 
     def line(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line" and not leaves(frame):
