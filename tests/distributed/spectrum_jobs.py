@@ -246,6 +246,16 @@ uneven = sharded(partial(classifier, kind=Sharded))
 as_one = sharded(partial(classifier, kind=ShardedAsOne), monitor={"quantities": ONE})
 one_output = sharded(with_one_output, monitor={"quantities": ("lambda_min", "hessian_trace"), "tolerance": 0.1})
 sharded_32 = sharded(partial(classifier, kind=Sharded, dtype=torch.float32), data=partial(dataset, dtype=torch.float32))
+
+
+def kinked(kind: Any = Sharded) -> Any:
+    """Many units with kinks, in float32: on either side of θ some have changed sides."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 30), nn.Hardtanh(), nn.Linear(30, 3)]
+    return kind(nn.Sequential(*layers), lambda module: torch.optim.SGD(module.parameters(), lr=0.05))
+
+
+sharded_kinked = replace(sharded_32, module=kinked, monitor={"quantities": ("lambda_max", "lambda_min")})
 sharded_disturbed = sharded(partial(noisy, Sharded), shuffle=True, monitor={"quantities": ONE}, alone={})
 sharded_undisturbed = sharded_disturbed.unwatched()
 uneven_unwatched = uneven.unwatched()
