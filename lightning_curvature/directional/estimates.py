@@ -20,8 +20,12 @@ NOISE_LIMIT = 0.1
 _DIFFERENCE_TRUNCATION = 4.0
 # That of the symmetric KL in the same units, ε²⟨z‴,z′⟩/(3|z′|²) against ε²|z″|²/(4|z′|²): measured between 1 and 12,
 # the more the further activations saturate. Where the outputs move so far that the softmax's own fourth order counts,
-# networks saturate too: a quarter of that share is added. ε is chosen by the sum; the reported error takes it twice.
+# networks saturate too: a quarter of that share is added. ε is chosen by the sum.
 _SYMMETRIC_TRUNCATION, _SATURATION = 3.0, 0.25
+# The reported error knows z‴ where gᵀd is known: ε²⟨z‴,r⟩/(6⟨z′,r⟩), r = ∂ℓ/∂z, is the distance of the slope by the
+# outputs to it, and a form has twice such a share. It may vanish by chance: so much of the sum above is taken at least,
+# and twice the sum where gᵀd tells nothing (benchmarks/calibration.py).
+_OF_SLOPE, _LEAST_OF_SUM, _MOST_OF_SUM = 2.0, 2.0 / 3.0, 2.0
 # The sum over positions is carried by P/10 of them or more.
 _CONCENTRATION = 10.0
 # The network's share in that of the one-sided KL, in units of |δ|/|z|.
@@ -150,9 +154,12 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
         truncation = _SYMMETRIC_TRUNCATION * _excess(values, rounding)
         truncation += _SATURATION * abs(values["fourth"]) / (12.0 * signal)
         kinks = _KINKS_SHARE * rounding.kinks() / abs(pair_slope(values)) if values.get("crossed", 0.0) > 0.0 else 0.0
-        return _known(
-            quadratic / epsilon**2, ErrorModel(noise, truncation, 2, weight, crossed), doubt=truncation + kinks
-        )
+        model = ErrorModel(noise, truncation, 2, weight, crossed)
+        third = math.nan if rounding.half else _third_order(values, epsilon)
+        told = _MOST_OF_SUM * truncation
+        if third <= max(_ALIKE["kl"], 3.0 * told):  # else something else is wrong: see checked_by_slope
+            told = max(_LEAST_OF_SUM * truncation, _OF_SLOPE * third)
+        return _known(quadratic / epsilon**2, model, doubt=told - truncation + kinks)
     # The network bends on the scale of the outputs, √(signal/spread gain) = |δ|/|z|; the bend of the softmax is known.
     spread = values["spread_gain"]
     truncation = _ONE_SIDED_TRUNCATION * math.sqrt(signal / spread) if spread > 0 else math.inf
@@ -162,6 +169,14 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     bend = 2.0 * (values["loss_minus"] - values["loss"] + epsilon * values["descent"])
     doubt = abs(bend - quadratic) / signal if rounding.half else 0.0
     return _known(quadratic / epsilon**2, ErrorModel(noise, truncation, 1, weight, crossed), doubt)
+
+
+def _third_order(values: Numbers, epsilon: float) -> float:
+    """Return the share of z‴ in the slope by the outputs of a pair; NaN where gᵀd is that slope, or the loss's."""
+    slope, descent = values.get("outputs_slope", math.nan) / epsilon, values["descent"]
+    if "slope_taken" in values or slope == descent or descent == 0.0:
+        return math.nan
+    return abs(slope / descent - 1.0)
 
 
 def _excess(values: Numbers, rounding: Rounding) -> float:

@@ -275,7 +275,7 @@ class DirectionalMeasurement:
                 said = f"{values['descent']:.3g} where the loss has {descent:.3g}"
                 warn(f"the gradient after backward is not that of the loss, got gᵀd = {said}: that is taken.")
             self._changed = True
-            estimates = estimate_again(wanted, values | {"descent": descent}, epsilon, rounding)
+            estimates = estimate_again(wanted, values | {"descent": descent, "slope_taken": 1.0}, epsilon, rounding)
         models = [one.model for one in estimates.values() if one.model is not None]
         self._distance = result.norm * choose_epsilon(epsilon, models)
         self._learned = (*astuple(rounding.growth), *astuple(rounding.offset), rounding.bends)
