@@ -85,9 +85,8 @@ class SharpnessProblem:
         ``micro_batches`` are this rank's. Unless ``multiplied``, it gives the gradient alone if parameters are whole.
         """
         if self._sharding is not None:
-            return GradientDifferenceOperator(
-                micro_batches, self.parameters, sharding=self._sharding, history=self.loss.second.history
-            )
+            options: dict[str, Any] = {"history": self.loss.second.history, "processes": self.trainer.num_devices}
+            return GradientDifferenceOperator(micro_batches, self.parameters, sharding=self._sharding, **options)
         if not multiplied:
             return CurvatureOperator(micro_batches, self.parameters, reduce=self.reduce)
         return self._of_whole(micro_batches, reduce=self.reduce)
@@ -96,8 +95,8 @@ class SharpnessProblem:
         """Return the operator of this rank's micro-batches by the parameters; they are whole."""
         if self.curvature is not HessianOperator:
             return self.exact(micro_batches, self.parameters, reduce=reduce)
-        options: dict[str, Any] = {"second": self.loss.second, "processes": self.trainer.num_devices}
-        return FallbackOperator(micro_batches, self.parameters, reduce=reduce, **options)
+        known: dict[str, Any] = {"second": self.loss.second, "processes": self.trainer.num_devices}
+        return FallbackOperator(micro_batches, self.parameters, reduce=reduce, **known)
 
     def exact(self, micro_batches: Sequence[MicroBatch], leaves: Sequence[Tensor], **options: Any) -> CurvatureOperator:
         """Return the operator of this rank's micro-batches by the parameters, or by copies of them."""

@@ -16,7 +16,8 @@ from lightning_curvature.distributed.shards import fresh_shards, local, own_part
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import CurvatureOperator
-from lightning_curvature.operators.micro_batches import Evaluation, MakeContext, MicroBatch, check_graph
+from lightning_curvature.operators.memory import available_memory
+from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch, check_graph
 from lightning_curvature.operators.sides import Frozen, Looking, Side
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ _DISTANCES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 _USUAL = 0.1
 # A second distance tells the error of products, and the ratio to it that of errors by truncation, which go as r².
 _SHORTER = 3.0
+
+# Share of the free memory for the sides of kinks.
+_SHARE = 0.25
 
 WHERE_SHARDED = (
     "products with the Hessian are made by a difference of gradients, since parameters are sharded and second "
@@ -94,8 +98,9 @@ class GradientDifferenceOperator(CurvatureOperator):
     which the one is taken that agrees best with its neighbours.
 
     Each kink (ReLU, max pooling, …) stays on the side on which it is at θ, also in the backward: H is that of the sides
-    at θ, as by double backward. One forward at θ notes the sides; their masks are kept. Not those of checkpointed
-    layers, whose forwards run again within the backward, nor of a step whose operations change with the parameters.
+    at θ, as by double backward. One forward at θ notes the sides, whose masks are kept as long as they fit into a
+    quarter of the free memory; else it is made for each product. Not so those of checkpointed layers, whose forwards
+    run again within the backward, nor of a step whose operations change with the parameters.
 
     The parameters are perturbed in place, in this rank's shards, and restored bit for bit, also after an error.
 
@@ -103,6 +108,7 @@ class GradientDifferenceOperator(CurvatureOperator):
         parts, parameters, reduce: see :class:`~.base.CurvatureOperator`.
         sharding: of the parameters, whose backward then reduces in place of ``reduce``; or None.
         history: of earlier operators of the module, whose distance is taken over.
+        processes: number of processes that share the memory.
 
     Raises:
         ValueError: if a loss has no graph.
@@ -123,13 +129,15 @@ class GradientDifferenceOperator(CurvatureOperator):
         reduce: Reduce | None = None,
         sharding: Sharding | None = None,
         history: DifferenceHistory | None = None,
+        processes: int = 1,
     ) -> None:
         super().__init__(parts, [local(p) for p in parameters], reduce=None if sharding else reduce)
         self._originals, self._sharding = list(parameters), sharding
         if sharding is not None:
             self.space = sharding.space
         self._around = sharding.around if sharding is not None else contextlib.nullcontext
-        self._history = history if history is not None else DifferenceHistory()
+        self._history, self._processes = history if history is not None else DifferenceHistory(), processes
+        self._distance = _USUAL
 
     @functools.cached_property
     def _unit(self) -> float:
@@ -152,11 +160,12 @@ class GradientDifferenceOperator(CurvatureOperator):
             return self.space.zeros()
         if self._history.distance is None:
             self._measure_distance(vector / length)
-        return self._product(vector, length, self._history.distance or _USUAL)
+        self._distance = self._history.distance or _USUAL
+        return self._product(vector, length, self._distance)
 
     def uncertainty(self, vector: Tensor, form: float) -> float:
         """Return how far a quadratic form vᵀHv may be off: twice its change at a shorter distance; one product."""
-        length, shorter = self.space.norm(vector), (self._history.distance or _USUAL) / _SHORTER
+        length, shorter = self.space.norm(vector), self._distance / _SHORTER
         other = self.space.dot(vector, self.summed(lambda: self._product(vector, length, shorter)))
         error = 2.0 * abs(form - other)
         if error > _SHORTER * self._history.error * abs(form):
@@ -177,41 +186,57 @@ class GradientDifferenceOperator(CurvatureOperator):
         self._history.error = scores[best]
 
     def _product(self, vector: Tensor, length: float, distance: float) -> Tensor:
-        evaluations, total, r = self._on_sides, self.space.zeros(), distance * self._unit
-        for sign in (1.0, -1.0):
-            with self._at(vector, sign * r / length):
-                for part, evaluate in zip(self.parts, evaluations, strict=True):
-                    self._add_gradient(total, evaluate, part.weight, sign * length / (2.0 * r))
+        total, r = self.space.zeros(), distance * self._unit
+        loose = [index for index, evaluate in enumerate(self._on_sides) if evaluate is None]
+        kept = [index for index in range(len(self.parts)) if index not in loose]
+        for group in (kept, *([index] for index in loose)):
+            evaluations = [self._on_sides[i] or _frozen(self.parts[i], self._look(self.parts[i])) for i in group]
+            for sign in (1.0, -1.0) if group else ():
+                with self._at(vector, sign * r / length):
+                    for index, evaluate in zip(group, evaluations, strict=True):
+                        self._add_gradient(total, evaluate, self.parts[index].weight, sign * length / (2.0 * r))
         return total
 
     @functools.cached_property
-    def _on_sides(self) -> list[Callable[[], Evaluation]]:
-        """What evaluates each micro-batch with all kinks on the sides on which they are now."""
-        evaluations, kinks = [], 0
-        for part in self.parts:
-            modes = list[Looking]() if self._history.smooth or part.stepwise is None else self._looked(part.stepwise)
-            sides = [mode.sides for mode in modes]
-            kinks += sum(map(len, sides))
-            evaluations.append(_frozen(part, sides) if any(sides) else part.evaluate)
-        if self._history.smooth is None:
-            # Ranks that gather parameters make as many forwards each.
-            reduce = self._sharding and self._sharding.reduce
-            total = torch.full((1,), float(kinks), dtype=torch.float64, device=self.space.device)
-            self._history.smooth = not (reduce(total) if reduce else total).item()
-        return evaluations
+    def _on_sides(self) -> list[Callable[[], Evaluation] | None]:
+        """What evaluates each micro-batch with all kinks on the sides on which they are now.
 
-    def _looked(self, stepwise: Callable[[MakeContext], Evaluation]) -> list[Looking]:
+        None where these do not fit into memory, and are looked at again in each product.
+        """
+        if self._history.smooth:
+            return [part.evaluate for part in self.parts]
+        evaluations, fits, kinks, room = [], list[float](), 0, math.inf
+        for part in self.parts:
+            sides = self._look(part)
+            if any(sides):
+                kinks += 1
+                room = min(room, _SHARE * available_memory(self.space.device, self._processes))
+                room -= sum(side.number.nbytes for one in sides for side in one)
+            fits.append(float(room >= 0.0))
+            evaluations.append(_frozen(part, sides) if room >= 0.0 else None)
+        # Ranks that gather parameters make as many forwards each.
+        table = torch.tensor([kinks, *fits], dtype=torch.float64, device=self.space.device)
+        reduce, least = None, 1
+        if self._sharding is not None and self._sharding.reduce is not None:
+            reduce, least = self._sharding.reduce, self._sharding.ranks
+        known, *counts = (reduce(table) if reduce is not None else table).tolist()
+        self._history.smooth = not known
+        return [one if count >= least else None for one, count in zip(evaluations, counts, strict=True)]
+
+    def _look(self, part: MicroBatch) -> list[list[Side]]:
+        """Return the sides of the kinks of each step of a micro-batch, at the parameters as they are."""
         modes: list[Looking] = []
 
         def looking() -> Looking:
             modes.append(Looking())
             return modes[-1]
 
-        # With gradients, as it is differentiated: without them a layer may run other code. But a forward that gathers
-        # shards must not wait for a backward.
-        with torch.set_grad_enabled(self._sharding is None), self._around():
-            stepwise(looking)
-        return modes
+        if part.stepwise is not None:
+            # With gradients, as it is differentiated: without them a layer may run other code. But a forward that
+            # gathers shards must not wait for a backward.
+            with torch.set_grad_enabled(self._sharding is None), self._around():
+                part.stepwise(looking)
+        return [mode.sides for mode in modes]
 
     @contextlib.contextmanager
     def _at(self, vector: Tensor, factor: float) -> Generator[None, None, None]:
@@ -247,7 +272,8 @@ class GradientDifferenceOperator(CurvatureOperator):
 
 def _frozen(part: MicroBatch, sides: Sequence[Sequence[Side]]) -> Callable[[], Evaluation]:
     modes, stepwise = [Frozen(one, differentiated=True) for one in sides], part.stepwise
-    assert stepwise is not None
+    if stepwise is None or not any(sides):
+        return part.evaluate
 
     def evaluate() -> Evaluation:
         if any(mode.other for mode in modes):  # other operations elsewhere: there are no sides to stay on

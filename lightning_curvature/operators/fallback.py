@@ -46,6 +46,7 @@ class FallbackOperator(CurvatureOperator):
     Args:
         parts, parameters, reduce: see :class:`~.base.CurvatureOperator`.
         second: what is known of the loss already.
+        processes: number of processes that share the memory.
         **options: of :class:`~.exact.HessianOperator`.
     """
 
@@ -56,11 +57,12 @@ class FallbackOperator(CurvatureOperator):
         *,
         second: SecondDerivatives,
         reduce: Reduce | None = None,
+        processes: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(parts, parameters, reduce=reduce)
-        self._second, self._exact = second, HessianOperator(parts, parameters, **options)
-        self._difference = GradientDifferenceOperator(parts, parameters, history=second.history)
+        self._second, self._exact = second, HessianOperator(parts, parameters, processes=processes, **options)
+        self._difference = GradientDifferenceOperator(parts, parameters, history=second.history, processes=processes)
 
     def local_gradient(self) -> Tensor:
         """Return this rank's term of ∇L."""
