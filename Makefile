@@ -26,10 +26,11 @@ check: $(VENV)/.ready
 coverage: $(VENV)/.ready
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-# docs/compatibility.md, from what the tests find, also those of loggers that `make test` leaves out where they are missing
+# docs/compatibility.md, from what the tests find, also those of other packages that `make test` leaves out
 compatibility: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable ".[loggers]"
-	$(BIN)/python -m pytest -p tests.compatibility.table --table docs/compatibility.md tests/compatibility tests/distributed
+	$(BIN)/python -m pip install --quiet --editable ".[loggers,integrations]"
+	$(BIN)/python -m pytest -p tests.compatibility.table --table docs/compatibility.md \
+		-m "integrations or not slow" tests/compatibility tests/distributed
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """A pytest plugin that writes the outcomes of the tests as a table: set-ups down, monitors across.
 
 python -m pytest -p tests.compatibility.table --table docs/compatibility.md tests/compatibility tests/distributed
+A test names another mark than ✓ by ``record_property("mark", …)``. An expected failure is one.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import re
 from collections import defaultdict
@@ -25,6 +27,7 @@ TITLES = {
     "test_optimizers": "Optimizers",
     "test_several_optimizers": "Several optimizers, steps by hand",
     "test_resume": "Resume",
+    "test_integrations": "Modules of other packages",
     "distributed": "Two processes: ddp, FSDP2",
 }
 MONITORS = {
@@ -34,6 +37,19 @@ MONITORS = {
     "stabilization": "StabilizationMonitor",
     "noise": "NoiseCovarianceMonitor",
 }
+# Of which the versions stand beside the section.
+PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "timm",
+    "torch-geometric",
+    "lightly",
+    "segmentation-models-pytorch",
+    "diffusers",
+    "pytorch-forecasting",
+)
 MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run"}
 HEAD = """\
 # Where the monitors run
@@ -42,9 +58,9 @@ The tests write this page (`make compatibility`): {versions}.
 
 Each row is one or more tests. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
 an oracle, of one process or of the plain set-up, as the row says. *refused*: the monitor raises one clear sentence at
-the start. *not run*: the test needs a GPU or a missing package. All monitors refuse strategies that no CPU can run
-(FSDP1, DeepSpeed, XLA) and tensor parallelism; `StabilizationMonitor` and `NoiseCovarianceMonitor` refuse sharded
-parameters (FSDP2).
+the start. *NaN*: the run is the same, and the monitor says why there is no value. *not run*: the test needs a GPU or a
+missing package. All monitors refuse strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor parallelism;
+`StabilizationMonitor` and `NoiseCovarianceMonitor` refuse sharded parameters (FSDP2).
 """
 
 # (section, row) → monitor → marks of the tests behind it.
@@ -85,8 +101,18 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     section, row, monitor = place
     mark = "refused" if report.passed and "refused" in row else MARKS[report.outcome]
+    if report.passed:
+        mark = dict(report.user_properties).get("mark", mark)
+    elif hasattr(report, "wasxfail"):
+        mark = MARKS["failed"]
     for name in [monitor] if monitor else MONITORS:
         _found[section, row][name].append(mark)
+
+
+def installed() -> str:
+    """Return the packages that are installed, with their versions."""
+    present = {dist.name.lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
+    return ", ".join(f"{name} {present[name]}" for name in PACKAGES if name in present)
 
 
 def lines() -> Generator[str, None, None]:
@@ -97,7 +123,10 @@ def lines() -> Generator[str, None, None]:
         rows = {row: cells for (section, row), cells in _found.items() if section == title}
         if not rows:
             continue
-        yield from (f"## {title}", "", f"| | {' | '.join(MONITORS.values())} |", "|---" * (1 + len(MONITORS)) + "|")
+        yield from (f"## {title}", "")
+        if title == TITLES["test_integrations"]:
+            yield from (f"{installed()}.", "")
+        yield from (f"| | {' | '.join(MONITORS.values())} |", "|---" * (1 + len(MONITORS)) + "|")
         for row, cells in rows.items():
             marks = (" ".join(sorted(set(cells[name]))) if name in cells else "" for name in MONITORS)
             yield f"| {row} | {' | '.join(marks)} |"

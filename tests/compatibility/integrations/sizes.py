@@ -1,0 +1,3 @@
+"""Sizes of all data here."""
+
+SAMPLES, BATCH = 16, 4
