@@ -47,6 +47,9 @@ INTEGRATIONS: dict[str, Integration] = {
         "model.classifier.weight",
         told=("the step did not move the parameters",),
     ),
+    "transformers, BERT, checkpointing": Integration(
+        ("transformers",), language.checkpointed, language.sentences, "model.classifier.weight"
+    ),
     "peft, LoRA on BERT": Integration(
         ("transformers", "peft"),
         language.lora,
