@@ -140,7 +140,7 @@ class DirectionalMeasurement:
             dtype = record.forward_dtype if self._options.probe_precision is None else torch.float32
             roundoff = forward_roundoff(window.objective.module, window.objective.device, dtype)
             floors = Floor(*self._learned[:2]), Floor(*self._learned[2:4])
-            eps = torch.finfo(base.loss.dtype).eps
+            eps = torch.finfo(record.loss_dtype or base.loss.dtype).eps
             self._rounding = Rounding(dtype, roundoff, eps / 2.0, *floors, list(*self._learned[4:]))
             if self._rounding.half and "kl" in self.estimators and "finite_difference" not in self.estimators:
                 warn(

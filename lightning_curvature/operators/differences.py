@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch, check_graph
-from lightning_curvature.operators.sides import Frozen, Looking, Side
+from lightning_curvature.operators.sides import Frozen, Looking, Side, eager
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -227,9 +227,9 @@ class GradientDifferenceOperator(CurvatureOperator):
         """Return the sides of the kinks of each step of a micro-batch, at the parameters as they are."""
         modes: list[Looking] = []
 
-        def looking() -> Looking:
+        def looking() -> contextlib.AbstractContextManager[object]:
             modes.append(Looking())
-            return modes[-1]
+            return eager(modes[-1])
 
         if part.stepwise is not None:
             # With gradients, as it is differentiated: without them a layer may run other code. But a forward that
@@ -278,7 +278,7 @@ def _frozen(part: MicroBatch, sides: Sequence[Sequence[Side]]) -> Callable[[], E
     def evaluate() -> Evaluation:
         if any(mode.other for mode in modes):  # other operations elsewhere: there are no sides to stay on
             return part.evaluate()
-        waiting: Iterator[contextlib.AbstractContextManager[object]] = iter(modes)
-        return stepwise(lambda: next(waiting, contextlib.nullcontext()))
+        waiting = iter(modes)
+        return stepwise(lambda: eager(next(waiting, None)))
 
     return evaluate

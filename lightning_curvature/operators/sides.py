@@ -1,7 +1,8 @@
 """Modes that meet the kinked operations of an evaluation: that note their sides, or keep them on these."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +21,21 @@ class Side:
     number: Tensor
 
 
+@contextlib.contextmanager
+def eager(mode: contextlib.AbstractContextManager[object] | None) -> Generator[None, None, None]:
+    """Enter a mode, in which code that was compiled runs as it was written; None enters nothing."""
+    if mode is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), mode:
+        yield
+
+
 class Watching(TorchDispatchMode):
-    """Base of modes that meet kinked operations; in one, code that was compiled runs as it was written."""
+    """Base of modes that meet kinked operations."""
 
     # What the last operation has copied, and the copy: before one in place autograd may keep one of the operand.
     _copied: tuple[Tensor, Tensor] | None = None
-
-    def __enter__(self) -> Any:
-        self._stance = torch.compiler.set_stance("force_eager")
-        self._stance.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._stance.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs, copied = kwargs or {}, self._copied
@@ -95,27 +97,25 @@ class Frozen(Watching):
         differentiated: whether the backward is to be that of these sides too. What autograd keeps of an operation tells
             its backward the side; so an operand that has come to the other side goes back to the kink itself. The
             value is then off by what it lies beyond, at the few places where it does.
-
-    Attributes:
-        other: whether an operation was not that of its side.
     """
 
     def __init__(self, sides: Sequence[Side], differentiated: bool = False) -> None:
         super().__init__()
-        self._sides, self._differentiated, self.other = sides, differentiated, False
+        self._sides, self._differentiated = sides, differentiated
+        self._other, self._waiting = False, list[Side]()
 
     def __enter__(self) -> "Frozen":
-        self._waiting = list(reversed(self._sides))
-        self.other = False
+        self._other, self._waiting = False, list(reversed(self._sides))
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        self.other = self.other or bool(self._waiting)
-        super().__exit__(*error)
+    @property
+    def other(self) -> bool:
+        """Whether an operation was not that of its side, or did not come."""
+        return self._other or bool(self._waiting)
 
     def meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
         """Evaluate it on its side, or as it is where it is not the operation of that side."""
-        if not self.other and self._waiting and self._waiting[-1].kink == name:
+        if not self._other and self._waiting and self._waiting[-1].kink == name:
             kink, number = KINKS[name], self._waiting.pop().number
             try:
                 if kink.onto is None or not self._differentiated:
@@ -126,7 +126,7 @@ class Frozen(Watching):
                 return run() if result is None else result
             except RuntimeError:  # it is of another shape
                 pass
-        self.other = True
+        self._other = True
         return run()
 
 

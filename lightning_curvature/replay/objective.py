@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.operators.fallback import SecondDerivatives
 from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.operators.sides import eager
 from lightning_curvature.replay.batches import copied
 from lightning_curvature.replay.calls import Call, recording_calls
 from lightning_curvature.replay.check import asks_for_gradients, left_behind, moved_before, other_loss
@@ -66,8 +67,7 @@ class StepObjective:
                 f"outputs must name a submodule of {type(module).__name__}, got {outputs!r}: "
                 f"choose one of {[name for name, _ in module.named_modules() if name][:10]}."
             )
-        self.module, self.device, self.function = module, device, function
-        self.outputs_name = outputs
+        self.module, self.device, self.function, self.outputs_name = module, device, function, outputs
         self.cut: Cut | None = None  # where the loss is cut off, if it is
         self.kinks, self.second = KinkedStep(), SecondDerivatives()
         self._step: Callable[..., Any] = module.training_step
@@ -103,7 +103,7 @@ class StepObjective:
                 seen = stack.enter_context(watching_outputs(self._watched))
                 calls = stack.enter_context(self._recording_calls())
             if not self.module.automatic_optimization:
-                stack.enter_context(recording_backward(self.module, record.backward, self.kinks.read))
+                stack.enter_context(recording_backward(self.module, record, self.kinks))
             self.records.append(record)
             return record
 
@@ -209,10 +209,10 @@ class StepObjective:
             return
         if self.module.automatic_optimization:
             base = read_result(result, seen)
-            record.sides = self.kinks.read([base.loss])
+            record.sides = record.learn([base.loss], self.kinks)
             if not base.loss.requires_grad:
-                remedy = "leave no_grad and detach out of it"
-                raise ValueError(f"training_step must return a loss that requires grad, got a constant: {remedy}.")
+                got = "got a constant: leave no_grad and detach out of it."
+                raise ValueError(f"training_step must return a loss that requires grad, {got}")
         else:
             base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
             record.sides = record.backward.sides
@@ -254,7 +254,7 @@ class StepObjective:
             if with_graph:
                 stack.enter_context(own_buffers(self.module))
             calls = stack.enter_context(self._recording_calls() if within is None else within)
-            stack.enter_context(mode or contextlib.nullcontext())
+            stack.enter_context(eager(mode))
             if self.function is not None:
                 result = read_result(self.function(self.module, first_of(args, kwargs)), [], objective=True)
                 return replace(result, calls=calls or [])

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.distributed.together import attempted
+from lightning_curvature.functional.products import graph_nodes
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.operators.sides import Side
+from lightning_curvature.replay.frozen import KinkedStep
 from lightning_curvature.replay.isolation import Shelter, inert, silent
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot
@@ -125,6 +128,14 @@ class RecordedBatch:
     base: Evaluation | None = None
     sides: list[Side] | None = None
     backward: BackwardLog = field(default_factory=BackwardLog)
+    loss_dtype: torch.dtype | None = None
+
+    def learn(self, losses: list[Tensor], kinks: KinkedStep) -> list[Side] | None:
+        """Note in which types a step has computed, also inside, and return the sides of its kinks; by its graph."""
+        inside = [one.dtype for node in graph_nodes(losses) for one in getattr(node, "_input_metadata", ())]
+        self.forward_dtype = coarsest([self.forward_dtype, *(t for t in set(inside) if t.is_floating_point)])
+        self.loss_dtype = coarsest([_computed(loss) for loss in losses])
+        return kinks.read(losses)
 
     @property
     def batch(self) -> Any:
@@ -150,18 +161,32 @@ def forward_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
     types = {p.dtype for p in module.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(device.type):
         types.add(torch.get_autocast_dtype(device.type))
-    return max(types or {torch.float32}, key=lambda t: torch.finfo(t).eps)
+    return coarsest(types or {torch.float32})
+
+
+def coarsest(types: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the floating-point type with the largest rounding unit."""
+    return max(types, key=lambda t: torch.finfo(t).eps)
+
+
+def _computed(loss: Tensor) -> torch.dtype:
+    """Return the type in which a loss was computed, before it was converted."""
+    node, dtype = loss.grad_fn, loss.dtype
+    while node is not None and node.name() == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+        dtype = coarsest([dtype, *(one.dtype for one in getattr(node, "_input_metadata", ()))])
+    return dtype
 
 
 @contextlib.contextmanager
 def recording_backward(
-    module: pl.LightningModule, log: BackwardLog, read: Callable[[list[Tensor]], list[Side] | None]
+    module: pl.LightningModule, record: RecordedBatch, kinks: KinkedStep
 ) -> Generator[None, None, None]:
     """Log the losses of a real step, and what is read of their graph."""
-    original = module.manual_backward
+    original, log = module.manual_backward, record.backward
 
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        log.sides = None if any(log.segments) else read([loss])
+        log.sides = None if any(log.segments) else record.learn([loss], kinks)
         log.add(loss.detach())
         original(loss, *args, **kwargs)
 
@@ -220,7 +245,7 @@ def _wrapped(module: pl.LightningModule) -> _Wrapped:
     @functools.wraps(step)
     def recorded_step(*args: Any, **kwargs: Any) -> Any:
         # Off before the step begins: a step that copies or pickles the module meets it without the wrapper.
-        patch.close()
+        attempted(patch.close, lambda error: None)
         call = step
         for recorder in recorders:
             call = functools.partial(recorder, call)

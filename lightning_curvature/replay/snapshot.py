@@ -72,11 +72,11 @@ def is_beyond(value: Any) -> bool:
 
 
 def _is_state(name: str, value: Any) -> bool:
-    return name not in _LINKS and not _is_table(name) and not isinstance(value, FUNCTIONS)
+    return name not in _LINKS and not _is_table(name, value) and not isinstance(value, FUNCTIONS)
 
 
-def _is_table(name: str) -> bool:
-    return name == "_parameters" or name.endswith("_hooks")
+def _is_table(name: str, value: Any) -> bool:
+    return isinstance(value, dict) and (name == "_parameters" or name.endswith("_hooks"))
 
 
 class Snapshot:
@@ -158,7 +158,7 @@ class Snapshot:
     def _parts_of_module(self, module: nn.Module) -> Iterable[Any]:
         found: list[Any] = []
         for name, value in vars(module).items():
-            if _is_table(name) and (not self._whole or any(map(is_traceable_wrapper_subclass, value.values()))):
+            if _is_table(name, value) and (not self._whole or any(map(is_traceable_wrapper_subclass, value.values()))):
                 found += value.values()
                 if name == "_parameters":
                     self._restorers.append(functools.partial(_restore_names, value, dict(value)))

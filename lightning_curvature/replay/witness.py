@@ -57,7 +57,10 @@ class Witness:
 
 def _mark(value: Any) -> tuple[list[Any], Any]:
     """Return the objects to which a value refers, and its content where it has one of its own."""
-    if isinstance(value, types.FunctionType):
+    referents: list[Any]
+    if type(value) is dict:  # whose layout, and with it the order of its referents, may change with no key or value
+        referents = [*value.keys(), *value.values()]
+    elif isinstance(value, types.FunctionType):
         referents = [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
     else:
         getattr(value, "__dict__", None)  # from now on the attributes are in a dict

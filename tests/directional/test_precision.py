@@ -187,3 +187,36 @@ def test_the_error_of_kl_covers_the_true_one(make: Callable[[], nn.Module]) -> N
         ratios.append(row["curvature/lambda_kl_error"] / abs(quadratic / truth.gauss_newton - 1.0))
     assert sum(ratio >= 1.0 for ratio in ratios) >= 0.9 * len(ratios)
     assert sorted(ratios)[len(ratios) // 2] <= 10.0
+
+
+class Coarse(nn.Module):
+    """Computes a part of its forward in a coarser type than that of its parameters."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.inner, self.head = how, nn.Linear(64, 24), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.head(torch.tanh(self.inner(x))).float()
+        return self.head(torch.tanh(self.inner(x).bfloat16().to(x.dtype)))
+
+
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_types_inside_of_a_step_are_seen(how: str) -> None:
+    """Values of the pair are within three reported errors of the exact products, or NaN; some are there."""
+    torch.manual_seed(0)
+    module = Classifier(Coarse(how), lambda m: torch.optim.SGD(m.parameters(), lr=0.2))
+    estimators = ("hvp", "kl", "finite_difference", "gauss_newton")
+    monitor = DirectionalCurvatureMonitor(estimators=estimators, every_n_train_steps=1)
+    outcome = run(module, digits(64, 40), monitor)
+    known = 0
+    for row in outcome.capture.rows.values():
+        for key, exact in (("lambda_kl", "lambda_gn"), ("lambda_fd", "lambda_dir")):
+            value, truth = row[f"curvature/{key}"], row[f"curvature/{exact}"]
+            if math.isfinite(value):
+                known += 1
+                # bf16 rounds the exact products themselves, by 2^-9 a term.
+                assert abs(value - truth) <= 3.0 * row[f"curvature/{key}_error"] * abs(value) + 2.0**-6 * abs(truth)
+    assert known > 10

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.replay.snapshot import restored
+from lightning_curvature.replay.snapshot import Snapshot, restored
 
 
 class Slotted:
@@ -224,3 +224,17 @@ def test_what_refuses_to_be_written_is_left_alone_where_it_has_not_changed() -> 
 
     with restored([Frozen(a=[1])]):
         pass
+
+
+@pytest.mark.parametrize("value", [[1], (1,), None, {"a": [1]}])
+def test_an_attribute_that_is_named_like_a_table_of_hooks(value: Any) -> None:
+    module = nn.Linear(2, 2)
+    module.my_hooks = value
+    with restored([module]):
+        module.my_hooks = 2
+    assert module.my_hooks is value
+    state = Snapshot([module], whole=False)
+    if isinstance(value, list):
+        value.append(2)
+        state.restore()
+        assert value == [1]

@@ -61,6 +61,25 @@ def test_a_change_is_seen(name: str) -> None:
     assert len(witness.differences()) >= 1
 
 
+@pytest.mark.parametrize("count", range(4, 24))
+def test_another_layout_of_the_same_attributes_is_no_change(count: int) -> None:
+    """Python keeps attributes of a class's instances by one table, until one instance has others."""
+
+    class Gate(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+            for index in range(count):
+                setattr(self, f"attribute_{index}", 1.5 * index)
+
+    module = nn.Sequential(Gate(nn.Dropout(0.1)), Gate(None))
+    witness = Witness([module])
+    for gate in module:
+        gate.forward = lambda x: x
+        del gate.forward
+    assert witness.differences() == []
+
+
 def test_it_is_named() -> None:
     module = Everything()
     witness = Witness([module])
