@@ -201,7 +201,7 @@ class DirectionalMeasurement:
             return float(self._options.epsilon)
         assert self._rounding is not None
         if math.isnan(self._distance):
-            self._distance = norm * first_epsilon(start, self._rounding.dtype, "finite_difference" in self.estimators)
+            self._distance = norm * first_epsilon(start, self._rounding.worst, "finite_difference" in self.estimators)
         return self._distance / norm
 
     def _evaluate(

@@ -92,6 +92,11 @@ class Rounding:
         return self.dtype in (torch.bfloat16, torch.float16)
 
     @property
+    def worst(self) -> float:
+        """The larger u of outputs and loss."""
+        return max(torch.finfo(self.dtype).eps / 2.0, self.loss_roundoff)
+
+    @property
     def unit(self) -> float:
         """κ·u."""
         return max(_GROWTH.get(self.dtype, 1.0), self.growth.level) * self.roundoff
@@ -142,8 +147,8 @@ class Rounding:
 _FIRST_RATIO, _FIRST_REACH = 0.1, 0.1
 
 
-def first_epsilon(values: Numbers, dtype: torch.dtype, symmetric: bool) -> float:
-    """Return ε of the first measurement, for which nothing is known but the step itself.
+def first_epsilon(values: Numbers, unit: float, symmetric: bool) -> float:
+    """Return ε of the first measurement, for which nothing is known but the step itself; ``unit`` is u.
 
     The second difference has rounding A/ε² with A = √6 u|L|/dᵀHd, and truncation (ε/ε_T)², ε_T the step number at which
     the network bends; they meet at √(ε_T √A). Where the loss is evaluated at θ − εd alone, not ``symmetric``, the
@@ -152,5 +157,5 @@ def first_epsilon(values: Numbers, dtype: torch.dtype, symmetric: bool) -> float
     loss, descent, squared_size = abs(values["loss"]), values["descent"], values["squared_size"]
     reach = _FIRST_REACH * math.sqrt(squared_size) / math.sqrt(values["squared_norm"]) if squared_size > 0.0 else 1.0
     slope = descent if descent > 0.0 else loss or 1.0
-    noise = math.sqrt(6.0) * torch.finfo(dtype).eps / 2.0 * max(loss, slope) / (_FIRST_RATIO * slope)
+    noise = math.sqrt(6.0) * unit * max(loss, slope) / (_FIRST_RATIO * slope)
     return math.sqrt(reach * math.sqrt(noise)) if symmetric else (reach * noise) ** (1.0 / 3.0)

@@ -130,9 +130,11 @@ class RecordedBatch:
     backward: BackwardLog = field(default_factory=BackwardLog)
     loss_dtype: torch.dtype | None = None
 
-    def learn(self, losses: list[Tensor], kinks: KinkedStep) -> list[Side] | None:
+    def learn(self, losses: list[Tensor], kinks: KinkedStep, outputs: Tensor | None = None) -> list[Side] | None:
         """Note in which types a step has computed, also inside, and return the sides of its kinks; by its graph."""
-        inside = [one.dtype for node in graph_nodes(losses) for one in getattr(node, "_input_metadata", ())]
+        # A loss may be computed in a coarser type than the outputs, whose rounding is then not that of the network.
+        roots = losses if outputs is None or outputs.grad_fn is None else [outputs]
+        inside = [one.dtype for node in graph_nodes(roots) for one in getattr(node, "_input_metadata", ())]
         self.forward_dtype = coarsest([self.forward_dtype, *(t for t in set(inside) if t.is_floating_point)])
         self.loss_dtype = coarsest([_computed(loss) for loss in losses])
         return kinks.read(losses)
@@ -169,10 +171,13 @@ def coarsest(types: Iterable[torch.dtype]) -> torch.dtype:
     return max(types, key=lambda t: torch.finfo(t).eps)
 
 
+_CONVERSIONS = ("ToCopy", "View", "Alias", "Reshape", "Squeeze")
+
+
 def _computed(loss: Tensor) -> torch.dtype:
     """Return the type in which a loss was computed, before it was converted."""
     node, dtype = loss.grad_fn, loss.dtype
-    while node is not None and node.name() == "ToCopyBackward0":
+    while node is not None and node.name().startswith(_CONVERSIONS):
         node = node.next_functions[0][0]
         dtype = coarsest([dtype, *(one.dtype for one in getattr(node, "_input_metadata", ()))])
     return dtype

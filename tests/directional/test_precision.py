@@ -203,6 +203,33 @@ class Coarse(nn.Module):
         return self.head(torch.tanh(self.inner(x).bfloat16().to(x.dtype)))
 
 
+def float32_loss(z: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(z.float(), y)
+
+
+def converted_loss(z: Tensor, y: Tensor) -> Tensor:
+    return float32_loss(z, y).double()
+
+
+@pytest.mark.parametrize("loss", [float32_loss, converted_loss])
+def test_a_loss_that_is_coarser_than_its_outputs(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """In a run in float64: errors of float32, and never wrong values with those of float64."""
+    torch.manual_seed(0)
+    module = Classifier(mlp(64, 24, 10), lambda m: torch.optim.SGD(m.parameters(), lr=0.2), loss)
+    estimators = ("hvp", "kl", "finite_difference", "gauss_newton")
+    monitor = DirectionalCurvatureMonitor(estimators=estimators, every_n_train_steps=1)
+    batches = [(x.double(), y) for x, y in digits(64, 40)]
+    outcome = run(module, batches, monitor, precision="64-true")
+    known = 0
+    for row in outcome.capture.rows.values():
+        for key, exact in (("lambda_kl", "lambda_gn"), ("lambda_fd", "lambda_dir")):
+            value, truth = row[f"curvature/{key}"], row[f"curvature/{exact}"]
+            if math.isfinite(value):
+                known += 1
+                assert abs(value - truth) <= 3.0 * row[f"curvature/{key}_error"] * abs(value)
+    assert known >= 76  # all but a few at the start
+
+
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_types_inside_of_a_step_are_seen(how: str) -> None:
     """Values of the pair are within three reported errors of the exact products, or NaN; some are there."""

@@ -139,10 +139,10 @@ def test_the_first_epsilon_balances_rounding_and_truncation() -> None:
     values: dict[str, Any] = {"loss": 2.0, "descent": 0.5, "squared_size": 400.0, "squared_norm": 4.0}
     # ‖θ‖/‖d‖ = 10, of which a tenth: the network bends at ε_T = 1. A = √6 u L/(0.1 gᵀd).
     noise = math.sqrt(6.0) * U[torch.float32] * 2.0 / 0.05
-    two_sided = first_epsilon(values, torch.float32, symmetric=True)
+    two_sided = first_epsilon(values, 2.0**-24, symmetric=True)
     assert noise / two_sided**2 == pytest.approx((two_sided / 1.0) ** 2, rel=1e-12)
-    one_sided = first_epsilon(values, torch.float32, symmetric=False)
+    one_sided = first_epsilon(values, 2.0**-24, symmetric=False)
     assert noise / one_sided**2 == pytest.approx(one_sided / 1.0, rel=1e-12)
     # Parameters that are zero, or a gradient that is, leave a number all the same.
     for change in ({"squared_size": 0.0}, {"descent": -1.0}, {"descent": 0.0, "loss": 0.0}):
-        assert 0.0 < first_epsilon(values | change, torch.float32, symmetric=True) < math.inf
+        assert 0.0 < first_epsilon(values | change, 2.0**-24, symmetric=True) < math.inf
