@@ -166,7 +166,12 @@ class Reading:
 
 
 def sample_count(batch: Any) -> int:
-    """Return the number of samples in a batch as Lightning counts them, and leave its warning to the run."""
+    """Return the number of samples in a batch as Lightning counts them, and leave its warning to the run.
+
+    Of a batch of graphs their number; Lightning takes that of their nodes.
+    """
+    if hasattr(batch, "to_data_list") and isinstance(graphs := getattr(batch, "num_graphs", None), int):
+        return graphs
     given = set(warning_cache)
     try:
         with warnings.catch_warnings():

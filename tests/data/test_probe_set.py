@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -21,6 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_curvature.data.probe_set import ProbeSet, read_probe_set
+from lightning_curvature.data.reading import sample_count
 from tests.helpers.probe_sets import NUMBERS, WHOLE, Doubled, Endless, Growing, Odd, Plain, Stream
 from tests.helpers.runs import make_trainer
 
@@ -196,3 +198,18 @@ def test_the_epoch_of_a_sampler_neither_matters_nor_moves() -> None:
         return found
 
     assert drawn(0) == drawn(3) == drawn(5)
+
+
+class Molecules:
+    """Graphs in one batch, as PyTorch Geometric makes it."""
+
+    def __init__(self, graphs: list[Tensor]) -> None:
+        self.x, self.num_graphs = torch.cat(graphs), len(graphs)
+
+    def to_data_list(self) -> list[Tensor]:
+        raise AssertionError("nothing is to be cut")
+
+
+def test_graphs_count_and_not_their_nodes() -> None:
+    assert sample_count(Molecules([torch.ones(5, 2), torch.ones(7, 2)])) == 2
+    assert sample_count((torch.ones(4, 2), torch.ones(4))) == 4
