@@ -31,7 +31,7 @@ def may_skip(module: pl.LightningModule) -> bool:
 
 def _returns_both(kind: type, name: str, depth: int) -> bool:
     function = inspect.unwrap(getattr(kind, name, may_skip))
-    if not isinstance(function, types.FunctionType) or function.__module__.startswith(_LIBRARIES):
+    if not isinstance(function, types.FunctionType) or (function.__module__ or "").startswith(_LIBRARIES):
         return False
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
