@@ -50,10 +50,8 @@ def patched(target: object, **attributes: Any) -> Generator[None, None, None]:
     """Set attributes on an instance; restore its namespace afterwards, also after an error."""
     namespace = target.__dict__
     before = {name: namespace[name] for name in attributes if name in namespace}
-    try:
-        namespace.update(attributes)
-        yield
-    finally:
+
+    def take_off() -> None:
         for name, value in attributes.items():
             # An attribute that other code has set since stays.
             if namespace.get(name) is value:
@@ -61,3 +59,9 @@ def patched(target: object, **attributes: Any) -> Generator[None, None, None]:
                     namespace[name] = before[name]
                 else:
                     del namespace[name]
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(take_off)  # once more, where the first time is broken off
+        stack.callback(take_off)
+        namespace.update(attributes)
+        yield
