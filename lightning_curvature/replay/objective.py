@@ -209,10 +209,10 @@ class StepObjective:
             return
         if self.module.automatic_optimization:
             base = read_result(result, seen)
-            record.sides = record.learn([base.loss], self.kinks, base.outputs)
             if not base.loss.requires_grad:
                 got = "got a constant: leave no_grad and detach out of it."
                 raise ValueError(f"training_step must return a loss that requires grad, {got}")
+            record.sides = record.learn([base.loss], self.kinks, base.outputs)
         else:
             base = Evaluation(torch.full((), torch.nan, device=self.device), find_outputs(result, seen))
             record.sides = record.backward.sides
