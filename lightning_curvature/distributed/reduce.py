@@ -20,13 +20,13 @@ def has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def sum_in_group(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over the processes of the default group, one all-reduce.
+def sum_in_group(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of a tensor over the processes of a group, the default one if None; one all-reduce.
 
     The strategy's own reduction puts a barrier before each: a second wait for the slowest rank.
     """
     total = values.clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total
 
 

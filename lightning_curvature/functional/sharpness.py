@@ -18,12 +18,12 @@ Scalar = Tensor | float
 
 
 def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0) -> Tensor:
-    r"""Return the moments with one draw added.
+    r"""Return the moments with one draw added, or with several, (m,) each.
 
     .. math:: \bar x' = \bar x + \frac{x - \bar x}{n + 1}, \qquad
         S_{xy}' = S_{xy} + \frac{n}{n + 1} (x - \bar x)(y - \bar y)
 
-    Equal draws leave S at exactly 0. A denominator of 1 makes the ratio a plain mean of x.
+    Equal draws, one after the other, leave S at exactly 0. A denominator of 1 makes the ratio a plain mean of x.
 
     Source: Welford 1962.
 
@@ -34,9 +34,17 @@ def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0
         >>> moments.tolist()
         [2.0, 2.0, 1.0, 2.0, 0.0, 0.0]
     """
-    draw = torch.zeros_like(moments)
-    draw[0], draw[1], draw[2] = 1.0, numerator, denominator
-    return merge_moments(torch.stack([moments, draw]))
+    values = (torch.as_tensor(v, dtype=moments.dtype, device=moments.device) for v in (numerator, denominator))
+    x, y = torch.broadcast_tensors(*values)
+    draws = torch.stack([x.reshape(-1), y.reshape(-1)])
+    count = draws.shape[1]
+    if not count:
+        return moments
+    means = draws.mean(1)
+    deviations = draws - means.unsqueeze(1)
+    (xx, xy), (_, yy) = deviations @ deviations.mT
+    added = torch.cat([means.new_tensor([count]), means, torch.stack([xx, xy, yy])])
+    return merge_moments(torch.stack([moments, added]))
 
 
 def merge_moments(stacked: Tensor) -> Tensor:

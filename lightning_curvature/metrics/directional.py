@@ -9,7 +9,7 @@ from lightning_curvature.functional import Likelihood, directional_curvature, kl
 from lightning_curvature.functional import headroom as _headroom
 from lightning_curvature.functional.directional import Scalar, divergence_quadratic, finite_difference_forms
 from lightning_curvature.functional.likelihoods import check_likelihood
-from lightning_curvature.metrics.model import CurvatureMetric
+from lightning_curvature.metrics.model import CurvatureMetric, as_draws
 
 
 class DirectionalCurvature(CurvatureMetric):
@@ -47,23 +47,23 @@ class DirectionalCurvature(CurvatureMetric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:
-        """Add one step: dᵀHd, gᵀd, η and the weight of its data."""
-        quadratic, descent, lr, weight = (
-            torch.as_tensor(value, dtype=torch.float64, device=self.device)
-            for value in (quadratic, descent, lr, weight)
+        """Add one step: dᵀHd, gᵀd, η and the weight of its data; or several, (n,) each."""
+        quadratic, descent, lr, weight = as_draws(
+            self.device, quadratic=quadratic, descent=descent, lr=lr, weight=weight
         )
-        self.numerator += weight * quadratic / lr**2
-        self.denominator += weight * descent / lr
-        self.weight += weight
-        self.lr_sum += weight * lr
+        self.numerator = self.numerator + (weight * quadratic / lr**2).sum()
+        self.denominator = self.denominator + (weight * descent / lr).sum()
+        self.weight = self.weight + weight.sum()
+        self.lr_sum = self.lr_sum + (weight * lr).sum()
 
     def compute(self) -> Tensor:
         """Return λ."""
         return directional_curvature(self.numerator, self.denominator)
 
     def headroom(self) -> Tensor:
-        """Return (2/η)/λ at the mean learning rate of the steps; 1 is the edge."""
-        return _headroom(self.numerator * self.lr_sum / self.weight, self.denominator)
+        """Return (2/η)/λ at the mean learning rate of the steps of all ranks, which must call it; 1 is the edge."""
+        with self._over_ranks():
+            return _headroom(self.numerator * self.lr_sum / self.weight, self.denominator)
 
 
 class FiniteDifferenceCurvature(DirectionalCurvature):
@@ -187,5 +187,5 @@ class CriticalSharpness(DirectionalCurvature):
     def update(self, critical_factor: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:  # type: ignore[override]
         """Add one step."""
         # With dᵀHd = 2η² and gᵀd = η·η_c the ratio of the base class is Σ 2w / Σ w η_c.
-        lr, factor = (torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (lr, critical_factor))
+        factor, lr = as_draws(self.device, critical_factor=critical_factor, lr=lr)
         super().update(2.0 * lr**2, factor * lr**2, lr, weight)

@@ -6,17 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_curvature.functional import NoiseTerms, add_to_moments, merge_moments
-from lightning_curvature.metrics.model import LossFunction
+from lightning_curvature.metrics.model import Batch, LossFunction, copied
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.micro_batches import sample_count
 from lightning_curvature.operators.mini_batch import MiniBatch
 from lightning_curvature.reporting.loggers import warn
-
-Batch = tuple[Any, Any]
 
 
 class FullCurvatureMetric(MiniBatchMetric):
@@ -31,7 +28,10 @@ class FullCurvatureMetric(MiniBatchMetric):
     # The ratio at other batch sizes.
     _at_batch_sizes: ClassVar[Callable[[NoiseTerms, int | Sequence[int], bool], Tensor]]
 
+    _carried: ClassVar[tuple[str, ...]] = ("waiting",)
+
     noise_moments: Tensor
+    waiting: list[Batch]
 
     def __init__(
         self,
@@ -50,7 +50,8 @@ class FullCurvatureMetric(MiniBatchMetric):
             )
         self._data = list(data) if data is not None else None
         self._keep_graph = keep_graph
-        self._waiting: Batch | None = None
+        # The first of a pair.
+        self.add_state("waiting", [], dist_reduce_fx=None)
         # For other batch sizes, beside the moments: the means of ‖g_B‖² and of n/b.
         self.add_state("noise_moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
@@ -58,14 +59,14 @@ class FullCurvatureMetric(MiniBatchMetric):
         """Add a mini-batch; without ``data`` the metric keeps the first of a pair and evaluates it with the second."""
         if self._data is not None:
             self._add_exact(inputs, targets, self._data)
-        elif self._waiting is None:
-            # A copy: the caller can write into the mini-batch before the second one comes.
-            self._waiting = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (inputs, targets))
+        elif not self.waiting:
+            self.waiting = [copied(inputs, targets)]
         else:
-            with closing(self._mini_batch(*self._waiting)) as first, closing(self._mini_batch(inputs, targets)) as last:
+            # After a merge of metrics that each had one, more of them wait.
+            *self.waiting, partner = self.waiting
+            with closing(self._mini_batch(*partner)) as first, closing(self._mini_batch(inputs, targets)) as last:
                 crossed = last.curvature_along(first.gradient) + first.curvature_along(last.gradient)
                 self._add(0.5 * crossed, self._denominator_of_pair(first, last))
-            self._waiting = None
 
     def _add_exact(self, inputs: Any, targets: Any, data: Sequence[Batch]) -> None:
         # The gradient alone of the mini-batch, without its graph.
@@ -83,11 +84,6 @@ class FullCurvatureMetric(MiniBatchMetric):
 
     def _denominator(self, batch: MiniBatch, whole: MiniBatch) -> float:
         raise NotImplementedError
-
-    def reset(self) -> None:
-        """Forget the mini-batches, also the first of a pair."""
-        super().reset()
-        self._waiting = None
 
     def noise_terms(self, replacement: bool = False) -> NoiseTerms:
         """Return the contributions of gradient and noise; takes ``data``, and one more product with it.
@@ -209,7 +205,8 @@ class GradientNoiseInteraction(FullCurvatureMetric):
 
     def compute(self) -> Tensor:
         """Return the ratio; NaN, with a warning, where noise hides g in the pairs."""
-        if self._data is None and self.moments[0] and not self.moments[2] > 0.0:
+        # A single pair, as in ``forward``, often has none.
+        if self._data is None and not self._for_forward and self.moments[0] and not self.moments[2] > 0.0:
             warn(
                 "GradientNoiseInteraction must find a positive mean of the denominators g_B·g_B', got "
                 f"{float(self.moments[2]):.3g}: give data= all samples, or mini-batches that are drawn independently."

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +75,18 @@ class NoiseCovariance(CurvatureMetric):
         if not int(self.samples):
             return torch.full_like(self.products, torch.nan)
         return covariance_of_sums(self.products, self.gradient, int(self.samples), self.batch_size)
+
+    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
+        """Draw the matrix; arguments as for the other metrics, ``val`` is one value."""
+        import matplotlib.pyplot as plt
+
+        values = (self.compute() if val is None else val).cpu().numpy()
+        axes = ax if ax is not None else plt.subplots()[1]
+        largest = float(numpy.nanmax(numpy.abs(values), initial=0.0))
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axes.figure.colorbar(image, ax=axes)
+        axes.set(xlabel="coordinate", ylabel="coordinate", title=type(self).__name__)
+        return axes.figure, axes
 
 
 class NoiseCurvatureRelation(ModelMetric):

@@ -1,8 +1,8 @@
 """Metrics of mini-batch sharpness: means over mini-batches that the caller draws, with standard errors."""
 
-from collections.abc import Generator, Sequence
-from contextlib import closing, contextmanager
-from typing import Any
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.functional.sharpness import Scalar
 from lightning_curvature.linalg import Eigenpairs
-from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric
+from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric, as_draws
 from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.mini_batch import MiniBatch
 
@@ -20,7 +20,8 @@ class RatioOfMeans(CurvatureMetric):
 
     .. math:: r = \frac{\sum_i x_i}{\sum_i y_i}
 
-    ``update`` takes a ``numerator`` x and a ``denominator`` y, 1 for a plain mean; ``compute`` gives r, a float64
+    ``update`` takes a ``numerator`` x and a ``denominator`` y, 1 for a plain mean, of one draw or of n, (n,) each;
+    ``compute`` gives r, a float64
     scalar, NaN where Σy ≤ 0. ``compute``, ``standard_error`` and ``count`` cover the draws of all ranks: all ranks must
     call them.
 
@@ -41,8 +42,9 @@ class RatioOfMeans(CurvatureMetric):
         self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, numerator: Scalar, denominator: Scalar = 1.0) -> None:
-        """Add a draw."""
-        self.moments = add_to_moments(self.moments, numerator, denominator)
+        """Add a draw, or several, (n,) each."""
+        draws = as_draws(self.device, numerator=numerator, denominator=denominator)
+        self.moments = add_to_moments(self.moments, *draws)
 
     def compute(self) -> Tensor:
         """Return r."""
@@ -58,12 +60,6 @@ class RatioOfMeans(CurvatureMetric):
         with self._over_ranks():
             return int(self.moments[0])
 
-    @contextmanager
-    def _over_ranks(self) -> Generator[None, None, None]:
-        """Hold the states merged over all ranks, as in ``compute``."""
-        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync):
-            yield
-
 
 class MiniBatchMetric(ModelMetric, RatioOfMeans):
     """Base: a ratio of means; ``update`` evaluates a mini-batch, which gives one draw.
@@ -76,28 +72,11 @@ class MiniBatchMetric(ModelMetric, RatioOfMeans):
 
     def __init__(self, model: nn.Module, loss_function: LossFunction, **options: Any) -> None:
         super().__init__(model, loss_function, **options)
-        # MetricCollection merges metrics whose states are close after the first batch, and updates only one of them.
-        # NaN is close to nothing.
-        self.add_state("apart", torch.tensor(torch.nan, dtype=torch.float64), dist_reduce_fx="max")
         self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
         """Add a mini-batch."""
         raise NotImplementedError
-
-    def forward(self, inputs: Any, targets: Any) -> Any:
-        """Add a mini-batch, and return the value of its draw alone; NaN if it gave none."""
-        before, self.moments = self.moments, torch.zeros_like(self.moments)
-        try:
-            self.update(inputs, targets)
-        finally:
-            added, self.moments = self.moments, merge_moments(torch.stack([before, self.moments]))
-        return self._shown(ratio_of_means(added))
-
-    def _shown(self, value: Tensor) -> Tensor:
-        """Return the value, and let Lightning's ``self.log`` show it for the step."""
-        self._forward_cache: Any = value
-        return value
 
     def _add(self, numerator: float, denominator: float = 1.0) -> None:
         if numerator == 0.0 and denominator == 0.0:
@@ -169,15 +148,12 @@ class StepSharpness(BatchSharpness):
         tensor(8., dtype=torch.float64)
     """
 
+    _carried: ClassVar[tuple[str, ...]] = ("moments", "skipped")
+
     def update(self, inputs: Any, targets: Any) -> None:  # type: ignore[override]
         """Replace the mini-batch."""
         self.moments, self.skipped = torch.zeros_like(self.moments), torch.zeros_like(self.skipped)
         super().update(inputs, targets)
-
-    def forward(self, inputs: Any, targets: Any) -> Any:
-        """Replace the mini-batch, and return its value."""
-        self.update(inputs, targets)
-        return self._shown(ratio_of_means(self.moments))
 
 
 class ModifiedBatchSharpness(MiniBatchMetric):

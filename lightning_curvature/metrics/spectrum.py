@@ -1,7 +1,9 @@
 """Metrics of the spectrum of the Hessian: ``update`` collects data, ``compute`` evaluates all of it."""
 
-from collections.abc import Sequence
-from contextlib import closing
+import functools
+import math
+from collections.abc import Generator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,20 +11,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_curvature.distributed.reduce import has_group, sum_in_group
+from lightning_curvature.distributed.reduce import sum_in_group
+from lightning_curvature.distributed.together import elsewhere
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
-from lightning_curvature.metrics.model import LossFunction, ModelMetric
+from lightning_curvature.linalg.krylov import NonFiniteProductError
+from lightning_curvature.metrics.model import Batch, LossFunction, ModelMetric, copied
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.graphs import KeepGraph
 from lightning_curvature.operators.micro_batches import sample_count
 
 
 class _OperatorMetric(ModelMetric):
-    """Base: collects batches, and makes the operator of the mean loss over the samples of all ranks.
+    """Base: keeps batches, and makes the operator of the mean loss over the samples of all ranks.
 
-    Batches are no metric state, which torchmetrics would gather: each rank multiplies with its batches, and the
-    products are summed.
+    ``update`` keeps a copy of the batch. Batches are a state, but are never gathered: each rank multiplies with its
+    own, and the products are summed. A rank may have none.
     """
+
+    batches: list[Batch]
 
     def __init__(
         self,
@@ -33,40 +39,53 @@ class _OperatorMetric(ModelMetric):
         keep_graph: KeepGraph = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, loss_function, curvature=curvature, sync_on_compute=False, **kwargs)
+        super().__init__(model, loss_function, curvature=curvature, **kwargs)
         self._keep_graph = keep_graph
-        self._batches: list[tuple[Any, Any]] = []
+        self.add_state("batches", [], dist_reduce_fx=None)
 
     def update(self, inputs: Any, targets: Any) -> None:
         """Add a batch, until ``reset``."""
-        self._batches.append((inputs, targets))
-
-    def forward(self, inputs: Any, targets: Any) -> Any:
-        """Add a batch, and return the value on this batch alone."""
-        self.update(inputs, targets)
-        batches, self._batches = self._batches, [(inputs, targets)]
-        try:
-            return type(self).compute(self)
-        finally:
-            self._batches = batches
-
-    def reset(self) -> None:
-        """Forget the batches."""
-        super().reset()
-        self._batches = []
+        self.batches = [*self.batches, copied(inputs, targets)]
 
     def operator(self) -> CurvatureOperator:
-        """Return the operator of the mean loss over the samples of all ranks, at the parameters as they are."""
-        micro_batches = self._micro_batches(self._batches)
-        reduce, processes = None, 1
-        if has_group() and dist.get_world_size() > 1:
-            processes, reduce = dist.get_world_size(), sum_in_group
-            count = torch.tensor(float(sum(sample_count(y) for _, y in self._batches)), device=self.device)
-            share = float(count / sum_in_group(count))
-            micro_batches = [replace(one, weight=one.weight * share) for one in micro_batches]
+        """Return the operator of the mean loss over the samples of all ranks, at the parameters as they are.
+
+        Every rank must call it, unless ``sync_on_compute=False``, which takes the batches of this rank.
+
+        Raises:
+            ValueError: if no rank has a batch, or targets have no samples.
+        """
+        summed, parameters = self._to_sync and self.distributed_available_fn(), self._trained()
+        reduce = functools.partial(sum_in_group, group=self.process_group) if summed else None
+        own, error = 0.0, None
+        try:
+            own = float(sum(sample_count(y) for _, y in self.batches))
+        except ValueError as caught:
+            # Said by NaN: no rank waits for this one.
+            own, error = math.nan, caught
+        total = own
+        if reduce is not None:
+            device = parameters[0].device if parameters else self.device
+            total = reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
+        if error is not None or math.isnan(total):
+            raise error or elsewhere("counting the samples", mistake=False)
+        parts = self._micro_batches(self.batches) if self.batches or not total else []
         return self._operator_type(
-            micro_batches, self._trained(), reduce=reduce, keep_graph=self._keep_graph, processes=processes
+            [replace(one, weight=one.weight * own / total) for one in parts],
+            parameters,
+            reduce=reduce,
+            keep_graph=self._keep_graph,
+            processes=dist.get_world_size(self.process_group) if summed else 1,
         )
+
+    @contextmanager
+    def _operator(self) -> Generator[CurvatureOperator, None, None]:
+        """Close the operator at the end; a product that failed on this rank raises its own error."""
+        with closing(self.operator()) as operator:
+            try:
+                yield operator
+            except NonFiniteProductError as error:
+                raise operator.error or error from None
 
 
 class HessianEigenvalues(_OperatorMetric):
@@ -115,18 +134,20 @@ class HessianEigenvalues(_OperatorMetric):
         self.k = k
         self.tolerance = tolerance
         self.pairs: Eigenpairs | None = None
-        self._searches = 0
+        # Number of searches and vectors of the last one: of this rank alone, and over ranks, where all need the same.
+        self._searches: dict[bool, tuple[int, Sequence[Tensor]]] = {}
 
     def compute(self) -> Tensor:
         """Return λ_1 … λ_k."""
-        start: Sequence[Tensor] = self.pairs.vectors if self.pairs is not None else ()
-        with closing(self.operator()) as operator:
+        with self._operator() as operator:
+            over_ranks = operator.reduce is not None
+            number, start = self._searches.get(over_ranks, (0, ()))
             # Other random vectors at each search: the next one sees an eigenvector that one draw missed.
-            generator = torch.Generator(operator.space.device).manual_seed(self._searches)
-            self._searches += 1
+            generator = torch.Generator(operator.space.device).manual_seed(number)
             self.pairs = eigenpairs(
                 operator, operator.space, largest=self.k, tolerance=self.tolerance, start=start, generator=generator
             )
+            self._searches[over_ranks] = number + 1, self.pairs.vectors
         return self.pairs.values
 
 
@@ -165,7 +186,7 @@ class HessianTrace(_OperatorMetric):
 
     def compute(self) -> Tensor:
         """Return tr H."""
-        with closing(self.operator()) as operator:
+        with self._operator() as operator:
             self.estimate = trace(operator, operator.space, relative_error=self.relative_error)
         return torch.tensor(self.estimate.value, dtype=torch.float64)
 
@@ -208,7 +229,7 @@ class HessianDensity(_OperatorMetric):
 
     def compute(self) -> Tensor:
         """Return places and density."""
-        with closing(self.operator()) as operator:
+        with self._operator() as operator:
             self.density = spectral_density(operator, operator.space, starts=self.starts, steps=self.steps)
         grid = self.density.grid()
         return torch.stack([grid, self.density.evaluate(grid)])

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_curvature.functional import merge_moments
+from lightning_curvature.functional import add_to_moments
 from lightning_curvature.metrics.sharpness import RatioOfMeans
 
 
@@ -29,6 +28,7 @@ class StabilizationCriterion(RatioOfMeans):
     Source: Curvature-aligned probing (2026), eq. 1 and section 5 (direct and quadratic Monte Carlo).
 
     Example:
+        >>> import torch
         >>> metric = StabilizationCriterion()
         >>> metric.update(torch.tensor([0.1, -0.3]))
         >>> metric.update(torch.tensor([[0.1, 0.1]]))  # one perturbation, two samples
@@ -50,7 +50,4 @@ class StabilizationCriterion(RatioOfMeans):
             return
         powers = increments.detach().to(self.moments).abs() ** self.order
         draws = powers.reshape(len(powers), -1).mean(1)
-        added = torch.zeros_like(self.moments)
-        added[0], added[1], added[2] = len(draws), draws.mean(), 1.0
-        added[3] = (draws - added[1]).square().sum()
-        self.moments = merge_moments(torch.stack([self.moments, added]))
+        self.moments = add_to_moments(self.moments, draws)

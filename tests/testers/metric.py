@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from tests.testers.metric_case import MetricCase, Mistake, call, feed
 from tests.testers.metric_states import StateChecks
 from tests.testers.metric_values import ValueChecks
+from tests.testers.metric_wrappers import WrapperChecks
 
 matplotlib.use("Agg")
 
@@ -22,11 +23,12 @@ def marks(reason: str) -> Any:
 
 
 def drawn(axes: Any) -> list[list[float]]:
-    """Return the heights of every line."""
-    return [[float(y) for y in line.get_ydata()] for line in axes.lines]
+    """Return the heights of every line, or the entries of an image."""
+    images = [image.get_array().flatten().tolist() for image in axes.images]
+    return images or [[float(y) for y in line.get_ydata()] for line in axes.lines]
 
 
-class MetricTester(ValueChecks, StateChecks):
+class MetricTester(ValueChecks, StateChecks, WrapperChecks):
     """Subclasses name the descriptions in ``cases``; each check runs for each description to which it applies."""
 
     cases: ClassVar[Sequence[MetricCase]] = ()
@@ -80,7 +82,8 @@ class MetricTester(ValueChecks, StateChecks):
         assert [number for line in shown for number in line] == case.drawn(metric.compute())
         low, high = axes.get_ylim()
         # Negative curvature is in the picture, too; a logarithm has no place for the smallest numbers there are.
-        assert axes.get_yscale() == "log" or all(low < number < high for line in shown for number in line)
+        open_ended = axes.get_yscale() == "log" or axes.images
+        assert open_ended or all(low < number < high for line in shown for number in line)
         # A value that is given, into axes that are.
         axes.clear()
         assert metric.plot(given, axes)[1] is axes

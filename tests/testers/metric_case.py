@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
 from torchmetrics import Metric
 
 # Arguments of one ``update``, by position or by name.
@@ -144,8 +145,9 @@ def feed(metric: Any, updates: Sequence[Update]) -> Any:
 
 
 def states(metric: Any) -> dict[str, Tensor]:
-    """Return copies of the states."""
-    return {name: getattr(metric, name).detach().clone() for name in metric._defaults}
+    """Return copies of all tensors in the states."""
+    kept = {name: getattr(metric, name) for name in metric._defaults}
+    return {str(path): leaf.detach().clone() for path, leaf in tree_flatten_with_path(kept)[0]}
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.processes import run_on_ranks
 from tests.testers.metric_case import EARLY, SHARE, MetricCase, call, numbers
-from tests.testers.metric_jobs import seen_by
+from tests.testers.metric_jobs import own_steps, seen_by
 
 
 @functools.cache
@@ -68,6 +68,20 @@ class ValueChecks:
             given, seen = found[case.name]["forward"], seen_by(case, rank)
             for back, value in enumerate(reversed(given)):
                 case.assert_value(value, case.after(seen[: len(seen) - back]))
+
+    def test_a_rank_may_have_no_update(self, case: MetricCase) -> None:
+        for found in on_ranks():
+            case.assert_value(found[case.name]["alone"], case.together([case.updates[:SHARE]]))
+
+    def test_forward_over_ranks(self, case: MetricCase) -> None:
+        """With ``dist_sync_on_step`` it gives the value of the updates of all ranks at this step."""
+        first, second = (own_steps(case, rank) for rank in range(2))
+        for found in on_ranks():
+            for index, value in enumerate(found[case.name]["steps"]):
+                if case.alone is None:
+                    case.assert_value(value, case.together([first[index : index + 1], second[index : index + 1]]))
+                elif index:
+                    case.assert_value(value, case.together([first, second]))
 
     def test_merge(self, case: MetricCase) -> None:
         first, second = (case.fed(share) for share in case.shares)

@@ -85,7 +85,6 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake(lambda: metrics.GaussNewtonCurvature(likelihood="poisson"), LIKELIHOOD),  # type: ignore[arg-type]
     ],
 }
-CAST = "torchmetrics guards its states against half() and float() alone"
 NO_MODEL = {
     "copies_measure_the_trained_model": "there is no model",
     "training_is_left_alone": "there is no model",
@@ -97,8 +96,8 @@ def case(kind: str) -> MetricCase:
     updates = random_updates(kind, UPDATES)
     # A word for a number, or a length and shapes that cannot be.
     bad = {"kl": {"epsilon": -1.0}, "gauss_newton": {"tangent": torch.zeros(1, 4)}}
-    # Two entries in place of one: of gᵀd, or of the number that it is made of.
-    split = "critical_factor" if kind == "critical" else "descent"
+    # Two entries in place of one.
+    split = "lr" if kind == "critical" else "descent"
     return MetricCase(
         name=kind,
         kind=METRICS[kind],
@@ -112,14 +111,6 @@ def case(kind: str) -> MetricCase:
         halting=updates[0] | {split: torch.ones(2)},
         mistakes=MISTAKES.get(kind, []),
         absent=NO_MODEL,
-        xfails={
-            "forward_gives_no_graph": "forward of torchmetrics computes with gradients on",
-            "states_stay_in_float64_under_to": CAST,
-            "update_that_stops_halfway_adds_nothing": "update adds to one sum after the other, and stops between them",
-            "forward_that_fails_loses_nothing": "torchmetrics resets the sums for forward, and they stay reset",
-            "more_numbers_on_ranks": "headroom covers this rank alone",
-            "merge_after_compute": "merge_state of torchmetrics keeps the value that compute remembers",
-        },
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_curvature.metrics import RatioOfMeans, StabilizationCriterion
 from tests.testers.metric_case import MetricCase, Mistake
-from tests.testers.metric_cases.directional import CAST, NO_MODEL
+from tests.testers.metric_cases.directional import NO_MODEL
 
 # Sums of a dozen terms of one sign and one size.
 REL = 1e-14
@@ -42,12 +42,6 @@ def mean_power(updates: Sequence[Any]) -> float:
     return float(torch.cat(powers).mean())
 
 
-XFAILS = {
-    "states_stay_in_float64_under_to": CAST,
-    "forward_that_fails_loses_nothing": "torchmetrics resets the sums for forward, and they stay reset",
-    "merge_after_compute": "merge_state of torchmetrics keeps the value that compute remembers",
-}
-
 CASES = [
     MetricCase(
         name="ratio",
@@ -61,7 +55,6 @@ CASES = [
         failing=[("none",)],
         halting=(1.0, torch.ones(2)),
         absent=NO_MODEL,
-        xfails=XFAILS | {"forward_gives_no_graph": "add_to_moments keeps the graph where gradients are on"},
     ),
     MetricCase(
         name="stabilization",
@@ -81,6 +74,5 @@ CASES = [
             ),
         ],
         absent=NO_MODEL | {"update_that_stops_halfway_adds_nothing": "update has one argument, which it checks"},
-        xfails=XFAILS,
     ),
 ]

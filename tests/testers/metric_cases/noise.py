@@ -14,7 +14,7 @@ from lightning_curvature.metrics import NoiseCovariance, NoiseCurvatureRelation
 from lightning_curvature.noise.options import NoiseOptions
 from tests.oracles.noise import Samples, samples_of
 from tests.testers.metric_case import MetricCase, Mistake
-from tests.testers.metric_cases.directional import CAST, NO_MODEL
+from tests.testers.metric_cases.directional import NO_MODEL
 
 COUNT = 60
 SIZES = (16, 9, 12, 6, 10, 7)
@@ -91,14 +91,6 @@ def made(model: Any = None, loss: Any = nn.functional.cross_entropy, **options: 
     return NoiseCurvatureRelation(model or network(), loss, **({"parameter": "0.weight"} | options))
 
 
-MATRIX = "torchmetrics draws no matrix"
-FLOATS = "torchmetrics draws tensors, and the values are plain floats"
-STALE = {
-    "states_stay_in_float64_under_to": CAST,
-    "merge_after_compute": "merge_state of torchmetrics keeps the value that compute remembers",
-    "forward_that_fails_loses_nothing": "torchmetrics resets the sums for forward, and they stay reset",
-}
-
 CASES = [
     MetricCase(
         name="covariance",
@@ -120,8 +112,8 @@ CASES = [
         | {
             "more_numbers_on_ranks": "compute is all that it gives",
             "update_that_stops_halfway_adds_nothing": "update has one argument, which it checks",
+            "plot_of_several_values": "a matrix is drawn as an image, one at a time",
         },
-        xfails=STALE | {"plot": MATRIX, "plot_of_several_values": MATRIX},
     ),
     MetricCase(
         name="relation",
@@ -148,8 +140,9 @@ CASES = [
             "more_numbers_on_ranks": "compute is all that it gives",
             "inputs_keep_no_graph": "inputs of a model are data",
             "forward_gives_no_graph": "inputs of a model are data",
+            "bootstrap": "torchmetrics resamples tensors alone, not a dict of values",
+            "composition": "a dict of values has no arithmetic",
             "update_that_stops_halfway_adds_nothing": "sums are added after everything that can fail",
         },
-        xfails=STALE | {"plot": FLOATS, "plot_of_several_values": FLOATS},
     ),
 ]

@@ -15,7 +15,6 @@ from tests.helpers.runs import classification, mlp
 from tests.helpers.sharpness_metrics import DATA, METRICS
 from tests.oracles.matrices import Matrices
 from tests.testers.metric_case import MetricCase, Mistake
-from tests.testers.metric_cases.directional import CAST
 from tests.testers.metric_cases.means import errors
 
 Draws = list[tuple[Tensor, Tensor]]
@@ -132,7 +131,9 @@ def case(name: str) -> MetricCase:
         absent["parts_have_other_values"] = "it is that of the last update"
         absent["more_numbers_on_ranks"] = "its standard error is NaN, of one draw: test_sharpness_ranks.py"
     if paired:
-        absent["checkpoint_goes_on"] = "the first of a pair is no state"
+        absent["running_window"] = "a window holds single updates, and no pair"
+    if name == "gni":
+        absent["bootstrap"] = "noise hides the gradient in three resampled pairs"
     return MetricCase(
         name=name,
         kind=type(kind(network(), F.cross_entropy)),
@@ -148,10 +149,6 @@ def case(name: str) -> MetricCase:
         more_rel=MORE * rel,
         mistakes=mistakes,
         absent=absent,
-        xfails={
-            "merge_after_compute": "merge_state of torchmetrics keeps the value that compute remembers",
-            "states_stay_in_float64_under_to": CAST,
-        },
     )
 
 

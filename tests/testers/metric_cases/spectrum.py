@@ -62,23 +62,13 @@ def late(kind: Callable[..., Any], name: str, value: Any) -> Mistake:
     )
 
 
-ROUNDED = "the share of a rank is rounded to float32, of which 1.5e-8 remains"
 ABSENT = {
-    "states_stay_in_float64_under_to": "batches are no metric state",
     "more_numbers_on_ranks": "compute is all that it gives",
     "inputs_keep_no_graph": "inputs of a model are data",
     "forward_gives_no_graph": "inputs of a model are data",
-    "checkpoint_goes_on": "batches are no metric state",
     "update_that_fails_loses_nothing": "update keeps the batch and evaluates nothing",
     "update_that_stops_halfway_adds_nothing": "update keeps the batch and evaluates nothing",
     "forward_that_fails_loses_nothing": "forward keeps its batch before it evaluates: test_spectrum_habits.py",
-}
-XFAILS = {
-    "two_ranks_equal_one": ROUNDED,
-    "merge": "batches are no metric state, and merge_state drops those of the other metric",
-    "merge_after_compute": "batches are no metric state, and merge_state drops those of the other metric",
-    "forward_on_ranks_is_of_its_own_batch": "the operator sums over ranks in forward, too",
-    "forward_is_kept_for_logging": "forward does not set the value that Lightning logs for the step",
 }
 
 
@@ -90,7 +80,7 @@ def case(kind: Any, options: dict[str, Any], reference: Any, *, mistakes: list[M
         reference=reference,
         network=network,
         mistakes=[fisher(kind), *mistakes],
-        **({"rel": REL, "absent": ABSENT, "xfails": XFAILS} | others),
+        **({"rel": REL, "absent": ABSENT} | others),
     )
 
 
@@ -101,7 +91,6 @@ CASES = [
         eigenvalue,
         name="eigenvalues",
         mistakes=[late(HessianEigenvalues, "k", 0), late(HessianEigenvalues, "tolerance", -1.0)],
-        xfails=XFAILS | {"forward_gives_the_form_of_compute": "forward gives (1,) for k = 1, compute a scalar"},
     ),
     case(HessianTrace, {}, trace, name="trace", mistakes=[late(HessianTrace, "relative_error", 0.0)]),
     case(
