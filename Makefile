@@ -8,15 +8,19 @@ BENCHMARKS ?= directional spectrum batch_sharpness stabilization noise
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 
-.PHONY: demo check test coverage lint benchmark compatibility clean
+.PHONY: demo check test test-all coverage lint benchmark compatibility clean
 
 # gradient descent and AdamW reach the edge of stability on real data: table, picture, TensorBoard log
 demo: $(VENV)/.ready
 	$(BIN)/python examples/edge_of_stability.py $(ARGS)
 
-# everything but what is marked slow
+# everything but what is marked slow: in some six minutes on two cores
 test: $(VENV)/.ready
 	$(PYTEST) $(ARGS)
+
+# all cases of every test: before a change of the package lands
+test-all: $(VENV)/.ready
+	$(PYTEST) -m "not soak" $(ARGS)
 
 # within a minute: formulas, linear algebra, operators, one bit-identity and one oracle of each monitor, the order of imports
 check: $(VENV)/.ready
@@ -24,13 +28,13 @@ check: $(VENV)/.ready
 
 # which lines the tests run, and which they do not
 coverage: $(VENV)/.ready
-	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(PYTEST) -m "not soak" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-# docs/compatibility.md, from what the tests find, also those of other packages that `make test` leaves out
+# docs/compatibility.md, from what the tests find, also those of other packages
 compatibility: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[loggers,integrations]"
 	$(BIN)/python -m pytest -p tests.compatibility.table --table docs/compatibility.md \
-		-m "integrations or not slow" tests/compatibility tests/distributed
+		-m "integrations or not soak" tests/compatibility tests/distributed
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,6 +25,7 @@ CHECKED = (
     "operators/test_linear_layer.py",
     "test_architecture.py",
 )
+FAMILIES = ("batch_sharpness", "directional", "noise", "spectrum", "stabilization")
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +34,22 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A test that is named is wanted, whatever its number.
+    thin = not config.option.keyword and not any("::" in argument for argument in config.args)
+    numbers: Counter[str] = Counter()
     for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(CHECKED):
+        name = item.nodeid.removeprefix("tests/")
+        if name.startswith(CHECKED):
             item.add_marker("check")
+        if thin and (marker := item.get_closest_marker("thinned")) is not None:
+            function, _, _ = item.nodeid.partition("[")
+            # Each family takes other cases of what the testers run for all of them.
+            room = name.partition("/")[0]
+            shift = FAMILIES.index(room) if room in FAMILIES else 0
+            if (numbers[function] - shift) % marker.args[0]:
+                item.add_marker("slow")
+            numbers[function] += 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -58,6 +58,7 @@ def test_the_sharpness_example() -> None:
     assert "curvature/step_sharpness" in trainer.callback_metrics
 
 
+@pytest.mark.slow
 def test_the_sample_growth_example(capsys: pytest.CaptureFixture[str]) -> None:
     """At the end of fit, and by hand as the comment says."""
     code = blocks()[3]

@@ -46,6 +46,7 @@ def whether_at_once(run: Run) -> bool:
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("count", [2, 5, 8, 64])
+@pytest.mark.thinned(8)
 def test_as_one_after_the_other(count: int, curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And as the dense matrices have it, for any number at once, also more than are wanted."""
     chosen: list[int] = []
@@ -69,6 +70,7 @@ def test_as_one_after_the_other(count: int, curvature: str, monkeypatch: pytest.
     ],
     ids=["ragged", "accumulated", "the most", "objective"],
 )
+@pytest.mark.thinned(4)
 def test_of_several_micro_batches(options: dict[str, Any], trainer: dict[str, Any]) -> None:
     in_turn, together = (
         fit(monitor(**({"batches_at_once": n, "num_batches": 8} | options)), **trainer) for n in (1, 8)
@@ -166,6 +168,7 @@ class Odd(Classifier):
 
 
 @pytest.mark.parametrize("kind", ["dropout", "norm", "item", "python", "elsewhere"])
+@pytest.mark.thinned(5)
 def test_one_after_the_other_where_it_cannot_be(kind: str) -> None:
     """To the bit what it is when asked for; a warning only where somebody has asked for more."""
     found, said = [], []

@@ -22,6 +22,7 @@ def lbfgs(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(module.parameters(), lr=0.1)
 
 
+@pytest.mark.slow
 def test_a_closure_is_no_hindrance_to_the_others() -> None:
     capture = Capture()
     others = [name for name in QUANTITIES if name != "lambda_gen"]
@@ -43,6 +44,7 @@ def lost(row: dict[str, float]) -> set[str]:
     return {key for key, value in row.items() if math.isnan(value)}
 
 
+@pytest.mark.slow
 def test_outputs_that_are_missing_stop_the_gauss_newton_matrix() -> None:
     class Hidden(Classifier):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

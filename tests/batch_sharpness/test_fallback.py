@@ -48,6 +48,7 @@ def measured(learner: Classifier, *quantities: str, **options: Any) -> tuple[dic
 
 @pytest.mark.parametrize("full_hessian", ["pairs", "exact"])
 @pytest.mark.parametrize("loss", ["ctc", "squares"])
+@pytest.mark.slow
 def test_values_are_those_with_second_derivatives(loss: str, full_hessian: Any) -> None:
     names, options = (*QUANTITIES, "lambda_max_b"), {"full_hessian": full_hessian}
     with pytest.warns(CurvatureWarning, match=SENTENCE) as said:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.helpers.batch_sharpness import learner, loader, monitor
@@ -25,6 +27,7 @@ def test_rows_are_those_of_the_optimizer_steps() -> None:
         assert [step for step, row in sorted(capture.rows.items()) if key in row] == [0, 1, 2, 3], key
 
 
+@pytest.mark.slow
 def test_beside_the_other_monitors() -> None:
     """One prefix for all: none sees the others."""
 

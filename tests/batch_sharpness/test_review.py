@@ -113,6 +113,7 @@ def test_batches_of_a_step_count_alike() -> None:
 
 
 @pytest.mark.parametrize("full", ["pairs", "exact"])
+@pytest.mark.thinned(2)
 def test_all_samples_are_those_of_the_batches_that_count_alike(full: str) -> None:
     """For plain SGD GNI is λ_gen, also where batches have 1 and 10 samples."""
     run = fit(monitor("gni", "lambda_gen", full_hessian=full), data=DataLoader(Listed(1, 1, 1, 1, 10), batch_size=None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature.batch_sharpness.options import QUANTITIES
@@ -18,6 +19,7 @@ def run(follow: Any, scale: float = 1.0) -> dict[int, dict[str, float]]:
     return rows(capture)
 
 
+@pytest.mark.slow
 def test_other_draws_at_other_steps_and_with_other_seeds() -> None:
     options: dict[str, Any] = {"num_batches": 4, "every_n_train_steps": 1}
     one, other, again = (run(monitor(*QUANTITIES, seed=seed, **options)) for seed in (0, 1, 0))

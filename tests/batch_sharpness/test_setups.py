@@ -41,6 +41,7 @@ def sizes(run: Run, name: str = "batch_sharpness") -> set[int]:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_size_of_the_mini_batches(options: dict[str, Any], trainer: dict[str, Any], size: int) -> None:
     run = fit(monitor(**options), **trainer)
     assert len(run.rows) == 2
@@ -56,6 +57,7 @@ def test_size_of_the_mini_batches(options: dict[str, Any], trainer: dict[str, An
         assert all(row[f"{name}_stderr"] <= 1e-7 * row[name] for name in DRAWN)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_a_mini_batch_make_no_difference() -> None:
     """8 + 2 samples of 10, or 10 at once."""
     cut, whole = (fit(monitor(batch_size=10, micro_batch_size=size)) for size in (8, 10))
@@ -67,6 +69,7 @@ def test_micro_batches_of_a_mini_batch_make_no_difference() -> None:
     assert [part.size for part in cut.beside.populations[0].draw(0, 0)] == [8, 2]
 
 
+@pytest.mark.slow
 def test_draws_with_replacement() -> None:
     data = TensorDataset(*samples())
     run = fit(monitor(), data=DataLoader(data, batch_size=4, sampler=RandomSampler(data, replacement=True)))
@@ -119,6 +122,7 @@ def normed() -> Classifier:
     return Classifier(nn.Sequential(*layers).double(), sgd)
 
 
+@pytest.mark.slow
 def test_batch_norm_and_dropout_in_eval_mode() -> None:
     run = fit(monitor(probe_mode="eval"), normed())
     run.check(training=False)
@@ -149,6 +153,7 @@ def test_a_dataloader_for_the_measurement() -> None:
 
 
 @pytest.mark.parametrize("data", [lambda: DataLoader(Stream(), batch_size=4), whole_batches])
+@pytest.mark.slow
 def test_data_without_indices(data: Any) -> None:
     """Batches as the loader makes them; the ragged one of a loader that hands them out whole is one of them."""
     run = fit(

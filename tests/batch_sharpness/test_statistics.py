@@ -38,6 +38,7 @@ def adam(module: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("make", "replacement", "kind"), [(sgd, False, "hessian"), (adam, False, "gauss_newton"), (sgd, True, "hessian")]
 )
+@pytest.mark.slow
 def test_values_are_the_expectations(make: Make, replacement: bool, kind: Any) -> None:
     data = TensorDataset(*few())
     sampler = RandomSampler(data, replacement=replacement)

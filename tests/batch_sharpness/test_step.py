@@ -41,6 +41,7 @@ def dropping() -> Classifier:
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.thinned(6)
 def test_of_the_gradient_that_the_step_has(accumulate: int, kind: Any) -> None:
     """Batches of 4, 4, 4 and 2: the last window is ragged, or not full."""
     torch.manual_seed(5)

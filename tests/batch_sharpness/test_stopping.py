@@ -16,6 +16,7 @@ QUANTITIES = ("batch_sharpness", "modified_batch_sharpness", "ias", "gni")
 
 
 @pytest.mark.parametrize(("least", "most"), [(4, 40), (10, 40), (4, 6), (5, 41)])
+@pytest.mark.thinned(4)
 def test_first_pair_after_which_the_error_is_small_enough(least: int, most: int) -> None:
     goal = 0.15
     follow = monitor(*QUANTITIES, min_batches=least, num_batches=most, relative_error=goal)
@@ -51,6 +52,7 @@ def ends(quantities: tuple[str, ...], count: int) -> Run:
 
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.thinned(6)
 def test_each_quantity_by_itself(name: str, count: int) -> None:
     """Beside the others it is what it is alone: nobody draws on because somebody else has to."""
     alone, together = ends((name,), count), ends(DRAWN, count)
@@ -67,6 +69,7 @@ def hinge(z: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("goal", [1e-9, 0.3])
+@pytest.mark.thinned(2)
 def test_batches_without_a_gradient_are_left_out_and_counted(goal: float) -> None:
     """Of single samples most have none: few that have one must not pass for many."""
     least, most = 4, 60

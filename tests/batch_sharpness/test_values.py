@@ -11,6 +11,7 @@ from tests.helpers.batch_sharpness import DRAWN, fit, monitor, plain_run
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.thinned(4)
 def test_exact_products_with_all_samples(kind: Any, size: int | None) -> None:
     """Batches are those of the pairs; each is multiplied with the matrix of all samples."""
     options: dict[str, Any] = {"curvature": kind, "micro_batch_size": size, "num_batches": 8}
@@ -24,6 +25,7 @@ def test_exact_products_with_all_samples(kind: Any, size: int | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.thinned(2)
 def test_values_of_the_batches_drawn(kind: Any) -> None:
     # Labels are noise: H and G are far apart.
     run = plain_run(kind)

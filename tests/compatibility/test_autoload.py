@@ -47,6 +47,7 @@ def test_lightning_knows_the_factory() -> None:
 MEASURED = ("lambda_kl", "lambda_max", "batch_sharpness", "delta_2_subspace", "noise_gamma")
 
 
+@pytest.mark.slow
 def test_a_trainer_has_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         autoload.VARIABLE, "directional@2,spectrum, batch_sharpness@3,stabilization,noise=network.0.weight@3"

@@ -124,6 +124,7 @@ ALONG_DIFFERENCES = ("lambda_fd", "lambda_kl", "critical_sharpness")
 
 @pytest.mark.parametrize("name", MONITORS)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.thinned(13)
 def test_values_and_run(way: str, name: str) -> None:
     """Operations in another order: a value is as far from the eager run's as each of them may be from the truth."""
     watched, _ = compiled(way, name)
@@ -146,6 +147,7 @@ GRAPHS = 3
 
 @pytest.mark.parametrize("outputs", [None, "network"])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.thinned(7)
 def test_forward_only_probes_compile_once(way: str, outputs: str | None) -> None:
     def graphs(steps: int, estimators: Any) -> list[int]:
         monitor = MONITORS["directional"].make(every_n_train_steps=2, estimators=estimators, outputs=outputs)
@@ -178,6 +180,7 @@ by_hand = functools.cache(lambda: fit(whole, None, 3, ByHand, "eager"))
 
 
 @pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.slow
 def test_steps_by_hand(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizer's step is compiled with the module, and all that it calls: the hooks of callbacks, once."""
     # Those of the test are not the monitor's, and are many.
@@ -205,6 +208,7 @@ class Otherwise(Quiet):
 
 
 @pytest.mark.parametrize("estimator", ["hvp", "gauss_newton"])
+@pytest.mark.thinned(2)
 def test_exact_products_of_another_loss_are_refused(estimator: str) -> None:
     estimators = ("kl", "finite_difference", estimator)
     monitor = MONITORS["directional"].make(every_n_train_steps=2, estimators=estimators, on_error="warn")

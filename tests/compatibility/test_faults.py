@@ -137,11 +137,12 @@ def harm(family: str, count: int, seed: int) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", MONITORS)
+@pytest.mark.thinned(5)
 def test_faults(family: str) -> None:
     assert harm(family, 6, seed=1) == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(2, 6))
 @pytest.mark.parametrize("family", MONITORS)

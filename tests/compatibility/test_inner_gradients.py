@@ -124,6 +124,7 @@ def derivatives(module: Module, theta: Tensor, x: Tensor) -> tuple[Tensor, Tenso
 
 @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.slow
 def test_values_are_those_of_the_step(name: str) -> None:
     step = STEPS[name]
     every: dict[str, Any] = {"every_n_train_steps": 1, "on_error": "raise"}
@@ -149,6 +150,7 @@ def test_values_are_those_of_the_step(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
 @pytest.mark.parametrize("name", ["force field", "gradient penalty"])
+@pytest.mark.thinned(2)
 def test_all_monitors(name: str) -> None:
     probe = DataLoader(TensorDataset(X, Y), batch_size=8)
     options: dict[str, Any] = {"on_error": "raise"}

@@ -32,7 +32,7 @@ from tests.helpers.runs import make_trainer, rows
 from tests.helpers.witness import Record, assert_same, watch
 from tests.oracles.along_step import DIFFERENCE, EXACT
 
-pytestmark = [pytest.mark.slow, pytest.mark.integrations]
+pytestmark = [pytest.mark.soak, pytest.mark.integrations]
 
 ESTIMATORS = ("hvp", "kl", "finite_difference", "gauss_newton")
 LAMBDAS = ("lambda_dir", "lambda_kl", "lambda_fd", "lambda_gn")

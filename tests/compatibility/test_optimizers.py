@@ -121,6 +121,7 @@ def test_the_list_is_complete() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thinned(5)
 def test_directional(name: str) -> None:
     """Each value against the dense Hessian along the step that was taken."""
     monitor = DirectionalCurvatureMonitor(estimators=ALL, every_n_train_steps=1, on_error="raise")
@@ -138,6 +139,7 @@ def test_directional(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore:.*:lightning_curvature.CurvatureWarning")
+@pytest.mark.thinned(6)
 def test_spectrum(name: str) -> None:
     known = issubclass(OPTIMIZERS[name][0], KNOWN)
     watched, _ = fit(name, spectrum(*["preconditioned_lambda_max"] * known))
@@ -149,6 +151,7 @@ def test_spectrum(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thinned(6)
 def test_sharpness(name: str) -> None:
     without = () if name != "LBFGS" else ("lambda_gen",)
     watched, _ = fit(name, sharpness(*without))

@@ -233,6 +233,7 @@ KEYS = {name: kind.keys for name, kind in MONITORS.items()} | {
 @pytest.mark.parametrize(("name", "probe"), RUNS)
 # Products of half-precision parameters miss the tolerance, and say so.
 @pytest.mark.filterwarnings("ignore:products for .* are not symmetric:lightning_curvature.CurvatureWarning")
+@pytest.mark.thinned(10)
 def test_values_and_run(name: str, probe: Any, monitor: str) -> None:
     follow = MONITORS[monitor].make(every_n_train_steps=1, probe_precision=probe, **OPTIONS[monitor])
     watched, steps = fit(PRECISIONS[name](), follow)

@@ -105,11 +105,12 @@ def check(seed: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(30))
+@pytest.mark.thinned(10)
 def test_random_setups(seed: int) -> None:
     check(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(30, 330))
 def test_many_random_setups(seed: int) -> None:

@@ -131,6 +131,7 @@ def unbroken_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
 
 
 @pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.slow
 def test_from_any_step(name: str, unbroken_run: Callable[[str], tuple[Outcome, Path]]) -> None:
     """At the ends of epochs and inside them, at measured steps, before and after them."""
     unbroken, folder = unbroken_run(name)
@@ -143,6 +144,7 @@ def test_from_any_step(name: str, unbroken_run: Callable[[str], tuple[Outcome, P
 
 
 @pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.slow
 def test_from_the_middle_of_a_window(name: str, tmp_path: Path) -> None:
     """Lightning forgets the gradients of the window's first batch: the step is that of the second, and so is its λ."""
     two: Any = {"accumulate_grad_batches": 2}
@@ -202,6 +204,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_probe(
     name: str, killed: dict[str, Path], unbroken_run: Callable[[str], tuple[Outcome, Path]]
 ) -> None:

@@ -196,6 +196,7 @@ class Asking(Classifier):
 
 
 @pytest.mark.parametrize("family", MONITORS)
+@pytest.mark.thinned(3)
 def test_trainer_and_optimizers_answer_as_in_training(family: str) -> None:
     monitor, key = MONITORS[family]
     watched, said = run(Asking, monitor())

@@ -101,6 +101,7 @@ def test_directional(player: Player) -> None:
 
 
 @pytest.mark.parametrize("player", PLAYERS)
+@pytest.mark.slow
 def test_spectrum(player: Player) -> None:
     """Of all the data, at the start of each batch, before either has stepped."""
     found, referee = play(player, HessianSpectrumMonitor, k=2, tolerance=TOLERANCE)

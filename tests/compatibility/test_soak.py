@@ -97,7 +97,7 @@ def run(*callbacks: Any, dice: random.Random | None = None) -> tuple[Learner, An
     return module, trainer.optimizers[0].state_dict(), capture
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_twenty_thousand_steps() -> None:
     monitors = [
         DirectionalCurvatureMonitor(estimators=("kl", "finite_difference", "hvp"), every_n_train_steps=EVERY),

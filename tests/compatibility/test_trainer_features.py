@@ -26,6 +26,7 @@ def alone(name: str, monitor: str) -> Record:
 @pytest.mark.parametrize("name", FEATURES)
 # The note on BatchNorm, and Lightning's on shuffling and schedulers.
 @pytest.mark.filterwarnings("ignore:BatchNorm", "ignore:You requested to overfit", "ignore:SWA is currently")
+@pytest.mark.thinned(10)
 def test_features(name: str, monitor: str) -> None:
     feature, kind = FEATURES[name], MONITORS[monitor]
     watched = alone(name, monitor)
@@ -56,6 +57,7 @@ def test_nothing_to_do_without_fit(entry: Any, kind: Kind, monkeypatch: pytest.M
 
 
 @each_monitor
+@pytest.mark.thinned(5)
 def test_two_of_a_kind(kind: Kind) -> None:
     """Each gives what it gives alone."""
     feature = FEATURES["plain"]
@@ -73,6 +75,7 @@ def test_two_of_a_kind(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "validation within a window"])
+@pytest.mark.thinned(2)
 def test_all_together(name: str) -> None:
     """Each gives what it gives alone, in whatever order they stand."""
     feature = FEATURES[name]

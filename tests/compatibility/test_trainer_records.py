@@ -43,6 +43,7 @@ stopped_by_loss = functools.cache(lambda: stopped(None, "val_loss")[0])
 
 
 @each_monitor
+@pytest.mark.thinned(4)
 def test_early_stopping_on_a_value(kind: Kind) -> None:
     """It stops where a stopper that watches the loss, with as little hope, would."""
     watched, stopper = stopped(kind.make(), f"curvature/{kind.watched}")
@@ -53,6 +54,7 @@ def test_early_stopping_on_a_value(kind: Kind) -> None:
 
 
 @each_monitor
+@pytest.mark.thinned(5)
 def test_checkpoints(kind: Kind, tmp_path: Path) -> None:
     """Every file holds what it held, and the state of the monitor beside it."""
 
@@ -79,6 +81,7 @@ def test_checkpoints(kind: Kind, tmp_path: Path) -> None:
 
 
 @each_monitor
+@pytest.mark.thinned(4)
 def test_checkpoint_of_the_best_value(kind: Kind, tmp_path: Path) -> None:
     name = f"curvature/{kind.watched}"
     saver = ModelCheckpoint(tmp_path, monitor=name, mode="max", every_n_train_steps=3)
@@ -103,6 +106,7 @@ def cells(lines: list[str]) -> list[dict[str, str]]:
 
 
 @each_monitor
+@pytest.mark.thinned(5)
 def test_several_loggers(kind: Kind, tmp_path: Path) -> None:
     """Each gets the user's values as it did, and the monitor's."""
 

@@ -147,6 +147,7 @@ def fit(data: Any, *callbacks: pl.Callback, resume: Path | None = None) -> dict[
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("name", FEWER)
+@pytest.mark.thinned(11)
 def test_resumed(name: str, kind: str) -> None:
     """From the middle of the second epoch, by the first and by a second interruption."""
     if name in ("stabilization", "noise") and kind != "stream":

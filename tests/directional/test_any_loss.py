@@ -67,6 +67,7 @@ def monitor(*estimators: str, **options: Any) -> DirectionalCurvatureMonitor:
 
 @pytest.mark.parametrize("pair", [ALL, ("kl", "finite_difference")], ids=["all", "pair"])
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.thinned(4)
 def test_losses(name: str, pair: tuple[str, ...]) -> None:
     module = Classifier(mlp(4, 6, CLASSES), sgd, loss=LOSSES[name])
     found: list[Any] = []

@@ -170,6 +170,7 @@ class Keeper(Witness):
 @pytest.mark.parametrize("place", ["step", "hook"])
 @pytest.mark.parametrize(("estimators", "at"), FAILURES)
 @pytest.mark.parametrize(("error", "arrives"), [(Boom, Boom), (KeyboardInterrupt, SystemExit)])
+@pytest.mark.thinned(3)
 def test_error_gets_through_and_state_stays(
     error: type[BaseException], arrives: type[BaseException], estimators: tuple[Any, ...], at: int, place: str
 ) -> None:

@@ -42,6 +42,7 @@ def sgd() -> Classifier:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.thinned(3)
 def test_a_callback_that_changes_gradients_before_the_step(first: bool, accumulate: int) -> None:
     callbacks = [BeforeStep(), *monitors()] if first else [*monitors(), BeforeStep()]
     outcome = run(sgd(), classification(4), *callbacks, accumulate_grad_batches=accumulate)
@@ -82,6 +83,7 @@ def test_gradients_changed_grossly_before_the_monitor_are_seen_through() -> None
 
 @pytest.mark.parametrize("change", [lambda g: 0.25 * g, lambda g: g.clamp(-1e-2, 1e-2)], ids=["scaled", "clamped"])
 @pytest.mark.parametrize("estimator", ["kl", "finite_difference", "gauss_newton", "hvp"])
+@pytest.mark.thinned(3)
 def test_hooks_on_parameters_are_seen_through_by_each_estimator_alone(estimator: Any, change: Any) -> None:
     """gᵀd is that of the loss; where a kept gradient told otherwise, one sentence says both numbers."""
     module = sgd()

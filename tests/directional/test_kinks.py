@@ -67,6 +67,7 @@ def batches(count: int = 4) -> list[Batch]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.thinned(14)
 def test_values(name: str, accumulate: int) -> None:
     outcome = run(Classifier(network(name), sgd), batches(), *monitors(), accumulate_grad_batches=accumulate)
     check(outcome, 4 // accumulate)

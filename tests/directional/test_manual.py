@@ -40,6 +40,7 @@ def dropout() -> nn.Module:
 @pytest.mark.parametrize("clip", [None, "norm", "value"])
 @pytest.mark.parametrize("make", [momentum, adamw])
 @pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.thinned(4)
 def test_steps_by_hand(window: int, make: MakeOptimizer, clip: str | None) -> None:
     outcome = run(Manual(mlp(4, 6, 3), make, window, clip), classification(2 * window), *monitors())
     assert [len(step.parts) for step in outcome.steps] == [window] * 2

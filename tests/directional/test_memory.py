@@ -108,6 +108,7 @@ def unwatched() -> dict[str, list[int]]:
 @pytest.mark.filterwarnings("ignore:DirectionalCurvatureMonitor logs NaN")
 @pytest.mark.parametrize("fails", [False, True], ids=["", "failing"])
 @pytest.mark.parametrize("estimator", ["kl", "finite_difference", "critical", "gauss_newton", "hvp"])
+@pytest.mark.slow
 def test_copies(estimator: Any, fails: bool) -> None:
     plain = unwatched()
     # Steps 0 and 2 are measured, 1 and 3 are not.

@@ -36,6 +36,7 @@ class Repeats(UpdateMonitor):
 
 
 @pytest.mark.parametrize("name", [name for name in HABITS if name not in MOVING])
+@pytest.mark.thinned(4)
 def test_repeated_step_has_the_loss_it_had(name: str) -> None:
     pl.seed_everything(3, verbose=False)
     repeats = Repeats()

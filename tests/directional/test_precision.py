@@ -94,6 +94,7 @@ def rows(name: str, precision: str, estimators: tuple[str, ...]) -> dict[str, li
 
 @pytest.mark.parametrize("estimator", SINGLE)
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.thinned(7)
 def test_float32_from_the_first_steps_to_a_small_loss(name: str, estimator: str) -> None:
     found = rows(name, "32-true", tuple(SINGLE))[estimator]
     assert len(found) > 8
@@ -111,6 +112,7 @@ def test_float32_kl_by_itself() -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.thinned(4)
 def test_bf16_gauss_newton(name: str) -> None:
     """Eight bits: 2^-9 a rounding, averaged over samples; NaN where gᵀd is lost, which is a matter of the gradient."""
     found = rows(name, "bf16-mixed", BF16)["gauss_newton"]
@@ -173,6 +175,7 @@ def convolving() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [Attending, convolving])
+@pytest.mark.thinned(2)
 def test_the_error_of_kl_covers_the_true_one(make: Callable[[], nn.Module]) -> None:
     """Nine in ten, of networks whose outputs bend in different ways, and not ten times too large in the median."""
     torch.manual_seed(0)

@@ -95,6 +95,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("make", [momentum, adamw])
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.thinned(6)
 def test_layers(name: str, make: MakeOptimizer) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]()
@@ -197,6 +198,7 @@ LOSSES: dict[str, tuple[Loss, Callable[[], list[Batch]], int]] = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.thinned(3)
 def test_losses(name: str) -> None:
     loss, make_batches, width = LOSSES[name]
     module = Classifier(mlp(4, 6, width), lambda m: torch.optim.SGD(m.parameters(), lr=0.2), loss)
@@ -248,6 +250,7 @@ def pixels(count: int) -> list[Batch]:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.thinned(4)
 def test_sequences_and_ignored_targets(ignored: bool, accumulate: int) -> None:
     torch.manual_seed(0)
     module = Classifier(Transformer().double(), adamw, flat_cross_entropy)

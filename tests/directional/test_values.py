@@ -96,11 +96,13 @@ def fit(make: MakeOptimizer, batches: int = 3, **options: Any) -> Outcome:
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thinned(10)
 def test_optimizers_with_and_without_clipping(name: str, clip: str) -> None:
     check(fit(OPTIMIZERS[name], **CLIPS[clip]), steps=3)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thinned(3)
 def test_windows_of_three_batches_and_a_ragged_last_one(name: str) -> None:
     outcome = fit(OPTIMIZERS[name], batches=4, accumulate_grad_batches=3, **CLIPS["norm"])
     assert [len(step.parts) for step in outcome.steps] == [3, 1]

@@ -13,7 +13,7 @@ from tests.distributed.game_jobs import Outcome
 from tests.helpers.games import BATCHES, PLAYERS
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
-pytestmark = needs_fsdp2
+pytestmark = [needs_fsdp2, pytest.mark.slow]
 
 Results = dict[str, list[Outcome]]
 

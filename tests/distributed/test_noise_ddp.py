@@ -15,6 +15,8 @@ from tests.distributed.noise_cases import assert_same_noise, assert_same_result
 from tests.distributed.noise_jobs import Results
 from tests.helpers.processes import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 # Sums over the ranks in another order, in two steps of training, too: hundreds of roundings of 1e-16.
 ROUNDING = 1e-10
 MORE = ["raised", "communication", "unequal", "by_hand"]

@@ -15,6 +15,8 @@ from tests.distributed.sharpness_cases import assert_complete, assert_same_sharp
 from tests.distributed.sharpness_jobs import Results
 from tests.helpers.processes import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 # Sums over the ranks in another order, of the gradients of two steps and of ∇L: hundreds of roundings of 1e-16. An
 # eigenvalue owes 1e-12 to its residual, from another start on each rank. Measured: 5e-12.
 ROUNDING = 1e-10

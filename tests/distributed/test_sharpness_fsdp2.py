@@ -13,7 +13,7 @@ from tests.distributed.sharpness_cases import assert_complete, assert_same_sharp
 from tests.distributed.sharpness_jobs import Results
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
-pytestmark = needs_fsdp2
+pytestmark = [needs_fsdp2, pytest.mark.slow]
 
 TOLD = (
     "products with the Hessian are made by a difference of gradients, since parameters are sharded and second "

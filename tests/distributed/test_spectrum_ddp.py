@@ -14,6 +14,8 @@ from tests.distributed.compare import assert_same_state
 from tests.distributed.spectrum_cases import Outcome, assert_complete, assert_same_bits, assert_same_spectra
 from tests.helpers.processes import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 Results = dict[str, list[Outcome]]
 
 # Sums of the same numbers in another order, three steps of training, some ten Lanczos steps: tens of roundings of 2e-16

@@ -12,7 +12,7 @@ from tests.distributed.compare import assert_same_state
 from tests.distributed.spectrum_cases import Outcome, assert_complete, assert_same_bits, assert_same_spectra
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
-pytestmark = needs_fsdp2
+pytestmark = [needs_fsdp2, pytest.mark.slow]
 
 Results = dict[str, list[Outcome]]
 

@@ -17,6 +17,8 @@ from tests.distributed.stabilization_cases import Outcome, assert_same_growth, a
 from tests.distributed.stabilization_jobs import Results
 from tests.helpers.processes import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 # Sums over the ranks in another order, in two steps of training, too: hundreds of roundings of 1e-16. Eigenvectors owe
 # 1e-9 to their residual, and what is measured in them the square of that.
 ROUNDING = 1e-10

@@ -15,6 +15,8 @@ from torch import nn
 
 from tests.helpers.examples import curves, rows
 
+pytestmark = pytest.mark.slow
+
 ESTIMATORS = ("lambda_dir", "lambda_fd", "lambda_kl")
 INTERVAL = 10
 STEPS = 400

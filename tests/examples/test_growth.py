@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(load: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:

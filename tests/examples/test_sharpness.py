@@ -13,6 +13,8 @@ from torch import nn
 
 from tests.helpers.examples import curves, rows
 
+pytestmark = pytest.mark.slow
+
 # Fixtures: the one that imports modules of the examples, and a file of images.
 
 LEARNING_RATE, STEPS, INTERVAL = 0.5, 2000, 100

@@ -45,6 +45,7 @@ def randoms(operator: Operator, seed: int, count: int) -> list[Tensor]:
     ("capacity", "lower"), [(1000, 3), (14, 3), (14, 0)], ids=["one basis", "restarts", "restarts from one end"]
 )
 @pytest.mark.parametrize("block", [1, 2, 5])
+@pytest.mark.thinned(9)
 def test_whatever_lies_beyond_has_no_part_of_the_first_vector(block: int, capacity: int, lower: int) -> None:
     """The statement behind the probability: |v·b| < δ for each eigenvector beyond. A large δ makes there be some."""
     beyond = 0
@@ -105,6 +106,7 @@ def test_coverage_is_what_it_says(part: float) -> None:
 
 @pytest.mark.parametrize("products", [3, 5, 8])
 @pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.thinned(6)
 def test_coverage_of_searches(products: int, warm: bool) -> None:
     """Searches that are cut off, begun at random or with the second eigenvector."""
     operator = with_spectrum(with_bulk([3.0, 2.8, -2.0], n=100))

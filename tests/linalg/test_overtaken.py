@@ -76,6 +76,7 @@ def test_small_residuals_alone_would_not_do(monkeypatch: pytest.MonkeyPatch) -> 
     ],
     ids=str,
 )
+@pytest.mark.thinned(5)
 def test_one_of_several_overtaken(
     old: list[float], new: float, asked: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def _generator(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize("sketch", [0, 5, 10])
 @pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.thinned(14)
 def test_three_standard_errors_hold_in_99_of_100_seeds(name: str, sketch: int) -> None:
     operator = SPECTRA[name]
     truth = float(operator.matrix.trace())
@@ -57,6 +58,7 @@ def test_three_standard_errors_hold_in_99_of_100_seeds(name: str, sketch: int) -
 
 
 @pytest.mark.parametrize("name", ["outliers and bulk", "cancelling", "power law"])
+@pytest.mark.thinned(3)
 def test_unbiased_and_the_standard_error_is_the_scatter(name: str) -> None:
     operator, runs = SPECTRA[name], 300
     found = [
@@ -74,6 +76,7 @@ def test_unbiased_and_the_standard_error_is_the_scatter(name: str) -> None:
 
 @pytest.mark.parametrize("sketch", [0, 5])
 @pytest.mark.parametrize("converged", [True, False])
+@pytest.mark.thinned(3)
 def test_deflation_makes_the_error_smaller_and_costs_nothing(sketch: int, converged: bool) -> None:
     operator = SPECTRA["outliers and bulk"]
     # Vectors that are orthonormal with their Rayleigh quotients are all that is needed; converged ones take out more.
@@ -164,6 +167,7 @@ def test_more_samples_until_the_error_is_small_enough() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.slow
 def test_no_sketch_where_samples_alone_are_cheaper(count: int) -> None:
     """Two samples would do for a bulk alone, as above; outliers that hold all of the trace are found by the sketch."""
     flat, tall = SPECTRA["bulk alone"], with_spectrum([9.0] * count + [0.0] * (N - count))

@@ -163,6 +163,7 @@ def measured(name: str, kind: type[Classifier], skipped: tuple[int, ...], droppe
 @pytest.mark.parametrize("kind", [Falls, Shares])
 @pytest.mark.parametrize("skipped", [(2,), (0, 5)])
 @pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.thinned(8)
 def test_values_are_those_of_the_others(name: str, skipped: tuple[int, ...], kind: type[Classifier]) -> None:
     found, passes, said = measured(name, kind, skipped, dropped=False)
     expected, least, nothing = measured(name, Classifier, skipped, dropped=True)
@@ -179,6 +180,7 @@ def test_values_are_those_of_the_others(name: str, skipped: tuple[int, ...], kin
         assert passes - least == 6 - len(skipped)
 
 
+@pytest.mark.slow
 def test_nothing_is_looked_at_where_the_source_returns_a_loss() -> None:
     one, passes, _ = measured("spectrum", Notes, (), dropped=False)
     other, least, _ = measured("spectrum", Classifier, (), dropped=False)

@@ -98,6 +98,7 @@ def test_full_curvature_with_the_data(kind: Any, replacement: bool) -> None:
 
 @cases
 @drawn
+@pytest.mark.thinned(3)
 def test_full_curvature_over_all_pairs(kind: Any, replacement: bool) -> None:
     """The Hessian of the other batch is the full one in the mean; tuples of one sample, so that pairs stay few."""
     truth = oracle(replacement, kind, size=1 if replacement else SIZE)

@@ -58,6 +58,7 @@ def assert_row(row: dict[str, float], wanted: dict[str, float]) -> None:
 @pytest.mark.parametrize("loss", [F.cross_entropy, squared])
 @pytest.mark.parametrize("name", ["0.weight", "2.weight"])
 @pytest.mark.parametrize("general", [False, True])
+@pytest.mark.thinned(3)
 def test_every_key(name: str, loss: Loss, general: bool) -> None:
     module = module_of(network(nn.Tanh), loss)
     one = dense(module, name)
@@ -115,6 +116,7 @@ def test_accumulation_by_schedule() -> None:
 
 @pytest.mark.parametrize("size", [None, 6, 22])
 @pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+@pytest.mark.thinned(4)
 def test_chain_of_approximations(name: str, size: int | None) -> None:
     """From the same halves of the same micro-batches; by default two batches of the loader are one of them."""
     module, data = module_of(network()), samples(classes=2)

@@ -50,6 +50,7 @@ def test_at_several_steps_and_its_route_once(informed: Any) -> None:
 @pytest.mark.parametrize("quantities", [("noise_spearman",), ("noise_gamma_awd",), ("noise_awd_chain",)])
 @pytest.mark.parametrize("name", ["network.0.weight", "network.2.bias"])
 @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning", "error::RuntimeWarning")
+@pytest.mark.thinned(6)
 def test_pictures_of_what_there_is(quantities: Any, name: str, tmp_path: Path) -> None:
     """With no fit, one of duality alone, and three directions."""
     logger = TensorBoardLogger(tmp_path, name="run")
@@ -67,6 +68,7 @@ def test_pictures_of_nothing(tmp_path: Path) -> None:
     assert len(read(logger.log_dir).Tags()["images"]) == 2
 
 
+@pytest.mark.slow
 def test_two_monitors(tmp_path: Path) -> None:
     """Of distinct prefixes, on two parameters: each writes what it writes alone."""
     one, two = (lambda: monitor()), (lambda: monitor("network.2.weight", prefix="head"))

@@ -58,6 +58,7 @@ def test_a_parameter_that_the_step_takes_the_gradient_from() -> None:
 @pytest.mark.parametrize("trainer", [make_trainer, lambda: None])
 @pytest.mark.parametrize("name", ["inner.network.0.0.weight", "inner.network.0.0.bias", "head.0.weight"])
 @pytest.mark.filterwarnings("ignore:noise_")
+@pytest.mark.thinned(4)
 def test_by_hand(name: str, trainer: Any) -> None:
     """Before any fit, where nothing is moved; also where no graphs are built."""
     module, follow = Nested(), monitor(name, quantities=QUANTITIES[:-1])
@@ -71,6 +72,7 @@ def test_by_hand(name: str, trainer: Any) -> None:
     assert difference(before, everything(module)) is None
 
 
+@pytest.mark.slow
 def test_by_hand_after_and_during_a_fit() -> None:
     class ByHand(pl.Callback):
         def __init__(self) -> None:

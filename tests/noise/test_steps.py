@@ -66,6 +66,7 @@ ONE_BY_ONE = "one by one, which is slow: torch.vmap cannot follow the step"
         (weighted, Classifier, ("at once", NO_MEAN)),
     ],
 )
+@pytest.mark.thinned(3)
 def test_any_step(loss: Loss, kind: Any, said: tuple[str, ...], name: str, informed: Callable[[], list[str]]) -> None:
     """A sample's loss is that of a batch of one, whatever that of a batch is."""
     module = kind(mlp(4, 5, 3), sgd, loss)

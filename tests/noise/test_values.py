@@ -34,6 +34,7 @@ from tests.oracles.dense import Loss
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+@pytest.mark.thinned(6)
 def test_both_routes(name: str, activation: type[nn.Module], bias: bool, loss: Loss) -> None:
     module = module_of(network(activation, bias), loss)
     expected, found = dense(module, name), evaluated(module, name)
@@ -181,6 +182,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], TensorDataset
 
 
 @pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.thinned(5)
 def test_any_parameter(case: str, informed: Callable[[], list[str]]) -> None:
     make, name, data, why = LAYERS[case]
     torch.manual_seed(0)

@@ -87,6 +87,7 @@ GROUPS = [((6,), (2,), (3,)), ((4, 2), (1, 1, 2), (1,)), ((4, 2, 2, 3),)]
 
 @pytest.mark.parametrize("keep", [True, False, "auto"])
 @pytest.mark.parametrize("groups", GROUPS, ids=["single", "accumulated", "one mini-batch"])
+@pytest.mark.thinned(7)
 def test_second_moment_with_weights_of_the_mini_batches(groups: tuple[tuple[int, ...], ...], keep: bool) -> None:
     case = CASES["squared"]
     network = case.network()

@@ -50,6 +50,7 @@ def train(network: nn.Module, loss: object, data: Data, steps: int) -> None:
 @pytest.mark.parametrize("steps", [0, 20], ids=["at initialization", "after 20 steps"])
 @pytest.mark.parametrize("dtype", WITHIN, ids=["float32", "float64"])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thinned(3)
 def test_near_the_exact_product(name: str, dtype: torch.dtype, steps: int) -> None:
     case = CASES[name]
     network, data = case.network(dtype), case.data(8, 2, dtype=dtype)
@@ -202,6 +203,7 @@ def test_layers_with_other_code_without_gradients() -> None:
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.thinned(2)
 def test_the_error_of_an_eigenvalue_is_told(preconditioned: bool) -> None:
     told: list[bool] = []
     for name, steps in itertools.product(NAMES, (0, 5, 20)):

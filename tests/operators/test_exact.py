@@ -19,6 +19,7 @@ from tests.oracles.matrices import Matrices
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.thinned(3)
 def test_every_column(kind: str, name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     network, data = case.network(dtype), case.data(8, 2, dtype=dtype)

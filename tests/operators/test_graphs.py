@@ -22,6 +22,7 @@ SIZES = (3, 3, 2, 1, 1)
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thinned(6)
 def test_products_are_the_same_bits_with_and_without_kept_graphs(kind: Any, name: str) -> None:
     case = CASES[name]
     network, data = case.network(), case.data(*SIZES[:3])
@@ -151,6 +152,7 @@ NETWORK = [nn.Linear(4, 5), nn.Tanh(), nn.Sigmoid(), nn.Linear(5, 3), nn.LayerNo
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize(("keep", "after"), [(True, 5), ("auto", 5), (False, 0)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thinned(5)
 def test_graphs_go_when_the_operator_is_closed_without_a_collector(kind: Any, keep: Any, after: int) -> None:
     network, case = nn.Sequential(*NETWORK).double(), CASES["perceptron"]
     operator = kind.of(network, case.loss, case.data(*SIZES), keep_graph=keep)

@@ -129,6 +129,7 @@ def trainer() -> pl.Trainer:
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thinned(5)
 def test_it_is_the_step_that_would_be_made(trainer: pl.Trainer, name: str, count: int) -> None:
     made = {}
     for seed in (1, 2):  # before the run that is asked: these draw from the generators that it draws from

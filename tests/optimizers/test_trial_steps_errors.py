@@ -153,6 +153,7 @@ TIES = [_by_id, _in_a_function, _in_a_default, _in_a_partial, _in_a_method, _in_
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("tie", TIES)
+@pytest.mark.thinned(3)
 def test_what_an_optimizer_ties_to_its_parameters_makes_the_right_update(
     trainer: pl.Trainer, tie: Callable[..., None], inside: bool
 ) -> None:

@@ -201,6 +201,7 @@ def test_dot_products_are_added_in_float64(shapes: list[int]) -> None:
     assert update.descent.item() == 2.0
 
 
+@pytest.mark.slow
 def test_two_copies_of_the_parameters_at_most() -> None:
     """θ_t and g until the step is complete, then θ_t and θ_{t+1} in the memory of g; one and d in :meth:`direction`."""
     gc.collect()

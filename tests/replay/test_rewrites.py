@@ -59,6 +59,7 @@ def test_a_frozen_backbone_is_copied_for_the_first_measurement_alone(saved: Any)
 
 
 @pytest.mark.parametrize("past_autograd", [True, False])
+@pytest.mark.thinned(2)
 def test_one_that_is_written_later_is_found(past_autograd: bool) -> None:
     """The step that writes it first cannot be repeated; later ones can."""
 

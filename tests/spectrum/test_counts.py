@@ -78,6 +78,7 @@ def expected(extra: int) -> list[int]:
         (("lambda_max", "gauss_newton_lambda_max", "preconditioned_lambda_max"), 3),
     ],
 )
+@pytest.mark.thinned(6)
 def test_one_forward_of_each_micro_batch_and_operator(quantities: Any, operators: int) -> None:
     """With kept graphs, however many products there are."""
     module = learner()

@@ -133,6 +133,7 @@ def squaring(once: bool, dtype: torch.dtype) -> nn.Module:
 # Differences: within 2e-4 of a product in float32, as the operator says of itself; 3e-10 in float64. The eigenvalue is
 # as far off as its product at most.
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+@pytest.mark.slow
 def test_falls_back_to_differences(dtype: torch.dtype, allowed: float) -> None:
     x, y = samples(dtype=dtype)
     module = Classifier(squaring(once=True, dtype=dtype), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
@@ -170,6 +171,7 @@ def test_exact_does_not_fall_back() -> None:
     assert "once_differentiable" in said[0]
 
 
+@pytest.mark.slow
 def test_differences_where_they_are_asked_for() -> None:
     """Nothing is said of them, and the values are those of the exact products."""
     module = Classifier(mlp(4, 6, 3), sgd)

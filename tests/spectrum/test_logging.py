@@ -25,6 +25,7 @@ def fit(*callbacks: Any, logger: Any = None, learner: Any = None, **options: Any
     return trainer
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path: Path) -> None:
     logger, capture = TensorBoardLogger(tmp_path, name="run"), Capture()
     follow = monitor("lambda_max", "spectral_density", "preconditioned_lambda_max", k=2)
@@ -90,6 +91,7 @@ def test_density_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.thinned(2)
 def test_density_without_tensorboard_is_said(shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(reporting, "rank_zero_info", said.append)

@@ -65,6 +65,7 @@ def test_dropout_has_one_mask_a_batch() -> None:
         check_eigenvalue(rows(capture)[0], "lambda_max", other, 0, tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bits() -> None:
     def both(*seeds: int) -> list[list[dict[str, float]]]:
         module = Classifier(with_dropout(), sgd)
@@ -86,6 +87,7 @@ def test_equal_seeds_give_equal_bits() -> None:
 
 
 @pytest.mark.parametrize("make", [with_dropout, with_batchnorm, with_both])
+@pytest.mark.thinned(3)
 def test_eval_mode(make: Any) -> None:
     """No dropout, and running statistics as constants: those that the step finds."""
     module = Classifier(make(), sgd)
@@ -95,6 +97,7 @@ def test_eval_mode(make: Any) -> None:
 
 @ONE_BATCH_NORM
 @pytest.mark.parametrize("micro", [None, 15, 30])
+@pytest.mark.thinned(3)
 def test_batchnorm_in_training_mode(micro: int | None) -> None:
     """Each micro-batch by its own statistics, weighted by its size."""
     module = Classifier(with_batchnorm(), sgd)
@@ -194,6 +197,7 @@ class Attention(nn.Module):
         return self.head(F.scaled_dot_product_attention(q, k, v).mean(dim=1))
 
 
+@pytest.mark.slow
 def test_fused_attention() -> None:
     torch.manual_seed(0)
     module = Classifier(Attention().double(), sgd)

@@ -71,6 +71,7 @@ class Codebook(Classifier):
 
 @pytest.mark.parametrize("products", ["exact", "difference"])
 @pytest.mark.parametrize("write", [lambda p: p.add_(1.0), lambda p: p.data.add_(1.0)], ids=["write", "data"])
+@pytest.mark.slow
 def test_parameter_of_another_shape_is_left_as_it_was(write: Callable[[Tensor], Any], products: Any) -> None:
     make = lambda: Codebook(write)  # noqa: E731
     module = make()
@@ -103,6 +104,7 @@ class Counted(Classifier):
 
 
 @pytest.mark.parametrize("options", [{}, {"keep_graph": False}, {"products": "difference"}], ids=str)
+@pytest.mark.slow
 def test_gradient_hooks_are_for_the_gradients_of_the_run(options: dict[str, Any]) -> None:
     calls: list[int] = []
     module = Counted(calls)
@@ -146,6 +148,7 @@ def test_all_parameters_frozen_for_a_while() -> None:
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("ends training")])
+@pytest.mark.slow
 def test_the_module_is_let_go_of_after_fit(error: Exception | None) -> None:
     quantities = ("lambda_max", "hessian_trace", "gauss_newton_lambda_max", "second_moment_contraction")
     watch = [monitor(*quantities), DirectionalCurvatureMonitor(every_n_train_steps=2)]

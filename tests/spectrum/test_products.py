@@ -70,6 +70,7 @@ class Headed(Classifier):
 GAUSS_NEWTON = "gauss_newton_lambda_max"
 
 
+@pytest.mark.slow
 def test_what_gauss_newton_leaves_out_is_said_once() -> None:
     torch.manual_seed(0)
     found, _, said = fitted(Headed(), monitor(GAUSS_NEWTON))
@@ -127,6 +128,7 @@ class Opaque(nn.Module):
         return OpaqueTanh.apply(x)
 
 
+@pytest.mark.slow
 def test_a_wrong_second_derivative_is_seen() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 6), Opaque(), nn.Linear(6, 3)).double()

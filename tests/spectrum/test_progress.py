@@ -141,6 +141,7 @@ def test_the_first_long_measurement_is_told(pace: float, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("pace", [1.0, 0.001])
+@pytest.mark.slow
 def test_what_is_measured_now_and_then_tells_too(pace: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first measurement in a fit, and not the second."""
     notes, said = Notes(pace, monkeypatch), list[str]()

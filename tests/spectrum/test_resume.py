@@ -56,6 +56,7 @@ SAFE = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("weights_only", [None, pytest.param(True, marks=SAFE)])
+@pytest.mark.slow
 def test_same_bits_with_the_eigenvectors(weights_only: bool | None, tmp_path: Path) -> None:
     trainer, head = fit(1, monitor())
     path = str(tmp_path / "last.ckpt")
@@ -67,6 +68,7 @@ def test_same_bits_with_the_eigenvectors(weights_only: bool | None, tmp_path: Pa
     assert str(head | tail) == str(unbroken())  # NaN of Adam's first step equals itself as a string
 
 
+@pytest.mark.slow
 def test_same_values_without_them(tmp_path: Path) -> None:
     """Each search begins anew after the break: the same eigenvalues, to what the residuals allow."""
     tolerance = 1e-6
@@ -116,6 +118,7 @@ def test_state_is_plain_tensors(tmp_path: Path) -> None:
             assert vector.untyped_storage().nbytes() == 51 * vector.element_size()
 
 
+@pytest.mark.slow
 def test_eigenvectors_of_another_model_are_of_no_use() -> None:
     """A monitor that comes from a wider model begins anew, and finds what a fresh one finds."""
     used, fresh = monitor(), monitor()
@@ -127,6 +130,7 @@ def test_eigenvectors_of_another_model_are_of_no_use() -> None:
     assert str(found[0]) == str(cold())
 
 
+@pytest.mark.slow
 def test_state_of_an_older_or_emptier_monitor() -> None:
     for state in ({}, {"vectors": {}}):
         follow = monitor()
@@ -134,6 +138,7 @@ def test_state_of_an_older_or_emptier_monitor() -> None:
         assert str(fit(1, follow)[1]) == str(cold())
 
 
+@pytest.mark.slow
 def test_monitor_of_other_quantities_takes_what_there_is() -> None:
     """Vectors by operator: a monitor that asks for fewer goes on with more vectors than it needs, to the same value."""
     many, one = monitor(tolerance=1e-6), monitor(quantities=("lambda_max",), k=1, tolerance=1e-6)

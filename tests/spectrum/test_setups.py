@@ -19,6 +19,7 @@ from tests.oracles.hessian_spectrum import Curvature, Part, check_eigenvalue
 
 
 @pytest.mark.parametrize("micro", [None, 1, 7, 30, 100])
+@pytest.mark.slow
 def test_micro_batches_add_up(micro: int | None) -> None:
     """8+8+8+6, 30 of 1, 7+7+7+7+2 and 30 give one Hessian."""
     module = Classifier(mlp(4, 6, 3), sgd)
@@ -37,6 +38,7 @@ def test_micro_batches_add_up(micro: int | None) -> None:
         {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
     ],
 )
+@pytest.mark.thinned(4)
 def test_trainer_options(options: dict[str, Any]) -> None:
     module = Classifier(mlp(4, 6, 3), sgd)
     capture, moments, _ = fit(module, loader(), monitor(*QUANTITIES), **options)

@@ -25,6 +25,7 @@ SIZES: list[dict[str, Any]] = [{"micro_batch_size": size} for size in (3, 20, 40
 SIZES += [{"probe_dataloader": batches(4)}, {"probe_dataloader": batches(SAMPLES)}]
 
 
+@pytest.mark.slow
 def test_second_moment_is_that_of_steps_whatever_the_micro_batches() -> None:
     found = []
     for options in ({}, *SIZES):

@@ -134,6 +134,7 @@ def test_preconditioner_of_sgd_is_one() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("micro", [None, 5])
+@pytest.mark.thinned(4)
 def test_second_moment(accumulate: int, micro: int | None) -> None:
     """Mini-batches of the criterion hold as many samples as a step: 8, or 16 accumulated, in micro-batches or whole."""
     module = Classifier(mlp(4, 6, 3), lambda m: torch.optim.SGD(m.parameters(), lr=3.0))
@@ -174,6 +175,7 @@ def by_epoch(module: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("make", [warmed_up, by_epoch])
+@pytest.mark.thinned(2)
 def test_learning_rate_is_that_of_the_step(make: Any) -> None:
     module = Classifier(mlp(4, 6, 3), make)
     capture, moments = fit(

@@ -67,6 +67,7 @@ def test_by_hand_after_a_fit() -> None:
 
 
 @pytest.mark.parametrize("own", [True, False])
+@pytest.mark.thinned(2)
 def test_by_hand_during_a_fit(own: bool) -> None:
     class ByHand(pl.Callback):
         def __init__(self) -> None:

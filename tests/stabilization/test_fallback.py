@@ -33,6 +33,7 @@ def measured(once: bool, **options: Any) -> SampleGrowth:
 
 
 @pytest.mark.parametrize("law", ["top", "random"])
+@pytest.mark.slow
 def test_values_are_those_with_second_derivatives(law: Any) -> None:
     with pytest.warns(CurvatureWarning, match="products with the Hessian are differences of gradients from here on"):
         found = measured(once=True, quantities=QUANTITIES, estimators=ESTIMATORS, law=law)

@@ -88,6 +88,7 @@ def test_at_several_steps(tmp_path: Path) -> None:
     assert {step: row for step, row in rows(again).items() if step != 2} == found
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path: Path) -> None:
     logger, follow = TensorBoardLogger(tmp_path, name="run"), monitor(at_steps=(1,))
     found: list[SampleGrowth] = []
@@ -132,6 +133,7 @@ def table(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+@pytest.mark.thinned(2)
 def test_files(kind: Any, tmp_path: Path) -> None:
     """In the folder of the first logger that has one."""
     logger, follow = kind(tmp_path / "first"), monitor(at_steps=(0,), prefix="c/d", candidates=1)

@@ -19,6 +19,7 @@ from tests.helpers.witness import Record, assert_same, watch
 
 @pytest.mark.parametrize("make", [with_dropout, with_batchnorm], ids=["dropout", "running statistics"])
 @pytest.mark.filterwarnings("ignore:sigma must be small enough", "ignore:BatchNorm")
+@pytest.mark.thinned(2)
 def test_modules_in_training_mode(make: Any) -> None:
     """Masks are drawn, and statistics would move; single samples leave BatchNorm1d nothing to normalize by."""
     run = lambda follow: watch(lambda: Classifier(make(), sgd), samples, follow)  # noqa: E731

@@ -107,6 +107,7 @@ def test_closed_form_of_quadratic_losses() -> None:
         check_mean(row, [abs(float(dense_increment(q.losses, w, row.k, j).a)) for j in range(row.k, row.k + 4)], 1e-12)
 
 
+@pytest.mark.slow
 def test_all_estimators_of_quadratic_losses_agree() -> None:
     module, data, q = quadratic_case()
     every = ("gaussian_moment", "quadratic", "direct")
@@ -135,6 +136,7 @@ def test_all_estimators_of_quadratic_losses_agree() -> None:
             assert row.deformation == pytest.approx(deformation, rel=0.4)
 
 
+@pytest.mark.slow
 def test_full_space_of_a_network() -> None:
     """Traces of random vectors: unbiased, and their error is known."""
     module, data, losses, w = classifier_case()
@@ -152,6 +154,7 @@ def test_full_space_of_a_network() -> None:
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
+@pytest.mark.slow
 def test_direct_is_the_integral_of_the_true_loss(order: float) -> None:
     """At a σ where no quadratic model holds; quadrature of a smooth function, to 1e-6 with twenty nodes."""
     module, data, losses, w = classifier_case()
@@ -257,6 +260,7 @@ def test_given_directions_and_gradients_of_influential_samples() -> None:
             check_mean(row, dense_moment(losses, w, row.k, basis, 0.2), 1e-9)
 
 
+@pytest.mark.slow
 def test_random_directions_see_the_average() -> None:
     """E‖c‖² and E Tr B over random subspaces are D/N of those of the full space."""
     q = random_quadratics(2, 6)
@@ -279,6 +283,7 @@ def test_random_directions_see_the_average() -> None:
     assert error < 0.15 * abs(float(found.mean()))
 
 
+@pytest.mark.slow
 def test_decay_of_independent_samples() -> None:
     """−2 for squares, −1 for the value itself; the scatter of 16 new samples leaves 0.3 of either."""
     q = random_quadratics(300, 4, seed=2)
@@ -291,6 +296,7 @@ def test_decay_of_independent_samples() -> None:
 
 
 @pytest.mark.parametrize("micro", [1, 4, 100])
+@pytest.mark.thinned(3)
 def test_ragged_micro_batches(micro: int) -> None:
     """Micro-batches that do not divide k give the same."""
     module, data, _, _ = classifier_case()

@@ -51,6 +51,7 @@ class EffectTester(FamilyTester):
             assert key in self.family.uncertain or (all if always else any)(finite), key
 
     @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning", "ignore:sigma must be small enough")
+    @pytest.mark.thinned(5)
     def test_same_run(self, setup: str, variant: Callable[[str, Record], Options]) -> None:
         plain = unwatched(setup)
         follow = self.family.make(**variant(setup, plain))
@@ -59,6 +60,7 @@ class EffectTester(FamilyTester):
         self.assert_measured(follow, watched, setup)
 
     @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning")
+    @pytest.mark.thinned(5)
     def test_steps_with_habits(
         self, habit: str, habit_variant: Callable[[str], Options], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -71,6 +73,7 @@ class EffectTester(FamilyTester):
         self.assert_measured(follow, watched, habit)
 
     @pytest.mark.filterwarnings("ignore::lightning_curvature.CurvatureWarning", "ignore:sigma must be small enough")
+    @pytest.mark.thinned(5)
     def test_data_is_read_as_if_nobody_else_did(self, data: str, reader: Any) -> None:
         make, options = reader
         trainer = tuple(self.family.read_trainer.items())
@@ -82,6 +85,7 @@ class EffectTester(FamilyTester):
         self.assert_measured(follow, watched, data)
 
     @pytest.mark.filterwarnings("ignore:BatchNorm", "ignore:noise_")
+    @pytest.mark.thinned(5)
     def test_failing_measurement(self, trap: Trap) -> None:
         """It is NaN, said once, and training goes on; later ones are made."""
         follow = self.family.make(**({"every_n_train_steps": 1} | dict(trap.options)))

@@ -52,6 +52,7 @@ class ReportTester(FamilyTester):
             "command": {str(i): command for i, command in enumerate(family.commands)},
         }
 
+    @pytest.mark.thinned(5)
     def test_keys(self, selection: tuple[Options, set[str]]) -> None:
         options, expected = selection
         capture = Capture()
@@ -197,6 +198,7 @@ class ReportTester(FamilyTester):
             pytest.skip("draws no pictures")
         return self.family.pictures
 
+    @pytest.mark.thinned(5)
     def test_command_line(self, command: tuple[Options, set[str]], tmp_path: Path) -> None:
         """YAML takes JSON."""
         options, expected = command
