@@ -62,8 +62,9 @@ def trace(
 
     Q consists of the given eigenvectors, at no cost, and of a Krylov basis from a random vector, in which d products
     give d columns (Hutch++ takes 2d). The first of them also gives the variance: where samples alone would take fewer
-    products, the basis ends there. Unlike XTrace, whose samples share their Q, the estimate can be continued until its
-    error is small enough. docs/benchmark_spectrum.md compares them.
+    products, the basis ends there. Where few dimensions are left, and samples would take more products than these, the
+    basis goes on to the last, and the trace is exact: from max_matvecs = N + 2 on. Unlike XTrace, whose samples share
+    their Q, the estimate can be continued until its error is small enough. docs/benchmark_spectrum.md compares them.
 
     Args:
         matvec: v ↦ Av, in a new tensor; called on every rank.
@@ -116,6 +117,15 @@ def trace(
         spread = max(squares / samples - (forms / samples) ** 2, 0.0)
         error = left * math.sqrt(2.0 / (left + 2) * spread / samples)
         allowed = relative_error * abs(value)
+        needed = samples * (error / allowed) ** 2 if allowed else math.inf
+        if samples > 1 and needed - samples > left and krylov.matvecs + samples + left <= max_matvecs:
+            # The rest of the basis takes fewer products than the samples would.
+            while krylov.done < space.dimension:
+                if krylov.done == len(krylov.basis):
+                    krylov.add(space.random(generator))
+                krylov.step()
+            value, error = float(krylov.projected.trace()), 0.0
+            break
         # A sample is at most m‖Bw‖.
         if left * math.sqrt(squares) <= _NEGLIGIBLE * allowed or (samples >= min_samples and error <= allowed):
             break

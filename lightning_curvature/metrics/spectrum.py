@@ -19,6 +19,7 @@ from lightning_curvature.metrics.model import Batch, LossFunction, ModelMetric, 
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.graphs import KeepGraph
 from lightning_curvature.operators.micro_batches import sample_count
+from lightning_curvature.reporting.loggers import warn
 
 
 class _OperatorMetric(ModelMetric):
@@ -155,11 +156,13 @@ class HessianTrace(_OperatorMetric):
     r"""The trace of the Hessian, or of the Gauss–Newton matrix, of a model's loss.
 
     ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives tr H, a float64 scalar. ``estimate`` then
-    holds its standard error; see :func:`~lightning_curvature.linalg.trace`. Other arguments as for
+    holds its standard error, and ``converged``; see :func:`~lightning_curvature.linalg.trace`. A trace that has not
+    reached ``relative_error`` within ``max_matvecs`` products comes with a warning. Other arguments as for
     :class:`HessianEigenvalues`.
 
     Args:
         relative_error: relative standard error of the estimate.
+        max_matvecs: largest number of products. From N + 2 on the trace is exact where samples would take more.
 
     Source: Meyer et al. 2021; Chen and Hallman 2022.
 
@@ -176,18 +179,27 @@ class HessianTrace(_OperatorMetric):
         loss_function: LossFunction,
         *,
         relative_error: float = 0.05,
+        max_matvecs: int = 100,
         curvature: Curvature = "hessian",
         keep_graph: KeepGraph = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, loss_function, curvature=curvature, keep_graph=keep_graph, **kwargs)
-        self.relative_error = relative_error
+        self.relative_error, self.max_matvecs = relative_error, max_matvecs
         self.estimate: TraceEstimate | None = None
 
     def compute(self) -> Tensor:
         """Return tr H."""
         with self._operator() as operator:
-            self.estimate = trace(operator, operator.space, relative_error=self.relative_error)
+            self.estimate = found = trace(
+                operator, operator.space, relative_error=self.relative_error, max_matvecs=self.max_matvecs
+            )
+        if not found.converged:
+            warn(
+                f"the trace must be known to {self.relative_error:.2g} of its value, got {found.value:.4g} with a "
+                f"standard error of {found.standard_error:.2g} after {found.matvecs} products: raise max_matvecs, or "
+                "relative_error."
+            )
         return torch.tensor(self.estimate.value, dtype=torch.float64)
 
 

@@ -181,3 +181,19 @@ def test_eigenvalues_scale_with_the_matrix(scale: float, dtype: torch.dtype) -> 
     assert (pairs.values / scale).tolist() == pytest.approx([10.0, -5.0], rel=1e-5)
     assert (pairs.residuals <= 1e-3 * pairs.values.abs()).all()
     assert (pairs.errors / scale > 0.0).all()  # none of them was lost below the least number
+
+
+@pytest.mark.parametrize("dimension", [26, 91, 128])
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_second_is_not_taken_for_the_first_in_few_dimensions(dimension: int, warm: bool) -> None:
+    """As a graph attention network of 91 parameters has them: the second eigenvalue is 4 % below the first."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        diagonal = 0.93 * torch.rand(dimension, generator=g, dtype=torch.float64) ** 4
+        diagonal[0], diagonal[1] = 1.0, 0.96
+        start = [torch.eye(dimension, dtype=torch.float64)[1]] if warm else []
+        space = VectorSpace([diagonal])
+        found = eigenpairs(lambda v, d=diagonal: d * v, space, largest=1, start=start, generator=g)
+        # The square of the residual, 1e-6, over the gap of 0.04.
+        assert float(found.values) == pytest.approx(1.0, abs=3e-5)
+        assert found.converged == (True,)

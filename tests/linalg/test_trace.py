@@ -244,3 +244,30 @@ def test_a_product_that_is_not_finite(bad: float, at: int) -> None:
 def test_bad_arguments(arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         trace(lambda v: 2.0 * v, VectorSpace([torch.zeros(6)]), **arguments)
+
+
+@pytest.mark.parametrize(("dimension", "relative_error"), [(26, 0.05), (26, 0.01), (94, 0.01)])
+def test_exact_where_samples_would_take_more_products_than_are_left(dimension: int, relative_error: float) -> None:
+    """Cubes of normal numbers: a heavy tail of both signs, whose trace is small against its entries."""
+    exact = 0
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        diagonal = torch.randn(dimension, generator=g, dtype=torch.float64) ** 3
+        found = trace(lambda v, d=diagonal: d * v, VectorSpace([diagonal]), relative_error=relative_error, generator=g)
+        assert found.converged
+        assert found.matvecs <= 100
+        expected = float(diagonal.sum())
+        # Rounding: a sum of N entries up to 30, each with a few units of 1e-16 in N steps.
+        rounding = 1e-15 * dimension * float(diagonal.abs().sum())
+        assert abs(found.value - expected) <= 3.0 * found.standard_error + rounding
+        if found.standard_error == 0.0:
+            exact += 1
+            assert (found.deflated, found.matvecs) == (dimension, dimension + found.samples)
+    assert exact
+
+
+def test_not_exact_where_products_do_not_suffice() -> None:
+    g = torch.Generator().manual_seed(0)
+    diagonal = torch.randn(99, generator=g, dtype=torch.float64) ** 3
+    found = trace(lambda v: diagonal * v, VectorSpace([diagonal]), relative_error=0.01, max_matvecs=100)
+    assert (found.converged, found.matvecs) == (False, 100)

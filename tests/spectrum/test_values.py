@@ -41,8 +41,9 @@ def test_spectrum_of_the_hessian() -> None:
             check_eigenvalue(row, key, matrix, place, TOLERANCE)
         check_eigenvalue(row, "lambda_min", matrix, -1, TOLERANCE)
         trace = float(matrix.trace())
-        assert 0.0 < row["hessian_trace_stderr"] <= 0.05 * row["hessian_trace"]  # as asked for by default
-        assert abs(row["hessian_trace"] - trace) <= 3.0 * row["hessian_trace_stderr"]
+        assert 0.0 <= row["hessian_trace_stderr"] <= 0.05 * row["hessian_trace"]  # as asked for by default
+        # Exact where samples would take more products than the rest of the basis: rounding of some hundred operations.
+        assert abs(row["hessian_trace"] - trace) <= 3.0 * row["hessian_trace_stderr"] + 1e-13 * trace
         assert row["lambda_max_threshold"] == 2.0 / 0.3
     # A value of a step before or after would not have passed.
     values = [row["lambda_max"] for row in found.values()]
