@@ -27,8 +27,11 @@ def contract(rank: int, world_size: int) -> dict[str, Any]:
         own = states(metric)
         result = {"value": metric.compute(), "more": case.more(metric), "kept": same(own, states(metric))}
         result["forward"] = [call(metric, update) for update in seen_by(case, rank)[len(share) :]]
-        # Rank 0 alone has seen something.
-        result["alone"] = feed(case.made(), case.updates[: SHARE if rank == 0 else 0]).compute()
+        # Rank 0 alone has seen something, by ``forward``, which waits for nobody.
+        lone = case.made()
+        for update in case.updates[: SHARE if rank == 0 else 0]:
+            call(lone, update)
+        result["alone"] = lone.compute()
         step = case.made()
         step.dist_sync_on_step = True
         result["steps"] = [call(step, update) for update in own_steps(case, rank)]
