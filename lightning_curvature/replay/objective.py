@@ -40,7 +40,7 @@ from lightning_curvature.replay.snapshot import Snapshot
 from lightning_curvature.replay.witness import Witness
 
 _Context = contextlib.AbstractContextManager[Any]
-ObjectiveFunction = Callable[[pl.LightningModule, Any], "Tensor | dict[str, Any]"]
+ObjectiveFunction = Callable[[pl.LightningModule, Any], Tensor | dict[str, Any]]
 
 
 class StepObjective:
