@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("replay",),
     ("operators",),
     GROUND,
+    ("arguments",),
 )
 PUBLIC = ("", ".callbacks", ".metrics", ".functional", ".functional.noise", ".linalg", ".operators")
 HEAVY = ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics")

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from lightning_curvature.monitors.checks import check_choice, check_count, check_fraction, check_names
-from lightning_curvature.monitors.options import ProbeSetOptions
-from lightning_curvature.operators import Curvature, operator_type
+from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
+from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
+from lightning_curvature.operators import Curvature
+from lightning_curvature.operators.exact import CURVATURE
 
 Quantity = Literal[
     "batch_sharpness", "step_sharpness", "modified_batch_sharpness", "ias", "gni", "lambda_gen", "lambda_max_b"
@@ -21,6 +22,7 @@ OWN_PRODUCT, CROSS_PRODUCT = ("batch_sharpness", "modified_batch_sharpness"), ("
 CROSSED, FULL_GRADIENT = (*CROSS_PRODUCT, "lambda_gen"), ("gni", "lambda_gen")
 # Mini-batches are drawn in pairs, in which each gives the curvature along the other's gradient.
 PAIR = 2
+_MOST = "it is the most, min_batches the fewest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,32 +30,22 @@ class BatchSharpnessOptions(ProbeSetOptions):
     """Options of :class:`~lightning_curvature.BatchSharpnessMonitor`, which documents them and their errors."""
 
     quantities: Sequence[Quantity] = ("batch_sharpness",)
-    every_n_train_steps: int | None = 100
-    num_batches: int = 256
-    min_batches: int = 16
-    relative_error: float = 0.05
-    batch_size: int | None = None
-    curvature: Curvature = "hessian"
-    full_hessian: FullHessian = "pairs"
-    batches_at_once: BatchesAtOnce = "auto"
-    probe_samples: int | None = 8192
-    tolerance: float = 1e-2
+    every_n_train_steps: Period = 100
+    num_batches: Annotated[int, whole(1, _MOST, MANY)] = 256
+    # The standard error needs two of the pairs in which batches are drawn.
+    min_batches: Annotated[int, whole(2 * PAIR, "16 make a standard error that can be trusted", MANY)] = 16
+    relative_error: Annotated[float, fraction("0.05 gives values to 5 %")] = 0.05
+    batch_size: Annotated[int, whole(1, "None takes the data of one optimizer step")] | None = None
+    curvature: Annotated[Curvature, CURVATURE] = "hessian"
+    full_hessian: Annotated[FullHessian, Rule("'pairs' is the one for large probe sets")] = "pairs"
+    batches_at_once: Annotated[BatchesAtOnce, whole(1, "'auto' finds what pays")] = "auto"
+    probe_samples: ProbeSamples | None = 8192
+    tolerance: Annotated[float, fraction("1e-2 gives eigenvalues to three digits or so")] = 1e-2
     progress_bar: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("quantities", self.quantities, QUANTITIES)
-        # The standard error needs two of the pairs in which batches are drawn.
-        check_count("min_batches", self.min_batches, 2 * PAIR, "16 make a standard error that can be trusted")
-        check_count("num_batches", self.num_batches, self.min_batches, "it is the most, min_batches the fewest")
-        check_count("batch_size", self.batch_size, 1, "None takes the data of one optimizer step", optional=True)
-        if self.batches_at_once != "auto":
-            check_count("batches_at_once", self.batches_at_once, 1, "'auto' finds what pays")
-        check_fraction("relative_error", self.relative_error, "0.05 gives values to 5 %")
-        check_fraction("tolerance", self.tolerance, "1e-2 gives eigenvalues to three digits or so")
-        operator_type(self.curvature)
-        check_choice("full_hessian", self.full_hessian, ("pairs", "exact"), "'pairs' is the one for large probe sets")
-        self._normalize(quantities=tuple(dict.fromkeys(self.quantities)))
+        check_count("num_batches", self.num_batches, self.min_batches, _MOST)
 
     @property
     def drawn(self) -> tuple[Quantity, ...]:

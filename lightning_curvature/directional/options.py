@@ -1,13 +1,12 @@
 """Options of the directional curvature: which estimators, how far along the step."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from lightning_curvature.functional import LIKELIHOODS
-from lightning_curvature.monitors.checks import check_choice, check_count, check_names
-from lightning_curvature.monitors.options import MonitorOptions
+from lightning_curvature.arguments import MANY, Rule, positive, whole
+from lightning_curvature.functional import Likelihood
+from lightning_curvature.monitors.options import MonitorOptions, Period
 
 Estimator = Literal["kl", "finite_difference", "hvp", "gauss_newton", "critical"]
 
@@ -27,21 +26,9 @@ class DirectionalOptions(MonitorOptions):
     """Options of :class:`~lightning_curvature.DirectionalCurvatureMonitor`, which documents them."""
 
     estimators: Sequence[Estimator] = ("kl", "finite_difference")
-    every_n_train_steps: int | None = 10
-    epsilon: float | Literal["auto"] = "auto"
-    likelihood: Literal["auto", "categorical", "gaussian", "bernoulli"] = "auto"
-    kinks: Literal["frozen", "crossed"] = "frozen"
-    critical_max_forwards: int = 20
+    every_n_train_steps: Period = 10
+    epsilon: Annotated[float | Literal["auto"], positive("1.0 is as far as the step went")] = "auto"
+    likelihood: Annotated[Literal["auto"] | Likelihood, Rule("name the one that is trained")] = "auto"
+    kinks: Annotated[Literal["frozen", "crossed"], Rule("'frozen' measures the curvature at θ_t")] = "frozen"
+    critical_max_forwards: Annotated[int, whole(3, "a bracket alone takes two", MANY)] = 20
     progress_bar: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names("estimators", self.estimators, tuple(KEYS))
-        if self.epsilon != "auto" and not (isinstance(self.epsilon, (int, float)) and 0.0 < self.epsilon < math.inf):
-            raise ValueError(
-                f"epsilon must be positive and finite, or 'auto', got {self.epsilon!r}: 1.0 is as far as the step went."
-            )
-        check_choice("likelihood", self.likelihood, ("auto", *LIKELIHOODS), "name the one that is trained")
-        check_choice("kinks", self.kinks, ("frozen", "crossed"), "'frozen' measures the curvature at θ_t")
-        check_count("critical_max_forwards", self.critical_max_forwards, 3, "a bracket alone takes two")
-        self._normalize(estimators=tuple(dict.fromkeys(self.estimators)))

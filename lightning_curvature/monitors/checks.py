@@ -1,57 +1,10 @@
-"""Checks of arguments and modules of monitors: one sentence with argument or object, rule, value and remedy."""
+"""Checks of modules: one sentence with object, rule, value and remedy."""
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Iterable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-
-
-def check_names(argument: str, names: object, known: Sequence[str]) -> None:
-    """Raise unless ``names`` is a non-empty sequence of known names."""
-    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise ValueError(
-            f"{argument} must be a non-empty sequence of names, got {names!r}: choose from {tuple(known)}."
-        )
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"{argument} must be names from {tuple(known)}, got {unknown[0]!r}: correct or remove it.")
-
-
-def check_choice(argument: str, value: object, known: Sequence[object], remedy: str) -> None:
-    """Raise unless ``value`` is one of the known ones."""
-    # By type as well: 1 and True are equal.
-    if not any(type(value) is type(one) and value == one for one in known):
-        *others, last = map(repr, known)
-        raise ValueError(f"{argument} must be {', '.join(others)} or {last}, got {value!r}: {remedy}.")
-
-
-def check_count(argument: str, value: object, least: int, remedy: str, optional: bool = False) -> None:
-    """Raise unless ``value`` is a whole number of at least ``least``, or None where it is optional."""
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"{argument} must be a whole number of at least {least}{', or None' if optional else ''}, got {value!r}: "
-            f"{remedy}."
-        )
-
-
-def check_fraction(argument: str, value: object, remedy: str) -> None:
-    """Raise unless ``value`` lies between 0 and 1."""
-    if not isinstance(value, float) or not 0.0 < value < 1.0:
-        raise ValueError(f"{argument} must lie between 0 and 1, got {value!r}: {remedy}.")
-
-
-def check_numbers(argument: str, value: object, remedy: str, least: int = 1) -> tuple[int, ...]:
-    """Return one number or several, ascending; raise unless all are whole and at least ``least`` (none only if 0)."""
-    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    # Also those of numpy.
-    numbers = tuple(int(n) if isinstance(n, Integral) and not isinstance(n, bool) else n for n in numbers)
-    for number in numbers or (value,) * least:
-        check_count(argument, str(number) if isinstance(number, bool) else number, least, remedy)
-    return tuple(sorted(set(numbers)))
 
 
 def check_not_quantized(monitor: str, module: nn.Module) -> None:

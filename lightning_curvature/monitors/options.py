@@ -1,15 +1,23 @@
 """Options that monitors share: fields, defaults and rules, stated once for constructors and measurements by hand."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from lightning_curvature.arguments import Rule, check_fields, whole
 from lightning_curvature.losses.fixed import ProbeMode
-from lightning_curvature.monitors.checks import check_choice, check_count, check_numbers
 from lightning_curvature.replay.objective import ObjectiveFunction
 
 OnError = Literal["warn", "raise"]
-ProbePrecision = Literal["32-true"] | None
+ProbePrecision = Annotated[Literal["32-true"] | None, Rule("None computes in the run's precision")]
+Period = Annotated[int, whole(1, "1 measures every optimizer step")]
+ProbeSamples = Annotated[int, whole(1, "None takes all training data")]
+_OBJECTIVE = Rule("give one that returns the loss of (module, batch)")
+_OUTPUTS = Rule("give one such as 'head'", holds=bool, phrase="be a name out of named_modules(), or None")
+_PREFIX = Rule(
+    "use 'curvature'", holds=lambda text: text == text.strip("/") != "", phrase="be a name without slashes at its ends"
+)
+_AT_STEPS = Rule("(0, 100) measures before the first step and before step 100", least=0, empty=True, single=True)
 Options = TypeVar("Options", bound="MonitorOptions")
 
 
@@ -21,16 +29,13 @@ class MonitorOptions:
         ValueError: for a value outside its rule.
     """
 
-    # Whether the monitor may do without periodic measurements.
-    _period_is_optional: ClassVar[bool] = False
-
-    every_n_train_steps: int | None = 1
-    objective: ObjectiveFunction | None = None
-    outputs: str | None = None
-    optimizer_index: int = 0
+    every_n_train_steps: Period | None = 1
+    objective: Annotated[ObjectiveFunction, _OBJECTIVE] | None = None
+    outputs: Annotated[str, _OUTPUTS] | None = None
+    optimizer_index: Annotated[int, whole(0, "0 is the first optimizer")] = 0
     probe_precision: ProbePrecision = None
-    prefix: str = "curvature"
-    on_error: OnError = "warn"
+    prefix: Annotated[str, _PREFIX] = "curvature"
+    on_error: Annotated[OnError, Rule("'warn' lets training go on")] = "warn"
 
     @classmethod
     def of(cls: type[Options], arguments: Mapping[str, Any]) -> Options:
@@ -38,18 +43,7 @@ class MonitorOptions:
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def __post_init__(self) -> None:
-        optional = self._period_is_optional
-        check_count("every_n_train_steps", self.every_n_train_steps, 1, "1 measures every optimizer step", optional)
-        check_choice("on_error", self.on_error, ("warn", "raise"), "'warn' lets training go on")
-        if not isinstance(self.optimizer_index, int) or self.optimizer_index < 0:
-            raise ValueError(
-                f"optimizer_index must not be negative, got {self.optimizer_index!r}: 0 is the first optimizer."
-            )
-        if not self.prefix or self.prefix != self.prefix.strip("/"):
-            raise ValueError(
-                f"prefix must be a name without slashes at its ends, got {self.prefix!r}: use 'curvature'."
-            )
-        check_choice("probe_precision", self.probe_precision, ("32-true", None), "None computes in the run's precision")
+        check_fields(self)
 
     def _normalize(self, **values: Any) -> None:
         """Replace fields of this frozen instance by their normal forms, while it is made."""
@@ -61,20 +55,12 @@ class MonitorOptions:
 class ProbeSetOptions(MonitorOptions):
     """Options of the monitors that measure on a probe set."""
 
-    probe_samples: int | None = None
+    probe_samples: ProbeSamples | None = None
     probe_dataloader: Any = None
-    micro_batch_size: int | None = None
-    probe_mode: ProbeMode = "train"
+    micro_batch_size: Annotated[int, whole(1, "None takes the batch size of the loader")] | None = None
+    probe_mode: Annotated[ProbeMode, Rule("'train' leaves the module as it trains")] = "train"
     probe_precision: ProbePrecision = "32-true"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("probe_samples", self.probe_samples, 1, "None takes all training data", optional=True)
-        check_count(
-            "micro_batch_size", self.micro_batch_size, 1, "None takes the batch size of the loader", optional=True
-        )
-        check_choice("probe_mode", self.probe_mode, ("train", "eval"), "'train' leaves the module as it trains")
+    seed: Annotated[int, whole(0, "0 is as good as any")] = 0
 
     def keys(self) -> list[str]:
         """Return the keys of all values."""
@@ -85,14 +71,16 @@ class ProbeSetOptions(MonitorOptions):
 class OccasionalOptions(ProbeSetOptions):
     """Options of the monitors that measure when fit ends, before named steps, every n steps, or by hand."""
 
-    _period_is_optional = True
-
-    every_n_train_steps: int | None = None
+    every_n_train_steps: Period | None = None
     at_end: bool = True
-    at_steps: Sequence[int] = ()
-    probe_mode: ProbeMode = "eval"
+    at_steps: Annotated[Sequence[int], _AT_STEPS] = ()
+    probe_mode: Annotated[ProbeMode, Rule("'eval' leaves out dropout")] = "eval"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        remedy = "(0, 100) measures before the first step and before step 100"
-        self._normalize(at_steps=check_numbers("at_steps", self.at_steps, remedy, least=0))
+        self._normalize(at_steps=ascending(self.at_steps))
+
+
+def ascending(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Return numbers as a tuple, each once."""
+    return tuple(sorted(set(numbers)))

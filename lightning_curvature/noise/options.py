@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from torch import Tensor
 
+from lightning_curvature.arguments import MANY, Rule, whole
 from lightning_curvature.functional.noise import CHAIN
-from lightning_curvature.monitors.checks import check_count, check_names
-from lightning_curvature.monitors.options import OccasionalOptions
+from lightning_curvature.monitors.options import OccasionalOptions, ProbeSamples
 
 Quantity = Literal[
     "noise_gamma",
@@ -22,6 +22,7 @@ Quantity = Literal[
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 # Returns inputs (n, …) and class labels (n,) of a batch.
 Pairing = Callable[[Any], tuple[Tensor, Tensor]]
+_PARAMETER = Rule("give one such as 'fc2.weight'", holds=bool, phrase="be a name out of named_parameters()")
 
 KEYS: dict[str, tuple[str, ...]] = {
     "noise_gamma": ("noise_gamma", "noise_gamma_stderr"),
@@ -47,34 +48,19 @@ class NoiseOptions(OccasionalOptions):
         ValueError: for a value outside its rule.
     """
 
-    parameter: str
+    parameter: Annotated[str, _PARAMETER]
     quantities: Sequence[Quantity] = QUANTITIES[:-1]
-    top: int | None = None
-    batch_size: int | None = None
-    haar_draws: int = 4
+    top: Annotated[int, whole(3, "None takes 40 % of the directions")] | None = None
+    batch_size: Annotated[int, whole(1, "None takes the samples of an optimizer step")] | None = None
+    haar_draws: Annotated[int, whole(1, "4 are enough where there are some hundred directions", MANY)] = 4
     pictures: bool = True
-    pairing: Pairing | None = None
-    probe_samples: int | None = 4096
+    pairing: Annotated[Pairing, Rule("give one that returns inputs and labels of a batch")] | None = None
+    probe_samples: ProbeSamples | None = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.parameter, str) or not self.parameter:
-            raise ValueError(
-                f"parameter must be a name out of named_parameters(), got {self.parameter!r}: give one such as "
-                "'fc2.weight'."
-            )
-        check_names("quantities", self.quantities, QUANTITIES)
-        check_count("top", self.top, 3, "None takes 40 % of the directions", optional=True)
-        check_count("batch_size", self.batch_size, 1, "None takes the samples of an optimizer step", optional=True)
-        check_count("haar_draws", self.haar_draws, 1, "4 are enough where there are some hundred directions")
-        if self.pairing is not None and not callable(self.pairing):
-            raise ValueError(
-                f"pairing must be a callable, got a {type(self.pairing).__name__}: give one that returns inputs and "
-                "labels of a batch."
-            )
         # Names of parameters are those of modules that are not compiled.
-        parameter, quantities = self.parameter.replace("_orig_mod.", ""), tuple(dict.fromkeys(self.quantities))
-        self._normalize(parameter=parameter, quantities=quantities)
+        self._normalize(parameter=self.parameter.replace("_orig_mod.", ""))
 
     @property
     def pairs(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked
 from lightning_curvature.functional.products import check_differentiable, differentiable_gradients
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import CurvatureOperator
@@ -13,6 +14,7 @@ from lightning_curvature.operators.graphs import Graphs, KeepGraph, products_wit
 from lightning_curvature.operators.micro_batches import MicroBatch, building_graphs
 
 Curvature = Literal["hessian", "gauss_newton"]
+CURVATURE = Rule("'hessian' is the whole")
 
 
 class _GraphOperator(CurvatureOperator):
@@ -191,14 +193,11 @@ class GaussNewtonOperator(_GraphOperator):
             return pull_back([graph.outputs], self.parameters, [curved], retain=keep)
 
 
-def operator_type(curvature: str) -> type[HessianOperator] | type[GaussNewtonOperator]:
+@checked(curvature=CURVATURE)
+def operator_type(curvature: Curvature) -> type[HessianOperator] | type[GaussNewtonOperator]:
     """Return the class of operators of a kind of curvature, by name.
 
     Raises:
         ValueError: for an unknown one.
     """
-    if curvature not in ("hessian", "gauss_newton"):
-        raise ValueError(
-            f"curvature must be one of ('hessian', 'gauss_newton'), got {curvature!r}: 'hessian' is the whole."
-        )
     return HessianOperator if curvature == "hessian" else GaussNewtonOperator

@@ -20,12 +20,6 @@ _SHARE = 0.5
 _BATCH_SHARE = 0.05
 
 
-def check_keep_graph(keep: object) -> None:
-    """Raise unless ``keep`` is True, False or "auto"."""
-    if keep not in (True, False, "auto"):
-        raise ValueError(f"keep_graph must be True, False or 'auto', got {keep!r}: 'auto' keeps what fits.")
-
-
 class Graphs(Generic[Graph]):
     """Graphs by index, each built when it is first used.
 
@@ -35,7 +29,6 @@ class Graphs(Generic[Graph]):
     """
 
     def __init__(self, count: int, keep: KeepGraph, parameters: Sequence[Tensor], processes: int = 1) -> None:
-        check_keep_graph(keep)
         self._parameters, self._processes = parameters, processes
         self._kept: dict[int, Graph] = {}
         self._versions: list[int] = []

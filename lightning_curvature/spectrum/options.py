@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from lightning_curvature.monitors.checks import check_choice, check_count, check_fraction, check_names
-from lightning_curvature.monitors.options import ProbeSetOptions
-from lightning_curvature.operators.graphs import KeepGraph, check_keep_graph
+from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
+from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
+from lightning_curvature.operators.graphs import KeepGraph
 
 Quantity = Literal[
     "lambda_max",
@@ -28,6 +28,7 @@ _OPERATORS: dict[str, str] = {
 }
 # Operators that exist by exact products only.
 EXACT_ONLY = ("gauss_newton", "second_moment")
+_PRODUCTS = "a search for one eigenvalue takes about ten"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +36,22 @@ class SpectrumOptions(ProbeSetOptions):
     """Options of :class:`~lightning_curvature.HessianSpectrumMonitor`, which documents them."""
 
     quantities: Sequence[Quantity] = ("lambda_max",)
-    k: int = 1
-    every_n_train_steps: int | None = 200
-    probe_samples: int | None = 2048
-    tolerance: float = 1e-3
-    max_products: int = 100
-    trace_error: float = 0.05
-    density_starts: int = 2
-    density_steps: int = 40
-    products: Products = "auto"
-    keep_graph: KeepGraph = "auto"
+    k: Annotated[int, whole(1, "1 is the largest eigenvalue alone", MANY)] = 1
+    every_n_train_steps: Period = 200
+    probe_samples: ProbeSamples | None = 2048
+    tolerance: Annotated[float, fraction("1e-3 gives eigenvalues to five digits or so")] = 1e-3
+    max_products: Annotated[int, whole(20, _PRODUCTS, MANY)] = 100
+    trace_error: Annotated[float, fraction("0.05 gives the trace to 5 %")] = 0.05
+    density_starts: Annotated[int, whole(1, "2 tell the error", MANY)] = 2
+    density_steps: Annotated[int, whole(2, "40 make a good picture", MANY)] = 40
+    products: Annotated[Products, Rule("'auto' is exact where it can be")] = "auto"
+    keep_graph: Annotated[KeepGraph, Rule("'auto' keeps what fits")] = "auto"
     save_eigenvectors: bool = True
     progress_bar: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("quantities", self.quantities, QUANTITIES)
-        check_count("k", self.k, 1, "1 is the largest eigenvalue alone")
-        least, remedy = max(20, self.k + 1), "a search for one eigenvalue takes about ten"
-        check_count("max_products", self.max_products, least, remedy)
-        check_count("density_starts", self.density_starts, 1, "2 tell the error")
-        check_count("density_steps", self.density_steps, 2, "40 make a good picture")
-        check_fraction("tolerance", self.tolerance, "1e-3 gives eigenvalues to five digits or so")
-        check_fraction("trace_error", self.trace_error, "0.05 gives the trace to 5 %")
-        check_choice("products", self.products, ("auto", "exact", "difference"), "'auto' is exact where it can be")
-        check_keep_graph(self.keep_graph)
-        self._normalize(quantities=tuple(dict.fromkeys(self.quantities)))
+        check_count("max_products", self.max_products, self.k + 1, _PRODUCTS)
 
     @property
     def operators(self) -> dict[str, list[str]]:

@@ -1,16 +1,14 @@
 """Options of the stabilization monitor: which criteria, by which estimators, on how many samples."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_curvature.monitors.checks import check_count, check_fraction, check_names, check_numbers
-from lightning_curvature.monitors.options import OccasionalOptions
+from lightning_curvature.arguments import MANY, Rule, check_count, fraction, positive, whole
+from lightning_curvature.monitors.options import OccasionalOptions, ascending
 
 Law = Literal["top", "bottom", "random", "gradients"]
 Quantity = Literal["delta_1", "delta_2", "delta_2_subspace"]
@@ -19,6 +17,7 @@ LAWS: tuple[Law, ...] = get_args(Law)
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 Directions = Callable[[pl.LightningModule], Tensor]
+_PRODUCTS = "None allows 20 for each direction"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,41 +29,30 @@ class StabilizationOptions(OccasionalOptions):
         sigmas: ``sigma`` as a tuple.
     """
 
-    sample_sizes: Sequence[int] = (4, 8, 16, 32, 64)
-    subspace_dim: int | Sequence[int] = 8
-    sigma: float | Sequence[float] = 1e-3
+    sample_sizes: Annotated[Sequence[int], Rule("(8, 64) measures at both", least=1, single=True)] = (4, 8, 16, 32, 64)
+    subspace_dim: Annotated[int | Sequence[int], whole(1, "16 holds what matters of many networks", MANY)] = 8
+    sigma: Annotated[float | Sequence[float], positive("1e-3 is a usual width in units of the parameters")] = 1e-3
     quantities: Sequence[Quantity] = QUANTITIES
     estimators: Sequence[Estimator] = ("gaussian_moment",)
-    candidates: int = 8
-    draws: int = 64
-    trace_vectors: int = 16
-    validation_draws: int = 8
-    model_tolerance: float = 0.1
-    order: float = 2.0
-    law: Law = "top"
-    directions: Directions | None = None
-    tolerance: float = 1e-3
-    max_products: int | None = None
+    candidates: Annotated[int, whole(1, "8 show how much samples differ", MANY)] = 8
+    draws: Annotated[int, whole(2, "64 make a standard error that can be trusted", MANY)] = 64
+    trace_vectors: Annotated[int, whole(3, "16 give the traces to a few per cent", MANY)] = 16
+    validation_draws: Annotated[int, whole(0, "0 leaves the model unchecked", MANY)] = 8
+    model_tolerance: Annotated[float, fraction("0.1 accepts a model that is right to 10 %")] = 0.1
+    order: Annotated[float, positive("2 is the mean square")] = 2.0
+    law: Annotated[Law, Rule("'top' takes the sharpest directions")] = "top"
+    directions: Annotated[Directions, Rule("give one that returns (D, N) vectors for a module")] | None = None
+    tolerance: Annotated[float, fraction("1e-3 gives eigenvectors to three digits")] = 1e-3
+    max_products: Annotated[int, whole(1, _PRODUCTS, MANY)] | None = None
     subspace_dims: tuple[int, ...] = field(init=False)
     sigmas: tuple[float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("quantities", self.quantities, QUANTITIES)
-        check_names("estimators", self.estimators, ESTIMATORS)
-        check_names("law", [self.law], LAWS)
-        sizes = check_numbers("sample_sizes", self.sample_sizes, "(8, 64) measures at both")
-        dims = check_numbers("subspace_dim", self.subspace_dim, "16 holds what matters of many networks")
-        check_count("candidates", self.candidates, 1, "8 show how much samples differ")
-        check_count("draws", self.draws, 2, "64 make a standard error that can be trusted")
-        check_count("trace_vectors", self.trace_vectors, 3, "16 give the traces to a few per cent")
-        check_count("validation_draws", self.validation_draws, 0, "0 leaves the model unchecked")
-        remedy = "None allows 20 for each direction"
-        check_count("max_products", self.max_products, dims[-1] + 1, remedy, optional=True)
-        check_fraction("tolerance", self.tolerance, "1e-3 gives eigenvectors to three digits")
-        check_fraction("model_tolerance", self.model_tolerance, "0.1 accepts a model that is right to 10 %")
-        if not isinstance(self.order, (int, float)) or not 0.0 < self.order < math.inf:
-            raise ValueError(f"order must be positive, got {self.order!r}: 2 is the mean square.")
+        dims = self.subspace_dim if isinstance(self.subspace_dim, Sequence) else (self.subspace_dim,)
+        sizes, dims = ascending(self.sample_sizes), ascending(dims)
+        if self.max_products is not None:
+            check_count("max_products", self.max_products, dims[-1] + 1, _PRODUCTS, optional=True)
         if self.order != 2.0 and "gaussian_moment" in self.estimators:
             raise ValueError(
                 f"estimators must not hold 'gaussian_moment' where order is not 2, got {self.order!r}, for which "
@@ -75,18 +63,12 @@ class StabilizationOptions(OccasionalOptions):
                 f"sample_sizes must not be below subspace_dim where law is 'gradients', got {sizes[0]} for {dims[-1]} "
                 "directions, each the gradient of a sample: raise sample_sizes or lower subspace_dim."
             )
-        if self.directions is not None and not callable(self.directions):
-            raise ValueError(
-                f"directions must be a callable, got a {type(self.directions).__name__}: give one that returns (D, N) "
-                "vectors for a module."
-            )
+        sigmas = self.sigma if isinstance(self.sigma, Sequence) else (self.sigma,)
         self._normalize(
             sample_sizes=sizes,
             order=float(self.order),
-            quantities=tuple(dict.fromkeys(self.quantities)),
-            estimators=tuple(dict.fromkeys(self.estimators)),
             subspace_dims=dims[::-1],
-            sigmas=_positive(self.sigma),
+            sigmas=tuple(dict.fromkeys(map(float, sigmas))),
         )
 
     @property
@@ -124,14 +106,3 @@ class StabilizationOptions(OccasionalOptions):
         """Return the keys of all values."""
         names = [self.name(quantity) for quantity in self.quantities]
         return [*names, *(f"{name}_stderr" for name in names), *self.validity_keys()]
-
-
-def _positive(sigma: float | Sequence[float]) -> tuple[float, ...]:
-    """Return one width or several as a tuple; raise unless all are positive numbers."""
-    sigmas = tuple(sigma) if isinstance(sigma, Iterable) and not isinstance(sigma, str) else (sigma,)
-    if not sigmas or not all(isinstance(s, Real) and not isinstance(s, bool) and 0.0 < s < math.inf for s in sigmas):
-        raise ValueError(
-            f"sigma must be positive, got {sigma!r}: 1e-3 is a usual width in units of the parameters, a number and no "
-            "text."
-        )
-    return tuple(dict.fromkeys(map(float, sigmas)))

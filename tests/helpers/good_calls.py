@@ -70,7 +70,7 @@ def parts() -> dict[str, Any]:
     model = net()
     return {
         "parts": operators.micro_batches(model, F.cross_entropy, [batch()]),
-        "parameters": [p for p in model.parameters()],
+        "parameters": list(model.parameters()),
     }
 
 
@@ -514,13 +514,19 @@ _OPTIONS: dict[str, frozenset[str]] = {
     "seed": frozenset({"zero"}),
     "optimizer_index": frozenset({"zero"}),
     "validation_draws": frozenset({"zero"}),
-    "at_steps": frozenset({"empty", "a zero item"}),
+    "at_steps": frozenset({"empty", "a zero item", "a number"}),
+    "sample_sizes": frozenset({"a number"}),
     "order": POSITIVE,
     "epsilon": POSITIVE,
     "sigma": POSITIVE,
 }
 _REQUIRED = {lc.NoiseCovarianceMonitor: {"parameter": "0.weight"}}
-_COUNTS = {lc.BatchSharpnessMonitor: {"batches_at_once": 2}, lc.DirectionalCurvatureMonitor: {"epsilon": 1.0}}
+# There is no closed form of other orders than 2.
+_COUNTS = {
+    lc.BatchSharpnessMonitor: {"batches_at_once": 2},
+    lc.DirectionalCurvatureMonitor: {"epsilon": 1.0},
+    lc.StabilizationMonitor: {"estimators": ("direct",)},
+}
 
 
 def defaults(kind: type) -> dict[str, Any]:

@@ -45,18 +45,18 @@ def wrong_values(hint: Any, good: Any) -> Iterator[Wrong]:
     tensor, whole = Tensor in kinds, int in kinds and float not in kinds
     sequences = [kind for kind in kinds if typing.get_origin(kind) is collections.abc.Sequence]
     if names:
-        yield from (Wrong("a misspelt name", f"{n[:-1]}x") for n in names if isinstance(n, str))
+        yield from (Wrong("a misspelt name", n[0] + n) for n in names if isinstance(n, str))
         yield from (Wrong("an empty name", ""), Wrong("an unhashable name", ["x"]), Wrong("a set", {"x"}))
         yield from () if numeric else [Wrong("a number", 7)]
     if numeric:
         yield from (Wrong("text", "2"), Wrong("True", True), Wrong("complex", 1j), Wrong("a set", {1}))
         yield from (Wrong("NaN", math.nan), Wrong("infinity", math.inf), Wrong("negative", -1), Wrong("zero", 0))
         yield Wrong("NumPy bool", np.bool_(True))
-        yield Wrong("an array", np.ones(3))
         yield Wrong("huge", HUGE)
         yield from [Wrong("a fraction", 1.5)] if whole else [Wrong("minus infinity", -math.inf)]
-        yield from () if sequences else [Wrong("a list", [1])]
-        yield from () if tensor else [Wrong("a vector", torch.ones(3)), Wrong("a complex number", torch.tensor(1j))]
+        yield from () if sequences else [Wrong("a list", [1]), Wrong("an array", np.ones(3))]
+        yield from () if tensor else [Wrong("a complex number", torch.tensor(1j))]
+        yield from () if tensor or sequences else [Wrong("a vector", torch.ones(3))]
     if tensor:
         yield from wrong_tensors(good, scalar=bool(numeric))
     if bool in kinds:
@@ -103,13 +103,17 @@ def wrong_sequences(item: Any, numeric: bool) -> Iterator[Wrong]:
     yield Wrong("a list of objects", [object()])
     yield Wrong("an unhashable item", [["x"]])
     if int in kinds or float in kinds:
-        yield from (Wrong("a list of text", ["2"]), Wrong("a list of bools", [True]), Wrong("a list of NaN", [math.nan]))
+        yield from (
+            Wrong("a list of text", ["2"]),
+            Wrong("a list of bools", [True]),
+            Wrong("a list of NaN", [math.nan]),
+        )
         yield from (Wrong("a negative item", [-1]), Wrong("a list of infinity", [math.inf]), Wrong("a zero item", [0]))
     if int in kinds:
         yield from (Wrong("a fraction item", [1.5]), Wrong("a huge item", [HUGE]))
     if any(typing.get_origin(kind) is typing.Literal for kind in kinds):
         known = [name for kind in kinds for name in typing.get_args(kind)]
-        yield from (Wrong("a misspelt item", [f"{known[0][:-1]}x"]), Wrong("an empty item", [""]))
+        yield from (Wrong("a misspelt item", [known[0][0] + known[0]]), Wrong("an empty item", [""]))
         yield Wrong("a misspelt item more", [*known, f"{known[-1]}s"])
     if Tensor in kinds:
         yield Wrong("a list of complex", [torch.ones(2, dtype=torch.complex64)])

@@ -34,7 +34,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"kinks": "smooth"}, r"kinks must be 'frozen' or 'crossed', got 'smooth': 'frozen' measures the curvature at θ_t"),
     ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64': None computes in the run's"),
     *(({"prefix": value}, f"{PREFIX} {value!r}: use 'curvature'") for value in ("", "train/")),
-    ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1: 0 is the first optimizer"),
+    (
+        {"optimizer_index": -1},
+        r"optimizer_index must be a whole number of at least 0, got -1: 0 is the first optimizer",
+    ),
     (
         {"critical_max_forwards": 2},
         r"critical_max_forwards must be a whole number of at least 3, got 2: a bracket alone takes two",

@@ -32,11 +32,17 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"quantities": "noise_gamma"}, r"quantities must be a non-empty sequence of names, got 'noise_gamma': choose fr"),
     ({"quantities": ()}, r"quantities must be a non-empty sequence of names, got \(\): choose from \('noise_gamma'"),
-    ({"quantities": ["gamma"]}, r"quantities must be names from .*'noise_awd_chain'\), got 'gamma': correct or remove"),
+    (
+        {"quantities": ["gamma"]},
+        r"quantities must be names from .*'noise_awd_chain'\), got 'gamma' \(did you mean 'noise_gamma'\?\): cor",
+    ),
     ({"top": 2}, rf"top {WHOLE} 3, or None, got 2: None takes 40 % of the directions"),
     ({"batch_size": 0}, rf"batch_size {WHOLE} 1, or None, got 0: None takes the samples of an optimizer step"),
     ({"haar_draws": 0}, rf"haar_draws {WHOLE} 1, got 0: 4 are enough where there are some hundred"),
-    ({"pairing": "labels"}, r"pairing must be a callable, got a str: give one that returns inputs and labels of a ba"),
+    (
+        {"pairing": "labels"},
+        r"pairing must be a callable, or None, got a str: give one that returns inputs and labels of a ba",
+    ),
     ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
     ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, or None, got 0: 1 measures every optimizer step"),
     ({"probe_samples": 0}, rf"probe_samples {WHOLE} 1, or None, got 0: None takes all training data"),
@@ -45,7 +51,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64'"),
     ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore'"),
     ({"prefix": "/"}, r"prefix must be a name without slashes at its ends, got '/'"),
-    ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1"),
+    ({"optimizer_index": -1}, r"optimizer_index must be a whole number of at least 0, got -1"),
 ]
 
 

@@ -48,7 +48,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, got 0: 1 measures every optimizer step"),
     ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore': 'warn' lets training go on"),
     ({"prefix": "train/"}, r"prefix must be a name without slashes at its ends, got 'train/': use 'curvature'"),
-    ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1: 0 is the first optimizer"),
+    (
+        {"optimizer_index": -1},
+        r"optimizer_index must be a whole number of at least 0, got -1: 0 is the first optimizer",
+    ),
 ]
 EXACT = "must not need exact products where parameters are sharded or products='difference', got"
 KNOWN = "must not hold 'preconditioned_lambda_max' where the preconditioner is not known, got"

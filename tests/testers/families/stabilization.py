@@ -27,23 +27,35 @@ WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"quantities": "delta_1"}, r"quantities must be a non-empty sequence of names, got 'delta_1': choose from"),
     ({"quantities": ()}, r"quantities must be a non-empty sequence of names, got \(\): choose from \('delta_1'"),
-    ({"quantities": ["delta_3"]}, r"quantities must be names from .*'delta_2_subspace'\), got 'delta_3': correct or"),
+    (
+        {"quantities": ["delta_3"]},
+        r"quantities must be names from .*'delta_2_subspace'\), got 'delta_3' \(did you mean 'delta_2'\?\): correct or",
+    ),
     ({"estimators": ["gm"]}, r"estimators must be names from \('gaussian_moment', .*, got 'gm': correct or remove it"),
-    ({"law": "isotropic"}, r"law must be names from \('top', 'bottom', .*, got 'isotropic': correct or remove it"),
+    (
+        {"law": "isotropic"},
+        r"law must be 'top', 'bottom', 'random' or 'gradients', got 'isotropic': 'top' takes the sharpest",
+    ),
     ({"sample_sizes": ()}, rf"sample_sizes {WHOLE} 1, got \(\): \(8, 64\) measures at both"),
     ({"sample_sizes": (4, 0)}, rf"sample_sizes {WHOLE} 1, got 0"),
     ({"sample_sizes": (4, 2.5)}, rf"sample_sizes {WHOLE} 1, got 2\.5"),
     ({"sample_sizes": "48"}, rf"sample_sizes {WHOLE} 1, got '48'"),
-    ({"sample_sizes": True}, rf"sample_sizes {WHOLE} 1, got 'True'"),
+    ({"sample_sizes": True}, rf"sample_sizes {WHOLE} 1, got True"),
     ({"subspace_dim": 0}, rf"subspace_dim {WHOLE} 1, got 0: 16 holds what matters of many networks"),
     ({"subspace_dim": [4, -1]}, rf"subspace_dim {WHOLE} 1, got -1"),
     ({"subspace_dim": (2, 1.5)}, rf"subspace_dim {WHOLE} 1, got 1.5: 16 holds what"),
     *(
-        ({"sigma": value}, r"sigma must be positive, got .*: 1e-3 is a usual width in units of the parameters")
+        (
+            {"sigma": value},
+            r"sigma must be positive and finite, got .*: 1e-3 is a usual width in units of the parameters",
+        )
         for value in (0.0, -1e-3, math.inf, math.nan, (), (1e-3, 0.0), None)
     ),
-    ({"sigma": "1e-3"}, r"sigma must be positive, got '1e-3': 1e-3 is a usual width in units .*, a number and no text"),
-    ({"sigma": True}, r"sigma must be positive, got True"),
+    (
+        {"sigma": "1e-3"},
+        r"sigma must be positive and finite, got '1e-3': 1e-3 is a usual width in units of the parameters",
+    ),
+    ({"sigma": True}, r"sigma must be positive and finite, got True"),
     ({"candidates": 0}, rf"candidates {WHOLE} 1, got 0: 8 show how much samples differ"),
     ({"draws": 1}, rf"draws {WHOLE} 2, got 1: 64 make a standard error that can be trusted"),
     ({"trace_vectors": 2}, rf"trace_vectors {WHOLE} 3, got 2: 16 give the traces to a few per cent"),
@@ -58,7 +70,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         r"model_tolerance must lie between 0 and 1, got 1\.0: 0\.1 accepts a model that is right",
     ),
     *(
-        ({"order": value, "estimators": ["direct"]}, r"order must be positive, got .*: 2 is the mean square")
+        ({"order": value, "estimators": ["direct"]}, r"order must be positive and finite, got .*: 2 is the mean square")
         for value in (0.0, -2, math.inf, math.nan, "2")
     ),
     (
@@ -70,7 +82,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         {"law": "gradients", "sample_sizes": (64, 4), "subspace_dim": 8},
         r"sample_sizes must not be below subspace_dim where law is 'gradients', got 4 for 8 directions, each the gradi",
     ),
-    ({"directions": torch.eye(3)}, r"directions must be a callable, got a Tensor: give one that returns \(D, N\) vect"),
+    (
+        {"directions": torch.eye(3)},
+        r"directions must be a callable, or None, got a Tensor: give one that returns \(D, N\) vect",
+    ),
     ({"at_steps": (3, -1)}, rf"at_steps {WHOLE} 0, got -1: \(0, 100\) measures before the first step and before step"),
     ({"at_steps": "end"}, rf"at_steps {WHOLE} 0, got 'end'"),
     ({"every_n_train_steps": 0}, rf"every_n_train_steps {WHOLE} 1, or None, got 0: 1 measures every optimizer step"),
@@ -79,7 +94,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"probe_precision": "64"}, r"probe_precision must be '32-true' or None, got '64'"),
     ({"on_error": "ignore"}, r"on_error must be 'warn' or 'raise', got 'ignore'"),
     ({"prefix": "/"}, r"prefix must be a name without slashes at its ends, got '/'"),
-    ({"optimizer_index": -1}, r"optimizer_index must not be negative, got -1"),
+    ({"optimizer_index": -1}, r"optimizer_index must be a whole number of at least 0, got -1"),
 ]
 
 

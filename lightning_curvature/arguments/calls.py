@@ -1,0 +1,57 @@
+"""Checks of all arguments of a call, and of all fields of a dataclass."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from lightning_curvature.arguments.check import Check
+from lightning_curvature.arguments.rules import Rule
+from lightning_curvature.arguments.shapes import Scope
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(**rules: Rule) -> Callable[[Function], Function]:
+    """Return a decorator that checks the arguments of a function: all by their annotations, some also by rules."""
+
+    def decorate(function: Function) -> Function:
+        hints, parameters = typing.get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+        named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        checks = {name: Check(hints.get(name, Any), rules.get(name)) for name in named}
+        in_order = list(checks.items())
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            scope: Scope = {}
+
+            def plain(name: str, value: Any) -> Any:
+                # A default is no mistake.
+                return value if value is named[name].default else checks[name](name, value, scope)
+
+            given = [plain(name, value) for value, (name, _) in zip(args, in_order, strict=False)]
+            by_name = {name: plain(name, value) if name in checks else value for name, value in kwargs.items()}
+            return function(*given, *args[len(given) :], **by_name)
+
+        return typing.cast(Function, call)
+
+    return decorate
+
+
+def check_fields(instance: Any, **rules: Rule) -> None:
+    """Check the fields of a dataclass, which may be frozen, and give them their plain forms; while it is made."""
+    scope: Scope = {}
+    for name, check in _checks_of(typing.cast(Hashable, type(instance)), **rules).items():
+        object.__setattr__(instance, name, check(name, getattr(instance, name), scope))
+
+
+@functools.cache
+def _checks_of(kind: Hashable, **rules: Rule) -> Mapping[str, Check]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        field.name: Check(hints[field.name], rules.get(field.name))
+        for field in fields(typing.cast(Any, kind))
+        if field.init
+    }
