@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields
@@ -18,8 +19,12 @@ def checked(**rules: Rule) -> Callable[[Function], Function]:
     """Return a decorator that checks the arguments of a function: all by their annotations, some also by rules."""
 
     def decorate(function: Function) -> Function:
-        hints, parameters = typing.get_type_hints(function, include_extras=True), inspect.signature(function).parameters
-        named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        parameters = inspect.signature(function).parameters.items()
+        named = {name: p for name, p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        # Without that of the result, which may be a class that is not there yet.
+        annotations = {name: p.annotation for name, p in named.items() if p.annotation is not p.empty}
+        arguments = types.SimpleNamespace(__annotations__=annotations)
+        hints = typing.get_type_hints(arguments, vars(inspect.getmodule(function)), include_extras=True)
         checks = {name: Check(hints.get(name, Any), rules.get(name)) for name in named}
         in_order = list(checks.items())
 

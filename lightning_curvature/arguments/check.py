@@ -38,8 +38,8 @@ class Check:
         self.number, self.whole = float in kinds, int in kinds and float not in kinds
         self.tensor, self.device = Tensor in kinds, torch.device in kinds
         self.text = str in kinds and not self.device
-        # A number that may also be a tensor is a measured one.
-        rule = rule or next(iter(rules), MEASURED if self.tensor and self.number else Rule())
+        # A number without a rule is a measured one.
+        rule = rule or next(iter(rules), MEASURED if self.number else Rule())
         self.rule = replace(rule, most=LARGEST) if self.whole and rule.most is None else rule
         self.choices: list[Any] = [True, False] * (bool in kinds)
         self.item: Check | None = None
@@ -72,7 +72,7 @@ class Check:
             if not self.rule.allows(plain):
                 raise self._error(name, value)
             if scope is not None:
-                scope[name] = plain
+                scope[name] = (plain, name)
             return plain
         if self.rule.single and not _is_series(value):
             value = (value,)
@@ -94,7 +94,7 @@ class Check:
         if value.is_complex() or (value.dtype == torch.bool and not self.rule.bools):
             raise self._error(name, value)
         shape, known = self.rule.shape, dict(scope)
-        if shape and not fits(shape, tuple(value.shape), scope):
+        if shape and not fits(name, shape, tuple(value.shape), scope):
             remedy = self.rule.remedy or "see the shapes in the documentation"
             raise sentence(name, f"be {in_words(shape, known)}", tuple(value.shape), remedy)
         return value
@@ -119,7 +119,7 @@ class Check:
             too_large = rule.most is not None and (number(value, whole=True) or 0) > rule.most
             least = "" if rule.least is None else f" of at least {rule.least:g}"
             return f"be a whole number{f' of at most {rule.most}' if too_large else least}", "give a whole number"
-        if self.tensor:
+        if self.tensor and (not self.number or number(value) is None):
             remedy = "make one of integers or floating-point numbers, by torch.as_tensor"
             return f"be a {'number or a ' * self.number}real tensor", remedy
         if self.number:

@@ -40,10 +40,11 @@ class Rule:
     shape: str = ""
 
     def allows(self, value: float) -> bool:
-        """Return whether a number is within the limits."""
+        """Return whether a number is within the limits; NaN is where any number may be infinite."""
+        if not math.isfinite(value) and (self.finite or math.isnan(value)):
+            return not self.finite
         return (
-            (not self.finite or math.isfinite(value))
-            and (self.least is None or value >= self.least)
+            (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
             and (self.below is None or value < self.below)

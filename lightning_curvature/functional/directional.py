@@ -9,9 +9,21 @@ Sources are cited by name: see docs/references.md.
 import torch
 from torch import Tensor
 
-from lightning_curvature.functional.likelihoods import Likelihood, kl_divergence, output_quadratic_form
+from lightning_curvature.arguments import checked, not_negative, positive
+from lightning_curvature.functional.likelihoods import (
+    LIKELIHOOD,
+    OUTPUTS,
+    WEIGHTS,
+    Likelihood,
+    kl_divergence,
+    output_quadratic_form,
+)
 
 Scalar = Tensor | float
+
+EPSILON = positive("1.0 is the length of the step")
+LR = not_negative("pass the learning rate of the step")
+_OF_OUTPUTS = {"outputs": OUTPUTS, "likelihood": LIKELIHOOD, "weights": WEIGHTS, "scale": positive("1.0 is the mean")}
 
 
 def _tensor(value: Scalar, like: Scalar | None = None) -> Tensor:
@@ -26,12 +38,7 @@ def _double(value: Scalar) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
 
 
-def check_epsilon(epsilon: Scalar) -> None:
-    """Raise ValueError unless ε is positive; an ε in a tensor is not checked, which would wait for the device."""
-    if not isinstance(epsilon, Tensor) and not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}: 1.0 is the length of the step.")
-
-
+@checked(lr=LR)
 def directional_curvature(quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0) -> Tensor:
     r"""Return the directional curvature along the true update.
 
@@ -57,6 +64,7 @@ def directional_curvature(quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0) 
     return torch.where(descent > 0, ratio, torch.nan)
 
 
+@checked()
 def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
     r"""Return the factor by which the step could have been longer before it stops descending, to second order.
 
@@ -76,6 +84,7 @@ def headroom(quadratic: Scalar, descent: Scalar) -> Tensor:
     return torch.where((descent > 0) & ~quadratic.isnan(), value, torch.nan)
 
 
+@checked(epsilon=EPSILON)
 def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Scalar, epsilon: Scalar) -> Tensor:
     r"""Return the second difference of the loss along the step.
 
@@ -99,11 +108,11 @@ def finite_difference_quadratic(loss_plus: Scalar, loss: Scalar, loss_minus: Sca
         >>> finite_difference_quadratic(loss_plus=1.5, loss=1.0, loss_minus=0.75, epsilon=0.5)
         tensor(1., dtype=torch.float64)
     """
-    check_epsilon(epsilon)
     plus, base, minus = (_double(value) for value in (loss_plus, loss, loss_minus))
     return ((plus - base) + (minus - base)) / epsilon**2
 
 
+@checked(epsilon=EPSILON)
 def finite_difference_descent(loss_plus: Scalar, loss_minus: Scalar, epsilon: Scalar) -> Tensor:
     r"""Return the first difference of the loss along the step.
 
@@ -115,7 +124,6 @@ def finite_difference_descent(loss_plus: Scalar, loss_minus: Scalar, epsilon: Sc
         >>> finite_difference_descent(loss_plus=1.5, loss_minus=0.75, epsilon=0.5)
         tensor(0.7500, dtype=torch.float64)
     """
-    check_epsilon(epsilon)
     return (_double(loss_plus) - _double(loss_minus)) / (2.0 * epsilon)
 
 
@@ -128,6 +136,7 @@ def finite_difference_forms(
     return finite_difference_quadratic(loss_plus, loss, loss_minus, epsilon), descent
 
 
+@checked(epsilon=EPSILON, lr=LR)
 def finite_difference_curvature(
     loss_plus: Scalar,
     loss: Scalar,
@@ -155,12 +164,13 @@ def finite_difference_curvature(
     return directional_curvature(*finite_difference_forms(loss_plus, loss, loss_minus, epsilon, descent), lr)
 
 
+@checked(epsilon=EPSILON)
 def divergence_quadratic(divergence: Tensor, epsilon: Scalar, scale: float = 1.0) -> Tensor:
     """Return 2 · scale · KL/ε² = dᵀFd + O(ε) in the type of the divergence."""
-    check_epsilon(epsilon)
     return 2.0 * scale * divergence / epsilon**2
 
 
+@checked(shifted_outputs=OUTPUTS, epsilon=EPSILON, lr=LR, **_OF_OUTPUTS)
 def kl_curvature(
     outputs: Tensor,
     shifted_outputs: Tensor,
@@ -205,6 +215,7 @@ def kl_curvature(
     return directional_curvature(divergence_quadratic(divergence, epsilon, scale), descent, lr)
 
 
+@checked(tangent=OUTPUTS, lr=LR, **_OF_OUTPUTS)
 def gauss_newton_curvature(
     outputs: Tensor,
     tangent: Tensor,
@@ -231,6 +242,7 @@ def gauss_newton_curvature(
     return directional_curvature(scale * output_quadratic_form(outputs, tangent, likelihood, weights), descent, lr)
 
 
+@checked(critical_factor=not_negative("pass η_c/η", finite=False), lr=LR)
 def critical_sharpness(critical_factor: Scalar, lr: Scalar = 1.0) -> Tensor:
     r"""Return the critical sharpness :math:`2/\eta_c`, whose edge is 2/η; from η_c on the step raises the loss.
 

@@ -10,10 +10,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, shaped
+from lightning_curvature.arguments.check import Check
 from lightning_curvature.functional.positions import position_means
 
 Likelihood = Literal["categorical", "gaussian", "bernoulli"]
 LIKELIHOODS: tuple[Likelihood, ...] = ("categorical", "gaussian", "bernoulli")
+
+LIKELIHOOD = Rule("name the one that is trained")
+OUTPUTS = shaped("... C", "evaluate all outputs on the same batch")
+WEIGHTS = Rule("give a mask of the positions", bools=True)
+_OF_OUTPUTS = {"outputs": OUTPUTS, "likelihood": LIKELIHOOD, "weights": WEIGHTS}
 
 # Below this |x| the series of eˣ − 1 − x is used: its first dropped term, 2xⁿ⁻¹/(n+1)! of the sum after n orders, is
 # under the rounding of the type (4e-9, 5e-17), and above it the subtraction loses at most the factor |x|/(x²/2) = 20.
@@ -56,13 +63,11 @@ def exponential_remainder(x: Tensor) -> Tensor:
 
 def check_likelihood(likelihood: str) -> None:
     """Raise ValueError unless the likelihood is known."""
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {likelihood!r}: name the one that is trained.")
+    Check(Likelihood, LIKELIHOOD)("likelihood", likelihood)
 
 
 def check_outputs(likelihood: str, outputs: Tensor) -> None:
-    """Raise ValueError unless the likelihood is known and can have outputs of that shape."""
-    check_likelihood(likelihood)
+    """Raise ValueError unless the likelihood can have outputs of that shape."""
     if likelihood == "categorical" and (outputs.ndim < 2 or outputs.shape[-1] < 2):
         raise ValueError(
             f"outputs must hold at least two components for 'categorical', got shape {tuple(outputs.shape)}: use "
@@ -117,6 +122,7 @@ def _categorical_divergence(z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(total < _LARGEST_SUM, torch.log1p(total), exponent.logsumexp(-1)), variance
 
 
+@checked(shifted_outputs=OUTPUTS, **_OF_OUTPUTS)
 def divergence_statistics(
     outputs: Tensor, shifted_outputs: Tensor, likelihood: Likelihood = "categorical", weights: Tensor | None = None
 ) -> DivergenceStatistics:
@@ -156,6 +162,7 @@ def divergence_statistics(
     return DivergenceStatistics(*position_means(statistics, weights, outputs, shifted_outputs).unbind())
 
 
+@checked(shifted_outputs=OUTPUTS, **_OF_OUTPUTS)
 def kl_divergence(
     outputs: Tensor, shifted_outputs: Tensor, likelihood: Likelihood = "categorical", weights: Tensor | None = None
 ) -> Tensor:
@@ -168,6 +175,7 @@ def kl_divergence(
     return divergence_statistics(outputs, shifted_outputs, likelihood, weights).divergence
 
 
+@checked(change=OUTPUTS, **_OF_OUTPUTS)
 def output_quadratic_form(
     outputs: Tensor, change: Tensor, likelihood: Likelihood = "categorical", weights: Tensor | None = None
 ) -> Tensor:
@@ -192,6 +200,7 @@ def output_quadratic_form(
     return position_means(statistics, weights, outputs, change)[0]
 
 
+@checked(**_OF_OUTPUTS)
 def output_noise_gain(outputs: Tensor, likelihood: Likelihood = "categorical", weights: Tensor | None = None) -> Tensor:
     """Return the quadratic form of independent errors as large as the outputs.
 

@@ -7,6 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, sentence
+
+_SIZES = Rule("count the samples before the new one", least=1, empty=True)
+_VALUES = Rule("measure one at each k", finite=False, empty=True)
+
 
 class LineFit(NamedTuple):
     """A line y = slope · x + intercept.
@@ -43,6 +48,7 @@ def fit_line(x: Tensor, y: Tensor) -> LineFit:
     return LineFit(slope, math.sqrt(scatter / freedom / spread) if freedom else math.nan, intercept)
 
 
+@checked(sample_sizes=_SIZES, values=_VALUES)
 def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySlope:
     r"""Return the fit of :math:`\log \Delta = s \log(k+1) + \text{const}` by least squares.
 
@@ -50,12 +56,19 @@ def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySl
         sample_sizes: k.
         values: Δ at each k; those not positive and finite are left out. The fit is NaN if fewer than two remain.
 
+    Raises:
+        ValueError: unless there is one value for each k, at least 1.
+
     Source: Curvature-aligned probing (2026), figure 2, and theorem 2 for the exponent −2.
 
     Example:
         >>> round(decay_slope([1, 3, 7], [1.0, 0.25, 0.0625]).slope, 9)
         -2.0
     """
+    if len(values) != len(sample_sizes):
+        raise sentence(
+            "values", "hold one for each k", f"{len(values)} for {len(sample_sizes)}", "measure both together"
+        )
     points = [
         (math.log(k + 1), math.log(value))
         for k, value in zip(sample_sizes, values, strict=True)

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, not_negative, positive, shaped
 
+_SIGMAS = Rule("give the widths that were compared", above=0.0, empty=True)
+_ERRORS = Rule("give the error at each width", least=0.0, finite=False, empty=True)
+
+
+@checked(
+    true=shaped("..."), model=shaped("...", "evaluate both at the same points"), rounding=not_negative("0.0 is none")
+)
 def relative_model_error(true: Tensor, model: Tensor, rounding: float = 0.0) -> float:
     r"""Return the relative error of the quadratic model, root mean square over perturbations (and samples).
 
@@ -34,6 +42,7 @@ def relative_model_error(true: Tensor, model: Tensor, rounding: float = 0.0) -> 
     return math.sqrt(off / square) if bool((true.abs() > rounding).any()) else math.nan
 
 
+@checked(sigmas=_SIGMAS, errors=_ERRORS, tolerance=positive("0.1 accepts an error of 10 %"))
 def validated_sigma(sigmas: Sequence[float], errors: Sequence[float], tolerance: float = 0.1) -> float:
     """Return the largest σ at which, and below which, the error of the quadratic model is within the tolerance.
 
@@ -54,7 +63,7 @@ def validated_sigma(sigmas: Sequence[float], errors: Sequence[float], tolerance:
     """
     if len(sigmas) != len(errors):
         raise ValueError(
-            f"errors must hold one for each σ, got {len(errors)} for {len(sigmas)}: measure both together."
+            f"errors must hold one for each of sigmas, got {len(errors)} for {len(sigmas)}: measure both together."
         )
     valid = math.nan
     for sigma, error in sorted(zip(sigmas, errors, strict=True)):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_curvature.functional.likelihoods import Likelihood, centred, check_outputs
+from lightning_curvature.arguments import checked
+from lightning_curvature.functional.likelihoods import LIKELIHOOD, OUTPUTS, WEIGHTS, Likelihood, centred, check_outputs
 from lightning_curvature.functional.positions import position_means
 
 
@@ -28,6 +29,7 @@ class PairStatistics(NamedTuple):
     fourth: Tensor
 
 
+@checked(outputs=OUTPUTS, outputs_plus=OUTPUTS, outputs_minus=OUTPUTS, likelihood=LIKELIHOOD, weights=WEIGHTS)
 def pair_statistics(
     outputs: Tensor,
     outputs_plus: Tensor,

@@ -17,12 +17,6 @@ def position_means(
 
     ``statistics`` maps the outputs and the others at p positions, (p, C) each, to q values a position, (p,) each.
     """
-    for other in others:
-        if outputs.shape != other.shape:
-            raise ValueError(
-                f"outputs and the values compared with them must have one shape, got {tuple(outputs.shape)} and "
-                f"{tuple(other.shape)}: evaluate both on the same batch."
-            )
     components = outputs.shape[-1] if outputs.ndim > 1 else 1
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     values = [value.detach().reshape(-1, components).to(dtype) for value in (outputs, *others)]
@@ -31,8 +25,8 @@ def position_means(
         weights = values[0].new_ones(positions)
     elif weights.numel() != positions:
         raise ValueError(
-            f"weights must have one value for each of the {positions} positions, got {weights.numel()}: give a mask "
-            "of the outputs' shape without its last dimension."
+            f"weights must have one value for each of the {positions} positions of outputs, got {weights.numel()}: "
+            "give a mask of the outputs' shape without its last dimension."
         )
     weights = weights.detach().reshape(-1).to(dtype)
     rows = max(1, _ELEMENTS_PER_PIECE // max(1, components))

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_curvature.arguments import Rule, checked, sentence, shaped
 
+
+@checked(loss=shaped("1", "reduce it to its mean"), parameters=Rule("give those that are trained"))
 def hessian_quadratic_form(
     loss: Tensor, parameters: Sequence[Tensor], direction: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -25,7 +28,7 @@ def hessian_quadratic_form(
         (gᵀd, dᵀHd), detached scalars, summed over the parameters in float64.
 
     Raises:
-        ValueError: if the loss has no graph to any of the parameters.
+        ValueError: if the loss has no graph to any of the parameters, or the shapes differ.
         RuntimeError: if a function in its graph cannot be differentiated twice.
 
     Source: Directional curvature (2026), eq. 1; Pearlmutter 1994; see docs/references.md.
@@ -35,6 +38,11 @@ def hessian_quadratic_form(
         >>> hessian_quadratic_form((x**3).sum(), [x], [torch.tensor([1.0, 1.0])])
         (tensor(15., dtype=torch.float64), tensor(18., dtype=torch.float64))
     """
+    if [d.shape for d in direction] != [p.shape for p in parameters]:
+        shapes = [tuple(d.shape) for d in direction]
+        raise sentence("direction", "have the shapes of the parameters", shapes, "give one tensor for each of them")
+    if not all(p.requires_grad for p in parameters):
+        raise sentence("parameters", "require gradients", "some that do not", "leave these out")
     if not loss.requires_grad:
         raise ValueError("loss must depend on the parameters, got a constant: compute it with gradients enabled.")
     gradients = differentiable_gradients(loss, parameters)

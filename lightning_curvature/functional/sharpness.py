@@ -14,9 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, check_fields, checked, shaped, whole
+
 Scalar = Tensor | float
+_MOMENTS = shaped("... 6", "begin with torch.zeros(6, dtype=torch.float64)")
+_ONE = Rule("pass one number", finite=False, shape="1")
+_BATCH_SIZE, _SAMPLES = Rule("count the samples of a mini-batch", least=1), whole(1, "count the samples")
+# One size or several, or none.
+_BATCH_SIZES = Rule("count the samples of a mini-batch", least=1, empty=True)
 
 
+@checked(moments=shaped("6"), numerator=_ONE, denominator=_ONE)
 def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0) -> Tensor:
     r"""Return the moments with one draw added, or with several, (m,) each.
 
@@ -47,6 +55,7 @@ def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0
     return merge_moments(torch.stack([moments, added]))
 
 
+@checked(stacked=shaped("sets! 6", "stack sets of moments"))
 def merge_moments(stacked: Tensor) -> Tensor:
     r"""Return the moments of the union of several sets of draws.
 
@@ -75,6 +84,7 @@ def merge_moments(stacked: Tensor) -> Tensor:
     return merged
 
 
+@checked(moments=_MOMENTS)
 def ratio_of_means(moments: Tensor) -> Tensor:
     r"""Return :math:`r = \bar x / \bar y`, (…) float64, from moments (…, 6).
 
@@ -90,6 +100,7 @@ def ratio_of_means(moments: Tensor) -> Tensor:
     return torch.where(y > 0.0, x / y, torch.nan)
 
 
+@checked(moments=_MOMENTS)
 def ratio_standard_error(moments: Tensor) -> Tensor:
     r"""Return the standard error of the ratio of means over independent draws, to first order (delta method).
 
@@ -113,6 +124,7 @@ def ratio_standard_error(moments: Tensor) -> Tensor:
     return torch.where(n > 1.0, (squares / (n * (n - 1.0))).sqrt() / y, torch.nan)
 
 
+@checked(batch_size=_BATCH_SIZE, samples=_SAMPLES)
 def batch_factor(batch_size: float, samples: int, replacement: bool = False) -> float:
     r"""Return the variance of the mean of b samples, in units of the variance of one sample.
 
@@ -132,8 +144,6 @@ def batch_factor(batch_size: float, samples: int, replacement: bool = False) -> 
         >>> batch_factor(2, 5, replacement=True), batch_factor(2, 5), batch_factor(5, 5)
         (0.5, 0.375, 0.0)
     """
-    if not batch_size >= 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}: count the samples of a mini-batch.")
     if not replacement and batch_size > samples:
         raise ValueError(
             f"batch_size must not be above the number of samples, {samples}, got {batch_size}: larger batches need "
@@ -175,7 +185,11 @@ class NoiseTerms:
     noise_square: float
     samples: int
 
+    def __post_init__(self) -> None:
+        check_fields(self, samples=_SAMPLES)
+
     @classmethod
+    @checked(batch_size=_BATCH_SIZE, samples=_SAMPLES)
     def from_batches(
         cls,
         *,
@@ -208,11 +222,13 @@ class NoiseTerms:
             samples,
         )
 
+    @checked(batch_size=_BATCH_SIZES)
     def gni(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
         """Return GNI at one batch size, a scalar, or at several, (sizes,), float64; errors of :func:`batch_factor`."""
         factor = self._factors(batch_size, replacement)
         return (self.gradient_curvature + factor * self.noise_curvature) / self.gradient_square
 
+    @checked(batch_size=_BATCH_SIZES)
     def ias(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
         """Return IAS at one batch size, a scalar, or at several, (sizes,), float64; errors of :func:`batch_factor`."""
         factor = self._factors(batch_size, replacement)

@@ -15,9 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import check_fields, checked, not_negative, positive, sentence, shaped, whole
+
 Scalar = Tensor | float
 
+_K = whole(1, "the mean before must hold a sample")
+_SIGMA = positive("1e-3 is a usual width of the perturbation in parameter units")
+_EACH = "give one of each a sample"
+_BOUND = not_negative("give a bound over the samples")
 
+
+@checked(k=_K)
 def increment(sample: Tensor, mean: Tensor, k: int) -> Tensor:
     r"""Return what one more sample adds to a mean over k samples: of losses, gradients or Hessians.
 
@@ -39,8 +47,11 @@ def increment(sample: Tensor, mean: Tensor, k: int) -> Tensor:
         >>> increment(torch.tensor(5.0), torch.tensor(2.0), k=2)
         tensor(1.)
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}: the mean before must hold a sample.")
+    try:
+        torch.broadcast_shapes(sample.shape, mean.shape)
+    except RuntimeError:
+        shapes = f"{tuple(mean.shape)} beside {tuple(sample.shape)}"
+        raise sentence("mean", "be of a shape that broadcasts with sample", shapes, "give both of one kind") from None
     return (sample - mean) / (k + 1)
 
 
@@ -71,36 +82,38 @@ class QuadraticIncrement:
     b: Tensor
 
     def __post_init__(self) -> None:
+        check_fields(self, a=shaped("..."), c=shaped("... D", _EACH), b=shaped("... D D", _EACH))
         for name in ("a", "c", "b"):
             object.__setattr__(self, name, getattr(self, name).double())
-        dimension = self.c.shape[-1] if self.c.ndim else 0
-        if self.c.shape != (*self.a.shape, dimension) or self.b.shape != (*self.a.shape, dimension, dimension):
-            raise ValueError(
-                "a, c and b must have shapes (…), (…, D) and (…, D, D), got "
-                f"{tuple(self.a.shape)}, {tuple(self.c.shape)} and {tuple(self.b.shape)}: give one of each a sample."
-            )
 
     @property
     def dimension(self) -> int:
         """D."""
         return self.c.shape[-1]
 
+    @checked(dimension=whole(1, "take one direction or more"))
     def first(self, dimension: int) -> "QuadraticIncrement":
         """Return the model in the first ``dimension`` directions."""
+        if dimension > self.dimension:
+            raise sentence("dimension", f"be at most D = {self.dimension}", dimension, "take fewer directions")
         return QuadraticIncrement(self.a, self.c[..., :dimension], self.b[..., :dimension, :dimension])
 
     def without_value(self) -> "QuadraticIncrement":
         """Return the model of the deformation q − a."""
         return QuadraticIncrement(torch.zeros_like(self.a), self.c, self.b)
 
+    @checked()
     def at(self, z: Tensor) -> Tensor:
         """Return q at S perturbations z, (S, D), as (S, …) float64."""
+        if z.ndim != 2 or z.shape[1] != self.dimension:
+            raise sentence("z", f"be (S, {self.dimension})", tuple(z.shape), "give one row a perturbation")
         z = z.double()
         linear = torch.einsum("sd,...d->s...", z, self.c)
         quadratic = torch.einsum("sd,...de,se->s...", z, self.b, z)
         return self.a + linear + 0.5 * quadratic
 
 
+@checked(sigma=_SIGMA)
 def gaussian_moment(model: QuadraticIncrement, sigma: Scalar) -> Tensor:
     r"""Return the mean square of the quadratic model under Gaussian perturbations, in closed form.
 
@@ -119,6 +132,7 @@ def gaussian_moment(model: QuadraticIncrement, sigma: Scalar) -> Tensor:
         >>> gaussian_moment(model, 1.0)  # 1 + 4 + 4 + (2 · 16 + 16) / 4
         tensor(21., dtype=torch.float64)
     """
+    check_sigma(sigma)
     trace = torch.diagonal(model.b, dim1=-2, dim2=-1).sum(-1)
     return _moment(model.a, model.c.square().sum(-1), trace, trace**2, model.b.square().sum((-2, -1)), sigma)
 
@@ -126,12 +140,12 @@ def gaussian_moment(model: QuadraticIncrement, sigma: Scalar) -> Tensor:
 def _moment(
     a: Tensor, c_square: Tensor, trace: Tensor, square_of_trace: Tensor, trace_of_square: Tensor, sigma: Scalar
 ) -> Tensor:
-    check_sigma(sigma)
     variance = torch.as_tensor(sigma, dtype=torch.float64, device=a.device) ** 2
     quartic = 0.25 * variance**2 * (2.0 * trace_of_square + square_of_trace)
     return a**2 + a * variance * trace + variance * c_square + quartic
 
 
+@checked(a=shaped("..."), c_square=shaped("..."), forms=shaped("m ..."), squares=shaped("m ..."), sigma=_SIGMA)
 def sampled_gaussian_moment(
     a: Tensor, c_square: Tensor, forms: Tensor, squares: Tensor, sigma: Scalar
 ) -> tuple[Tensor, Tensor]:
@@ -164,6 +178,7 @@ def sampled_gaussian_moment(
         >>> float(value), float(error)
         (21.0, 0.0)
     """
+    check_sigma(sigma)
     count = len(forms)
     if count < 3:
         raise ValueError(f"forms must hold three vectors or more, got {count}: pairs of all but one must be left.")
@@ -181,6 +196,7 @@ def sampled_gaussian_moment(
     return moment(sums, count), variance.sqrt()
 
 
+@checked(loss=_BOUND, gradient=_BOUND, hessian=_BOUND, k=_K, dimension=whole(1, "count the directions"), sigma=_SIGMA)
 def rate_bound(loss: float, gradient: float, hessian: float, *, k: int, dimension: int, sigma: float) -> float:
     r"""Return a bound on the mean square of the quadratic model, of the order O(k⁻²).
 
@@ -205,17 +221,11 @@ def rate_bound(loss: float, gradient: float, hessian: float, *, k: int, dimensio
         >>> rate_bound(1.0, 1.0, 1.0, k=1, dimension=1, sigma=1.0)  # (12 + 3 + 9) / 4
         6.0
     """
-    check_sigma(sigma)
-    if k < 1 or dimension < 1:
-        raise ValueError(f"k and dimension must be at least 1, got {k} and {dimension}: count samples and directions.")
     terms = 12.0 * loss**2 + 3.0 * sigma**2 * gradient**2 + 3.0 * sigma**4 * (dimension**2 + 2 * dimension) * hessian**2
     return terms / (k + 1) ** 2
 
 
 def check_sigma(sigma: Scalar) -> None:
-    """Raise ValueError unless σ is positive and finite."""
-    values = torch.as_tensor(sigma, dtype=torch.float64)
-    if not bool(((values > 0.0) & values.isfinite()).all()):
-        raise ValueError(
-            f"sigma must be positive, got {sigma}: 1e-3 is a usual width of the perturbation in parameter units."
-        )
+    """Raise ValueError unless the values of a σ that is a tensor are positive and finite."""
+    if isinstance(sigma, Tensor) and not bool(((sigma > 0.0) & sigma.isfinite()).all()):
+        raise sentence("sigma", "be positive and finite", sigma.tolist(), _SIGMA.remedy)

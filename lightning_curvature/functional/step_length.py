@@ -4,11 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_curvature.arguments import MANY, Rule, check_fields, checked, not_negative, positive, whole
+
 # One measured step lowers ε by at most the first factor and raises it by at most the second: the models are local, and
 # if the next step is longer, an ε that is too large does more harm than one that is too small.
 _LARGEST_CUT = 10.0
 _LARGEST_RISE = 4.0
 _GRID = 81
+
+_ERROR = not_negative("pass a relative error", finite=False)
+_ORDER, _WEIGHT = whole(1, "1 is one-sided, 2 symmetric", MANY), not_negative("1.0 counts an estimator in full")
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,15 @@ class ErrorModel:
     weight: float = 1.0
     crossed: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_fields(self, noise=_ERROR, truncation=_ERROR, order=_ORDER, weight=_WEIGHT, crossed=_ERROR)
+
     def total(self, factor: float = 1.0) -> float:
         """Return the expected error at ``factor`` times the ε of the model."""
         return self.noise / factor**2 + self.crossed / factor + self.truncation * factor**self.order
 
 
+@checked(epsilon=positive("1.0 is the length of the step"), models=Rule("give an ErrorModel each", empty=True))
 def choose_epsilon(epsilon: float, models: Sequence[ErrorModel]) -> float:
     """Return the ε between a tenth and four times ``epsilon`` at which the weighted expected error is smallest.
 

@@ -7,7 +7,16 @@ overshoots by more than the one before. The threshold is the a at which z = −1
 
 import math
 
+from lightning_curvature.arguments import Rule, checked, not_negative
 
+_LR = not_negative("pass the learning rate of the step")
+_DECAY = Rule("from 1 on no step is stable", least=0.0, below=1.0)
+_NONE = not_negative("pass 0 for none")
+_CORRECTION = Rule("it is 1 − beta1 ** step", above=0.0, most=1.0)
+_DAMPENING = Rule("0 is none")
+
+
+@checked(lr=_LR, momentum=_DECAY, dampening=_DAMPENING, weight_decay=_NONE)
 def momentum_threshold(
     lr: float, momentum: float = 0.0, *, dampening: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> float:
@@ -42,9 +51,6 @@ def momentum_threshold(
         >>> momentum_threshold(lr=0.1), round(momentum_threshold(lr=0.1, momentum=0.9), 9)
         (20.0, 38.0)
     """
-    _check_not_negative("lr", lr, "pass the learning rate of the step")
-    _check_decay("momentum", momentum)
-    _check_not_negative("weight_decay", weight_decay, "pass 0 for none")
     if nesterov and dampening != 0.0:
         raise ValueError(
             f"dampening must be 0 with Nesterov momentum, got {dampening}: torch.optim.SGD refuses it too."
@@ -57,6 +63,7 @@ def momentum_threshold(
     return (2.0 + 2.0 * momentum) / (gain * lr) - weight_decay if lr else math.inf
 
 
+@checked(lr=_LR, beta1=_DECAY, decoupled_weight_decay=_NONE, bias_correction=_CORRECTION)
 def adaptive_threshold(
     lr: float, beta1: float = 0.0, *, decoupled_weight_decay: float = 0.0, bias_correction: float = 1.0
 ) -> float:
@@ -86,21 +93,6 @@ def adaptive_threshold(
         >>> round(adaptive_threshold(lr=0.1, beta1=0.9), 9)  # 38/η
         380.0
     """
-    _check_not_negative("lr", lr, "pass the learning rate of the step")
-    _check_decay("beta1", beta1)
-    _check_not_negative("decoupled_weight_decay", decoupled_weight_decay, "pass 0 for none")
-    if not 0.0 < bias_correction <= 1.0:
-        raise ValueError(f"bias_correction must lie in (0, 1], got {bias_correction}: it is 1 − beta1 ** step.")
     if not lr:
         return math.inf
     return (2.0 - lr * decoupled_weight_decay) * (1.0 + beta1) * bias_correction / ((1.0 - beta1) * lr)
-
-
-def _check_not_negative(name: str, value: float, remedy: str) -> None:
-    if not value >= 0.0:
-        raise ValueError(f"{name} must not be negative, got {value}: {remedy}.")
-
-
-def _check_decay(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}: from 1 on no step is stable.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import MANY, checked, positive, shaped, whole
 from lightning_curvature.linalg.eigenpairs import Eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec
 from lightning_curvature.linalg.space import VectorSpace
@@ -21,6 +22,9 @@ _FINEST = 1e-3
 _POINTS = 1200
 # The grid extends this many widths beyond the outermost nodes, where a Gaussian has 3e-7 left.
 _MARGIN = 5.0
+
+_POWER = whole(0, "1 gives the trace over N")
+_WIDTH_RULE = positive("leave it out for what the nodes resolve")
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,18 @@ class SpectralDensity:
     deflated: int
     matvecs: int
 
+    @checked(power=_POWER)
     def moment(self, power: int) -> float:
         r"""Estimate :math:`\operatorname{tr}(A^p)/N`."""
         return float(self._moments(power).mean())
 
+    @checked(power=_POWER)
     def moment_error(self, power: int) -> float:
         """Return the moment's standard error, from the scatter of the starts; NaN for one start."""
         moments = self._moments(power)
         return float(moments.std()) / math.sqrt(len(moments)) if len(moments) > 1 else math.nan
 
     def _moments(self, power: int) -> Tensor:
-        if power < 0:
-            raise ValueError(f"power must not be negative, got {power}: 1 gives the trace over N.")
         return (self.weights * self.nodes**power).sum(dim=1)
 
     def default_width(self) -> float:
@@ -65,12 +69,14 @@ class SpectralDensity:
         spacing = _WIDTH * _extent(bulk) / max(nodes.shape[1], 1)
         return max(spacing, _FINEST * _extent(self.nodes)) or _FINEST * (float(self.nodes.abs().max()) or 1.0)
 
+    @checked(width=_WIDTH_RULE, points=whole(1, "1200 show everything", MANY))
     def grid(self, width: float | None = None, points: int = _POINTS) -> Tensor:
         """Return evenly spaced places, (points,), that cover the density smoothed with that width."""
         margin = _MARGIN * self._width(width)
         low, high = float(self.nodes.min()) - margin, float(self.nodes.max()) + margin
         return torch.linspace(low, high, points, dtype=torch.float64)
 
+    @checked(grid=shaped("points", "grid() makes it"), width=_WIDTH_RULE)
     def evaluate(self, grid: Tensor, width: float | None = None) -> Tensor:
         """Return the density at the places of a grid, (points,), smoothed by a Gaussian; it integrates to 1.
 
@@ -81,10 +87,9 @@ class SpectralDensity:
         bells = torch.exp(-0.5 * ((grid.double().unsqueeze(1) - nodes) / width).square())
         return bells @ weights / (width * math.sqrt(2.0 * math.pi))
 
+    @checked(bins=whole(1, "100 make a good picture", MANY))
     def histogram(self, bins: int = 100) -> tuple[Tensor, Tensor]:
         """Return edges, (bins + 1,), and the shares of the eigenvalues between them, (bins,), which sum to 1."""
-        if bins < 1:
-            raise ValueError(f"bins must be at least 1, got {bins}: 100 make a good picture.")
         low, high = float(self.nodes.min()), float(self.nodes.max())
         if low == high:
             half = _FINEST * (abs(low) or 1.0)
@@ -94,13 +99,10 @@ class SpectralDensity:
         return edges, torch.histogram(self.nodes.flatten(), edges, weight=weights).hist
 
     def _width(self, width: float | None) -> float:
-        if width is None:
-            return self.default_width()
-        if not 0.0 < width < math.inf:
-            raise ValueError(f"width must be positive, got {width}: leave it out for what the nodes resolve.")
-        return width
+        return self.default_width() if width is None else width
 
 
+@checked(starts=whole(1, "3 make a good picture", MANY), steps=whole(1, "30 make a good picture", MANY))
 def spectral_density(
     matvec: MatVec,
     space: VectorSpace,
@@ -145,10 +147,6 @@ def spectral_density(
         >>> round(density.moment(0), 9), tuple(share.shape for share in density.histogram(4))
         (1.0, (torch.Size([5]), torch.Size([4])))
     """
-    if starts < 1 or steps < 1:
-        raise ValueError(
-            f"starts and steps must be at least 1, got {starts} and {steps}: 3 and 30 make a good picture."
-        )
     generator = generator or torch.Generator(space.device).manual_seed(0)
     rules = [_rule(matvec, space, steps, deflation, generator) for _ in range(starts)]
     length = max(len(nodes) for nodes, *_ in rules)

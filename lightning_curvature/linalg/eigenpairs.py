@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import MANY, Rule, checked, fraction, whole
 from lightning_curvature.linalg.bounds import OverlookedBounds
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec
 from lightning_curvature.linalg.space import VectorSpace
@@ -28,6 +29,9 @@ _OVERLOOKED = 0.15
 # in 26 to 128 dimensions, a share of 0.15 settled on the second in 6 of 240 searches from random vectors, and in 19 of
 # 120 that began with an eigenvector; 0.005 in none of either, for one product more, or four.
 _FEW_DIMENSIONS, _OVERLOOKED_IN_FEW = 128, 0.005
+
+_COUNT = whole(0, "1 is the outermost alone", MANY)
+_START = Rule("give vectors of the space", empty=True)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,16 @@ class Eigenpairs:
         return (self.residuals.square() + self.asymmetry**2).sqrt()
 
 
+@checked(
+    largest=_COUNT,
+    smallest=_COUNT,
+    magnitude=_COUNT,
+    tolerance=fraction("1e-3 gives an eigenvalue to 3 digits"),
+    max_matvecs=whole(1, "allow 20 for each", MANY),
+    max_basis=whole(1, "64 suit most searches", MANY),
+    start=_START,
+    block_size=whole(1, "None takes the number of pairs at either end", MANY),
+)
 def eigenpairs(
     matvec: MatVec,
     space: VectorSpace,
@@ -194,7 +208,7 @@ class _Wanted(NamedTuple):
 
     def check(self, space: VectorSpace, tolerance: float, max_matvecs: int) -> None:
         wanted = sum(self)
-        if min(self) < 0 or wanted < 1:
+        if wanted < 1:
             raise ValueError(
                 f"largest, smallest and magnitude must count at least one eigenpair, got {self.largest}, "
                 f"{self.smallest} and {self.magnitude}: give largest=1 for the largest eigenvalue."
@@ -203,10 +217,6 @@ class _Wanted(NamedTuple):
             raise ValueError(
                 f"the number of eigenpairs must be below the number of parameters, got {wanted} of {space.dimension}: "
                 "for all of them build the matrix and call torch.linalg.eigh."
-            )
-        if not 0.0 < tolerance < 1.0:
-            raise ValueError(
-                f"tolerance must lie between 0 and 1, got {tolerance}: 1e-3 gives an eigenvalue to 3 digits."
             )
         if max_matvecs < wanted:
             raise ValueError(

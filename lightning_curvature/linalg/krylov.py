@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import checked
 from lightning_curvature.linalg.basis import Basis
 from lightning_curvature.linalg.space import VectorSpace
 
@@ -46,6 +47,7 @@ class KrylovSpace:
         asymmetry: largest |v_i·Av_j − v_j·Av_i| so far: the noise of the products.
     """
 
+    @checked()
     def __init__(self, matvec: MatVec, space: VectorSpace) -> None:
         self.matvec, self.space = matvec, space
         self.basis = Basis(space)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, sentence
+
 # Dot products are taken over pieces of so many coordinates in the type of the vectors, and summed in float64: their
 # rounding is that of one piece. On a CPU it stays in the cache; on an accelerator one kernel is worth its launch.
 PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
@@ -15,6 +17,10 @@ PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
 Reduce = Callable[[Tensor], Tensor]
 Cut = Callable[[Tensor], Tensor]
 Distribution = Literal["normal", "rademacher"]
+
+_TENSORS = Rule("give the parameters that are trained")
+_SHARES = Rule("1 is a coordinate on one rank", least=0.0, empty=True)
+_FUNCTIONS = Rule("give one for each tensor", empty=True)
 
 
 class VectorSpace:
@@ -39,6 +45,7 @@ class VectorSpace:
     Attributes:
         device: device of the vectors, that of the first tensor.
         size: n, coordinates on this rank.
+        sizes: of the tensors, on this rank.
         dimension: N, coordinates in all.
 
     Raises:
@@ -53,6 +60,7 @@ class VectorSpace:
         [(2, 2), (3,)]
     """
 
+    @checked(tensors=_TENSORS, shares=_SHARES, shapes=_FUNCTIONS, cut=_FUNCTIONS)
     def __init__(
         self,
         tensors: Sequence[Tensor],
@@ -62,15 +70,16 @@ class VectorSpace:
         shapes: Sequence[torch.Size] = (),
         cut: Sequence[Cut] = (),
     ) -> None:
-        if not tensors:
-            raise ValueError("tensors must not be empty, got none: give the parameters that are trained.")
+        for name, given in (("shares", shares), ("shapes", shapes), ("cut", cut)):
+            if len(given) != len(tensors) and (given or (name == "shares" and reduce is not None)):
+                raise sentence(name, "hold one for each tensor", f"{len(given)} for {len(tensors)}", "leave none out")
         self.device = tensors[0].device
         self.dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
         self._shapes = [tensor.shape for tensor in tensors]
-        self._sizes = [tensor.numel() for tensor in tensors]
-        self.size = sum(self._sizes)
+        self.sizes = [tensor.numel() for tensor in tensors]
+        self.size = sum(self.sizes)
         self._full_shapes, self._cut, self._reduce = list(shapes) or self._shapes, list(cut), reduce
-        self._segments = _segments(self._sizes, shares if reduce is not None else [1.0] * len(tensors))
+        self._segments = _segments(self.sizes, shares if reduce is not None else [1.0] * len(tensors))
         count = torch.tensor(sum(s * (stop - start) for start, stop, s in self._segments), dtype=torch.float64)
         self.dimension = round(float(self._summed(count.to(self.device))))
 
@@ -83,7 +92,7 @@ class VectorSpace:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return the vector, (…, n), as the list of tensors, (…, shape); they share its memory."""
-        pieces = vector.split(self._sizes, dim=-1)
+        pieces = vector.split(self.sizes, dim=-1)
         return [piece.reshape((*vector.shape[:-1], *shape)) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
     def pack(self, tensors: Sequence[Tensor | None], *rows: int) -> Tensor:
@@ -92,7 +101,7 @@ class VectorSpace:
             torch.zeros(*rows, size, dtype=self.dtype, device=self.device)
             if tensor is None
             else tensor.detach().reshape(*rows, size).to(self.device, self.dtype)
-            for tensor, size in zip(tensors, self._sizes, strict=True)
+            for tensor, size in zip(tensors, self.sizes, strict=True)
         ]
         return torch.cat(pieces, dim=-1)
 
@@ -103,6 +112,7 @@ class VectorSpace:
                 view.add_(tensor.detach().to(self.device, self.dtype), alpha=factor)
         return vector
 
+    @checked()
     def random(self, generator: torch.Generator, distribution: Distribution = "normal") -> Tensor:
         """Return a vector of independent coordinates, mean 0, variance 1.
 

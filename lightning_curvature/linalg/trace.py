@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_curvature.arguments import MANY, checked, fraction, whole
 from lightning_curvature.linalg.eigenpairs import Eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec, check_finite
 from lightning_curvature.linalg.space import VectorSpace
@@ -35,6 +36,12 @@ class TraceEstimate:
     deflated: int
 
 
+@checked(
+    relative_error=fraction("0.05 gives the trace to 5 %"),
+    max_matvecs=whole(1, "allow 100", MANY),
+    min_samples=whole(1, f"leave it at {_MIN_SAMPLES}", MANY),
+    sketch=whole(0, "0 makes no sketch", MANY),
+)
 def trace(
     matvec: MatVec,
     space: VectorSpace,
@@ -92,7 +99,7 @@ def trace(
         >>> abs(round(estimate.value, 9)), estimate.standard_error, estimate.deflated
         (0.0, 0.0, 4)
     """
-    _check(relative_error, max_matvecs, min_samples, sketch)
+    _check(max_matvecs, min_samples, sketch)
     generator = generator or torch.Generator(space.device).manual_seed(0)
     krylov = KrylovSpace(matvec, space)
     if deflation is not None:
@@ -167,13 +174,7 @@ def _sample(krylov: KrylovSpace, generator: torch.Generator, number: int) -> tup
     return form, square
 
 
-def _check(relative_error: float, max_matvecs: int, min_samples: int, sketch: int) -> None:
-    if not 0.0 < relative_error < 1.0:
-        raise ValueError(f"relative_error must lie between 0 and 1, got {relative_error}: 0.05 gives the trace to 5 %.")
-    if min_samples < 1:
-        raise ValueError(f"min_samples must be at least 1, got {min_samples}: leave it at {_MIN_SAMPLES}.")
-    if sketch < 0:
-        raise ValueError(f"sketch must not be negative, got {sketch}: 0 makes no sketch.")
+def _check(max_matvecs: int, min_samples: int, sketch: int) -> None:
     if max_matvecs < sketch + min_samples:
         raise ValueError(
             f"max_matvecs must be at least sketch + min_samples, got {max_matvecs} for {sketch} + {min_samples}: allow "

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.arguments import Rule, checked
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.micro_batches import MicroBatch, building_graphs, micro_batches
+
+# A rank may have no micro-batch.
+PARTS = Rule("micro_batches() makes them", empty=True)
+PARAMETERS = Rule("give those that are trained")
 
 
 class CurvatureOperator:
@@ -27,6 +32,7 @@ class CurvatureOperator:
         ValueError: if there are no parameters.
     """
 
+    @checked(parts=PARTS, parameters=PARAMETERS)
     def __init__(
         self, parts: Sequence[MicroBatch], parameters: Sequence[Tensor], *, reduce: Reduce | None = None
     ) -> None:
@@ -123,6 +129,7 @@ class CurvatureOperator:
         """Release what is kept from product to product."""
 
     @classmethod
+    @checked(batches=Rule("give a list of (inputs, targets)"))
     def of(
         cls,
         model: nn.Module,

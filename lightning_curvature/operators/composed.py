@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvature.operators.base import CurvatureOperator
+from lightning_curvature.arguments import MANY, Rule, checked, not_negative, sentence, whole
+from lightning_curvature.operators.base import PARAMETERS, PARTS, CurvatureOperator
 from lightning_curvature.operators.exact import HessianOperator
 from lightning_curvature.operators.micro_batches import MicroBatch
+
+_LR, _SPREAD = not_negative("pass the learning rate of the step"), whole(0, "count the mini-batches", MANY)
+_GROUPS = Rule("give the number of each one's mini-batch", least=0, empty=True)
 
 
 class PreconditionedOperator:
@@ -30,8 +34,12 @@ class PreconditionedOperator:
         tensor([0.5000])
     """
 
+    @checked()
     def __init__(self, operator: CurvatureOperator, diagonal: Sequence[Tensor]) -> None:
         self.operator, self.space = operator, operator.space
+        if [p.numel() for p in diagonal] != self.space.sizes:
+            shapes = [tuple(p.shape) for p in diagonal]
+            raise sentence("diagonal", "have the shapes of the parameters", shapes, "give one tensor for each of them")
         self._scale = self.space.pack([p.to(torch.promote_types(p.dtype, torch.float32)).rsqrt() for p in diagonal])
 
     def __call__(self, vector: Tensor) -> Tensor:
@@ -78,6 +86,7 @@ class SecondMomentOperator(HessianOperator):
         tensor([3.5000])
     """
 
+    @checked(parts=PARTS, parameters=PARAMETERS, lr=_LR, groups=_GROUPS, spread=_SPREAD)
     def __init__(
         self,
         parts: Sequence[MicroBatch],
@@ -90,7 +99,15 @@ class SecondMomentOperator(HessianOperator):
     ) -> None:
         super().__init__(parts, parameters, **options)
         self.lr = lr
+        if groups is not None and len(groups) != len(self.parts):
+            raise sentence(
+                "groups", "hold one for each of parts", f"{len(groups)} for {len(self.parts)}", "leave none out"
+            )
         numbers = list(groups) if groups is not None else list(range(len(self.parts)))
+        if spread is not None and spread <= max(numbers, default=-1):
+            raise sentence(
+                "spread", f"be above the number of each mini-batch, {max(numbers)}", spread, "count them all"
+            )
         self._spread = spread is not None and self.reduce is not None
         of_batch = range(spread) if spread is not None else dict.fromkeys(numbers)
         self._batches = [[i for i, n in enumerate(numbers) if n == number] for number in of_batch]

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import check_fields, checked, not_negative, positive
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.shards import fresh_shards, local, own_part, shard_count
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
-from lightning_curvature.operators.base import CurvatureOperator
+from lightning_curvature.operators.base import PARAMETERS, PARTS, CurvatureOperator
+from lightning_curvature.operators.exact import PROCESSES
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch, check_graph
 from lightning_curvature.operators.sides import Frozen, Looking, Side, eager
@@ -32,6 +34,8 @@ _SHORTER = 3.0
 
 # Share of the free memory for the sides of kinks.
 _SHARE = 0.25
+
+_DISTANCE, _ERROR = positive("None has it measured"), not_negative("math.inf is unknown", finite=False)
 
 WHERE_SHARDED = (
     "products with the Hessian are made by a difference of gradients, since parameters are sharded and second "
@@ -82,6 +86,9 @@ class DifferenceHistory:
     error: float = math.inf
     smooth: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, distance=_DISTANCE, error=_ERROR)
+
 
 class GradientDifferenceOperator(CurvatureOperator):
     r"""Products with the Hessian by a central difference of gradients: two forward+backwards of the data.
@@ -121,6 +128,7 @@ class GradientDifferenceOperator(CurvatureOperator):
         True
     """
 
+    @checked(parts=PARTS, parameters=PARAMETERS, processes=PROCESSES)
     def __init__(
         self,
         parts: Sequence[MicroBatch],

@@ -6,20 +6,23 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.arguments import Rule, checked
+from lightning_curvature.arguments import Rule, checked, whole
 from lightning_curvature.functional.products import check_differentiable, differentiable_gradients
 from lightning_curvature.linalg.space import Reduce
-from lightning_curvature.operators.base import CurvatureOperator
+from lightning_curvature.operators.base import PARAMETERS, PARTS, CurvatureOperator
 from lightning_curvature.operators.graphs import Graphs, KeepGraph, products_with, pull_back
 from lightning_curvature.operators.micro_batches import MicroBatch, building_graphs
 
 Curvature = Literal["hessian", "gauss_newton"]
 CURVATURE = Rule("'hessian' is the whole")
+KEEP_GRAPH = Rule("'auto' keeps what fits")
+PROCESSES = whole(1, "count the processes that share the memory")
 
 
 class _GraphOperator(CurvatureOperator):
     """Base of the operators that keep a graph of each micro-batch from product to product."""
 
+    @checked(parts=PARTS, parameters=PARAMETERS, keep_graph=KEEP_GRAPH, processes=PROCESSES)
     def __init__(
         self,
         parts: Sequence[MicroBatch],
@@ -144,6 +147,7 @@ class GaussNewtonOperator(_GraphOperator):
         tensor([9.3333])
     """
 
+    @checked(parts=PARTS, parameters=PARAMETERS)
     def __init__(self, parts: Sequence[MicroBatch], parameters: Sequence[Tensor], **options: Any) -> None:
         super().__init__(parts, parameters, **options)
         self.mismatch: float | None = None

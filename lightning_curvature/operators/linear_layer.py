@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.arguments import checked, whole
 from lightning_curvature.functional.products import differentiable_gradients
 from lightning_curvature.operators.differentiation import patched
 from lightning_curvature.operators.graphs import pull_back, pull_back_rows
@@ -64,6 +65,9 @@ def _tapped(layer: nn.Linear, saved: SavedBytes) -> Generator[list[tuple[Tensor,
         yield calls
 
 
+@checked(
+    samples=whole(1, "count the samples of the batch"), processes=whole(1, "count the processes that share the memory")
+)
 def linear_statistics(
     layer: nn.Linear, evaluate: Callable[[], Tensor], samples: int, processes: int = 1, check: bool = False
 ) -> LinearStatistics:

@@ -11,8 +11,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_curvature.arguments import Rule, check_fields, checked, not_negative
 from lightning_curvature.operators.differentiation import differentiable
 
+_WEIGHT = not_negative("divide its number of samples by that of all")
 MakeContext = Callable[[], contextlib.AbstractContextManager[object]]
 
 
@@ -51,6 +53,9 @@ class MicroBatch:
     weight: float
     stepwise: Callable[[MakeContext], Evaluation] | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, weight=_WEIGHT)
+
     def with_graph(self) -> Evaluation:
         """Evaluate, and raise unless the loss has a graph."""
         result = self.evaluate()
@@ -58,6 +63,7 @@ class MicroBatch:
         return result
 
 
+@checked(batches=Rule("give a list of (inputs, targets)"))
 def micro_batches(
     model: Callable[[Any], Tensor], loss_function: Callable[[Tensor, Any], Tensor], batches: Iterable[tuple[Any, Any]]
 ) -> list[MicroBatch]:
@@ -76,17 +82,14 @@ def micro_batches(
         >>> [batch.weight for batch in micro_batches(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, data)]
         [0.8, 0.2]
     """
-    kept = list(batches)
-    if not kept:
-        raise ValueError("batches must hold at least one batch, got none: give a list of (inputs, targets).")
 
     def evaluate(x: Any, y: Any, context: MakeContext = contextlib.nullcontext) -> Evaluation:
         with context():
             outputs = model(x)
             return Evaluation(loss_function(outputs, y), outputs)
 
-    total = sum(sample_count(y) for _, y in kept)
-    calls = [(functools.partial(evaluate, x, y), sample_count(y) / total) for x, y in kept]
+    total = sum(sample_count(y) for _, y in batches)
+    calls = [(functools.partial(evaluate, x, y), sample_count(y) / total) for x, y in batches]
     return [MicroBatch(call, weight, call) for call, weight in calls]
 
 

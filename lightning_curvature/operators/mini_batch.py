@@ -5,6 +5,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from lightning_curvature.arguments import checked
 from lightning_curvature.linalg import Eigenpairs, eigenpairs
 from lightning_curvature.operators.base import CurvatureOperator
 
@@ -34,6 +35,7 @@ class MiniBatch:
         10.0
     """
 
+    @checked()
     def __init__(self, operator: CurvatureOperator) -> None:
         self.operator = operator
 

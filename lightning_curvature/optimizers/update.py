@@ -3,11 +3,12 @@
 import contextlib
 import functools
 from collections.abc import Generator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, positive
 from lightning_curvature.distributed.shards import local, shard_count
 from lightning_curvature.replay.objects import put_back_at_exit
 
@@ -15,6 +16,7 @@ from lightning_curvature.replay.objects import put_back_at_exit
 _PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
 
 
+@runtime_checkable
 class HasParameterGroups(Protocol):
     """Anything with the ``param_groups`` of a torch optimizer."""
 
@@ -59,6 +61,9 @@ class ParameterUpdate:
         [0.800000011920929, 1.600000023841858]
     """
 
+    @checked(
+        optimizer=Rule("give the one that is about to step"), gradient_scale=positive("1.0 takes gradients as they are")
+    )
     def __init__(
         self,
         optimizer: HasParameterGroups,
@@ -121,6 +126,7 @@ class ParameterUpdate:
             raise RuntimeError("the update is not complete: call complete() after optimizer.step().")
         return self._moments
 
+    @checked(position=Rule("1.0 is the end of the step"))
     @contextlib.contextmanager
     def at(self, position: float) -> Generator[None, None, None]:
         """Set the parameters to θ_t − ``position``·d inside the block (1 is θ_{t+1}, −1 the mirror image).

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
+from lightning_curvature.operators.exact import KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
 
 Quantity = Literal[
@@ -45,7 +46,7 @@ class SpectrumOptions(ProbeSetOptions):
     density_starts: Annotated[int, whole(1, "2 tell the error", MANY)] = 2
     density_steps: Annotated[int, whole(2, "40 make a good picture", MANY)] = 40
     products: Annotated[Products, Rule("'auto' is exact where it can be")] = "auto"
-    keep_graph: Annotated[KeepGraph, Rule("'auto' keeps what fits")] = "auto"
+    keep_graph: Annotated[KeepGraph, KEEP_GRAPH] = "auto"
     save_eigenvectors: bool = True
     progress_bar: bool = False
 

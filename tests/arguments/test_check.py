@@ -71,6 +71,7 @@ BROKEN = [
         torch.ones(2, dtype=torch.bool),
         "x must be a number or a real tensor, got a tensor (2,) of torch.bool: 0.",
     ),
+    (Tensor | float, positive("1"), 0.0, "x must be positive and finite, got 0.0: 1."),
     (torch.device | str, None, "cup", "x must be a device, got 'cup': give 'cpu' or 'cuda'."),
 ]  # fmt: skip
 
@@ -118,8 +119,8 @@ def test_shapes_agree() -> None:
     ("arguments", "words"),
     [
         ((torch.ones(0, 3), *GOOD[1:]), r"a must be \(n, in\) with n ≥ 1, got \(0, 3\): see the shapes in the"),
-        ((GOOD[0], torch.ones(4, 2, 3), GOOD[2]), r"s must be \(n, out, out\) with n = 4, got \(4, 2, 3\): see"),
-        ((*GOOD[:2], torch.ones(5, 5)), r"v must be \(N, out · in\) with out = 2, in = 3, got \(5, 5\): see"),
+        ((GOOD[0], torch.ones(4, 2, 3), GOOD[2]), r"s must be \(n, out, out\) with n = 4 of a, got \(4, 2, 3\): see"),
+        ((*GOOD[:2], torch.ones(5, 5)), r"v must be \(N, out · in\) with out = 2 of s, in = 3 of a, got \(5, 5\): see"),
         ((GOOD[0][0], *GOOD[1:]), r"a must be \(n, in\) with n ≥ 1, got \(3,\): see"),
     ],
 )
@@ -129,7 +130,7 @@ def test_shapes_that_disagree(arguments: Any, words: str) -> None:
 
 
 def test_any_leading_dimensions() -> None:
-    with pytest.raises(ValueError, match=r"^w must be \(…\) with … = \(2, 3\), got \(3,\): see"):
+    with pytest.raises(ValueError, match=r"^w must be \(…\) with … = \(2, 3\) of z, got \(3,\): see"):
         weighted(torch.ones(2, 3, 4), torch.ones(3))
     with pytest.raises(ValueError, match=r"^z must be \(…, C\), got \(\): see"):
         weighted(torch.ones(()))

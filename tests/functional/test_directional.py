@@ -144,5 +144,7 @@ Z = torch.zeros(1, 2)
     ],
 )
 def test_epsilon_must_be_positive(call: Callable[[float], Tensor], epsilon: float) -> None:
-    with pytest.raises(ValueError, match=rf"epsilon must be positive, got {epsilon}: 1.0 is the length of the step"):
+    with pytest.raises(
+        ValueError, match=rf"epsilon must be positive and finite, got {epsilon}: 1.0 is the length of the step"
+    ):
         call(epsilon)

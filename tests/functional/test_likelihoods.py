@@ -241,9 +241,18 @@ def test_single_logits_are_bernoulli() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((torch.zeros(2, 3), torch.zeros(2, 3), "poisson"), r"likelihood must be one of .* got 'poisson': name"),
-        ((torch.zeros(2, 3), torch.zeros(3, 2)), r"one shape, got \(2, 3\) and \(3, 2\): evaluate both"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3), "gaussian", torch.ones(3)), r"2 positions, got 3: give a mask"),
+        (
+            (torch.zeros(2, 3), torch.zeros(2, 3), "poisson"),
+            r"likelihood must be 'categorical', .* got 'poisson': name",
+        ),
+        (
+            (torch.zeros(2, 3), torch.zeros(3, 2)),
+            r"must be \(…, C\) with … = \(2,\) of outputs, C = 3 of outputs, got \(3, 2\): evaluate all",
+        ),
+        (
+            (torch.zeros(2, 3), torch.zeros(2, 3), "gaussian", torch.ones(3)),
+            r"2 positions of outputs, got 3: give a mask",
+        ),
         ((torch.zeros(5), torch.zeros(5)), r"two components for 'categorical', got shape \(5,\): use 'bernoulli'"),
         ((torch.zeros(5, 1), torch.zeros(5, 1)), r"two components .* got shape \(5, 1\): use 'bernoulli'"),
     ],

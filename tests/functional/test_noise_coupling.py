@@ -178,9 +178,15 @@ def test_nothing_is_unlikely_where_nothing_is_known() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: random_coupling(0.0), r"spikes must be positive, got 0.0: effective_spikes\(C\) counts them"),
-        (lambda: coupling_test(0.1, -1.0, 10), "spikes must be positive, got -1.0"),
-        (lambda: coupling_test(0.1, 2.0, 1), "directions must be at least 2, got 1: one direction has none to couple"),
+        (
+            lambda: random_coupling(0.0),
+            r"spikes must be a number and positive, got 0.0: effective_spikes\(C\) counts them",
+        ),
+        (lambda: coupling_test(0.1, -1.0, 10), "spikes must be a number and positive, got -1.0"),
+        (
+            lambda: coupling_test(0.1, 2.0, 1),
+            "directions must be a whole number of at least 2, got 1: one direction has none to couple",
+        ),
         (lambda: haar_rotated(torch.eye(3), 4), "directions must be between 1 and D = 3, got 4: take as many as R has"),
         (lambda: haar_coupling(torch.eye(3), 0, 1), "directions must be between 1 and D = 3, got 0"),
     ],

@@ -169,18 +169,24 @@ def test_equal_abscissas_have_no_slope(value: float, count: int) -> None:
     [
         (lambda: noise_covariance(torch.ones(3)), r"gradients must be \(n, D\) with n ≥ 1, got \(3,\): give one row"),
         (lambda: noise_covariance(torch.ones(0, 3)), r"gradients must be \(n, D\) with n ≥ 1, got \(0, 3\): give"),
-        (lambda: noise_covariance(torch.ones(2, 3), 0), "batch_size must be at least 1, got 0: 1 is a single sample"),
-        (lambda: covariance_of_sums(torch.eye(1), torch.ones(1), 0), "samples must be at least 1, got 0: 1 is a"),
+        (
+            lambda: noise_covariance(torch.ones(2, 3), 0),
+            "batch_size must be a whole number of at least 1, got 0: 1 is a single",
+        ),
+        (
+            lambda: covariance_of_sums(torch.eye(1), torch.ones(1), 0),
+            "samples must be a whole number of at least 1, got 0: 1 is a",
+        ),
         (lambda: curvature_basis(torch.ones(2, 3)), r"hessian must be \(D, D\), got \(2, 3\): give a square matrix"),
         (lambda: curvature_basis(torch.eye(3), 4), "top must be between 1 and D = 3, got 4: 40 % of the directions"),
         (lambda: curvature_basis(torch.eye(3), 0), "top must be between 1 and D = 3, got 0: 40 % of the directions"),
         (
             lambda: power_law(torch.ones(4), torch.tensor([1.0, 1.0, 0.0, -1.0])),
-            "must both be positive in at least 3 directions for a power law, got 2 of 4: measure on more samples",
+            "curvatures above floor, in at least 3 directions for a power law, got 2 of 4: measure on more",
         ),
         (
             lambda: power_law(torch.ones(4), torch.ones(3)),
-            r"curvatures and variances must have one shape, got \(4,\) and \(3,\): give both of the same directions",
+            r"variances must be \(N,\) with N = 4 of curvatures, got \(3,\): give both of the same directions",
         ),
     ],
 )

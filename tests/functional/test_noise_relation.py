@@ -177,8 +177,8 @@ def test_spearman_sees_the_order_only() -> None:
 
 @pytest.mark.parametrize("error", [commutativity_error, relative_commutativity_error, random_commutativity_error])
 def test_matrices_of_two_sizes_are_refused(error: object) -> None:
-    message = r"covariance and hessian must have one shape, got \(2, 2\) and \(3, 3\): give both of the same directions"
+    message = r"hessian must be \(D, D\) with D = 2 of covariance, got \(3, 3\): give both of the same directions"
     with pytest.raises(ValueError, match=message):
         error(torch.eye(2), torch.eye(3))  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"a and b must have one shape, got \(2,\) and \(3,\): give both"):
+    with pytest.raises(ValueError, match=r"b must be \(N,\) with N = 2 of a, got \(3,\): give both"):
         spearman_correlation(torch.ones(2), torch.ones(3))

@@ -196,7 +196,8 @@ def test_all_samples_are_without_noise() -> None:
 def test_bad_batch_sizes_are_explained() -> None:
     terms = NoiseTerms(1.5, 2.0, 0.5, 4.0, samples=7)
     with pytest.raises(
-        ValueError, match=r"^batch_size must be at least 1, got 0: count the samples of a mini-batch\.$"
+        ValueError,
+        match=r"^batch_size must be a whole number of at least 1, got 0: count the samples of a mini-batch\.$",
     ):
         terms.gni([1, 0], replacement=True)
     above = r"^batch_size must not be above the number of samples, 7, got 8: larger batches need replacement=True"

@@ -211,20 +211,23 @@ def test_validated_sigma() -> None:
     [
         (
             lambda: increment(torch.ones(()), torch.ones(()), 0),
-            "k must be at least 1, got 0: the mean before must hold",
+            "k must be a whole number of at least 1, got 0: the mean before must hold",
         ),
         (
             lambda: QuadraticIncrement(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 2, 2)),
-            r"a, c and b must have shapes \(…\), \(…, D\) and \(…, D, D\), got \(2,\), \(2, 3\) and \(2, 2, 2\): give",
+            r"b must be \(…, D, D\) with … = \(2,\) of a, D = 3 of c, got \(2, 2, 2\): give one of each a sample",
         ),
         (
             lambda: gaussian_moment(QuadraticIncrement(torch.zeros(()), torch.zeros(1), torch.zeros(1, 1)), 0.0),
-            "sigma must be positive, got 0.0: 1e-3 is a usual width",
+            "sigma must be positive and finite, got 0.0: 1e-3 is a usual width",
         ),
-        (lambda: gaussian_moment(pure_quadratic(torch.ones(2)), -1.0), "sigma must be positive, got -1.0"),
-        (lambda: rate_bound(1, 1, 1, k=1, dimension=1, sigma=math.inf), "sigma must be positive, got inf"),
-        (lambda: rate_bound(1, 1, 1, k=0, dimension=2, sigma=1), "k and dimension must be at least 1, got 0 and 2"),
-        (lambda: validated_sigma([1.0], []), "errors must hold one for each σ, got 0 for 1"),
+        (lambda: gaussian_moment(pure_quadratic(torch.ones(2)), -1.0), "sigma must be positive and finite, got -1.0"),
+        (lambda: rate_bound(1, 1, 1, k=1, dimension=1, sigma=math.inf), "sigma must be positive and finite, got inf"),
+        (
+            lambda: rate_bound(1, 1, 1, k=0, dimension=2, sigma=1),
+            "k must be a whole number of at least 1, got 0: the mean",
+        ),
+        (lambda: validated_sigma([1.0], []), "errors must hold one for each of sigmas, got 0 for 1"),
     ],
 )
 def test_bad_input(call: object, message: str) -> None:

@@ -169,18 +169,24 @@ def test_decay_that_is_unstable_by_itself_leaves_a_negative_threshold() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: momentum_threshold(-0.1), r"lr must not be negative, got -0.1: pass the learning rate of the step\."),
-        (lambda: momentum_threshold(math.nan), r"lr must not be negative, got nan"),
+        (
+            lambda: momentum_threshold(-0.1),
+            r"lr must be finite and not negative, got -0.1: pass the learning rate of the step\.",
+        ),
+        (lambda: momentum_threshold(math.nan), r"lr must be finite and not negative, got nan"),
         (
             lambda: momentum_threshold(0.1, 1.0),
             r"momentum must lie in \[0, 1\), got 1.0: from 1 on no step is stable\.",
         ),
         (lambda: momentum_threshold(0.1, 0.9, dampening=1.0), r"dampening must be below 1, got 1.0: no gradient"),
         (lambda: momentum_threshold(0.1, 0.9, nesterov=True, dampening=0.1), r"dampening must be 0 with Nesterov"),
-        (lambda: momentum_threshold(0.1, weight_decay=-1.0), r"weight_decay must not be negative, got -1.0"),
-        (lambda: adaptive_threshold(-0.1), r"lr must not be negative"),
+        (lambda: momentum_threshold(0.1, weight_decay=-1.0), r"weight_decay must be finite and not negative, got -1.0"),
+        (lambda: adaptive_threshold(-0.1), r"lr must be finite and not negative"),
         (lambda: adaptive_threshold(0.1, 1.0), r"beta1 must lie in \[0, 1\), got 1.0"),
-        (lambda: adaptive_threshold(0.1, decoupled_weight_decay=-1.0), r"decoupled_weight_decay must not be negative"),
+        (
+            lambda: adaptive_threshold(0.1, decoupled_weight_decay=-1.0),
+            r"decoupled_weight_decay must be finite and not negative",
+        ),
         (lambda: adaptive_threshold(0.1, bias_correction=0.0), r"bias_correction must lie in \(0, 1\], got 0.0"),
         (lambda: adaptive_threshold(0.1, bias_correction=1.1), r"bias_correction must lie in \(0, 1\], got 1.1"),
     ],

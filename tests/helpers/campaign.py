@@ -69,11 +69,11 @@ def attempt(good: Good, argument: str, value: Any) -> tuple[str, str]:
 
 
 def in_own_words(error: Exception, argument: str) -> bool:
-    """Whether an error is raised by the package, as one sentence that begins with the argument."""
+    """Whether an error is raised by the package, as one sentence on the argument, maybe beside another one."""
     deepest = traceback.extract_tb(error.__traceback__)[-1].filename
     sentence = SENTENCE.fullmatch(str(error))
-    named = sentence is not None and re.search(rf"\b{argument}\b", sentence["subject"]) is not None
-    return isinstance(error, ValueError) and "lightning_curvature" in deepest and named
+    named = sentence is not None and re.search(rf"\b{argument}\b", "{subject} {rule}".format(**sentence.groupdict()))
+    return isinstance(error, ValueError) and "lightning_curvature" in deepest and bool(named)
 
 
 @contextlib.contextmanager

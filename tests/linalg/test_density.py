@@ -266,12 +266,21 @@ def test_a_product_that_is_not_finite() -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda d: spectral_density(torch.clone, VectorSpace([torch.zeros(3)]), starts=0), "starts and steps must be "),
-        (lambda d: spectral_density(torch.clone, VectorSpace([torch.zeros(3)]), steps=0), "got 3 and 0: 3 and 30 make"),
-        (lambda d: d.moment(-1), r"^power must not be negative, got -1: 1 gives the trace over N\.$"),
-        (lambda d: d.evaluate(d.grid(), width=0.0), r"^width must be positive, got 0\.0: leave it out for what the "),
-        (lambda d: d.grid(width=math.inf), r"^width must be positive, got inf"),
-        (lambda d: d.histogram(0), r"^bins must be at least 1, got 0: 100 make a good picture\.$"),
+        (
+            lambda d: spectral_density(torch.clone, VectorSpace([torch.zeros(3)]), starts=0),
+            "starts must be a whole number of at least 1, got 0",
+        ),
+        (
+            lambda d: spectral_density(torch.clone, VectorSpace([torch.zeros(3)]), steps=0),
+            "steps must be a whole number of at least 1, got 0: 30 make",
+        ),
+        (lambda d: d.moment(-1), r"^power must be a whole number of at least 0, got -1: 1 gives the trace over N\.$"),
+        (
+            lambda d: d.evaluate(d.grid(), width=0.0),
+            r"^width must be positive and finite, or None, got 0\.0: leave it out for what the ",
+        ),
+        (lambda d: d.grid(width=math.inf), r"^width must be positive and finite, or None, got inf"),
+        (lambda d: d.histogram(0), r"^bins must be a whole number of at least 1, got 0: 100 make a good picture\.$"),
     ],
 )
 def test_bad_arguments(call: Any, sentence: str) -> None:

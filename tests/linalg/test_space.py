@@ -155,7 +155,7 @@ def test_random_is_the_same_however_it_is_cut() -> None:
 
 
 def test_empty_list_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^tensors must not be empty, got none: give the parameters that are trained"):
+    with pytest.raises(ValueError, match=r"^tensors must be a non-empty sequence of real tensors, got \[\]: give the"):
         VectorSpace([])
 
 

@@ -232,8 +232,8 @@ def test_a_product_that_is_not_finite(bad: float, at: int) -> None:
     [
         ({"relative_error": 0.0}, r"relative_error must lie between 0 and 1, got 0\.0: 0\.05 gives the trace to 5 %\."),
         ({"relative_error": math.nan}, r"relative_error must lie between 0 and 1, got nan: .*"),
-        ({"min_samples": 0}, r"min_samples must be at least 1, got 0: leave it at 6\."),
-        ({"sketch": -1}, r"sketch must not be negative, got -1: 0 makes no sketch\."),
+        ({"min_samples": 0}, r"min_samples must be a whole number of at least 1, got 0: leave it at 6\."),
+        ({"sketch": -1}, r"sketch must be a whole number of at least 0, got -1: 0 makes no sketch\."),
         (
             {"max_matvecs": 15},
             r"max_matvecs must be at least sketch \+ min_samples, got 15 for 10 \+ 6: allow 100, or make a smaller "

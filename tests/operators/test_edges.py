@@ -130,9 +130,11 @@ def test_a_network_of_which_some_data_uses_nothing() -> None:
 
 
 def test_no_data_and_no_parameters() -> None:
-    with pytest.raises(ValueError, match=r"^batches must hold at least one batch, got none: give a list of \(inputs"):
+    with pytest.raises(
+        ValueError, match=r"^batches must be a non-empty sequence of pairs, got \[\]: give a list of \(inp"
+    ):
         micro_batches(linear(), F.mse_loss, [])
-    with pytest.raises(ValueError, match=r"^tensors must not be empty, got none: give the parameters that are traine"):
+    with pytest.raises(ValueError, match=r"^parameters must be a non-empty sequence of real tensors, got \[\]: give"):
         HessianOperator.of(linear().requires_grad_(False), F.mse_loss, [(X, Y)])
 
 

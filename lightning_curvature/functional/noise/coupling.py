@@ -10,7 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import MANY, MEASURED, Rule, checked, positive, sentence, shaped, whole
 
+_SQUARE = shaped("D D", "give a square matrix")
+# Of C = 0 there is no number.
+_SPIKES = positive("effective_spikes(C) counts them", finite=False)
+_DIRECTIONS = Rule("take as many as R has")
+
+
+@checked(covariance=_SQUARE)
 def coupling_matrix(covariance: Tensor) -> Tensor:
     r"""Return :math:`R_{ij} = C_{ij} / \sqrt{|C_{ii} C_{jj}|}`, (𝒩, 𝒩) float64, for C in the eigenbasis of H.
 
@@ -29,6 +37,7 @@ def coupling_matrix(covariance: Tensor) -> Tensor:
     return c / scale / scale[:, None]
 
 
+@checked(coupling=_SQUARE)
 def mean_coupling(coupling: Tensor) -> float:
     r"""Return :math:`\mu = \operatorname{mean}_{i \ne j} |R_{ij}|` of R, (𝒩, 𝒩).
 
@@ -45,6 +54,7 @@ def mean_coupling(coupling: Tensor) -> float:
     return float(values[~values.isnan()].mean()) if bool((~values.isnan()).any()) else math.nan
 
 
+@checked(covariance=_SQUARE)
 def effective_spikes(covariance: Tensor) -> float:
     r"""Return the participation ratio of the spectrum, :math:`M = (\operatorname{tr} C)^2 / \operatorname{tr} C^2`.
 
@@ -59,6 +69,7 @@ def effective_spikes(covariance: Tensor) -> float:
     return float(c.trace()) ** 2 / energy if energy else math.nan
 
 
+@checked(spikes=_SPIKES)
 def random_coupling(spikes: float) -> float:
     r"""Return the expected μ for a C of M spikes that is independent of H, :math:`\sqrt{2/\pi} / \sqrt M`.
 
@@ -73,8 +84,6 @@ def random_coupling(spikes: float) -> float:
         >>> round(random_coupling(20.0), 4)
         0.1784
     """
-    if spikes <= 0.0:
-        raise ValueError(f"spikes must be positive, got {spikes}: effective_spikes(C) counts them.")
     return math.sqrt(2.0 / math.pi / spikes)
 
 
@@ -96,6 +105,7 @@ class CouplingTest(NamedTuple):
     log10_p: float
 
 
+@checked(coupling=MEASURED, spikes=_SPIKES, directions=whole(2, "one direction has none to couple to"))
 def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTest:
     r"""Return a test of whether μ of R, (𝒩, 𝒩), is below the expectation by chance for M spikes.
 
@@ -115,8 +125,6 @@ def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTe
         >>> round(coupling_test(0.066, 20.0, 2560).z)  # eq. 50 of the source has −3378, by a slip
         -2135
     """
-    if directions < 2:
-        raise ValueError(f"directions must be at least 2, got {directions}: one direction has none to couple to.")
     baseline = random_coupling(spikes)
     error = math.sqrt((1.0 - 2.0 / math.pi) / spikes) / directions
     z = (coupling - baseline) / error
@@ -124,6 +132,7 @@ def coupling_test(coupling: float, spikes: float, directions: int) -> CouplingTe
     return CouplingTest(baseline, error, z, math.exp(log_p), log_p / math.log(10.0))
 
 
+@checked(covariance=_SQUARE, directions=_DIRECTIONS)
 def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator | None = None) -> Tensor:
     """Return C, (D, D), with its eigenvectors rotated at random, in the first 𝒩 of the new directions.
 
@@ -143,7 +152,7 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
     """
     c = covariance.double()
     if not 1 <= directions <= len(c):
-        raise ValueError(f"directions must be between 1 and D = {len(c)}, got {directions}: take as many as R has.")
+        raise sentence("directions", f"be between 1 and D = {len(c)}", directions, _DIRECTIONS.remedy)
     normal = torch.randn(len(c), directions, dtype=c.dtype, device=c.device, generator=generator)
     q, r = torch.linalg.qr(normal)
     # The factor with a positive diagonal is unique and therefore Haar-distributed.
@@ -151,6 +160,7 @@ def haar_rotated(covariance: Tensor, directions: int, generator: torch.Generator
     return q.mT @ c @ q
 
 
+@checked(covariance=_SQUARE, directions=_DIRECTIONS, draws=whole(1, "4 show the scatter", MANY))
 def haar_coupling(covariance: Tensor, directions: int, draws: int, generator: torch.Generator | None = None) -> Tensor:
     """Return μ of C after each of ``draws`` random rotations, (draws,) float64.
 

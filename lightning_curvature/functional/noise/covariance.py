@@ -6,7 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, sentence, shaped, whole
 
+_ONE = whole(1, "1 is a single sample")
+_TOP = Rule("40 % of the directions are usual")
+_PRODUCTS, _GRADIENT = shaped("D D", "add up g gᵀ of all samples"), shaped("D", "add up g of all samples")
+
+
+@checked(gradients=shaped("n! D", "give one row a sample"), batch_size=_ONE)
 def noise_covariance(gradients: Tensor, batch_size: int = 1) -> Tensor:
     r"""Return the covariance of the gradient of a mini-batch that is drawn from the given samples.
 
@@ -29,14 +36,13 @@ def noise_covariance(gradients: Tensor, batch_size: int = 1) -> Tensor:
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.0000]], dtype=torch.float64)
     """
-    if gradients.ndim != 2 or not len(gradients):
-        raise ValueError(f"gradients must be (n, D) with n ≥ 1, got {tuple(gradients.shape)}: give one row a sample.")
     gradients = gradients.double()
     # About the mean: a difference of second moments loses the digits of a scatter that is small beside the mean.
     gradients = gradients - gradients.mean(0)
     return covariance_of_sums(gradients.mT @ gradients, gradients.sum(0), len(gradients), batch_size)
 
 
+@checked(products=_PRODUCTS, gradient=_GRADIENT, samples=_ONE, batch_size=_ONE)
 def covariance_of_sums(products: Tensor, gradient: Tensor, samples: int, batch_size: int = 1) -> Tensor:
     """Return the covariance of :func:`noise_covariance` from sums over n samples, which merge by addition.
 
@@ -49,9 +55,6 @@ def covariance_of_sums(products: Tensor, gradient: Tensor, samples: int, batch_s
         >>> covariance_of_sums(torch.tensor([[10.0]]), torch.tensor([4.0]), samples=2)  # of 1 and 3
         tensor([[1.]])
     """
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}: 1 is a single sample.")
     mean = gradient / samples
     return (products / samples - torch.outer(mean, mean)) / batch_size
 
@@ -68,6 +71,7 @@ class CurvatureBasis(NamedTuple):
     vectors: Tensor
 
 
+@checked(size=whole(1, "count the directions"))
 def default_top(size: int) -> int:
     """Return the default 𝒩: 40 % of the directions, 1000 of 2500 in table 2 of Zhang, Yang and Tu (2026).
 
@@ -78,6 +82,7 @@ def default_top(size: int) -> int:
     return max(math.ceil(0.4 * size), min(3, size))
 
 
+@checked(hessian=shaped("D D", "give a square matrix"), top=_TOP)
 def curvature_basis(hessian: Tensor, top: int | None = None) -> CurvatureBasis:
     """Return the eigenvectors of the largest eigenvalues.
 
@@ -93,15 +98,14 @@ def curvature_basis(hessian: Tensor, top: int | None = None) -> CurvatureBasis:
         tensor([3., 2.], dtype=torch.float64)
     """
     size = len(hessian)
-    if hessian.shape != (size, size):
-        raise ValueError(f"hessian must be (D, D), got {tuple(hessian.shape)}: give a square matrix.")
     count = default_top(size) if top is None else top
     if not 1 <= count <= size:
-        raise ValueError(f"top must be between 1 and D = {size}, got {top}: 40 % of the directions are usual.")
+        raise sentence("top", f"be between 1 and D = {size}", top, _TOP.remedy)
     values, vectors = torch.linalg.eigh(hessian.double())
     return CurvatureBasis(values[-count:].flip(0), vectors[:, -count:].flip(1).mT.contiguous())
 
 
+@checked(matrix=shaped("D D"), vectors=shaped("N D", "give vectors as rows"))
 def in_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Return VMVᵀ, (𝒩, 𝒩) float64, for a matrix M, (D, D), and vectors as the rows of V, (𝒩, D).
 

@@ -16,12 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.functional.noise.kronecker import kronecker_sums, unpacked
+from lightning_curvature.arguments import checked, shaped
+from lightning_curvature.functional.noise.kronecker import SIZE, kronecker_sums, unpacked
+
+_INPUTS, _OTHERS = shaped("n ...", "give one row a sample"), shaped("m ...", "give one row a sample")
+_LABELS, _OTHER_LABELS = (shaped(size, "give one class a sample", bools=True) for size in ("n", "m"))
 
 # Approximations of C in the order in which the source makes them.
 CHAIN = ("raw", "hh", "hh_sd", "hh_sd_wd", "hh_sd_wd_li")
 
 
+@checked(inputs=_INPUTS, labels=_LABELS, other_inputs=_OTHERS, other_labels=_OTHER_LABELS)
 def matched_pairs(inputs: Tensor, labels: Tensor, other_inputs: Tensor, other_labels: Tensor) -> Tensor:
     r"""Return for each sample the nearest sample of its class in another mini-batch.
 
@@ -77,6 +82,13 @@ class DualityTerms(NamedTuple):
         return self.gradients[:, :, None] * self.shifts[:, None, :]
 
 
+@checked(
+    weight=shaped("out in"),
+    activations=shaped("n in"),
+    gradients=shaped("n out"),
+    curvatures=shaped("n out out"),
+    shifts=shaped("n in"),
+)
 def duality_terms(
     weight: Tensor, activations: Tensor, gradients: Tensor, curvatures: Tensor, shifts: Tensor
 ) -> DualityTerms:
@@ -107,6 +119,7 @@ class DualitySums:
     # Gradients of this many mini-batches are multiplied in one product: each product writes all of D × D.
     _BATCHED = 64
 
+    @checked(out=SIZE, into=SIZE)
     def __init__(self, out: int, into: int, device: torch.device | str = "cpu") -> None:
         self.out, self.into = out, into
         size, packed = out * into, out * (out + 1) // 2 * into * (into + 1) // 2

@@ -12,10 +12,15 @@ Entries of W are in row-major order: W[o, i] is number o · in + i of D = out ·
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import MANY, checked, sentence, shaped, whole
+
 # Numbers of a aᵀ in memory at a time: 64 MB in float64.
 _PIECE = 2**23
+SIZE = whole(1, "count the outputs or inputs of the layer", MANY)
+_BLOCKS, _ACTIVATIONS = (shaped(shape, "give one of each a sample") for shape in ("n q out out", "n in"))
 
 
+@checked(blocks=_BLOCKS, activations=_ACTIVATIONS)
 def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = None) -> Tensor:
     r"""Return :math:`\sum_p B_p \otimes a_p a_p^\top` in packed form; packed sums merge by addition.
 
@@ -36,18 +41,13 @@ def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = N
         tensor([[[1., 2.],
                  [2., 4.]]], dtype=torch.float64)
     """
-    shapes = blocks.ndim == 4 and blocks.shape[2] == blocks.shape[3] and activations.ndim == 2
-    if not shapes or len(blocks) != len(activations):
-        raise ValueError(
-            f"blocks and activations must be (n, q, out, out) and (n, in), got {tuple(blocks.shape)} and "
-            f"{tuple(activations.shape)}: give one of each a sample."
-        )
     count, kinds, out, _ = blocks.shape
     rows = torch.triu_indices(out, out, device=blocks.device)
     columns = torch.triu_indices(activations.shape[1], activations.shape[1], device=activations.device)
     width = columns.shape[1]
     if total is None:
         total = torch.zeros(kinds, rows.shape[1], width, dtype=torch.float64, device=blocks.device)
+    _check_packed("total", total, (kinds, out, activations.shape[1]))
     flat = total.view(-1, width)
     piece = max(1, _PIECE // max(width, len(flat)))
     for first in range(0, count, piece):
@@ -66,13 +66,21 @@ class KroneckerSum:
     # Numbers that are collected, 32 MB: each product writes all of the sum.
     _MOST = 2**22
 
+    @checked(kinds=whole(1, "count the matrices of a sample", MANY), out=SIZE, into=SIZE)
     def __init__(self, kinds: int, out: int, into: int, device: torch.device | str = "cpu") -> None:
-        shape = (kinds, out * (out + 1) // 2, into * (into + 1) // 2)
-        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._sizes = (kinds, out, into)
+        self._total = torch.zeros(_packed(self._sizes), dtype=torch.float64, device=device)
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
+    @checked(blocks=_BLOCKS, activations=_ACTIVATIONS)
     def add(self, blocks: Tensor, activations: Tensor) -> None:
         """Add samples: (n, q, out, out) and (n, in)."""
+        for name, given, size in (
+            ("blocks", tuple(blocks.shape[1:3]), self._sizes[:2]),
+            ("activations", tuple(activations.shape[1:]), self._sizes[2:]),
+        ):
+            if given != size:
+                raise sentence(name, f"have the sizes {size} of the sum after n", given, "give samples of one layer")
         self._waiting.append((blocks, activations))
         if sum(b.numel() for b, _ in self._waiting) >= self._MOST:
             self.packed()
@@ -86,6 +94,7 @@ class KroneckerSum:
         return self._total
 
 
+@checked(sums=shaped("q! rows columns", "make them by kronecker_sums"), out=SIZE, into=SIZE)
 def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
     """Return packed sums of :func:`kronecker_sums` for a weight (``out``, ``into``) as full matrices, (q, D, D).
 
@@ -94,12 +103,26 @@ def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
         tensor([[[1., 2.],
                  [2., 4.]]])
     """
+    _check_packed("sums", sums, (len(sums), out, into))
     size = out * into
     matrices = [
         one[_places(out, one.device)][:, :, _places(into, one.device)].permute(0, 2, 1, 3).reshape(size, size)
         for one in sums
     ]
     return torch.stack(matrices)
+
+
+def _packed(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the shape of packed sums of q, out and in."""
+    kinds, out, into = sizes
+    return kinds, out * (out + 1) // 2, into * (into + 1) // 2
+
+
+def _check_packed(name: str, sums: Tensor, sizes: tuple[int, int, int]) -> None:
+    if sums.shape != _packed(sizes):
+        raise sentence(
+            name, f"be {_packed(sizes)} where q, out and in are {sizes}", tuple(sums.shape), "make it by kronecker_sums"
+        )
 
 
 def _places(size: int, device: torch.device) -> Tensor:
@@ -110,6 +133,7 @@ def _places(size: int, device: torch.device) -> Tensor:
     return places
 
 
+@checked(activations=shaped("n in"), gradients=shaped("n out"), curvatures=shaped("n out out"))
 def linear_blocks(activations: Tensor, gradients: Tensor, curvatures: Tensor) -> Tensor:
     r"""Return the blocks of g gᵀ, h and h², (n, 3, out, out) float64, from a (n, in), δ (n, out) and S (n, out, out).
 

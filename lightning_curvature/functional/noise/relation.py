@@ -6,10 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, shaped
 from lightning_curvature.functional.line_fit import fit_line
 
 # A line through two points has no error.
 FEWEST_POINTS = 3
+
+_NUMBERS = shaped("N", "give both of the same directions")
+_MATRIX = shaped("D D", "give both of the same directions")
 
 
 class PowerLaw(NamedTuple):
@@ -32,6 +36,7 @@ class PowerLaw(NamedTuple):
     highest: float
 
 
+@checked(curvatures=_NUMBERS, variances=_NUMBERS, floor=Rule("0.0 leaves out none that are positive"))
 def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> PowerLaw:
     r"""Return the fit of :math:`\log C_{ii} = \gamma \log H_{ii} + \log c` to positive entries by least squares.
 
@@ -49,14 +54,14 @@ def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> Powe
         >>> round(power_law(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 6.0, 12.0])).exponent, 9)
         1.0
     """
-    _check_same_shape("curvatures", curvatures, "variances", variances)
     x, y = curvatures.detach().double(), variances.detach().double()
     used = (x > max(floor, 0.0)) & (y > 0.0) & x.isfinite() & y.isfinite()
     count = int(used.sum())
     if count < FEWEST_POINTS:
         raise ValueError(
-            f"curvatures and variances must both be positive in at least {FEWEST_POINTS} directions for a power law, "
-            f"got {count} of {len(x)}: measure on more samples, or later in training, when curvature is positive."
+            "curvatures and variances must both be positive, and curvatures above floor, in at least "
+            f"{FEWEST_POINTS} directions for a power law, got {count} of {len(x)}: measure on more samples, or later "
+            "in training, when curvature is positive."
         )
     x, y = x[used], y[used]
     line = fit_line(x.log(), y.log())
@@ -65,6 +70,7 @@ def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> Powe
     return PowerLaw(line.slope, line.standard_error, line.intercept, count, float(x.min()), float(x.max()))
 
 
+@checked(covariance=_MATRIX, hessian=_MATRIX)
 def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     r"""Return the commutativity error of two symmetric matrices, (D, D) each; NaN if one is zero.
 
@@ -84,13 +90,13 @@ def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
         >>> round(commutativity_error(c, h), 6)  # [[0, 1], [−1, 0]]
         1.0
     """
-    _check_same_shape("covariance", covariance, "hessian", hessian)
     c, h = covariance.double(), hessian.double()
     scale = float(c.norm()) * float(h.norm())
     product = c @ h
     return float((product - product.mT).norm()) / scale if scale else math.nan
 
 
+@checked(covariance=_MATRIX, hessian=_MATRIX)
 def relative_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
     r"""Return :math:`\lVert CH - HC\rVert_F / \lVert CH\rVert_F`.
 
@@ -104,12 +110,12 @@ def relative_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
         >>> round(relative_commutativity_error(c, h), 6)  # CH = [[0, 1], [0, 0]]
         1.414214
     """
-    _check_same_shape("covariance", covariance, "hessian", hessian)
     product = covariance.double() @ hessian.double()
     scale = float(product.norm())
     return float((product - product.mT).norm()) / scale if scale else math.nan
 
 
+@checked(covariance=_MATRIX, hessian=_MATRIX)
 def random_commutativity_error(covariance: Tensor, hessian: Tensor, relative: bool = False) -> float:
     r"""Return the root mean square of :func:`commutativity_error` over all rotations of C's eigenvectors.
 
@@ -125,7 +131,6 @@ def random_commutativity_error(covariance: Tensor, hessian: Tensor, relative: bo
         >>> round(random_commutativity_error(matrix, matrix), 6)
         1.0
     """
-    _check_same_shape("covariance", covariance, "hessian", hessian)
     c, h = covariance.double(), hessian.double()
     size = len(c)
     c1, h1 = float(c.trace()), float(h.trace())
@@ -142,6 +147,7 @@ def random_commutativity_error(covariance: Tensor, hessian: Tensor, relative: bo
     return math.sqrt(max(2.0 * straight - 2.0 * alternating, 0.0) / (straight if relative else c2 * h2))
 
 
+@checked(covariance=shaped("D D", "give a square matrix"))
 def eigen_alignment(covariance: Tensor) -> float:
     r"""Return the share of the energy of C, (𝒩, 𝒩) in the eigenbasis of H, on its diagonal.
 
@@ -159,6 +165,7 @@ def eigen_alignment(covariance: Tensor) -> float:
     return float(covariance.diagonal().double().square().sum()) / energy if energy else math.nan
 
 
+@checked(a=_NUMBERS, b=_NUMBERS)
 def spearman_correlation(a: Tensor, b: Tensor) -> float:
     """Return the rank correlation of two sequences, (𝒩,) each; ties share their mean rank.
 
@@ -173,7 +180,6 @@ def spearman_correlation(a: Tensor, b: Tensor) -> float:
         >>> spearman_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 8.0, 27.0]))
         1.0
     """
-    _check_same_shape("a", a, "b", b)
     if bool(a.isnan().any()) or bool(b.isnan().any()):
         return math.nan
     # torchmetrics' spearman_corrcoef ranks in float32, adds 1e-6 to the denominator, and refuses integers.
@@ -181,14 +187,6 @@ def spearman_correlation(a: Tensor, b: Tensor) -> float:
     x, y = x - x.mean(), y - y.mean()
     scale = float(x.square().sum()) * float(y.square().sum())
     return float(x @ y) / math.sqrt(scale) if scale else math.nan
-
-
-def _check_same_shape(name: str, one: Tensor, other_name: str, other: Tensor) -> None:
-    if one.shape != other.shape:
-        raise ValueError(
-            f"{name} and {other_name} must have one shape, got {tuple(one.shape)} and {tuple(other.shape)}: give both "
-            "of the same directions."
-        )
 
 
 def _ranks(values: Tensor) -> Tensor:

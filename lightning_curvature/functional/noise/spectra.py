@@ -9,6 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import Rule, checked, not_negative, shaped
+
+_FACTOR = not_negative("0 removes an eigenvalue, 1 keeps it")
+_SPECTRA = Rule("linear_sample_spectra makes them")
+
 
 class SampleSpectra(NamedTuple):
     """Eigenpairs of the Hessians of n samples.
@@ -22,6 +27,7 @@ class SampleSpectra(NamedTuple):
     overlaps: Tensor
 
 
+@checked(activations=shaped("n in"), curvatures=shaped("n out out"), vectors=shaped("N out*in", "give vectors as rows"))
 def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tensor) -> SampleSpectra:
     r"""Return m = out eigenpairs of each h_p = S_p ⊗ a_p a_pᵀ, from those of S_p, (σ_m, s_m).
 
@@ -53,6 +59,7 @@ def linear_sample_spectra(activations: Tensor, curvatures: Tensor, vectors: Tens
     return SampleSpectra(sigma * length.square(), (directions.mT @ reached).square())
 
 
+@checked(spectra=_SPECTRA)
 def spectral_moments(spectra: SampleSpectra) -> tuple[Tensor, Tensor]:
     r"""Return H_ii and 2b C_ii/σ_w² from eigenpairs of single samples, (𝒩,) each.
 
@@ -83,6 +90,12 @@ class Suppressed(NamedTuple):
     stiff: Tensor
 
 
+@checked(
+    values=shaped("n! m!", "give one row a sample"),
+    threshold=Rule("0.1 is usual", below=1.0),
+    tail=_FACTOR,
+    background=_FACTOR,
+)
 def suppressed(
     values: Tensor, *, threshold: float = 0.1, tail: float = 1e-5, background: float = 1e-3, homogenize: bool = True
 ) -> Suppressed:
@@ -107,8 +120,6 @@ def suppressed(
         >>> suppressed(torch.tensor([[4.0, 1.0], [2.0, 1.0], [0.1, 0.0]])).values[:, 0]
         tensor([3.0000e+00, 3.0000e+00, 1.0000e-04], dtype=torch.float64)
     """
-    if not threshold < 1.0:
-        raise ValueError(f"threshold must be below 1, got {threshold}: 0.1 is usual.")
     values = values.double()
     first = values[:, 0]
     stiff = first > threshold * first.max() if threshold >= 0.0 else torch.ones_like(first, dtype=torch.bool)
@@ -123,6 +134,7 @@ def suppressed(
     return Suppressed(changed, stiff)
 
 
+@checked(spectra=_SPECTRA)
 def cumulative_contribution(spectra: SampleSpectra) -> Tensor:
     r"""Return the share of 2b C_ii/σ_w² from the first k eigenvalues of all samples, (m, 𝒩), for k = 1 … m.
 
