@@ -5,11 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curvature.arguments import checked, not_negative
 from lightning_curvature.functional import Likelihood, directional_curvature, kl_divergence, output_quadratic_form
 from lightning_curvature.functional import headroom as _headroom
-from lightning_curvature.functional.directional import Scalar, divergence_quadratic, finite_difference_forms
-from lightning_curvature.functional.likelihoods import check_likelihood
+from lightning_curvature.functional.directional import (
+    EPSILON,
+    FACTOR,
+    LR,
+    SCALE,
+    Scalar,
+    divergence_quadratic,
+    finite_difference_forms,
+)
+from lightning_curvature.functional.likelihoods import LIKELIHOOD, OUTPUTS, WEIGHTS
 from lightning_curvature.metrics.model import CurvatureMetric, as_draws
+
+_WEIGHT = not_negative("1 counts every step alike")
 
 
 class DirectionalCurvature(CurvatureMetric):
@@ -46,6 +57,7 @@ class DirectionalCurvature(CurvatureMetric):
             # float64 keeps the digits of differences of losses and of sums over a trajectory.
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
+    @checked(lr=LR, weight=_WEIGHT)
     def update(self, quadratic: Scalar, descent: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:
         """Add one step: dᵀHd, gᵀd, η and the weight of its data; or several, (n,) each."""
         quadratic, descent, lr, weight = as_draws(
@@ -81,6 +93,7 @@ class FiniteDifferenceCurvature(DirectionalCurvature):
         0.5
     """
 
+    @checked(epsilon=EPSILON, lr=LR, weight=_WEIGHT)
     def update(  # type: ignore[override]
         self,
         loss_plus: Scalar,
@@ -118,12 +131,13 @@ class KLCurvature(DirectionalCurvature):
         tensor(2., dtype=torch.float64)
     """
 
+    @checked(likelihood=LIKELIHOOD, scale=SCALE)
     def __init__(self, likelihood: Likelihood = "categorical", scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_likelihood(likelihood)
         self.likelihood = likelihood
         self.scale = scale
 
+    @checked(outputs=OUTPUTS, shifted_outputs=OUTPUTS, epsilon=EPSILON, lr=LR, mask=WEIGHTS, weight=_WEIGHT)
     def update(  # type: ignore[override]
         self,
         outputs: Tensor,
@@ -155,6 +169,7 @@ class GaussNewtonCurvature(KLCurvature):
         tensor(4., dtype=torch.float64)
     """
 
+    @checked(outputs=OUTPUTS, tangent=OUTPUTS, lr=LR, mask=WEIGHTS, weight=_WEIGHT)
     def update(  # type: ignore[override]
         self,
         outputs: Tensor,
@@ -184,6 +199,7 @@ class CriticalSharpness(DirectionalCurvature):
         tensor(2., dtype=torch.float64)
     """
 
+    @checked(critical_factor=FACTOR, lr=LR, weight=_WEIGHT)
     def update(self, critical_factor: Scalar, lr: Scalar = 1.0, weight: Scalar = 1.0) -> None:  # type: ignore[override]
         """Add one step."""
         # With dᵀHd = 2η² and gᵀd = η·η_c the ratio of the base class is Σ 2w / Σ w η_c.

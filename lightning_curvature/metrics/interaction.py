@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.arguments import Rule, checked
 from lightning_curvature.functional import NoiseTerms, add_to_moments, merge_moments
 from lightning_curvature.metrics.model import Batch, LossFunction, copied
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
+from lightning_curvature.operators.exact import KEEP_GRAPH
 from lightning_curvature.operators.micro_batches import sample_count
 from lightning_curvature.operators.mini_batch import MiniBatch
 from lightning_curvature.reporting.loggers import warn
@@ -33,6 +35,7 @@ class FullCurvatureMetric(MiniBatchMetric):
     noise_moments: Tensor
     waiting: list[Batch]
 
+    @checked(data=Rule("give a list of (inputs, targets), or None for pairs"), keep_graph=KEEP_GRAPH)
     def __init__(
         self,
         model: nn.Module,
@@ -44,10 +47,6 @@ class FullCurvatureMetric(MiniBatchMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, loss_function, curvature=curvature, **kwargs)
-        if data is not None and not len(data):
-            raise ValueError(
-                "data must hold at least one batch, got none: give a list of (inputs, targets), or None for pairs."
-            )
         self._data = list(data) if data is not None else None
         self._keep_graph = keep_graph
         # The first of a pair.

@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torchmetrics import Metric
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
+from lightning_curvature.arguments import checked
 from lightning_curvature.operators import Curvature, MicroBatch, micro_batches, operator_type
+from lightning_curvature.operators.exact import CURVATURE
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 Batch = tuple[Any, Any]
@@ -156,6 +158,7 @@ class ModelMetric(CurvatureMetric):
 
     apart: Tensor
 
+    @checked(curvature=CURVATURE)
     def __init__(
         self, model: nn.Module, loss_function: LossFunction, *, curvature: Curvature = "hessian", **kwargs: Any
     ) -> None:

@@ -7,15 +7,18 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.arguments import checked, whole
 from lightning_curvature.functional.noise import covariance_of_sums, kronecker_sums, linear_blocks
 from lightning_curvature.losses.samples import equal_up_to_rounding
 from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric
 from lightning_curvature.noise.measurement import noise_curvature_of
-from lightning_curvature.noise.options import NoiseOptions, Quantity
+from lightning_curvature.noise.options import PARAMETER, NoiseOptions, Quantity
 from lightning_curvature.noise.result import NoiseCurvature
 from lightning_curvature.noise.sums import moments_of
 from lightning_curvature.operators import linear_statistics
 from lightning_curvature.operators.micro_batches import sample_count
+
+_BATCH_SIZE = whole(1, "1 is a single sample")
 
 
 class NoiseCovariance(CurvatureMetric):
@@ -49,16 +52,15 @@ class NoiseCovariance(CurvatureMetric):
     gradient: Tensor
     samples: Tensor
 
+    @checked(size=whole(1, "count the parameters"), batch_size=_BATCH_SIZE)
     def __init__(self, size: int, batch_size: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, value in (("size", size), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}: 1 is a single one.")
         self.size, self.batch_size = size, batch_size
         self.add_state("products", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("gradient", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
 
+    @checked()
     def update(self, gradients: Tensor) -> None:
         """Add samples."""
         if gradients.ndim != 2 or gradients.shape[1] != self.size:
@@ -127,6 +129,7 @@ class NoiseCurvatureRelation(ModelMetric):
     gradient: Tensor
     samples: Tensor
 
+    @checked(parameter=PARAMETER, batch_size=_BATCH_SIZE)
     def __init__(
         self,
         model: nn.Module,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.arguments import checked, fraction
 from lightning_curvature.functional import add_to_moments, merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.functional.sharpness import Scalar
 from lightning_curvature.linalg import Eigenpairs
@@ -41,6 +42,7 @@ class RatioOfMeans(CurvatureMetric):
         super().__init__(**kwargs)
         self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
+    @checked()
     def update(self, numerator: Scalar, denominator: Scalar = 1.0) -> None:
         """Add a draw, or several, (n,) each."""
         draws = as_draws(self.device, numerator=numerator, denominator=denominator)
@@ -203,6 +205,7 @@ class BatchLambdaMax(MiniBatchMetric):
         tensor(5., dtype=torch.float64)
     """
 
+    @checked(tolerance=fraction("1e-2 gives eigenvalues to three digits or so"))
     def __init__(
         self,
         model: nn.Module,

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_curvature.arguments import MANY, checked, fraction, whole
 from lightning_curvature.distributed.reduce import sum_in_group
 from lightning_curvature.distributed.together import elsewhere
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
 from lightning_curvature.linalg.krylov import NonFiniteProductError
 from lightning_curvature.metrics.model import Batch, LossFunction, ModelMetric, copied
 from lightning_curvature.operators import Curvature, CurvatureOperator
+from lightning_curvature.operators.exact import KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
 from lightning_curvature.operators.micro_batches import sample_count
 from lightning_curvature.reporting.loggers import warn
@@ -31,6 +33,7 @@ class _OperatorMetric(ModelMetric):
 
     batches: list[Batch]
 
+    @checked(keep_graph=KEEP_GRAPH)
     def __init__(
         self,
         model: nn.Module,
@@ -120,6 +123,10 @@ class HessianEigenvalues(_OperatorMetric):
         tensor(4., dtype=torch.float64)
     """
 
+    @checked(
+        k=whole(1, "1 is the largest eigenvalue alone", MANY),
+        tolerance=fraction("1e-3 gives eigenvalues to five digits or so"),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -173,6 +180,7 @@ class HessianTrace(_OperatorMetric):
         tensor(5., dtype=torch.float64)
     """
 
+    @checked(relative_error=fraction("0.05 gives the trace to 5 %"))
     def __init__(
         self,
         model: nn.Module,
@@ -224,6 +232,7 @@ class HessianDensity(_OperatorMetric):
         1.0
     """
 
+    @checked(starts=whole(1, "2 tell the error", MANY), steps=whole(1, "40 make a good picture", MANY))
     def __init__(
         self,
         model: nn.Module,

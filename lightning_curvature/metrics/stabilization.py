@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_curvature.arguments import checked, positive
 from lightning_curvature.functional import add_to_moments
 from lightning_curvature.metrics.sharpness import RatioOfMeans
 
@@ -36,12 +37,12 @@ class StabilizationCriterion(RatioOfMeans):
         (tensor(0.0367, dtype=torch.float64), 3)
     """
 
+    @checked(order=positive("2 is the mean square"))
     def __init__(self, order: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not order > 0.0:
-            raise ValueError(f"order must be positive, got {order}: 2 is the mean square.")
         self.order = order
 
+    @checked()
     def update(self, increments: Tensor) -> None:  # type: ignore[override]
         """Add perturbations."""
         if increments.ndim == 0:

@@ -134,7 +134,7 @@ CASES = [
                 "quantities must not hold 'noise_awd_chain' here, got it: NoiseCovarianceMonitor has it",
             ),
             Mistake(lambda: made().compute(), "samples must be added before compute, got none: call update first"),
-            Mistake(lambda: made(batch_size=0), "batch_size must ", "the constructor takes any batch size"),
+            Mistake(lambda: made(batch_size=0), "batch_size must be a whole number of at least 1, got 0: 1 is a"),
         ],
         absent={
             "more_numbers_on_ranks": "compute is all that it gives",
