@@ -5,7 +5,7 @@ remedy. Tensors are judged by type and shape alone: to read their values would w
 of NumPy, or a tensor of one element, and becomes one of Python; booleans are no numbers.
 """
 
-from lightning_curvature.arguments.calls import check_fields, checked
+from lightning_curvature.arguments.calls import check_broadcast, check_fields, checked
 from lightning_curvature.arguments.rules import (
     MANY,
     MEASURED,
@@ -23,6 +23,7 @@ __all__ = [
     "MANY",
     "MEASURED",
     "Rule",
+    "check_broadcast",
     "check_count",
     "check_fields",
     "checked",

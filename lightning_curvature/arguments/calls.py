@@ -8,8 +8,11 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from lightning_curvature.arguments.check import Check
-from lightning_curvature.arguments.rules import Rule
+from lightning_curvature.arguments.rules import Rule, sentence
 from lightning_curvature.arguments.shapes import Scope
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -60,3 +63,12 @@ def _checks_of(kind: Hashable, **rules: Rule) -> Mapping[str, Check]:
         for field in fields(typing.cast(Any, kind))
         if field.init
     }
+
+
+def check_broadcast(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless the shape of an argument broadcasts with that of another one."""
+    try:
+        torch.broadcast_shapes(value.shape, other.shape)
+    except RuntimeError:
+        wanted = f"be of a shape that broadcasts with {other_name}, {tuple(other.shape)}"
+        raise sentence(name, wanted, tuple(value.shape), "give as many of both") from None

@@ -23,7 +23,9 @@ Scalar = Tensor | float
 
 EPSILON = positive("1.0 is the length of the step")
 LR = not_negative("pass the learning rate of the step")
-_OF_OUTPUTS = {"outputs": OUTPUTS, "likelihood": LIKELIHOOD, "weights": WEIGHTS, "scale": positive("1.0 is the mean")}
+SCALE = positive("1.0 is the mean over the positions")
+FACTOR = not_negative("pass η_c/η", finite=False)
+_OF_OUTPUTS = {"outputs": OUTPUTS, "likelihood": LIKELIHOOD, "weights": WEIGHTS, "scale": SCALE}
 
 
 def _tensor(value: Scalar, like: Scalar | None = None) -> Tensor:
@@ -242,7 +244,7 @@ def gauss_newton_curvature(
     return directional_curvature(scale * output_quadratic_form(outputs, tangent, likelihood, weights), descent, lr)
 
 
-@checked(critical_factor=not_negative("pass η_c/η", finite=False), lr=LR)
+@checked(critical_factor=FACTOR, lr=LR)
 def critical_sharpness(critical_factor: Scalar, lr: Scalar = 1.0) -> Tensor:
     r"""Return the critical sharpness :math:`2/\eta_c`, whose edge is 2/η; from η_c on the step raises the loss.
 

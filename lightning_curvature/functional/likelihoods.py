@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.arguments import Rule, checked, shaped
-from lightning_curvature.arguments.check import Check
 from lightning_curvature.functional.positions import position_means
 
 Likelihood = Literal["categorical", "gaussian", "bernoulli"]
@@ -59,11 +58,6 @@ def exponential_remainder(x: Tensor) -> Tensor:
         series.add_(1.0).mul_(x).div_(order)
     series.add_(1.0).mul_(x).mul_(x).div_(2.0)
     return torch.where(x.abs() < _SERIES_LIMIT, series, torch.expm1(x).sub_(x))
-
-
-def check_likelihood(likelihood: str) -> None:
-    """Raise ValueError unless the likelihood is known."""
-    Check(Likelihood, LIKELIHOOD)("likelihood", likelihood)
 
 
 def check_outputs(likelihood: str, outputs: Tensor) -> None:

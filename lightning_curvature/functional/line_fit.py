@@ -67,7 +67,10 @@ def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySl
     """
     if len(values) != len(sample_sizes):
         raise sentence(
-            "values", "hold one for each k", f"{len(values)} for {len(sample_sizes)}", "measure both together"
+            "values",
+            "hold one for each of sample_sizes",
+            f"{len(values)} for {len(sample_sizes)}",
+            "measure both together",
         )
     points = [
         (math.log(k + 1), math.log(value))

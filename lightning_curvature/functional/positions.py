@@ -25,8 +25,8 @@ def position_means(
         weights = values[0].new_ones(positions)
     elif weights.numel() != positions:
         raise ValueError(
-            f"weights must have one value for each of the {positions} positions of outputs, got {weights.numel()}: "
-            "give a mask of the outputs' shape without its last dimension."
+            f"weights, or mask, must have one value for each of the {positions} positions of outputs, got "
+            f"{weights.numel()}: give a mask of the outputs' shape without its last dimension."
         )
     weights = weights.detach().reshape(-1).to(dtype)
     rows = max(1, _ELEMENTS_PER_PIECE // max(1, components))

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_curvature.arguments import Rule, check_fields, checked, shaped, whole
+from lightning_curvature.arguments import Rule, check_broadcast, check_fields, checked, shaped, whole
 
 Scalar = Tensor | float
 _MOMENTS = shaped("... 6", "begin with torch.zeros(6, dtype=torch.float64)")
-_ONE = Rule("pass one number", finite=False, shape="1")
 _BATCH_SIZE, _SAMPLES = Rule("count the samples of a mini-batch", least=1), whole(1, "count the samples")
 # One size or several, or none.
 _BATCH_SIZES = Rule("count the samples of a mini-batch", least=1, empty=True)
 
 
-@checked(moments=shaped("6"), numerator=_ONE, denominator=_ONE)
+@checked(moments=shaped("6"))
 def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0) -> Tensor:
     r"""Return the moments with one draw added, or with several, (m,) each.
 
@@ -42,8 +41,9 @@ def add_to_moments(moments: Tensor, numerator: Scalar, denominator: Scalar = 1.0
         >>> moments.tolist()
         [2.0, 2.0, 1.0, 2.0, 0.0, 0.0]
     """
-    values = (torch.as_tensor(v, dtype=moments.dtype, device=moments.device) for v in (numerator, denominator))
-    x, y = torch.broadcast_tensors(*values)
+    x, y = (torch.as_tensor(v, dtype=moments.dtype, device=moments.device) for v in (numerator, denominator))
+    check_broadcast("denominator", y, "numerator", x)
+    x, y = torch.broadcast_tensors(x, y)
     draws = torch.stack([x.reshape(-1), y.reshape(-1)])
     count = draws.shape[1]
     if not count:

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_curvature.arguments import check_fields, checked, not_negative, positive, sentence, shaped, whole
+from lightning_curvature.arguments import (
+    check_broadcast,
+    check_fields,
+    checked,
+    not_negative,
+    positive,
+    sentence,
+    shaped,
+    whole,
+)
 
 Scalar = Tensor | float
 
@@ -47,11 +56,7 @@ def increment(sample: Tensor, mean: Tensor, k: int) -> Tensor:
         >>> increment(torch.tensor(5.0), torch.tensor(2.0), k=2)
         tensor(1.)
     """
-    try:
-        torch.broadcast_shapes(sample.shape, mean.shape)
-    except RuntimeError:
-        shapes = f"{tuple(mean.shape)} beside {tuple(sample.shape)}"
-        raise sentence("mean", "be of a shape that broadcasts with sample", shapes, "give both of one kind") from None
+    check_broadcast("mean", mean, "sample", sample)
     return (sample - mean) / (k + 1)
 
 

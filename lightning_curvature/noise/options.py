@@ -22,7 +22,7 @@ Quantity = Literal[
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 # Returns inputs (n, …) and class labels (n,) of a batch.
 Pairing = Callable[[Any], tuple[Tensor, Tensor]]
-_PARAMETER = Rule("give one such as 'fc2.weight'", holds=bool, phrase="be a name out of named_parameters()")
+PARAMETER = Rule("give one such as 'fc2.weight'", holds=bool, phrase="be a name out of named_parameters()")
 
 KEYS: dict[str, tuple[str, ...]] = {
     "noise_gamma": ("noise_gamma", "noise_gamma_stderr"),
@@ -48,7 +48,7 @@ class NoiseOptions(OccasionalOptions):
         ValueError: for a value outside its rule.
     """
 
-    parameter: Annotated[str, _PARAMETER]
+    parameter: Annotated[str, PARAMETER]
     quantities: Sequence[Quantity] = QUANTITIES[:-1]
     top: Annotated[int, whole(3, "None takes 40 % of the directions")] | None = None
     batch_size: Annotated[int, whole(1, "None takes the samples of an optimizer step")] | None = None

@@ -141,3 +141,11 @@ def test_calls_python_refuses_stay_its_own() -> None:
         product(*GOOD[:2])  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword argument 'width'"):
         product(*GOOD, width=3)  # type: ignore[call-arg]
+
+
+def test_values_of_tensors_are_not_read() -> None:
+    """Those of the meta device have none."""
+    product(*(one.to("meta") for one in GOOD))
+    with pytest.raises(ValueError, match=r"^v must be \(N, out · in\) with .*, got \(4, 3\): see"):
+        product(*(GOOD[i].to("meta") for i in (0, 1, 0)))
+    assert Check(Tensor | float, positive("1"))("x", torch.ones(2, device="meta")).is_meta

@@ -180,9 +180,9 @@ def test_nothing_is_unlikely_where_nothing_is_known() -> None:
     [
         (
             lambda: random_coupling(0.0),
-            r"spikes must be a number and positive, got 0.0: effective_spikes\(C\) counts them",
+            r"spikes must be positive and finite, got 0.0: effective_spikes\(C\) counts them",
         ),
-        (lambda: coupling_test(0.1, -1.0, 10), "spikes must be a number and positive, got -1.0"),
+        (lambda: coupling_test(0.1, -1.0, 10), "spikes must be positive and finite, got -1.0"),
         (
             lambda: coupling_test(0.1, 2.0, 1),
             "directions must be a whole number of at least 2, got 1: one direction has none to couple",

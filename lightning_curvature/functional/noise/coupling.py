@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.arguments import MANY, MEASURED, Rule, checked, positive, sentence, shaped, whole
+from lightning_curvature.arguments import MANY, MEASURED, Rule, checked, sentence, shaped, whole
 
 _SQUARE = shaped("D D", "give a square matrix")
-# Of C = 0 there is no number.
-_SPIKES = positive("effective_spikes(C) counts them", finite=False)
+# NaN is that of C = 0.
+_SPIKES = Rule(
+    "effective_spikes(C) counts them", above=0.0, below=math.inf, finite=False, phrase="be positive and finite"
+)
 _DIRECTIONS = Rule("take as many as R has")
 
 

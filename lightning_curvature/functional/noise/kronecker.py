@@ -47,7 +47,7 @@ def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = N
     width = columns.shape[1]
     if total is None:
         total = torch.zeros(kinds, rows.shape[1], width, dtype=torch.float64, device=blocks.device)
-    _check_packed("total", total, (kinds, out, activations.shape[1]))
+    _check_packed("total, for these activations,", total, (kinds, out, activations.shape[1]))
     flat = total.view(-1, width)
     piece = max(1, _PIECE // max(width, len(flat)))
     for first in range(0, count, piece):
@@ -119,6 +119,7 @@ def _packed(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _check_packed(name: str, sums: Tensor, sizes: tuple[int, int, int]) -> None:
+    """Raise unless sums have the shape that q, out and in give."""
     if sums.shape != _packed(sizes):
         raise sentence(
             name, f"be {_packed(sizes)} where q, out and in are {sizes}", tuple(sums.shape), "make it by kronecker_sums"
