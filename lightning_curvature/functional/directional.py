@@ -22,7 +22,8 @@ from lightning_curvature.functional.likelihoods import (
 Scalar = Tensor | float
 
 EPSILON = positive("1.0 is the length of the step")
-LR = not_negative("pass the learning rate of the step")
+# NaN where a step was not recorded, whose curvature is NaN, too.
+LR = not_negative("pass the learning rate of the step", finite=False)
 SCALE = positive("1.0 is the mean over the positions")
 FACTOR = not_negative("pass η_c/η", finite=False)
 _OF_OUTPUTS = {"outputs": OUTPUTS, "likelihood": LIKELIHOOD, "weights": WEIGHTS, "scale": SCALE}

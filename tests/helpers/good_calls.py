@@ -123,7 +123,8 @@ def fit_free(**more: Any) -> dict[str, Any]:
     return {"model": net(), "loss_function": F.cross_entropy, **more}
 
 
-_STEP = {"descent": ANY, "lr": NOT_NEGATIVE}
+# A step that was not recorded has NaN for both.
+_STEP = {"descent": ANY, "lr": NOT_NEGATIVE | {"NaN", "infinity"}}
 _LOSSES = {"loss_plus": ANY, "loss": ANY, "loss_minus": ANY, "epsilon": POSITIVE}
 _MASK = {"weights": frozenset({"bool"}), "mask": frozenset({"bool"}), "scale": POSITIVE, "weight": NOT_NEGATIVE}
 _LOSSLESS = {"loss_plus": 1.5, "loss": 1.0, "loss_minus": 0.75, "epsilon": 0.5}
@@ -159,7 +160,7 @@ FUNCTIONAL: dict[str, Good] = {
         {"epsilon": POSITIVE, "models": frozenset({"empty"})},
     ),
     "critical_sharpness": Good(f.critical_sharpness, lambda: {"critical_factor": 4.0, "lr": 0.1}, {
-        "critical_factor": frozenset({"NaN", "infinity", "zero", "huge"}), "lr": NOT_NEGATIVE}),
+        "critical_factor": frozenset({"NaN", "infinity", "zero", "huge"}), "lr": _STEP["lr"]}),
     "decay_slope": Good(
         f.decay_slope, lambda: {"sample_sizes": [1, 3, 7], "values": [1.0, 0.25, 0.1]}, {"values": ITEMS}
     ),
