@@ -28,20 +28,22 @@ def checked(**rules: Rule) -> Callable[[Function], Function]:
         annotations = {name: p.annotation for name, p in named.items() if p.annotation is not p.empty}
         arguments = types.SimpleNamespace(__annotations__=annotations)
         hints = typing.get_type_hints(arguments, vars(inspect.getmodule(function)), include_extras=True)
-        checks = {name: Check(hints.get(name, Any), rules.get(name)) for name in named}
-        in_order = list(checks.items())
+        # A default is no mistake.
+        checks = {name: (Check(hints.get(name, Any), rules.get(name)), p.default) for name, p in named.items()}
+        in_order = [(name, *check) for name, check in checks.items()]
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             scope: Scope = {}
-
-            def plain(name: str, value: Any) -> Any:
-                # A default is no mistake.
-                return value if value is named[name].default else checks[name](name, value, scope)
-
-            given = [plain(name, value) for value, (name, _) in zip(args, in_order, strict=False)]
-            by_name = {name: plain(name, value) if name in checks else value for name, value in kwargs.items()}
-            return function(*given, *args[len(given) :], **by_name)
+            given = [
+                value if value is default else check(name, value, scope)
+                for value, (name, check, default) in zip(args, in_order, strict=False)
+            ]
+            for name, value in kwargs.items():
+                check, default = checks.get(name, (None, None))
+                if check is not None and value is not default:
+                    kwargs[name] = check(name, value, scope)
+            return function(*given, *args[len(given) :], **kwargs)
 
         return typing.cast(Function, call)
 

@@ -62,12 +62,12 @@ class Check:
 
     def __call__(self, name: str, value: Any, scope: Scope | None = None) -> Any:
         """Return a value in its plain form, and note its sizes in ``scope``."""
+        if self.tensor and isinstance(value, Tensor):
+            return self._tensor(name, value, {} if scope is None else scope)
         if self.anything or (value is None and self.optional) or isinstance(value, self.classes):
             return value
         if any(isinstance(value, type(one)) and value == one for one in self.choices):
             return value
-        if self.tensor and isinstance(value, Tensor):
-            return self._tensor(name, value, {} if scope is None else scope)
         if (self.number or self.whole) and (plain := number(value, self.whole)) is not None:
             if not self.rule.allows(plain):
                 raise self._error(name, value)
@@ -93,8 +93,11 @@ class Check:
     def _tensor(self, name: str, value: Tensor, scope: Scope) -> Tensor:
         if value.is_complex() or (value.dtype == torch.bool and not self.rule.bools):
             raise self._error(name, value)
-        shape, known = self.rule.shape, dict(scope)
-        if shape and not fits(name, shape, tuple(value.shape), scope):
+        shape = self.rule.shape
+        if not shape:
+            return value
+        known = dict(scope)
+        if not fits(name, shape, tuple(value.shape), scope):
             remedy = self.rule.remedy or "see the shapes in the documentation"
             raise sentence(name, f"be {in_words(shape, known)}", tuple(value.shape), remedy)
         return value
@@ -144,11 +147,14 @@ class Check:
         """Return the name of several such values."""
         words = {"real tensors": self.tensor, "numbers": self.number, "whole numbers": self.whole}
         words |= {"names": bool(self.choices or self.text), "pairs": self.length > 0, "callables": self.callable}
-        return next((word for word, holds in words.items() if holds), f"{_kind(self.classes)} objects")
+        kinds = [word for word, holds in words.items() if holds] + [f"{kind.__name__} objects" for kind in self.classes]
+        return " or ".join(kinds)
 
 
 def number(value: Any, whole: bool = False) -> float | int | None:
     """Return a number as one of Python; None for what is none, or no whole one."""
+    if type(value) is float:
+        return None if whole else value
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
@@ -200,10 +206,6 @@ def _shown(value: Any, by_type: bool) -> str:
 
 def _a(word: str) -> str:
     return f"{'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
-
-
-def _kind(classes: tuple[type, ...]) -> str:
-    return classes[0].__name__ if classes else "such"
 
 
 def _listed(words: list[str]) -> str:

@@ -119,7 +119,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         self,
         *,
         quantities: Sequence[Quantity] = BatchSharpnessOptions.quantities,
-        every_n_train_steps: int = BatchSharpnessOptions.every_n_train_steps,  # type: ignore[assignment]
+        every_n_train_steps: int = BatchSharpnessOptions.every_n_train_steps,
         num_batches: int = BatchSharpnessOptions.num_batches,
         min_batches: int = BatchSharpnessOptions.min_batches,
         relative_error: float = BatchSharpnessOptions.relative_error,

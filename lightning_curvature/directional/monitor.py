@@ -84,7 +84,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         self,
         *,
         estimators: Sequence[Estimator] = DirectionalOptions.estimators,
-        every_n_train_steps: int = DirectionalOptions.every_n_train_steps,  # type: ignore[assignment]
+        every_n_train_steps: int = DirectionalOptions.every_n_train_steps,
         epsilon: float | Literal["auto"] = DirectionalOptions.epsilon,
         likelihood: Literal["auto", "categorical", "gaussian", "bernoulli"] = DirectionalOptions.likelihood,
         outputs: str | None = DirectionalOptions.outputs,

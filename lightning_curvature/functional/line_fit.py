@@ -66,12 +66,8 @@ def decay_slope(sample_sizes: Sequence[int], values: Sequence[float]) -> DecaySl
         -2.0
     """
     if len(values) != len(sample_sizes):
-        raise sentence(
-            "values",
-            "hold one for each of sample_sizes",
-            f"{len(values)} for {len(sample_sizes)}",
-            "measure both together",
-        )
+        counts = f"{len(values)} for {len(sample_sizes)}"
+        raise sentence("values", "hold one for each of sample_sizes", counts, "measure both together")
     points = [
         (math.log(k + 1), math.log(value))
         for k, value in zip(sample_sizes, values, strict=True)

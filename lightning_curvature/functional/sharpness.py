@@ -20,7 +20,7 @@ Scalar = Tensor | float
 _MOMENTS = shaped("... 6", "begin with torch.zeros(6, dtype=torch.float64)")
 _BATCH_SIZE, _SAMPLES = Rule("count the samples of a mini-batch", least=1), whole(1, "count the samples")
 # One size or several, or none.
-_BATCH_SIZES = Rule("count the samples of a mini-batch", least=1, empty=True)
+BATCH_SIZES = Rule("count the samples of a mini-batch", least=1, empty=True)
 
 
 @checked(moments=shaped("6"))
@@ -222,13 +222,13 @@ class NoiseTerms:
             samples,
         )
 
-    @checked(batch_size=_BATCH_SIZES)
+    @checked(batch_size=BATCH_SIZES)
     def gni(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
         """Return GNI at one batch size, a scalar, or at several, (sizes,), float64; errors of :func:`batch_factor`."""
         factor = self._factors(batch_size, replacement)
         return (self.gradient_curvature + factor * self.noise_curvature) / self.gradient_square
 
-    @checked(batch_size=_BATCH_SIZES)
+    @checked(batch_size=BATCH_SIZES)
     def ias(self, batch_size: int | Sequence[int], replacement: bool = False) -> Tensor:
         """Return IAS at one batch size, a scalar, or at several, (sizes,), float64; errors of :func:`batch_factor`."""
         factor = self._factors(batch_size, replacement)

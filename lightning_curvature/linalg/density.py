@@ -24,7 +24,7 @@ _POINTS = 1200
 _MARGIN = 5.0
 
 _POWER = whole(0, "1 gives the trace over N")
-_WIDTH_RULE = positive("leave it out for what the nodes resolve")
+_GIVEN_WIDTH = positive("leave it out for what the nodes resolve")
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class SpectralDensity:
         spacing = _WIDTH * _extent(bulk) / max(nodes.shape[1], 1)
         return max(spacing, _FINEST * _extent(self.nodes)) or _FINEST * (float(self.nodes.abs().max()) or 1.0)
 
-    @checked(width=_WIDTH_RULE, points=whole(1, "1200 show everything", MANY))
+    @checked(width=_GIVEN_WIDTH, points=whole(1, "1200 show everything", MANY))
     def grid(self, width: float | None = None, points: int = _POINTS) -> Tensor:
         """Return evenly spaced places, (points,), that cover the density smoothed with that width."""
         margin = _MARGIN * self._width(width)
         low, high = float(self.nodes.min()) - margin, float(self.nodes.max()) + margin
         return torch.linspace(low, high, points, dtype=torch.float64)
 
-    @checked(grid=shaped("points", "grid() makes it"), width=_WIDTH_RULE)
+    @checked(grid=shaped("points", "grid() makes it"), width=_GIVEN_WIDTH)
     def evaluate(self, grid: Tensor, width: float | None = None) -> Tensor:
         """Return the density at the places of a grid, (points,), smoothed by a Gaussian; it integrates to 1.
 

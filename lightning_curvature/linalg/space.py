@@ -90,6 +90,13 @@ class VectorSpace:
         """Return a zero vector, or (rows, n) of them."""
         return torch.zeros(*rows, self.size, dtype=self.dtype, device=self.device)
 
+    def check(self, vector: Tensor) -> None:
+        """Raise ValueError unless a vector is one of the space."""
+        if isinstance(vector, Tensor) and vector.shape == (self.size,) and vector.is_floating_point():
+            return
+        found = f"{tuple(vector.shape)} of {vector.dtype}" if isinstance(vector, Tensor) else type(vector).__name__
+        raise sentence("vector", f"be ({self.size},), of real numbers", found, "pack() makes one of a list of tensors")
+
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return the vector, (…, n), as the list of tensors, (…, shape); they share its memory."""
         pieces = vector.split(self.sizes, dim=-1)

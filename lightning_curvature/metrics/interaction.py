@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.arguments import Rule, checked
 from lightning_curvature.functional import NoiseTerms, add_to_moments, merge_moments
+from lightning_curvature.functional.sharpness import BATCH_SIZES
 from lightning_curvature.metrics.model import Batch, LossFunction, copied
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
@@ -84,6 +85,7 @@ class FullCurvatureMetric(MiniBatchMetric):
     def _denominator(self, batch: MiniBatch, whole: MiniBatch) -> float:
         raise NotImplementedError
 
+    @checked()
     def noise_terms(self, replacement: bool = False) -> NoiseTerms:
         """Return the contributions of gradient and noise; takes ``data``, and one more product with it.
 
@@ -115,6 +117,7 @@ class FullCurvatureMetric(MiniBatchMetric):
                 replacement=replacement,
             )
 
+    @checked(sizes=BATCH_SIZES)
     def over_batch_sizes(self, sizes: int | Sequence[int], replacement: bool = False) -> Tensor:
         """Return the value at one batch size, a scalar, or at several, (sizes,), from :meth:`noise_terms`; float64.
 

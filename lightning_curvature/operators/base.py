@@ -43,6 +43,7 @@ class CurvatureOperator:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return Av."""
+        self.space.check(vector)
         return self.summed(lambda: self.local_product(vector))
 
     def summed(self, compute: Callable[[], Tensor], zeros: Callable[[], Tensor] | None = None) -> Tensor:
@@ -103,6 +104,7 @@ class CurvatureOperator:
 
     def quadratic_form(self, vector: Tensor) -> float:
         """Return vᵀAv, over all ranks: one product, and where ranks add terms a reduction of a single number."""
+        self.space.check(vector)
         zero = functools.partial(torch.zeros, (), dtype=torch.float64, device=self.space.device)
         return float(self.summed(lambda: self.local_form(vector), zero))
 

@@ -44,6 +44,7 @@ class PreconditionedOperator:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return P^{-1/2} A P^{-1/2} v."""
+        self.space.check(vector)
         return self.operator(vector * self._scale).mul_(self._scale)
 
     def uncertainty(self, vector: Tensor, form: float) -> float:
@@ -100,14 +101,12 @@ class SecondMomentOperator(HessianOperator):
         super().__init__(parts, parameters, **options)
         self.lr = lr
         if groups is not None and len(groups) != len(self.parts):
-            raise sentence(
-                "groups", "hold one for each of parts", f"{len(groups)} for {len(self.parts)}", "leave none out"
-            )
+            counts = f"{len(groups)} for {len(self.parts)}"
+            raise sentence("groups", "hold one for each of parts", counts, "leave none out")
         numbers = list(groups) if groups is not None else list(range(len(self.parts)))
-        if spread is not None and spread <= max(numbers, default=-1):
-            raise sentence(
-                "spread", f"be above the number of each mini-batch, {max(numbers)}", spread, "count them all"
-            )
+        last = max(numbers, default=-1)
+        if spread is not None and spread <= last:
+            raise sentence("spread", f"be above the numbers in groups, {last}", spread, "count all mini-batches")
         self._spread = spread is not None and self.reduce is not None
         of_batch = range(spread) if spread is not None else dict.fromkeys(numbers)
         self._batches = [[i for i, n in enumerate(numbers) if n == number] for number in of_batch]
@@ -118,6 +117,7 @@ class SecondMomentOperator(HessianOperator):
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Return Sv."""
+        self.space.check(vector)
         return self.local_product(vector) if self._spread else super().__call__(vector)
 
     def quadratic_form(self, vector: Tensor) -> float:

@@ -56,6 +56,7 @@ class MiniBatch:
 
     def curvature_along(self, vector: Tensor) -> float:
         """Return vᵀAv; one product, none for a vector of zeros."""
+        self.operator.space.check(vector)
         return self._curvature_along(vector, float(self.operator.space.squared_norm(vector)))
 
     def largest_eigenvalue(self, tolerance: float, start: Sequence[Tensor]) -> tuple[float, Eigenpairs | None]:

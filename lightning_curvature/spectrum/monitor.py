@@ -100,7 +100,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         *,
         quantities: Sequence[Quantity] = SpectrumOptions.quantities,
         k: int = SpectrumOptions.k,
-        every_n_train_steps: int = SpectrumOptions.every_n_train_steps,  # type: ignore[assignment]
+        every_n_train_steps: int = SpectrumOptions.every_n_train_steps,
         probe_samples: int | None = SpectrumOptions.probe_samples,
         probe_dataloader: Any = SpectrumOptions.probe_dataloader,
         micro_batch_size: int | None = SpectrumOptions.micro_batch_size,

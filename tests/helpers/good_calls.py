@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -415,6 +415,17 @@ OPERATORS: dict[str, Good] = {
     "PreconditionedOperator": Good(
         o.PreconditionedOperator, lambda: {"operator": hessian(), "diagonal": [torch.ones(2, 3)]}
     ),
+    "HessianOperator.product": Good(hessian().__call__, lambda: {"vector": torch.ones(6).double()}),
+    "HessianOperator.quadratic_form": Good(hessian().quadratic_form, lambda: {"vector": torch.ones(6).double()}),
+    "PreconditionedOperator.product": Good(
+        o.PreconditionedOperator(hessian(), [torch.ones(2, 3)]).__call__, lambda: {"vector": torch.ones(6).double()}
+    ),
+    "SecondMomentOperator.product": Good(
+        o.SecondMomentOperator(**parts(), lr=0.5).__call__, lambda: {"vector": torch.ones(6).double()}
+    ),
+    "MiniBatch.curvature_along": Good(
+        o.MiniBatch(hessian()).curvature_along, lambda: {"vector": torch.ones(6).double()}
+    ),
     "MiniBatch": Good(o.MiniBatch, lambda: {"operator": hessian()}),
     "MicroBatch": Good(
         o.MicroBatch,
@@ -471,6 +482,11 @@ METRICS: dict[str, Good] = {
         kind.__name__: Good(kind, lambda: {"likelihood": "gaussian", "scale": 1.0}, {"scale": POSITIVE})
         for kind in (m.KLCurvature, m.GaussNewtonCurvature)
     },
+    "GradientNoiseInteraction.over_batch_sizes": Good(
+        lambda sizes, replacement: _interaction().over_batch_sizes(sizes, replacement),
+        lambda: {"sizes": 2, "replacement": False},
+        {"sizes": frozenset({"empty"})},
+    ),
     "StabilizationCriterion": Good(m.StabilizationCriterion, lambda: {"order": 2.0}, {"order": POSITIVE}),
     "NoiseCovariance": Good(m.NoiseCovariance, lambda: {"size": 2, "batch_size": 2}),
     "DirectionalCurvature.update": Good(
@@ -510,6 +526,14 @@ METRICS: dict[str, Good] = {
         updating(lambda: m.NoiseCovariance(2)), lambda: {"gradients": torch.eye(3)[:, :2]}, {"gradients": ROWS}
     ),
 }
+
+
+def _interaction() -> metrics.GradientNoiseInteraction:
+    metric = metrics.GradientNoiseInteraction(**fit_free(data=[batch()]))
+    x, y = batch()
+    metric.update(x[:2], y[:2])
+    return metric
+
 
 _OPTIONS: dict[str, frozenset[str]] = {
     "seed": frozenset({"zero"}),
@@ -570,6 +594,10 @@ for _name, _method in (
 ):
     FUNCTIONAL[_name].function.__annotations__ = {k: v for k, v in _method.__annotations__.items() if k != "return"}
 NOISE["KroneckerSum.add"].function.__annotations__ = {"blocks": Tensor, "activations": Tensor}
+METRICS["GradientNoiseInteraction.over_batch_sizes"].function.__annotations__ = {
+    "sizes": int | Sequence[int],
+    "replacement": bool,
+}
 STEPS["ParameterUpdate.at"].function.__annotations__ = {"position": float}
 
 CALLS: dict[str, Good] = {**FUNCTIONAL, **NOISE, **LINALG, **OPERATORS, **METRICS, **MONITORS, **STEPS}

@@ -47,7 +47,7 @@ def kronecker_sums(blocks: Tensor, activations: Tensor, total: Tensor | None = N
     width = columns.shape[1]
     if total is None:
         total = torch.zeros(kinds, rows.shape[1], width, dtype=torch.float64, device=blocks.device)
-    _check_packed("total, for these activations,", total, (kinds, out, activations.shape[1]))
+    _check_packed("total", total, (kinds, out, activations.shape[1]), "these blocks and activations")
     flat = total.view(-1, width)
     piece = max(1, _PIECE // max(width, len(flat)))
     for first in range(0, count, piece):
@@ -103,7 +103,7 @@ def unpacked(sums: Tensor, out: int, into: int) -> Tensor:
         tensor([[[1., 2.],
                  [2., 4.]]])
     """
-    _check_packed("sums", sums, (len(sums), out, into))
+    _check_packed("sums", sums, (len(sums), out, into), f"out = {out} and into = {into}")
     size = out * into
     matrices = [
         one[_places(out, one.device)][:, :, _places(into, one.device)].permute(0, 2, 1, 3).reshape(size, size)
@@ -118,12 +118,10 @@ def _packed(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     return kinds, out * (out + 1) // 2, into * (into + 1) // 2
 
 
-def _check_packed(name: str, sums: Tensor, sizes: tuple[int, int, int]) -> None:
+def _check_packed(name: str, sums: Tensor, sizes: tuple[int, int, int], of: str) -> None:
     """Raise unless sums have the shape that q, out and in give."""
     if sums.shape != _packed(sizes):
-        raise sentence(
-            name, f"be {_packed(sizes)} where q, out and in are {sizes}", tuple(sums.shape), "make it by kronecker_sums"
-        )
+        raise sentence(name, f"be {_packed(sizes)} for {of}", tuple(sums.shape), "make it by kronecker_sums")
 
 
 def _places(size: int, device: torch.device) -> Tensor:
