@@ -7,13 +7,13 @@ from torch import Tensor
 
 from lightning_curvature.arguments import Rule, checked, not_negative, positive, shaped
 
+# NaN where a loss is.
+_ROUNDING = not_negative("0.0 is none", finite=False)
 _SIGMAS = Rule("give the widths that were compared", above=0.0, empty=True)
 _ERRORS = Rule("give the error at each width", least=0.0, finite=False, empty=True)
 
 
-@checked(
-    true=shaped("..."), model=shaped("...", "evaluate both at the same points"), rounding=not_negative("0.0 is none")
-)
+@checked(true=shaped("..."), model=shaped("...", "evaluate both at the same points"), rounding=_ROUNDING)
 def relative_model_error(true: Tensor, model: Tensor, rounding: float = 0.0) -> float:
     r"""Return the relative error of the quadratic model, root mean square over perturbations (and samples).
 

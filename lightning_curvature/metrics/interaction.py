@@ -13,10 +13,12 @@ from lightning_curvature.functional.sharpness import BATCH_SIZES
 from lightning_curvature.metrics.model import Batch, LossFunction, copied
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
-from lightning_curvature.operators.exact import KEEP_GRAPH
+from lightning_curvature.operators.exact import CURVATURE, KEEP_GRAPH
 from lightning_curvature.operators.micro_batches import sample_count
 from lightning_curvature.operators.mini_batch import MiniBatch
 from lightning_curvature.reporting.loggers import warn
+
+_DATA = Rule("give a list of (inputs, targets), or None for pairs")
 
 
 class FullCurvatureMetric(MiniBatchMetric):
@@ -36,7 +38,7 @@ class FullCurvatureMetric(MiniBatchMetric):
     noise_moments: Tensor
     waiting: list[Batch]
 
-    @checked(data=Rule("give a list of (inputs, targets), or None for pairs"), keep_graph=KEEP_GRAPH)
+    @checked(data=_DATA, curvature=CURVATURE, keep_graph=KEEP_GRAPH)
     def __init__(
         self,
         model: nn.Module,

@@ -13,6 +13,7 @@ from lightning_curvature.functional.sharpness import Scalar
 from lightning_curvature.linalg import Eigenpairs
 from lightning_curvature.metrics.model import CurvatureMetric, LossFunction, ModelMetric, as_draws
 from lightning_curvature.operators import Curvature
+from lightning_curvature.operators.exact import CURVATURE
 from lightning_curvature.operators.mini_batch import MiniBatch
 
 
@@ -205,7 +206,7 @@ class BatchLambdaMax(MiniBatchMetric):
         tensor(5., dtype=torch.float64)
     """
 
-    @checked(tolerance=fraction("1e-2 gives eigenvalues to three digits or so"))
+    @checked(tolerance=fraction("1e-2 gives eigenvalues to three digits or so"), curvature=CURVATURE)
     def __init__(
         self,
         model: nn.Module,

@@ -18,10 +18,12 @@ from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimat
 from lightning_curvature.linalg.krylov import NonFiniteProductError
 from lightning_curvature.metrics.model import Batch, LossFunction, ModelMetric, copied
 from lightning_curvature.operators import Curvature, CurvatureOperator
-from lightning_curvature.operators.exact import KEEP_GRAPH
+from lightning_curvature.operators.exact import CURVATURE, KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
 from lightning_curvature.operators.micro_batches import sample_count
 from lightning_curvature.reporting.loggers import warn
+
+_OPERATOR = {"curvature": CURVATURE, "keep_graph": KEEP_GRAPH}
 
 
 class _OperatorMetric(ModelMetric):
@@ -33,7 +35,7 @@ class _OperatorMetric(ModelMetric):
 
     batches: list[Batch]
 
-    @checked(keep_graph=KEEP_GRAPH)
+    @checked(**_OPERATOR)
     def __init__(
         self,
         model: nn.Module,
@@ -126,6 +128,7 @@ class HessianEigenvalues(_OperatorMetric):
     @checked(
         k=whole(1, "1 is the largest eigenvalue alone", MANY),
         tolerance=fraction("1e-3 gives eigenvalues to five digits or so"),
+        **_OPERATOR,
     )
     def __init__(
         self,
@@ -180,7 +183,7 @@ class HessianTrace(_OperatorMetric):
         tensor(5., dtype=torch.float64)
     """
 
-    @checked(relative_error=fraction("0.05 gives the trace to 5 %"))
+    @checked(relative_error=fraction("0.05 gives the trace to 5 %"), **_OPERATOR)
     def __init__(
         self,
         model: nn.Module,
@@ -232,7 +235,7 @@ class HessianDensity(_OperatorMetric):
         1.0
     """
 
-    @checked(starts=whole(1, "2 tell the error", MANY), steps=whole(1, "40 make a good picture", MANY))
+    @checked(starts=whole(1, "2 tell the error", MANY), steps=whole(1, "40 make a good picture", MANY), **_OPERATOR)
     def __init__(
         self,
         model: nn.Module,

@@ -218,7 +218,7 @@ FUNCTIONAL: dict[str, Good] = {
     "relative_model_error": Good(
         f.relative_model_error,
         lambda: {"true": torch.tensor([3.0, 4.0]), "model": torch.tensor([3.0, 3.5]), "rounding": 0.1},
-        {"rounding": NOT_NEGATIVE},
+        {"rounding": NOT_NEGATIVE | {"NaN", "infinity"}},
     ),
     "validated_sigma": Good(
         f.validated_sigma,

@@ -85,7 +85,7 @@ def test_compute_without_a_batch() -> None:
     metric = HessianEigenvalues(mlp(4, 5, 3), F.cross_entropy)
     with (
         pytest.warns(UserWarning, match="before the ``update``"),
-        pytest.raises(ValueError, match=r"batches must hold at least one batch, got none: give a list"),
+        pytest.raises(ValueError, match=r"batches must be a non-empty sequence of pairs, got \[\]: give a list"),
     ):
         metric.compute()
 

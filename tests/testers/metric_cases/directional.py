@@ -70,8 +70,8 @@ def ratio(kind: str, updates: Sequence[Any]) -> float:
     return numerator / denominator
 
 
-EPSILON = r"epsilon must be positive, got {}: 1\.0 is the length of the step"
-LIKELIHOOD = r"likelihood must be one of .* got 'poisson': name the one that is trained"
+EPSILON = r"epsilon must be positive and finite, got {}: 1\.0 is the length of the step"
+LIKELIHOOD = r"likelihood must be 'categorical', .* got 'poisson': name the one that is trained"
 Z = torch.zeros(1, 2)
 MISTAKES: dict[str, list[Mistake]] = {
     "difference": [

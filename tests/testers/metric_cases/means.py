@@ -67,7 +67,9 @@ CASES = [
         more_rel=MORE_REL,
         failing=[(torch.tensor(1.0),)],
         mistakes=[
-            Mistake(lambda: StabilizationCriterion(0), "order must be positive, got 0: 2 is the mean square"),
+            Mistake(
+                lambda: StabilizationCriterion(0), "order must be positive and finite, got 0: 2 is the mean square"
+            ),
             Mistake(
                 lambda: StabilizationCriterion().update(torch.tensor(1.0)),
                 r"increments must have a dimension of draws, got a scalar: give \(S,\)",

@@ -105,8 +105,8 @@ CASES = [
                 lambda: NoiseCovariance(3).update(torch.zeros(2, 4)),
                 r"gradients must be \(n, 3\), got \(2, 4\): give one flat row a sample",
             ),
-            Mistake(lambda: NoiseCovariance(0), "size must be at least 1, got 0: 1 is a single one"),
-            Mistake(lambda: NoiseCovariance(2, 0), "batch_size must be at least 1, got 0: 1 is a single one"),
+            Mistake(lambda: NoiseCovariance(0), "size must be a whole number of at least 1, got 0: "),
+            Mistake(lambda: NoiseCovariance(2, 0), "batch_size must be a whole number of at least 1, got 0: "),
         ],
         absent=NO_MODEL
         | {
