@@ -182,7 +182,7 @@ def test_equal_abscissas_have_no_slope(value: float, count: int) -> None:
         (lambda: curvature_basis(torch.eye(3), 0), "top must be between 1 and D = 3, got 0: 40 % of the directions"),
         (
             lambda: power_law(torch.ones(4), torch.tensor([1.0, 1.0, 0.0, -1.0])),
-            "curvatures above floor, in at least 3 directions for a power law, got 2 of 4: measure on more",
+            "must both be positive in at least 3 directions for a power law, got 2 of 4: measure on more samples",
         ),
         (
             lambda: power_law(torch.ones(4), torch.ones(3)),

@@ -51,7 +51,7 @@ def outcomes(name: str, good: Good) -> Iterator[Outcome]:
             continue
         for wrong in wrong_values(hint, given[argument]):
             result, words = attempt(good, argument, wrong.value)
-            if result == "accepted" and wrong.kind in good.allowed.get(argument, ()):
+            if wrong.kind in good.allowed.get(argument, ()) and (result == "accepted" or "must" in words):
                 result = "allowed"
             yield Outcome(name, argument, wrong, result, words)
 

@@ -325,7 +325,7 @@ NOISE: dict[str, Good] = {
         n.power_law,
         lambda: {"curvatures": torch.tensor([1.0, 2.0, 4.0]), "variances": torch.tensor([3.0, 6.0, 13.0])}
         | {"floor": 0.1},
-        {"floor": frozenset({"zero", "negative"})},
+        {"floor": frozenset({"zero", "negative", "huge"})},
     ),
     "commutativity_error": Good(n.commutativity_error, pair("covariance", "hessian")),
     "relative_commutativity_error": Good(n.relative_commutativity_error, pair("covariance", "hessian")),

@@ -59,9 +59,8 @@ def power_law(curvatures: Tensor, variances: Tensor, floor: float = 0.0) -> Powe
     count = int(used.sum())
     if count < FEWEST_POINTS:
         raise ValueError(
-            "curvatures and variances must both be positive, and curvatures above floor, in at least "
-            f"{FEWEST_POINTS} directions for a power law, got {count} of {len(x)}: measure on more samples, or later "
-            "in training, when curvature is positive."
+            f"curvatures and variances must both be positive in at least {FEWEST_POINTS} directions for a power law, "
+            f"got {count} of {len(x)}: measure on more samples, or later in training, when curvature is positive."
         )
     x, y = x[used], y[used]
     line = fit_line(x.log(), y.log())
