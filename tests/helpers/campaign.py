@@ -51,7 +51,9 @@ def outcomes(name: str, good: Good) -> Iterator[Outcome]:
             continue
         for wrong in wrong_values(hint, given[argument]):
             result, words = attempt(good, argument, wrong.value)
-            if wrong.kind in good.allowed.get(argument, ()) and (result == "accepted" or "must" in words):
+            if wrong.kind in good.allowed.get(argument, ()) and (
+                result == "accepted" or SENTENCE.fullmatch(words.partition(": ")[2])
+            ):
                 result = "allowed"
             yield Outcome(name, argument, wrong, result, words)
 
