@@ -56,7 +56,7 @@ class ProbeSetOptions(MonitorOptions):
     """Options of the monitors that measure on a probe set."""
 
     probe_samples: ProbeSamples | None = None
-    probe_dataloader: Any = None
+    probe_dataloader: Annotated[Iterable[Any], Rule("give DataLoader(dataset)")] | None = None
     micro_batch_size: Annotated[int, whole(1, "None takes the batch size of the loader")] | None = None
     probe_mode: Annotated[ProbeMode, Rule("'train' leaves the module as it trains")] = "train"
     probe_precision: ProbePrecision = "32-true"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,6 +45,19 @@ def test_numbers_come_in_all_forms(name: str) -> None:
         # Results that compare as numbers, and do not come from random ones.
         if isinstance(plain, float) and form.kind != ROUNDED and "haar" not in name:
             torch.testing.assert_close(found, plain, rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["HessianSpectrumMonitor", "StabilizationMonitor"])
+def test_a_loader_is_not_read(name: str) -> None:
+    """It may have a state, and need not have a length."""
+    CALLS[name](probe_dataloader=iter(unread()))
+    with pytest.raises(ValueError, match=r"^probe_dataloader must be an Iterable, or None, got an int: give"):
+        CALLS[name](probe_dataloader=3)
+
+
+def unread() -> Iterator[None]:
+    raise AssertionError
+    yield
 
 
 def shout(loud: int) -> None:
