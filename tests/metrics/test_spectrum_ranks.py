@@ -71,4 +71,6 @@ def test_no_rank_waits_for_one_that_fails(by_rank: list[dict[str, Any]]) -> None
 
 def test_without_a_batch_on_any_rank(by_rank: list[dict[str, Any]]) -> None:
     for found in by_rank:
-        assert found["empty"].startswith("ValueError: batches must hold at least one batch, got none: give a list")
+        assert found["empty"].startswith(
+            "ValueError: batches must be a non-empty sequence of pairs, got []: give a list"
+        )
