@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_curvature.functional import DecaySlope, decay_slope, validated_sigma
+from lightning_curvature.reporting.files import free_name
 from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
 from lightning_curvature.reporting.pictures import picture_of
 from lightning_curvature.stabilization.pictures import Curve, draw_curves
@@ -188,10 +189,11 @@ def report_table(trainer: pl.Trainer, prefix: str, result: SampleGrowth) -> None
     folder = next((logger.log_dir for logger in trainer.loggers if getattr(logger, "log_dir", None)), None)
     if folder is None:
         return
-    name = os.path.join(folder, f"{prefix.replace('/', '-')}-stabilization-step={step}")
     try:
         files = get_filesystem(folder)
         files.makedirs(folder, exist_ok=True)
+        own = f"{prefix.replace('/', '-')}-stabilization-step={step}"
+        name = free_name(files, os.path.join(folder, own), (".csv", ".png"))
         result.to_csv(f"{name}.csv")
         if figure is not None:
             with files.open(f"{name}.png", "wb") as file:
