@@ -62,7 +62,8 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
     (0.5 GB for D = 2500) and one eigenvalue problem of that size.
 
     Args:
-        parameter: name of the block, as ``named_parameters()`` has it; ``_orig_mod`` of compiled modules is optional.
+        parameter: name of the block, as ``named_parameters()`` has it; ``_orig_mod`` of compiled modules is optional,
+            and so is what pruning and parametrizations add: the optimizer then moves an original in its place.
         quantities: which of the above.
         top: 𝒩; None for 40 % of D, as in the source.
         batch_size: b; default: samples of an optimizer step.
@@ -151,7 +152,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         """Return the block, its samples, and whether this rank can take the Kronecker route and pair samples."""
         (samples, size), module, options = data, trainer.lightning_module, self.options
         progress = Progress(trainer, "noise covariance", unit="batches")
-        name, parameter = routes.named_parameters(module)[options.parameter]
+        name, parameter = routes.find_block(options.parameter, routes.named_parameters(module))
         first = BlockSamples(loss, samples.batches[0])
         if trainer.world_size > 1:
             with torch.no_grad(), ForbidCollectives():

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,27 +22,43 @@ _MATRICES, _PAIR_MATRICES = 10, 10
 # Share of the free memory that they may take.
 _SHARE = 0.8
 _NEAREST = 3
+# The name that a parameter has under pruning or a parametrization.
+_ORIGINAL = re.compile(r"(?:parametrizations\.)?(\w+)(?:\.original|_orig)$")
+
+Named = Mapping[str, tuple[str, nn.Parameter]]
 
 
-def named_parameters(module: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+def named_parameters(module: nn.Module) -> Named:
     """Return full names and parameters, by the names that they have in a module that is not compiled."""
     named = module.named_parameters(remove_duplicate=False)
     return {name.replace("_orig_mod.", ""): (name, parameter) for name, parameter in named}
 
 
-def check_block(options: NoiseOptions, named: Mapping[str, tuple[str, nn.Parameter]], processes: int) -> None:
-    """Raise unless the block exists, is trained, and has matrices that fit into the memory that processes share."""
-    name, top = options.parameter, options.top
-    if name not in named:
+def find_block(name: str, named: Named) -> tuple[str, nn.Parameter]:
+    """Return full name and parameter of the block, also under pruning or a parametrization; raise unless it is trained.
+
+    Under both, the optimizer moves an original in the place of the parameter, which has another name.
+    """
+    plain = _ORIGINAL.sub(r"\1", name)
+    path, dot, own = plain.rpartition(".")
+    names = (name, plain, f"{plain}_orig", f"{path}{dot}parametrizations.{own}.original")
+    found = next((named[other] for other in names if other in named), None)
+    if found is None:
         near = difflib.get_close_matches(name, named, n=_NEAREST, cutoff=0.3) or list(named)[:_NEAREST]
         raise MisconfigurationException(
             f"parameter must be a name out of named_parameters(), got {name!r}: the nearest are {near}."
         )
-    _, block = named[name]
-    if not block.requires_grad:
+    if not found[1].requires_grad:
         raise MisconfigurationException(
             f"parameter must require gradients, got the frozen {name!r}: unfreeze it or choose another."
         )
+    return found
+
+
+def check_block(options: NoiseOptions, named: Named, processes: int) -> None:
+    """Raise unless the block exists, is trained, and has matrices that fit into the memory that processes share."""
+    name, top = options.parameter, options.top
+    _, block = find_block(name, named)
     size = block.numel()
     if top is not None and top > size:
         raise MisconfigurationException(
