@@ -74,7 +74,7 @@ class StepObjective:
         # ``torch.compile(module)`` compiles the step too, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
         self.records: list[RecordedBatch] = []
-        self.rewrites = Rewrites(module, module.trainer.optimizers)
+        self.rewrites = Rewrites(module)
         self.refusal: Exception | None = None
         self.differentiates = False  # whether the step itself needs gradients
         self._snapshot: Snapshot | None = None
@@ -87,15 +87,16 @@ class StepObjective:
         LBFGS calls a step several times a batch; only the first is at θ_t. A failure to record goes to ``on_error``
         and never into the step.
         """
-        called, start = False, self.rewrites.position() if self.module.automatic_optimization else {}
-        stack, seen, calls = contextlib.ExitStack(), list[Any](), list[Call]()
+        self._follow(stops=False)
+        self.rewrites.mark_start(self.module.automatic_optimization)
+        called, stack, seen, calls = False, contextlib.ExitStack(), list[Any](), list[Call]()
 
         def begin(*args: Any, **kwargs: Any) -> RecordedBatch | None:
             nonlocal called, seen, calls
             if called:
                 return None
             called, record = True, self._begin(args, kwargs)
-            if start and record.marks | start != record.marks:
+            if self.rewrites.moved(record.marks):
                 self.refusal = moved_before()
                 raise self.refusal
             # A step compiled as a whole is one graph; watching its outputs would compile another.
@@ -124,20 +125,16 @@ class StepObjective:
         self._follow()
         kept_args, kept_kwargs = copied((args, kwargs))
         record = self._record(kept_args, kept_kwargs, RandomState(self.device), self.state(self.rewrites.spared()))
-        record.marks = self._marks()
+        record.marks = self.rewrites.marks(self.module.automatic_optimization)
         return record
 
-    def _follow(self) -> None:
+    def _follow(self, stops: bool = True) -> None:
         """Take up a module that has changed its parts, or stop at one that cannot be measured."""
         if self.rewrites.follow():
             self.refusal, self.second = None, SecondDerivatives()
             self.kinks.begin()
-        if self.refusal is not None:
+        if stops and self.refusal is not None:
             raise self.refusal
-
-    def _marks(self) -> dict[int, tuple[int, ...]]:
-        # In manual optimization the step itself moves the parameters.
-        return self.rewrites.marks(with_trained=self.module.automatic_optimization)
 
     def state(self, spared: Iterable[Tensor] = ()) -> Snapshot:
         """Return the state, as it is, from which a step can be repeated at any parameters; ``spared`` is not copied."""
@@ -196,7 +193,7 @@ class StepObjective:
         return RecordedBatch(args, kwargs, randomness, state, step, dtype)
 
     def _finish(self, record: RecordedBatch, result: Any, seen: list[Any], calls: list[Call]) -> None:
-        lost = self.rewrites.note(record.marks, self._marks())
+        lost = self.rewrites.note(record.marks, self.rewrites.marks(self.module.automatic_optimization))
         if self.function is not None:
             return
         if lost:

@@ -243,18 +243,30 @@ def recorded_through(
             patch.close()
 
 
-def _wrapped(module: pl.LightningModule) -> _Wrapped:
-    wrapped: _Wrapped = module.training_step, [], contextlib.ExitStack()
-    step, recorders, patch = wrapped
+class _RecordedStep:
+    """The wrapper. A copy of the module, made by a hook before the step begins, has its own step in this place."""
 
-    @functools.wraps(step)
-    def recorded_step(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, wrapped: _Wrapped) -> None:
+        self._step, self._recorders, self._patch = wrapped
+        functools.update_wrapper(self, self._step, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Off before the step begins: a step that copies or pickles the module meets it without the wrapper.
-        attempted(patch.close, lambda error: None)
-        call = step
-        for recorder in recorders:
+        attempted(self._patch.close, lambda error: None)
+        call = self._step
+        for recorder in self._recorders:
             call = functools.partial(recorder, call)
         return call(*args, **kwargs)
 
-    patch.enter_context(patched(module, training_step=recorded_step))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._step,)
+
+
+def _itself(step: Callable[..., Any]) -> Callable[..., Any]:
+    return step
+
+
+def _wrapped(module: pl.LightningModule) -> _Wrapped:
+    wrapped: _Wrapped = module.training_step, [], contextlib.ExitStack()
+    wrapped[2].enter_context(patched(module, training_step=_RecordedStep(wrapped)))
     return wrapped

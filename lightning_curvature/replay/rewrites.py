@@ -5,8 +5,9 @@ import weakref
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_curvature.distributed.shards import is_sharded, local
 from lightning_curvature.replay.memory import addresses, checksums
@@ -28,8 +29,8 @@ class Rewrites:
         checked: whether the step was repeated once, so that both are known.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self._module, self._optimizers = module, list(optimizers)
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._module, self._trainer = module, module.trainer  # a repeated step meets a stand-in for the Trainer
         self._begin()
 
     def _begin(self) -> None:
@@ -38,12 +39,13 @@ class Rewrites:
         self._places: list[tuple[dict[str, Any], str]] = []
         self._unwritten: list[weakref.ref[Tensor]] = []
         self._base: dict[int, int] | None = None
+        self._start: dict[int, tuple[int, ...]] = {}
         self.checked = False
 
     @property
     def trained(self) -> list[Tensor]:
         """The parameters that optimizers move, as they are now: θ."""
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def follow(self) -> bool:
@@ -74,11 +76,19 @@ class Rewrites:
         pairs = zip(trained, shards, bits, strict=True)
         return {id(p): (p._version, shard.data_ptr(), length) for p, shard, length in pairs}
 
-    def marks(self, with_trained: bool) -> dict[int, tuple[int, ...]]:
-        """Return the same numbers of tensors that are spared, and of the trained parameters if asked."""
+    def mark_start(self, automatic: bool) -> None:
+        """Note where the trained parameters stand when a batch begins; in manual optimization the step moves them."""
+        self._start = self.position() if automatic else {}
+
+    def moved(self, marks: Mapping[int, tuple[int, ...]]) -> bool:
+        """Whether one of them stands elsewhere by later marks, of those that the module still has and trains."""
+        return any(marks.get(key, mark) != mark for key, mark in self._start.items())
+
+    def marks(self, automatic: bool) -> dict[int, tuple[int, ...]]:
+        """Return the same numbers of spared tensors, and of trained parameters unless the step itself moves them."""
         spared = self.spared()
         marks: dict[int, tuple[int, ...]] = dict(zip(map(id, spared), checksums(spared), strict=True))
-        return marks | (self.position() if with_trained else {})
+        return marks | (self.position() if automatic else {})
 
     def note(self, before: Mapping[int, tuple[int, ...]], after: Mapping[int, tuple[int, ...]]) -> list[str]:
         """Learn from marks around a step what it writes; return the names of those that should have been saved."""

@@ -32,7 +32,7 @@ from tests.helpers.witness import Record, assert_same, copies, watch
 PACKAGE = str(Path(lightning_curvature.__file__).parent)
 # These lines hand a call on, between the run and the guard or between the Trainer and the user's step; the others are
 # of a Trainer that is being made.
-HANDING_ON = {"guarded", "call", "record_call", "recorded_step", "attempted", "noted", "state_key", "monitors"}
+HANDING_ON = {"guarded", "call", "record_call", "attempted", "noted", "state_key", "monitors"}
 EVERY = {"every_n_train_steps": 3}
 MONITORS: dict[str, Callable[[], pl.Callback]] = {
     "directional": lambda: DirectionalCurvatureMonitor(
@@ -81,7 +81,8 @@ class Tracer:
         code = frame.f_code
         # Where one line is looked for, functions of other files need not be followed.
         followed = code.co_filename.startswith(PACKAGE) if self.at is None else code.co_filename == self.at[0][0]
-        return self.line if followed and code.co_name not in HANDING_ON else None
+        of_recorder = {"__call__"} if code.co_filename.endswith("recording.py") else set()
+        return self.line if followed and code.co_name not in HANDING_ON | of_recorder else None
 
     def line(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line" and not leaves(frame):
