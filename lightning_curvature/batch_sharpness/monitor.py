@@ -142,6 +142,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         on_error: OnError = BatchSharpnessOptions.on_error,
     ) -> None:
         super().__init__(BatchSharpnessOptions.of(locals()))
+
+    def _begin(self) -> None:
+        super()._begin()
         self._measurement = SharpnessMeasurement(self.options)
         self._sharded = False
         self._calls: list[tuple[Any, int, RandomState]] = []

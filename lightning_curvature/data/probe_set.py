@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils._pytree import tree_unflatten
+from torch.utils.data import BatchSampler
 
 from lightning_curvature.data.copies import DataRandomness, fresh_copy
+from lightning_curvature.data.loaders import leaves
 from lightning_curvature.data.position import Bookmark, Position, position_of
 from lightning_curvature.data.reading import ProbeBatch, Reading
 from lightning_curvature.distributed.together import together
@@ -187,14 +187,10 @@ def step_size(trainer: pl.Trainer) -> int | None:
 
 def _only_loader(loaders: Any, nested: bool) -> tuple[Any, Callable[[Any], Any]]:
     """Return the loader in a collection, and a function that gives its batches the form of the collection."""
-    if isinstance(loaders, CombinedLoader):
-        loaders, nested = loaders.iterables, True
-    # A given list without a DataLoader is a list of batches.
-    nested = nested or not isinstance(loaders, (list, tuple)) or any(isinstance(one, DataLoader) for one in loaders)
-    flat, form = tree_flatten(loaders, is_leaf=lambda one: not (nested and isinstance(one, (dict, list, tuple))))
+    flat, form = leaves(loaders, nested)
     if len(flat) != 1:
         raise MisconfigurationException(
-            f"the probe set must come from one dataloader, got a {type(loaders).__name__} of {len(flat)}: give "
+            f"the probe set must come from one dataloader, got a {form.type.__name__} of {len(flat)}: give "
             "probe_dataloader= batches of the form that training_step takes, such as a list of some of them."
         )
     if flat[0] is None:

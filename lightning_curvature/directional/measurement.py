@@ -56,9 +56,8 @@ class DirectionalMeasurement:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up ε and the line search where a checkpoint left them."""
-        self._distance = state_dict.get("distance", math.nan)
-        self._learned = state_dict.get("rounding", ())
-        self._critical_start = state_dict.get("critical_start", 1.0)
+        self._distance, self._learned = state_dict["distance"], state_dict["rounding"]
+        self._critical_start = state_dict["critical_start"]
 
     def measure(
         self, trainer: pl.Trainer, window: Window | None, failure: Exception | None, fail: Callable[[Exception], None]

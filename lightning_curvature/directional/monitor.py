@@ -1,7 +1,7 @@
 """The monitor of curvature along the true update."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -79,6 +79,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     """
 
     options: DirectionalOptions
+    result: DirectionalResult | None
+    state_types: ClassVar[Mapping[str, type]] = {"distance": float, "rounding": tuple, "critical_start": float}
 
     def __init__(
         self,
@@ -98,14 +100,16 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         on_error: OnError = DirectionalOptions.on_error,
     ) -> None:
         super().__init__(DirectionalOptions.of(locals()))
-        self.result: DirectionalResult | None = None
+
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
         self._measurement = DirectionalMeasurement(self.options)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about ε and the line search."""
         return self._measurement.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _take_up(self, state_dict: dict[str, Any]) -> None:
         """Take up ε and the line search where a checkpoint left them."""
         self._measurement.load_state_dict(state_dict)
 
@@ -141,6 +145,11 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         self.result = None
         measured = attempted(lambda: self._measurement.measure(trainer, window, failure, self._fail), self._fail)
         self.result = measured or DirectionalResult(self._measurement.estimators)
+
+    def numbers(self) -> list[float]:
+        """Return the curvatures of the step."""
+        result = self.result or DirectionalResult(())
+        return [value for key, value in result.values().items() if key in map(KEYS.get, result.estimators)]
 
     def report(self, trainer: pl.Trainer) -> None:
         """Write the values of the step."""

@@ -1,6 +1,7 @@
 """The base of monitors that follow optimizer steps: it records the step and keeps its gradient and parameters."""
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch.optim import Optimizer
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.distributed.shards import local
 from lightning_curvature.monitors.base import Monitor
-from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.optimizers.update import ParameterUpdate, dense_copy
 from lightning_curvature.replay.objective import StepObjective
 
@@ -40,8 +40,8 @@ class UpdateMonitor(Monitor):
     ``on_before_optimizer_step``, and calls :meth:`measure` in ``on_train_batch_end``. On other steps its hooks return.
     """
 
-    def __init__(self, options: MonitorOptions) -> None:
-        super().__init__(options)
+    def _begin(self) -> None:
+        super()._begin()
         self._recording = contextlib.ExitStack()
         self._armed = False
         self._step = _Step()
@@ -53,10 +53,14 @@ class UpdateMonitor(Monitor):
     def report(self, trainer: pl.Trainer) -> None:
         """Write what was measured, when everything within the module's reach, maybe a logger, has been put back."""
 
+    def numbers(self) -> Iterable[float]:
+        """Return what was measured; a step of which a part failed counts where one of them is a number."""
+        return ()
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the optimizers, lay out TensorBoard and forget the fit before."""
-        super().on_fit_start(trainer, pl_module)
         self._forget()
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -130,6 +134,7 @@ class UpdateMonitor(Monitor):
                 self._measure_step(trainer, pl_module, objective, update)
         finally:
             if failure is not None or update is not None:
+                self._tally.measured(self.numbers())
                 self.report(trainer)
             self._forget()
 

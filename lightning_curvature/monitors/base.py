@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -14,22 +14,53 @@ from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
 from lightning_curvature.monitors.guard import HOOKS, STARTING, guarded
 from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.monitors.strategies import check_strategy
+from lightning_curvature.monitors.tally import Tally
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.reporting.loggers import add_layout, report, warn
+
+# Methods of the module, which Lightning gives to callbacks at the start of every run.
+_LENT = frozenset({"log", "log_dict"})
 
 
 class Monitor(pl.Callback):
     """Base of all monitors; each of its options can also be read as an attribute of the monitor."""
 
     options: MonitorOptions
+    result: Any
+    # Keys of the state, with the type of each value, and those of them that a state may lack.
+    state_types: ClassVar[Mapping[str, type]] = {}
+    state_optional: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: MonitorOptions) -> None:
         self.options = options
+        self._in_hook = self._resumes = False
+        self._begin()
+        self._start_afresh()
+
+    def _begin(self) -> None:
+        """Set all that belongs to one fit, and that a copy of a monitor does without; it must not read the others."""
         self._objective: StepObjective | None = None
         self._asked_step, self._is_due = -1, False
         self._is_lazy = False
         self._warned: set[str] = set()
-        self._in_hook = False
+        self._tally = Tally()
+
+    def _start_afresh(self) -> None:
+        """Set all that is kept after a fit, and that a checkpoint may hold: nothing of it is of use to another fit."""
+        self.result = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the fit under way, its module and its data: a copy is a monitor between two fits."""
+        blank = object.__new__(type(self))
+        blank.options = self.options
+        blank._begin()
+        of_fit = (vars(blank).keys() - {"options"}) | _LENT
+        return {name: value for name, value in vars(self).items() if name not in of_fit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what a copy is given."""
+        vars(self).update(state, _in_hook=False)
+        self._begin()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Guard the hooks of a class (see :func:`~.monitors.guard.guarded`)."""
@@ -96,11 +127,42 @@ class Monitor(pl.Callback):
             raise MisconfigurationException(
                 f"optimizer_index must be below the number of optimizers, got {index} of {count}: count from 0."
             )
-        self._asked_step, self._is_lazy = -1, is_lazy(pl_module)
-        self._warned.clear()
+        self._begin()
+        if not self._resumes:
+            self._start_afresh()
+        self._resumes, self._is_lazy = False, is_lazy(pl_module)
         device = trainer.strategy.root_device
         self._objective = StepObjective(pl_module, device, self.options.outputs, self.options.objective)
         add_layout(trainer)
+
+    @guarded
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint in the next fit; one that does not fit is left alone, and told."""
+        known, type_of = self.state_types, {key: type(value).__name__ for key, value in state_dict.items()}
+        lacking = sorted(known.keys() - state_dict.keys() - self.state_optional)
+        other = sorted(state_dict.keys() - known.keys())
+        wrong = [key for key in known if key in state_dict and not isinstance(state_dict[key], known[key])]
+        got = [*([f"one without {lacking}"] if lacking else []), *([f"one with {other}"] if other else [])]
+        got += [f"{key!r} of type {type_of[key]}" for key in wrong]
+        if not got:
+            self._resumes = True
+            self._take_up(state_dict)
+            return
+        message = (
+            f"the state of a {type(self).__name__} must hold {sorted(known)}, got {', '.join(got)}: it starts without; "
+            "resume with the monitor that the checkpoint was made with."
+        )
+        if self.options.on_error == "raise":
+            raise ValueError(message)
+        warn(message)
+
+    def _take_up(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state that fits."""
+
+    @guarded
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say why nothing was measured, where that is so."""
+        self._tally.tell(type(self).__name__, trainer)
 
     def charts(self) -> dict[str, list[str]]:
         """Return the TensorBoard charts of this monitor: keys by title."""
@@ -120,16 +182,22 @@ class Monitor(pl.Callback):
     @guarded
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the module: Lightning does not come to ``teardown`` after an error."""
+        self._resumes = False
         self._let_go()
 
     def _let_go(self) -> None:
         self._objective = None
-        # Methods of the module, which Lightning gives to callbacks at the start of every run.
-        for name in ("log", "log_dict"):
+        for name in _LENT:
             vars(self).pop(name, None)
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        """Whether the step that a batch begins is to be measured; to be asked at the start of every batch.
+        """Whether the step that a batch begins is to be measured; to be asked at the start of every batch."""
+        is_due = self._objective is not None and self._begins_due(trainer)
+        self._tally.ask(trainer, is_due)
+        return is_due
+
+    def _begins_due(self, trainer: pl.Trainer) -> bool:
+        """Whether the step that a batch begins is one of those that the options name.
 
         In manual optimization a batch may make several steps: then the first that begins at or after 0, n, 2n, … Of a
         lazy module it is the first that begins with parameters.
@@ -142,7 +210,7 @@ class Monitor(pl.Callback):
         if self._is_lazy:
             self._is_lazy = self._objective is not None and is_lazy(self._objective.module)
             self._is_due &= not self._is_lazy
-        return self._objective is not None and self._is_due
+        return self._is_due
 
     def _precision(self, trainer: pl.Trainer) -> Precision:
         """Return a function that makes the context of a forward on probe data."""
@@ -171,6 +239,7 @@ class Monitor(pl.Callback):
 
     def _fail(self, error: Exception) -> None:
         """Handle a failed measurement as ``on_error`` says."""
+        self._tally.fail(error)
         if self.options.on_error == "raise" or isinstance(error, MisconfigurationException):
             raise error
         if self._objective is not None and error is self._objective.refusal:  # which is that of all later steps

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from lightning_curvature.data.loaders import check_dataloader
 from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.losses.skipped import may_skip
 from lightning_curvature.monitors.checks import check_not_quantized
@@ -25,8 +25,8 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
 
     options: OccasionalOptions
 
-    def __init__(self, options: OccasionalOptions) -> None:
-        super().__init__(options)
+    def _begin(self) -> None:
+        super()._begin()
         self._is_named = False
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -80,7 +80,6 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
         super().on_fit_start(trainer, pl_module)
         if not self._is_lazy:
             self.check_module(trainer, pl_module)
-        self.result, self._is_named = None, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the samples, so that what the data cannot give is said before training and not after it."""
@@ -96,7 +95,9 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the parameters that came out."""
         if self.options.at_end and self._objective is not None and trainer.global_step != self._measured_step:
+            self._tally.due += 1
             self._measure_now(trainer, pl_module, None)
+        super().on_train_end(trainer, pl_module)
 
     def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
         super()._check_parameters(parameters)
@@ -106,16 +107,14 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
                 "derivatives do not reach: train with strategy='ddp', or call evaluate() on a checkpoint."
             )
 
-    def _due(self, trainer: pl.Trainer) -> bool:
+    def _begins_due(self, trainer: pl.Trainer) -> bool:
         step, asked = trainer.global_step, self._asked_step
-        periodic = super()._due(trainer)
+        periodic = super()._begins_due(trainer)
         if step != asked:
             # Where a batch makes several steps, the first that begins at or after the named one.
             least = asked if asked >= 0 else step - 1
             self._is_named = any(least < named <= step for named in self.options.at_steps)
-        return self._objective is not None and (
-            self._is_named or (periodic and self.options.every_n_train_steps is not None)
-        )
+        return self._is_named or (periodic and self.options.every_n_train_steps is not None)
 
 
 def _quiet_trainer() -> pl.Trainer:
@@ -138,10 +137,7 @@ def _check_by_hand(module: object, loader: object) -> None:
             f"module must be a LightningModule, whose training_step gives the loss, got a {type(module).__name__}: "
             "wrap the network in one, or load the checkpoint by load_from_checkpoint."
         )
-    if isinstance(loader, Dataset):
-        raise MisconfigurationException(
-            f"dataloader must be a DataLoader, got a {type(loader).__name__}: wrap it, DataLoader(dataset)."
-        )
+    check_dataloader("dataloader", loader, MisconfigurationException)
     if loader is None:
         raise MisconfigurationException(
             "dataloader must be given where there is no Trainer's, got None: give a DataLoader of single samples."

@@ -2,13 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_curvature.data.loaders import check_dataloader
 from lightning_curvature.data.position import Bookmark
 from lightning_curvature.data.probe_set import ProbeSet, read_probe_set, step_size
 from lightning_curvature.data.reading import sample_count
@@ -37,25 +38,33 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     """
 
     options: ProbeSetOptions
+    result: ResultT | None
     capacities: ClassVar[tuple[str, ...]] = ()
+    state_types: ClassVar[Mapping[str, type]] = {"probe_set": list}
+    state_optional = frozenset({"probe_set"})  # most loaders choose no samples themselves
     _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
 
     def __init__(self, options: ProbeSetOptions) -> None:
         super().__init__(options)
-        self.result: ResultT | None = None
+        check_dataloader("probe_dataloader", options.probe_dataloader)
+
+    def _begin(self) -> None:
+        super()._begin()
         self._data: Any = None
         self._has_read = self._has_measured = self._may_skip = False
-        self._bookmark, self._loaded = Bookmark(), Bookmark()
         self._measured_step = -1
+
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
+        self._bookmark = Bookmark()
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loaders stood when the probe set was read, where they choose its samples themselves."""
         positions = self._bookmark.positions
         return {} if positions is None else {"probe_set": positions}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the probe set of a checkpoint in the next fit."""
-        self._loaded = Bookmark(state_dict.get("probe_set"))
+    def _take_up(self, state_dict: dict[str, Any]) -> None:
+        self._bookmark = Bookmark(state_dict.get("probe_set"))
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Any) -> Prepared[Problem]:
         """Return the inputs of a measurement; may fail on one rank alone, and must not communicate."""
@@ -83,9 +92,6 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check optimizers and parameters, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
-        self._data, self._measured_step = None, -1
-        self._has_read = self._has_measured = False
-        self._bookmark, self._loaded = self._loaded, Bookmark()
         self._may_skip = self.options.objective is None and may_skip(pl_module)
         parameters = self._parameters(trainer)
         if not parameters:
@@ -140,13 +146,15 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             self._report(trainer, result)
 
         try:
-            self._measure(trainer, self._objective, read, report)
+            result = self._measure(trainer, self._objective, read, report)
             self._has_measured = True
+            self._tally.measured(result.values().values())
         except Exception as error:
             if isinstance(error, MisconfigurationException) and (self._has_measured or batch is None):
                 # A module that could be measured before is no reason to end a run; nothing is, after it.
                 error = RuntimeError(str(error))
             self._fail(error)
+            self._tally.measured(())
             if not reported:
                 self._report(trainer, None)
 

@@ -1,8 +1,8 @@
 """The monitor of the Hessian's spectrum."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -94,6 +94,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
 
     options: SpectrumOptions
     capacities = ("basis",)
+    state_types: ClassVar[Mapping[str, type]] = {"probe_set": list, "vectors": dict}
+    state_optional = ProbeSetMonitor.state_optional | {"vectors"}
 
     def __init__(
         self,
@@ -123,6 +125,9 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         on_error: OnError = SpectrumOptions.on_error,
     ) -> None:
         super().__init__(SpectrumOptions.of(locals()))
+
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
         self._sharded = False
         self._measurement = SpectrumMeasurement(self.options, self._warn_once)
 
@@ -136,9 +141,9 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         kept = self.options.save_eigenvectors and not self._sharded
         return super().state_dict() | ({"vectors": dict(self._measurement.vectors)} if kept else {})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _take_up(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe set, and the eigenvectors where a checkpoint left them."""
-        super().load_state_dict(state_dict)
+        super()._take_up(state_dict)
         self._measurement.vectors = dict(state_dict.get("vectors", {}))
 
     def charted(self) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from tests.testers.agreement import AgreementTester
 from tests.testers.arguments import ArgumentTester
+from tests.testers.callbacks import CallbackTester
 from tests.testers.effects import EffectTester
 from tests.testers.families.batch_sharpness import BATCH_SHARPNESS
 from tests.testers.reports import ReportTester
@@ -20,4 +21,8 @@ class TestReports(ReportTester):
 
 
 class TestAgreement(AgreementTester):
+    family = BATCH_SHARPNESS
+
+
+class TestCallback(CallbackTester):
     family = BATCH_SHARPNESS

@@ -144,7 +144,8 @@ def test_objective_that_always_fails() -> None:
     assert_same(plain, watched)
     # Said once, though it happens at every step.
     assert [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)] == [
-        "DirectionalCurvatureMonitor logs NaN: Boom: no loss today"
+        "DirectionalCurvatureMonitor logs NaN: Boom: no loss today",
+        "DirectionalCurvatureMonitor must make the measurements that are due, got 0 of 3: Boom: no loss today.",
     ]
     for key in ("lambda_fd", "lambda_dir"):
         assert len(watched.curve(key)) == 3

@@ -2,6 +2,7 @@
 
 from tests.testers.agreement import AgreementTester
 from tests.testers.arguments import ArgumentTester
+from tests.testers.callbacks import CallbackTester
 from tests.testers.effects import EffectTester
 from tests.testers.families.spectrum import SPECTRUM
 from tests.testers.reports import ReportTester
@@ -20,4 +21,8 @@ class TestReports(ReportTester):
 
 
 class TestAgreement(AgreementTester):
+    family = SPECTRUM
+
+
+class TestCallback(CallbackTester):
     family = SPECTRUM

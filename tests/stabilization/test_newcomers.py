@@ -41,7 +41,7 @@ def test_numbers_of_numpy() -> None:
 
 def test_a_dataset_in_place_of_a_loader() -> None:
     with pytest.raises(
-        MisconfigurationException, match="dataloader must be a DataLoader, got a TensorDataset: wrap it"
+        MisconfigurationException, match=r"dataloader must be one dataloader, .*, got a TensorDataset: wrap it"
     ):
         StabilizationMonitor(**QUICK).evaluate(module(), data(), make_trainer())
 
