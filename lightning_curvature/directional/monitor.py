@@ -124,8 +124,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         self._measurement.begin()
         if self._objective is not None and {"kl", "finite_difference"} & set(self.options.estimators):
             self._objective.kinks.wanted = self.options.kinks
-        for group in trainer.optimizers[self.options.optimizer_index].param_groups if trainer.optimizers else ():
-            check_real(type(self).__name__, group["params"])
+        check_real(type(self).__name__, self._parameters(trainer))
         derivatives = [name for name in self.options.estimators if name in EXACT]
         parameters = list(pl_module.parameters())
         if derivatives and is_sharded(parameters):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_curvature.losses.fixed import Precision
 from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
@@ -127,6 +128,11 @@ class Monitor(pl.Callback):
             raise MisconfigurationException(
                 f"optimizer_index must be below the number of optimizers, got {index} of {count}: count from 0."
             )
+        if not self._parameters(trainer):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
+                "configure_optimizers."
+            )
         self._begin()
         if not self._resumes:
             self._start_afresh()
@@ -134,6 +140,12 @@ class Monitor(pl.Callback):
         device = trainer.strategy.root_device
         self._objective = StepObjective(pl_module, device, self.options.outputs, self.options.objective)
         add_layout(trainer)
+
+    def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
+        """Return the parameters that the followed optimizer moves; by hand there is one optimizer, of all of them."""
+        index = self.options.optimizer_index if len(trainer.optimizers) > self.options.optimizer_index else 0
+        groups = trainer.optimizers[index].param_groups if trainer.optimizers else []
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

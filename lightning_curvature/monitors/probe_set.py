@@ -93,13 +93,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         """Check optimizers and parameters, lay out TensorBoard and forget the fit before."""
         super().on_fit_start(trainer, pl_module)
         self._may_skip = self.options.objective is None and may_skip(pl_module)
-        parameters = self._parameters(trainer)
-        if not parameters:
-            raise MisconfigurationException(
-                f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
-                "configure_optimizers."
-            )
-        self._check_parameters(parameters)
+        self._check_parameters(self._parameters(trainer))
         batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in pl_module.modules())
         if batch_norm and self.options.probe_mode == "train":
             warn(
@@ -110,12 +104,6 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the parameters cannot be moved."""
         check_real(type(self).__name__, parameters)
-
-    def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
-        """Return the parameters that the followed optimizer moves; by hand there is one optimizer, of all of them."""
-        index = self.options.optimizer_index if len(trainer.optimizers) > self.options.optimizer_index else 0
-        groups = trainer.optimizers[index].param_groups if trainer.optimizers else []
-        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

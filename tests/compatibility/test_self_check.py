@@ -79,7 +79,7 @@ def run(make: Callable[[], Any], follow: pl.Callback | None) -> tuple[Record, li
 @pytest.mark.parametrize("make", [Ticking, Weighted])
 @pytest.mark.parametrize("family", MONITORS)
 def test_a_step_that_cannot_be_repeated(family: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said once, in one sentence, after two evaluations; all values are NaN, and no more is evaluated."""
+    """It is said once, after two evaluations, and at the end; all values are NaN, and no more is evaluated."""
     evaluations = out_of_reach([])
     evaluate = StepObjective._evaluate
     monkeypatch.setattr(StepObjective, "_evaluate", lambda *args: evaluations().append(1) or evaluate(*args))
@@ -88,7 +88,8 @@ def test_a_step_that_cannot_be_repeated(family: str, make: Any, monkeypatch: pyt
     values = record.curve(key)
     assert len(values) == 3
     assert all(map(math.isnan, values))
-    (sentence,) = [text for text in said if "must give the same loss" in text]
+    sentence, end = [text for text in said if "must give the same loss" in text]
+    assert "must make the measurements that are due, got 0 of 3: " in end
     assert "keep counters and random generators on the module" in sentence
     # The directional monitor compares with the loss of the step itself.
     assert len(evaluations()) == (1 if family == "directional" else 2)
@@ -147,7 +148,7 @@ def test_what_does_not_come_back_is_named(family: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("lightning_curvature.replay.isolation.Snapshot", Forgetful)
     _, said = run(Leaving, MONITORS[family][0]())
-    (sentence,) = [text for text in said if "what cannot be put back" in text]
+    sentence, *_ = [text for text in said if "what cannot be put back" in text]
     assert "Leaving" in sentence or "left" in sentence
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from tests.helpers.habits import MOVING
-from tests.helpers.modules import FromIterator, Plain, TwoOptimizers
+from tests.helpers.modules import FromIterator, NoOptimizer, Plain, TwoOptimizers
 from tests.helpers.runs import Classifier, classification, mlp, run
 from tests.helpers.stabilization import Complex
 from tests.helpers.witness import ALL, FORWARD_ONLY, LAMBDAS
@@ -68,6 +68,7 @@ MISFITS: dict[str, Misfit] = {
         r"must see the batch of a step, got training_step\(dataloader_iter\): take \(batch, batch_idx\) instead",
         error=MisconfigurationException,
     ),
+    "no optimizer": Misfit(NoOptimizer, {}, "must find trainable parameters in the optimizer, got none: return it"),
     "outputs that name nothing": Misfit(
         Plain,
         {"outputs": "head"},
