@@ -48,7 +48,7 @@ class Tally:
                 f"{self.made} of {self.due} measurements that were due: step by self.optimizers().step(), not by the "
                 "step of the optimizer within."
             )
-        elif self.due and not self.made:
+        elif not self.made and self.due > bool(self._reason):  # of a single one that failed, all has been said
             warn(
                 f"{monitor} must make the measurements that are due, got 0 of {self.due}: "
                 f"{(self._reason or _UNSEEN).rstrip('.')}."

@@ -54,9 +54,13 @@ def test_outputs_that_are_missing_stop_the_gauss_newton_matrix() -> None:
     found, said = fitted(Hidden(mlp(4, 3, 3), sgd), follow)
     for row in found.values():
         assert lost(row) == set(row) - {"two_over_lr"}
+    sentence = (
+        "ValueError: outputs must come with the loss, in its graph, got none: compute them by calling self(…) exactly "
+        "once, or name the submodule that makes them, outputs='head'."
+    )
     assert said == [
-        "BatchSharpnessMonitor logs NaN: ValueError: outputs must come with the loss, in its graph, got none: compute "
-        "them by calling self(…) exactly once, or name the submodule that makes them, outputs='head'."
+        f"BatchSharpnessMonitor logs NaN: {sentence}",
+        f"BatchSharpnessMonitor must make the measurements that are due, got 0 of 2: {sentence}",
     ]
     remedied = monitor(*QUANTITIES, curvature="gauss_newton", outputs="network")
     found, said = fitted(Hidden(mlp(4, 3, 3), sgd), remedied)
@@ -71,6 +75,8 @@ def test_a_loss_that_is_nan() -> None:
     for row in found.values():
         assert lost(row) == set(row) - {"two_over_lr"}
     # The step's own batch and ∇L; an eigenvalue of a mini-batch.
+    *said, end = said
+    assert end.startswith("BatchSharpnessMonitor must make the measurements that are due, got 0 of 2: NonFiniteProduct")
     assert said == [
         "BatchSharpnessMonitor logs NaN: ArithmeticError: the loss of a mini-batch and its derivatives must be finite, "
         "got nan: look at the loss there.",
