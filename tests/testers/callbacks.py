@@ -142,6 +142,7 @@ class CallbackTester(FamilyTester):
             make_trainer(follow).validate(Validated(), [0], verbose=False)
             assert fit(follow, module=module()) == fresh
 
+    @pytest.mark.thinned(3)
     @pytest.mark.filterwarnings("ignore:parameter groups differ in lr")
     def test_change_within_a_run(self, change: str) -> None:
         """The run is as it was, and the values are those of a monitor that comes when the change is made."""
