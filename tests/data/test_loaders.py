@@ -68,7 +68,7 @@ class Table(list[Any]):
         ),
         *([{"x": torch.zeros(3), "step": 2}], [(torch.zeros(3, 2), torch.zeros(3), 0.5)]),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_can_be_read(value: Any) -> None:
     check_dataloader("probe_dataloader", value)
@@ -94,7 +94,7 @@ def test_what_can_be_read(value: Any) -> None:
           for value in ("train", Path("data"), 8, BATCHES[0][0], {"x": BATCHES[0][0]}, UserDict(x=1), {1}, DataLoader,
                         lambda: LOADER, pl.LightningDataModule())),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip
 def test_what_cannot(value: Any, got: str, remedy: str) -> None:
     sentence = f"probe_dataloader must be one dataloader, or batches that can be read repeatedly, got {got}: {remedy}"
