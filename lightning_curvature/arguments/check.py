@@ -48,8 +48,6 @@ class Check:
             origin, parts = typing.get_origin(kind), typing.get_args(kind)
             if origin is Literal:
                 self.choices += parts
-            elif origin is Iterable and parts == (Any,):
-                classes.append(Iterable)  # a loader, which must not be read here
             elif origin in (Sequence, Iterable):
                 self.item = Check(parts[0], replace(rule, empty=False, single=False) if rule != Rule() else None)
                 if self.item.choices and rule == Rule():

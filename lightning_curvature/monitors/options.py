@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
 from lightning_curvature.arguments import Rule, check_fields, whole
+from lightning_curvature.data.loaders import check_dataloader
 from lightning_curvature.losses.fixed import ProbeMode
 from lightning_curvature.replay.objective import ObjectiveFunction
 
@@ -56,11 +57,15 @@ class ProbeSetOptions(MonitorOptions):
     """Options of the monitors that measure on a probe set."""
 
     probe_samples: ProbeSamples | None = None
-    probe_dataloader: Annotated[Iterable[Any], Rule("give DataLoader(dataset)")] | None = None
+    probe_dataloader: Any = None
     micro_batch_size: Annotated[int, whole(1, "None takes the batch size of the loader")] | None = None
     probe_mode: Annotated[ProbeMode, Rule("'train' leaves the module as it trains")] = "train"
     probe_precision: ProbePrecision = "32-true"
     seed: Annotated[int, whole(0, "0 is as good as any")] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_dataloader("probe_dataloader", self.probe_dataloader)
 
     def keys(self) -> list[str]:
         """Return the keys of all values."""

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_curvature.data.loaders import check_dataloader
 from lightning_curvature.data.position import Bookmark
 from lightning_curvature.data.probe_set import ProbeSet, read_probe_set, step_size
 from lightning_curvature.data.reading import sample_count
@@ -43,10 +42,6 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     state_types: ClassVar[Mapping[str, type]] = {"probe_set": list}
     state_optional = frozenset({"probe_set"})  # most loaders choose no samples themselves
     _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
-
-    def __init__(self, options: ProbeSetOptions) -> None:
-        super().__init__(options)
-        check_dataloader("probe_dataloader", options.probe_dataloader)
 
     def _begin(self) -> None:
         super()._begin()

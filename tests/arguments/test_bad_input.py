@@ -50,14 +50,16 @@ def test_numbers_come_in_all_forms(name: str) -> None:
 @pytest.mark.parametrize("name", ["HessianSpectrumMonitor", "StabilizationMonitor"])
 def test_a_loader_is_not_read(name: str) -> None:
     """It may have a state, and need not have a length."""
-    CALLS[name](probe_dataloader=iter(unread()))
-    with pytest.raises(ValueError, match=r"^probe_dataloader must be an Iterable, or None, got an int: give"):
+    CALLS[name](probe_dataloader=Unread())
+    with pytest.raises(ValueError, match=r"^probe_dataloader must be one dataloader, .*, got an? int: give"):
         CALLS[name](probe_dataloader=3)
 
 
-def unread() -> Iterator[None]:
-    raise AssertionError
-    yield
+class Unread:
+    """A loader that is not to be read when a monitor is made."""
+
+    def __iter__(self) -> Iterator[None]:
+        raise AssertionError
 
 
 def shout(loud: int) -> None:
