@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torchmetrics import Metric
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from lightning_curvature.arguments import checked
+from lightning_curvature.arguments import checked, sentence
 from lightning_curvature.operators import Curvature, MicroBatch, micro_batches, operator_type
 from lightning_curvature.operators.exact import CURVATURE
 
@@ -63,10 +63,20 @@ class CurvatureMetric(Metric):
         return self._forward_cache
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the states of another metric of this class, or a dict of them."""
-        super().merge_state(incoming_state)
+        """Add the states of another metric of this class, or a dict of them; raise ValueError unless they fit."""
+        before, states = self._copy_state_dict(), incoming_state
+        if isinstance(incoming_state, type(self)):
+            states = incoming_state.metric_state
+        try:
+            if not isinstance(states, dict) or not self._defaults.keys() <= states.keys():
+                raise TypeError(f"not all of {', '.join(self._defaults)}")
+            self._reduce_states(states)
+        except (RuntimeError, TypeError) as error:
+            self._set_states(before)
+            wanted = f"be a {type(self).__name__} or a dict of its states, of the same sizes"
+            shown = f"a {type(incoming_state).__name__} ({error})"
+            raise sentence("incoming_state", wanted, shown, "merge metrics that are made alike") from None
         self._update_count += getattr(incoming_state, "_update_count", 1)
-        # torchmetrics keeps the value that ``compute`` remembers.
         self._computed = None
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -139,10 +149,8 @@ def as_draws(device: torch.device, **values: Tensor | float) -> list[Tensor]:
     first, count = next((name, vector.numel()) for name, vector in vectors.items())
     for name, vector in vectors.items():
         if vector.ndim > 1 or vector.numel() not in (1, count):
-            lengths = f"a number, or a vector with an entry for each of {count} in {first}"
-            raise ValueError(
-                f"{name} must be {lengths}, got shape {tuple(vector.shape)}: take means over samples first."
-            )
+            wanted = "be a number or a vector" + f" of {count}, as {first}" * (name != first)
+            raise sentence(name, wanted, f"shape {tuple(vector.shape)}", "take means over samples first")
     return [vector.reshape(-1).expand(count) for vector in vectors.values()]
 
 

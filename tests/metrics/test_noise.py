@@ -29,6 +29,18 @@ def fed(metric: Any, first: int = 0, last: int = COUNT, size: int = 16) -> Any:
     return metric
 
 
+def test_a_merge_of_other_sizes_leaves_both_alone() -> None:
+    small, large = NoiseCovariance(2), NoiseCovariance(3)
+    small.update(torch.eye(2))
+    large.update(torch.eye(3))
+    before = small.compute()
+    rule = r"^incoming_state must be a NoiseCovariance or a dict of its states, of the same sizes, got a "
+    for other, got in ((large, r"NoiseCovariance \("), ({}, r"dict \(not all of"), (noise_covariance, "function")):
+        with pytest.raises(ValueError, match=rule + got):
+            small.merge_state(other)  # type: ignore[arg-type]
+    assert torch.equal(small.compute(), before)
+
+
 def test_covariance_is_that_of_the_function_and_nan_without_samples() -> None:
     gradients = dense().gradients
     metric = NoiseCovariance(20, batch_size=4)
