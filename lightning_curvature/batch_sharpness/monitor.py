@@ -142,10 +142,10 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         on_error: OnError = BatchSharpnessOptions.on_error,
     ) -> None:
         super().__init__(BatchSharpnessOptions.of(locals()))
+        self._measurement = SharpnessMeasurement(self.options)
 
     def _begin(self) -> None:
         super()._begin()
-        self._measurement = SharpnessMeasurement(self.options)
         self._sharded = False
         self._calls: list[tuple[Any, int, RandomState]] = []
         self._failure: Exception | None = None
