@@ -18,7 +18,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(PYTEST) $(ARGS)
 
-# all cases of every test: before a change of the package lands
+# those too: before a change of the package lands
 test-all: $(VENV)/.ready
 	$(PYTEST) -m "not soak" $(ARGS)
 

@@ -1,18 +1,22 @@
 """Contexts in which a model can be differentiated twice, or runs the same code without gradients as with them."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction
 
 
 @contextlib.contextmanager
 def differentiable() -> Generator[None, None, None]:
-    """Replace code without double backward or forward mode: fused attention, compiled graphs, reentrant checkpoints."""
+    """Replace code without double backward or forward mode: fused attention, compiled graphs, reentrant checkpoints.
+
+    And fused weight normalization, whose second derivatives are wrong: they take the norms for constants.
+    """
 
     def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return function(*args)
@@ -21,11 +25,20 @@ def differentiable() -> Generator[None, None, None]:
     nested = "apply" in vars(CheckpointFunction)
     CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign, assignment]
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager"),
+            patched(torch, _weight_norm=_weight_norm),
+            patched(sys.modules["torch.nn.utils.weight_norm"], _weight_norm=_weight_norm),
+        ):
             yield
     finally:
         if not nested:
             del CheckpointFunction.apply
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextlib.contextmanager
@@ -47,7 +60,7 @@ def same_attention(module: nn.Module) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def patched(target: object, **attributes: Any) -> Generator[None, None, None]:
-    """Set attributes on an instance; restore its namespace afterwards, also after an error."""
+    """Set attributes on an instance or module; restore its namespace afterwards, also after an error."""
     namespace = target.__dict__
     before = {name: namespace[name] for name in attributes if name in namespace}
 

@@ -148,3 +148,30 @@ def test_where_gradients_are_off() -> None:
     truth = matrix(HessianOperator.of(network, case.loss, data))
     with torch.no_grad():
         assert torch.equal(matrix(HessianOperator.of(network, case.loss, data)), truth)
+
+
+class NormalizedByHand(nn.Module):
+    """What weight normalization makes of a linear layer."""
+
+    def __init__(self, bias: Tensor, g: Tensor, v: Tensor, dim: int) -> None:
+        super().__init__()
+        self.bias, self.g, self.v = (nn.Parameter(t.detach().clone()) for t in (bias, g, v))
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.g * self.v / self.v.square().sum(1 - self.dim, keepdim=True).sqrt(), self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])
+def test_weight_normalization(make: Any, dim: int, kind: str) -> None:
+    """The second derivatives of torch's fused function take the norms for constants: as much as 100 % off."""
+    fused = torch._weight_norm
+    case = CASES["perceptron"]
+    network, data = make(nn.Linear(4, 3).double(), dim=dim), case.data(8)
+    truth = getattr(Matrices(NormalizedByHand(*network.parameters(), dim), case.loss), kind)(data)
+    operator = {"hessian": HessianOperator, "gauss_newton": GaussNewtonOperator}[kind].of(network, case.loss, data)
+    assert off(matrix(operator), truth) < rounding(torch.float64)
+    assert torch._weight_norm is fused
