@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from lightning_curvature import CurvatureWarning, HessianSpectrumMonitor
+from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.spectrum.options import QUANTITIES
 from lightning_curvature.spectrum.problem import SpectrumProblem
 from lightning_curvature.spectrum.result import Spectrum
@@ -45,16 +46,14 @@ class Observed(HessianSpectrumMonitor):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.outcome: Outcome | None = None
-        inner = self._measurement.measure
 
-        def measure(problem: SpectrumProblem, basis: int, fail: Callable[[Exception], None]) -> Spectrum:
-            spectrum = inner(replace(problem, on_product=self._count), basis, fail)
-            self.seen.nodes.append(None if spectrum.density is None else spectrum.density.nodes)
-            vectors = self._measurement.vectors.items()
-            self.seen.vectors.append({kind: [v.clone() for v in found] for kind, found in vectors})
-            return spectrum
-
-        self._measurement.measure = measure  # type: ignore[method-assign]
+    def measure(self, trainer: pl.Trainer, prepared: Prepared[SpectrumProblem]) -> Spectrum:
+        counted = replace(prepared, problem=replace(prepared.problem, on_product=self._count))
+        spectrum = super().measure(trainer, counted)
+        self.seen.nodes.append(None if spectrum.density is None else spectrum.density.nodes)
+        vectors = self._measurement.vectors.items()
+        self.seen.vectors.append({kind: [v.clone() for v in found] for kind, found in vectors})
+        return spectrum
 
     @property
     def seen(self) -> Outcome:
