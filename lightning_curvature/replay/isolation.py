@@ -38,7 +38,9 @@ class Shelter:
 
     def restore(self) -> None:
         """Put all of them back, once: before patches come off, which are part of what is put back."""
-        put_back([snapshot.restore for snapshot in self._snapshots.values()])
+        # The last first: Lightning's wrapper and the optimizer within reach the same state, which the step may have
+        # written between the two.
+        put_back([snapshot.restore for snapshot in reversed(self._snapshots.values())])
         self._snapshots.clear()
 
 

@@ -406,3 +406,10 @@ def writes_to_the_optimizer(m: Any, x: Tensor, logits: Tensor) -> None:
         state["seen"] = state.get("seen", 0) + 1
         if state.get("momentum_buffer") is not None:
             state["momentum_buffer"].mul_(0.9)
+
+
+@habit
+def writes_to_the_optimizer_and_looks_through_lightning(m: Any, x: Tensor, logits: Tensor) -> None:
+    """Two objects reach the same state: the optimizer, and Lightning's wrapper of it."""
+    writes_to_the_optimizer(m, x, logits)
+    looks_into_the_optimizer(m, x, logits)
