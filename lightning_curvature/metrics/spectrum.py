@@ -77,7 +77,7 @@ class _OperatorMetric(ModelMetric):
             raise error or elsewhere("counting the samples", mistake=False)
         parts = self._micro_batches(self.batches) if self.batches or not total else []
         return self._operator_type(
-            [replace(one, weight=one.weight * own / total) for one in parts],
+            [replace(one, weight=one.weight * (own / total)) for one in parts],
             parameters,
             reduce=reduce,
             keep_graph=self._keep_graph,
