@@ -12,7 +12,7 @@ MANY = 10**6
 
 @dataclass(frozen=True)
 class Rule:
-    """What an argument must be beyond its type, and what to do where it is not.
+    """The limits of an argument beyond its type, and what to do where it breaks them.
 
     Attributes:
         remedy: what to do instead; default: from the type.

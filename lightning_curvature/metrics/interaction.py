@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from lightning_curvature.arguments import Rule, checked
 from lightning_curvature.functional import NoiseTerms, add_to_moments, merge_moments
 from lightning_curvature.functional.sharpness import BATCH_SIZES
-from lightning_curvature.metrics.model import Batch, LossFunction, copied
+from lightning_curvature.metrics.model import Batch, LossFunction
 from lightning_curvature.metrics.sharpness import MiniBatchMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.exact import CURVATURE, KEEP_GRAPH
 from lightning_curvature.operators.micro_batches import sample_count
 from lightning_curvature.operators.mini_batch import MiniBatch
+from lightning_curvature.replay.batches import copied
 from lightning_curvature.reporting.loggers import warn
 
 _DATA = Rule("give a list of (inputs, targets), or None for pairs")
@@ -62,7 +63,7 @@ class FullCurvatureMetric(MiniBatchMetric):
         if self._data is not None:
             self._add_exact(inputs, targets, self._data)
         elif not self.waiting:
-            self.waiting = [copied(inputs, targets)]
+            self.waiting = [copied((inputs, targets))]
         else:
             # After a merge of metrics that each had one, more of them wait.
             *self.waiting, partner = self.waiting

@@ -93,7 +93,7 @@ class CurvatureMetric(Metric):
     def reset(self) -> None:
         """Forget all updates."""
         # New lists: torchmetrics would empty those that a wrapper has taken over.
-        self._set_states({name: [] for name, default in self._defaults.items() if isinstance(default, list)})
+        self._set_states({name: [] for name in self._lists})
         super().reset()
 
     @contextmanager
@@ -122,6 +122,11 @@ class CurvatureMetric(Metric):
 
         return super()._wrap_update(all_or_nothing)
 
+    @property
+    def _lists(self) -> list[str]:
+        """Names of the states that hold batches."""
+        return [name for name, default in self._defaults.items() if isinstance(default, list)]
+
     def _copy_state_dict(self) -> dict[str, Tensor | list[Any]]:
         return {name: getattr(self, name) for name in self._defaults}
 
@@ -136,10 +141,9 @@ class CurvatureMetric(Metric):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        lists = [name for name, default in self._defaults.items() if isinstance(default, list)]
-        applied = super()._apply(move, exclude_state=[*exclude_state, *lists])
+        applied = super()._apply(move, exclude_state=[*exclude_state, *self._lists])
         # Batches may be trees of tensors.
-        self._set_states({name: tree_map_only(Tensor, move, getattr(self, name)) for name in lists})
+        self._set_states({name: tree_map_only(Tensor, move, getattr(self, name)) for name in self._lists})
         return applied
 
 
@@ -199,7 +203,7 @@ class ModelMetric(CurvatureMetric):
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         """Gather sums, and leave batches on their ranks."""
         every = self._reductions
-        self._reductions = {name: every[name] for name in every if isinstance(self._defaults[name], Tensor)}
+        self._reductions = {name: every[name] for name in every if name not in self._lists}
         try:
             super()._sync_dist(*args, **kwargs)
         finally:
@@ -216,12 +220,6 @@ class ModelMetric(CurvatureMetric):
         memo[id(self)] = copied
         copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return copied
-
-
-def copied(inputs: Any, targets: Any) -> Batch:
-    """Return a batch that the caller can no longer change."""
-    kept: Batch = tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), (inputs, targets))
-    return kept
 
 
 def _usable(arguments: Any) -> Any:

@@ -16,11 +16,12 @@ from lightning_curvature.distributed.reduce import sum_in_group
 from lightning_curvature.distributed.together import elsewhere
 from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
 from lightning_curvature.linalg.krylov import NonFiniteProductError
-from lightning_curvature.metrics.model import Batch, LossFunction, ModelMetric, copied
+from lightning_curvature.metrics.model import Batch, LossFunction, ModelMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
 from lightning_curvature.operators.exact import CURVATURE, KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
 from lightning_curvature.operators.micro_batches import sample_count
+from lightning_curvature.replay.batches import copied
 from lightning_curvature.reporting.loggers import warn
 
 _OPERATOR = {"curvature": CURVATURE, "keep_graph": KEEP_GRAPH}
@@ -51,7 +52,7 @@ class _OperatorMetric(ModelMetric):
 
     def update(self, inputs: Any, targets: Any) -> None:
         """Add a batch, until ``reset``."""
-        self.batches = [*self.batches, copied(inputs, targets)]
+        self.batches = [*self.batches, copied((inputs, targets))]
 
     def operator(self) -> CurvatureOperator:
         """Return the operator of the mean loss over the samples of all ranks, at the parameters as they are.

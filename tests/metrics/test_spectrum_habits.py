@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -112,3 +113,14 @@ def test_a_collection_keeps_them_apart() -> None:
     # Three standard errors of at most 0.06 of it.
     assert float(values["trace"]) == pytest.approx(float(matrix.trace()), rel=0.18)
     assert values["density"].shape[0] == 2
+
+
+def test_batches_in_objects_are_copies_too() -> None:
+    """Also where torch's trees do not look inside, as into a namespace."""
+    network, batches = mlp(4, 5, 3), ragged()
+    metric = eigenvalue(network, lambda z, t: F.cross_entropy(z, t["y"].labels))
+    for x, y in batches:
+        target = types.SimpleNamespace(labels=y.clone())
+        metric.update(x, {"count": y, "y": target})
+        target.labels.zero_()
+    assert float(metric.compute()) == pytest.approx(truth(network, batches), **CLOSE)
