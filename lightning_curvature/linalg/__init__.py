@@ -5,8 +5,10 @@ from lightning_curvature.linalg.eigenpairs import Eigenpairs, eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec, NonFiniteProductError
 from lightning_curvature.linalg.space import VectorSpace
 from lightning_curvature.linalg.trace import TraceEstimate, trace
+from lightning_curvature.linalg.tracking import EigenTracker
 
 __all__ = [
+    "EigenTracker",
     "Eigenpairs",
     "KrylovSpace",
     "MatVec",

@@ -166,7 +166,7 @@ def _rule(
     """Return nodes and weights of one start, the number of known eigenvalues before them, and of products made."""
     krylov = KrylovSpace(matvec, space)
     if deflation is not None:
-        krylov.deflate(deflation.values, deflation.vectors)
+        krylov.deflate(deflation.quotients, deflation.vectors)
     known = krylov.done
     krylov.add(space.random(generator))
     while krylov.matvecs < steps and krylov.done < len(krylov.basis):

@@ -1,5 +1,6 @@
 """Extreme eigenpairs of a symmetric operator: band Lanczos with full reorthogonalization and thick restarts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -7,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.arguments import MANY, Rule, checked, fraction, whole
+from lightning_curvature.arguments import MANY, Rule, checked, fraction, positive, whole
 from lightning_curvature.linalg.bounds import OverlookedBounds
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec
+from lightning_curvature.linalg.prediction import predicted
 from lightning_curvature.linalg.space import VectorSpace
 
 # Restarts keep this share of the basis: dropped directions have to be found again, kept ones take the room of new ones.
@@ -21,10 +23,8 @@ _KEPT_SHARE = 0.5
 _ADMIXTURE = 0.3
 
 # A search continues until, with 95 % probability, no eigenvalue lies beyond the chosen ones by more than this share of
-# their size. Of 260 searches that began with the first of 2e4 to 1e6 eigenvalues while another was 10 % larger, 34
-# overlooked that one with a share of 0.25, 8 with 0.15, 6 with 0.1. Where none was larger, 0.15 took up to 1.3 products
-# more than 0.25, and on a GPT of 1.8 million parameters 10.5 instead of 8.2 by the residual alone.
-_OVERLOOKED = 0.15
+# their size. It takes 0.1 products more than 0.15, and one fewer than 0.05.
+_OVERLOOKED = 0.1
 # In so few dimensions a product costs as much as the search around it. With the second eigenvalue 4 % below the first,
 # in 26 to 128 dimensions, a share of 0.15 settled on the second in 6 of 240 searches from random vectors, and in 19 of
 # 120 that began with an eigenvector; 0.005 in none of either, for one product more, or four.
@@ -36,37 +36,36 @@ _START = Rule("give vectors of the space", empty=True)
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    r"""Eigenpairs with the bounds on their errors.
-
-    ``residuals`` holds :math:`\\lVert Av_i - \\theta_i v_i\\rVert`: some eigenvalue of A lies within that distance of
-    θ_i, and for a well separated one the distance is about its square over the gap.
+    r"""Eigenpairs, and how far off they are.
 
     Attributes:
         values: (k,) float64 on the CPU, in the order of the arguments of :func:`eigenpairs`.
-        vectors: k unit vectors of the space.
-        residuals: (k,) float64.
-        converged: whether the search for each ended: its residual and the noise of the products are below the
-            tolerance, and it is unlikely that a further eigenvalue was overlooked. A pair with a small residual and
-            without ``converged`` is an eigenpair, possibly the wrong one.
+        errors: (k,) float64: bounds on the distances of the values to the eigenvalues, and the noise of the products.
+        vectors: k unit vectors of the space, the Ritz vectors v_i.
+        quotients: (k,) float64, :math:`\theta_i = v_i^\top A v_i`. Values are what these rise to.
+        residuals: (k,) float64, :math:`\lVert Av_i - \theta_i v_i\rVert`.
+        converged: whether the search for each ended: its error is below the tolerance, and it is unlikely that a
+            further eigenvalue was overlooked. A pair with a small error and without ``converged`` is an eigenpair,
+            possibly the wrong one.
+        gaps: upper bounds on the distance from the last of the largest, and of the smallest, to the next eigenvalue,
+            relative to its size; infinite where none of that end was asked for.
         upper, lower: no eigenvalue is larger, or smaller, with 95 % probability each: see :func:`eigenpairs`.
         iterations: restarts of the basis, plus one.
         asymmetry: largest |u·Av − v·Au| among basis vectors: the noise of the products.
     """
 
     values: Tensor
+    errors: Tensor
     vectors: list[Tensor] = field(repr=False)
+    quotients: Tensor
     residuals: Tensor
     converged: tuple[bool, ...]
+    gaps: tuple[float, float]
     upper: float
     lower: float
     matvecs: int
     iterations: int
     asymmetry: float
-
-    @property
-    def errors(self) -> Tensor:
-        """Bound on the distance of each value to an eigenvalue: residual and noise of the products, (k,)."""
-        return (self.residuals.square() + self.asymmetry**2).sqrt()
 
 
 @checked(
@@ -74,6 +73,7 @@ class Eigenpairs:
     smallest=_COUNT,
     magnitude=_COUNT,
     tolerance=fraction("1e-3 gives an eigenvalue to 3 digits"),
+    residual_tolerance=positive("1e-3 turns a vector by at most that over the relative gap", finite=False),
     max_matvecs=whole(1, "allow 20 for each", MANY),
     max_basis=whole(1, "64 suit most searches", MANY),
     start=_START,
@@ -87,30 +87,35 @@ def eigenpairs(
     smallest: int = 0,
     magnitude: int = 0,
     tolerance: float = 1e-3,
+    residual_tolerance: float = math.inf,
     max_matvecs: int = 200,
     max_basis: int = 64,
     start: Sequence[Tensor] = (),
+    before: "Eigenpairs | None" = None,
     block_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     r"""Compute extreme eigenpairs of a symmetric operator.
 
-    .. math:: A v_i = \theta_i v_i, \qquad \lVert A v_i - \theta_i v_i \rVert \le \text{tolerance} \cdot |\theta_i|
+    .. math:: A v_i = \lambda_i v_i, \qquad \lvert \text{value}_i - \lambda_i \rvert \le \text{tolerance} \cdot
+        \lvert \lambda_i \rvert
 
     "Largest" and "smallest" are algebraic: of the eigenvalues −10, 5, 3 the largest is 5 and the largest by magnitude
     is −10. Values come in this order: the largest, descending; the smallest, ascending; by magnitude, descending.
 
     The method is band Lanczos with full reorthogonalization: the basis begins with a block of start vectors, each
     product adds one vector to it, and a full basis is restarted from its best Ritz vectors (thick restart). A block of
-    p start vectors finds eigenvalues of multiplicity up to p, a single one only one copy of each.
+    p start vectors finds eigenvalues of multiplicity up to p, a single one only one copy of each. Residuals and gaps
+    bound how far an eigenvalue is from its Ritz value, and predict where (:func:`~.prediction.predicted`): the search
+    ends on that bound. Eigenvalues closer than the residual count as one.
 
-    A small residual shows that there is an eigenvalue, not that it is the largest: a start vector orthogonal to the
+    A small error shows that there is an eigenvalue, not that it is the largest: a start vector orthogonal to the
     eigenvector of the largest never finds it. But the first start vector is at least partly random, which bounds what
     it can have overlooked (:class:`~.bounds.OverlookedBounds`): ``upper`` and ``lower`` hold with 95 % probability
     each, over the random vectors, for any operator and any ``start``. The search continues until ``upper`` exceeds the
-    largest by at most 15 % of its size, 0.5 % in up to 128 dimensions, and likewise for the smallest. For further pairs
-    the same rule takes the pairs before them as exact: 8 of 180 searches overlooked one that had been overtaken,
-    against 140 by the residuals alone.
+    largest by at most 10 % of its size, 0.5 % in up to 128 dimensions, and likewise for the smallest. For further pairs
+    the same rule takes the pairs before them as exact. A search that goes on from the pairs ``before`` has no random
+    part: it may end after one product, and nothing is known of what it overlooks, so that ``upper`` is infinite.
 
     Args:
         matvec: v ↦ Av for a vector of the space; must return a new tensor. Called on every rank.
@@ -118,10 +123,13 @@ def eigenpairs(
         largest: number of algebraically largest pairs.
         smallest: number of algebraically smallest pairs.
         magnitude: number of largest pairs by magnitude.
-        tolerance: relative residual at which a pair has converged; not below the limit that rounding sets.
+        tolerance: relative error at which an eigenvalue has converged; not below the limit that rounding sets.
+        residual_tolerance: relative residual at which its vector has; by default eigenvalues alone decide.
         max_matvecs: products after which the search ends; pairs that did not converge by then are returned as they are.
         max_basis: vectors kept in memory; rounded up to the minimum for the number of pairs.
         start: vectors near the eigenvectors, any number and length; a random part is added to each. None: random ones.
+        before: pairs of the same number and kind of an operator close to this one. The search goes on from their
+            vectors as they are, and takes gaps for no wider than they were.
         block_size: number of random start vectors where ``start`` is empty; default: number of pairs at either end.
         generator: of the random vectors, on the device of the space; default: seed 0.
 
@@ -129,8 +137,8 @@ def eigenpairs(
         ValueError: if no pair is requested, as many as there are coordinates or more, or an argument is out of range.
         NonFiniteProductError: if a product is not finite.
 
-    Source: Ruhe 1979 (band Lanczos); Wu and Simon 2000 (thick restart); van Dorsselaer, Hochstenbach and van der Vorst
-    2000 (bounds).
+    Source: Ruhe 1979 (band Lanczos); Wu and Simon 2000 (thick restart); Mathias 1998 (errors); van Dorsselaer,
+    Hochstenbach and van der Vorst 2000 (what may have been overlooked).
 
     Example:
         >>> diagonal = torch.tensor([-10.0, 5.0, 3.0, 2.0], dtype=torch.float64)
@@ -147,45 +155,54 @@ def eigenpairs(
     krylov = KrylovSpace(matvec, space)
     for vector in start:
         krylov.add(_mixed(space, vector, generator))
+    for vector in before.vectors if before is not None else ():
+        krylov.add(vector)
     while len(krylov.basis) < (len(start) or block) and krylov.add(space.random(generator)):
         pass
     block = len(krylov.basis)
     bounds = OverlookedBounds(space.dimension, _ADMIXTURE / (1.0 + _ADMIXTURE) if len(start) else 1.0)
+    known = (math.inf, math.inf) if before is None else before.gaps
     # The waiting rows are as many as the block and survive a restart: half of the remaining rows must suffice.
     share = _OVERLOOKED if space.dimension > _FEW_DIMENSIONS else _OVERLOOKED_IN_FEW
     capacity = max(max_basis, 2 * (sum(wanted) + magnitude) + block + 2)
 
     while True:
         krylov.step()
-        values, vectors, couplings = krylov.ritz()
-        bounds.update(values, vectors, couplings)
+        ritz, vectors, couplings = krylov.ritz()
+        bounds.update(ritz, vectors, couplings)
         if krylov.done >= sum(wanted) and krylov.matvecs >= min(block, max_matvecs):
-            chosen = wanted.choose(values)
+            chosen = wanted.choose(ritz)
+            values, errors, gaps = wanted.predicted(krylov, ritz, couplings, chosen, krylov.matvecs > block, known)
             residuals = couplings[:, chosen].norm(dim=0)
-            goal = (tolerance * values[chosen].abs()).clamp(min=krylov.rounding)
-            converged = residuals <= goal
+            goal = (tolerance * values.abs()).clamp(min=krylov.rounding)
+            converged = errors <= goal
+            if residual_tolerance < math.inf:
+                converged &= residuals <= (residual_tolerance * values.abs()).clamp(min=krylov.rounding)
             last = krylov.done == space.dimension or krylov.matvecs >= max_matvecs
-            if last or converged.all():
-                allowed = (share * values[chosen].abs()).clamp(min=krylov.rounding)
-                converged &= wanted.overlooked(bounds, values[chosen]) <= allowed
+            if (last or converged.all()) and before is None:
+                allowed = (share * values.abs()).clamp(min=krylov.rounding)
+                converged &= wanted.overlooked(bounds, values) <= allowed
             if last or converged.all():
                 break
         if krylov.done == len(krylov.basis):
             # Every chain has ended in an invariant subspace that holds too few pairs.
             krylov.add(space.random(generator))
         elif len(krylov.basis) >= capacity:
-            kept = wanted.choose_kept(values, capacity - block)
-            krylov.restart(vectors[:, kept], values[kept])
+            kept = wanted.choose_kept(ritz, capacity - block)
+            krylov.restart(vectors[:, kept], ritz[kept])
             bounds.restart(len(kept))
 
     return Eigenpairs(
-        values=values[chosen],
+        values=values,
+        errors=(errors.square() + krylov.asymmetry**2).sqrt(),
         vectors=[krylov.basis.combine(vectors[:, i]) for i in chosen.tolist()],
+        quotients=ritz[chosen],
         residuals=residuals,
-        # Noisier products have no eigenpairs to that tolerance.
+        # Noisier products have no eigenvalues to that tolerance.
         converged=tuple((converged & (krylov.asymmetry <= goal)).tolist()),
-        upper=bounds.above(0),
-        lower=bounds.below(0),
+        gaps=gaps,
+        upper=bounds.above(0) if before is None else math.inf,
+        lower=bounds.below(0) if before is None else -math.inf,
         matvecs=krylov.matvecs,
         iterations=krylov.restarts + 1,
         asymmetry=krylov.asymmetry,
@@ -229,6 +246,24 @@ class _Wanted(NamedTuple):
         by_magnitude = values.abs().argsort(descending=True, stable=True)[: self.magnitude]
         ends = [*range(self.largest), *range(len(values) - 1, len(values) - 1 - self.smallest, -1)]
         return torch.cat([torch.tensor(ends, dtype=torch.long), by_magnitude])
+
+    def predicted(
+        self,
+        krylov: KrylovSpace,
+        ritz: Tensor,
+        couplings: Tensor,
+        chosen: Tensor,
+        began: bool,
+        gaps: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, tuple[float, float]]:
+        """Return the values to which the chosen Ritz values go, outwards, their errors, and the gaps behind them."""
+        place = torch.arange(len(chosen))
+        top = (place < self.largest) | ((place >= self.largest + self.smallest) & (ritz[chosen] > 0.0))
+        upper, lower = (len(chosen[side].unique()) for side in (top, ~top))
+        high, high_errors, gap = predicted(krylov.projected, ritz, couplings, began, upper, gaps[0])
+        low, low_errors, low_gap = predicted(-krylov.projected, -ritz.flip(0), couplings.flip(1), began, lower, gaps[1])
+        values = torch.where(top, high[chosen], -low.flip(0)[chosen])
+        return values, torch.where(top, high_errors[chosen], low_errors.flip(0)[chosen]), (gap, low_gap)
 
     def choose_kept(self, values: Tensor, capacity: int) -> Tensor:
         """Return the indices of the Ritz values that a restart keeps: the wanted and the next ones at both ends."""

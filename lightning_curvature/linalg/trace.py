@@ -103,7 +103,7 @@ def trace(
     generator = generator or torch.Generator(space.device).manual_seed(0)
     krylov = KrylovSpace(matvec, space)
     if deflation is not None:
-        krylov.deflate(deflation.values, deflation.vectors)
+        krylov.deflate(deflation.quotients, deflation.vectors)
     if sketch:
         krylov.add(space.random(generator))
     while krylov.matvecs < sketch and krylov.done < len(krylov.basis):

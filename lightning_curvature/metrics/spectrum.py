@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_curvature.arguments import MANY, checked, fraction, whole
 from lightning_curvature.distributed.reduce import sum_in_group
 from lightning_curvature.distributed.together import elsewhere
-from lightning_curvature.linalg import Eigenpairs, SpectralDensity, TraceEstimate, eigenpairs, spectral_density, trace
+from lightning_curvature.linalg import Eigenpairs, EigenTracker, SpectralDensity, TraceEstimate, spectral_density, trace
 from lightning_curvature.linalg.krylov import NonFiniteProductError
 from lightning_curvature.metrics.model import Batch, LossFunction, ModelMetric
 from lightning_curvature.operators import Curvature, CurvatureOperator
@@ -101,14 +101,14 @@ class HessianEigenvalues(_OperatorMetric):
     .. math:: H v_i = \lambda_i v_i, \qquad \lambda_1 \ge \dots \ge \lambda_k
 
     ``update`` takes ``inputs`` and ``targets`` of a batch; ``compute`` gives λ_1 … λ_k, (k,) float64, a scalar for
-    k = 1. ``pairs`` then holds vectors, residuals and whether they converged. The next ``compute`` begins with these
-    vectors, also after a ``reset``.
+    k = 1. ``pairs`` then holds vectors, errors and whether they converged. The next ``compute`` goes on from these,
+    also after a ``reset``: see :class:`~lightning_curvature.linalg.EigenTracker`.
 
     Args:
         model: maps inputs to outputs, in training or eval mode as you set it, without dropout.
         loss_function: mean loss of (outputs, targets).
         k: number of eigenvalues.
-        tolerance: relative residual ‖Hv−λv‖/|λ|.
+        tolerance: relative error of the eigenvalues.
         curvature: "hessian" or "gauss_newton".
         keep_graph: see :class:`~lightning_curvature.operators.HessianOperator`.
         **kwargs: of ``torchmetrics.Metric``.
@@ -128,7 +128,7 @@ class HessianEigenvalues(_OperatorMetric):
 
     @checked(
         k=whole(1, "1 is the largest eigenvalue alone", MANY),
-        tolerance=fraction("1e-3 gives eigenvalues to five digits or so"),
+        tolerance=fraction("1e-3 gives eigenvalues to three digits"),
         **_OPERATOR,
     )
     def __init__(
@@ -146,20 +146,20 @@ class HessianEigenvalues(_OperatorMetric):
         self.k = k
         self.tolerance = tolerance
         self.pairs: Eigenpairs | None = None
-        # Number of searches and vectors of the last one: of this rank alone, and over ranks, where all need the same.
-        self._searches: dict[bool, tuple[int, Sequence[Tensor]]] = {}
+        # Number of searches, and what they go on from: of this rank alone, and over ranks, where all need the same.
+        self._searches: dict[bool, tuple[int, EigenTracker]] = {}
 
     def compute(self) -> Tensor:
         """Return λ_1 … λ_k."""
         with self._operator() as operator:
             over_ranks = operator.reduce is not None
-            number, start = self._searches.get(over_ranks, (0, ()))
+            number, tracker = self._searches.get(over_ranks, (0, EigenTracker()))
             # Other random vectors at each search: the next one sees an eigenvector that one draw missed.
             generator = torch.Generator(operator.space.device).manual_seed(number)
-            self.pairs = eigenpairs(
-                operator, operator.space, largest=self.k, tolerance=self.tolerance, start=start, generator=generator
+            self.pairs = tracker.search(
+                operator, operator.space, largest=self.k, tolerance=self.tolerance, generator=generator
             )
-            self._searches[over_ranks] = number + 1, self.pairs.vectors
+            self._searches[over_ranks] = number + 1, tracker
         return self.pairs.values
 
 

@@ -3,15 +3,16 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_curvature import linalg
 from lightning_curvature.distributed.together import Outcome, attempt_together, attempted
-from lightning_curvature.linalg import Eigenpairs, NonFiniteProductError, SpectralDensity, eigenpairs
+from lightning_curvature.linalg import Eigenpairs, EigenTracker, NonFiniteProductError, SpectralDensity
 from lightning_curvature.operators import CurvatureOperator, PreconditionedOperator
 from lightning_curvature.operators.differences import DifferenceHistory
 from lightning_curvature.operators.fallback import BY_DIFFERENCES
@@ -35,21 +36,26 @@ class _Numbers:
 
 
 class SpectrumMeasurement:
-    """Measures the spectrum again and again, each time starting from the last eigenvectors.
+    """Measures the spectrum again and again, each time going on from the last eigenpairs.
 
-    ``vectors`` holds these by operator, on the CPU: between measurements the device keeps nothing. ``warn_once`` warns
-    the first time in a fit, and takes a topic and a message.
+    ``trackers`` hold these by operator. ``warn_once`` warns the first time in a fit, and takes a topic and a message.
     """
 
     def __init__(self, options: SpectrumOptions, warn_once: Callable[[str, str], None]) -> None:
         self._options, self._warn_once = options, warn_once
-        self.vectors: dict[str, list[Tensor]] = {}
+        self.trackers: dict[str, EigenTracker] = {}
         self.begin()
 
     def begin(self, sharded: bool = False) -> None:
-        """Forget the module: a new fit may bring another. Eigenvectors stay, and are used where they fit."""
+        """Forget the module: a new fit may bring another. Eigenpairs stay, and are used where they fit."""
         self._difference = sharded or self._options.products == "difference"
         self._history = DifferenceHistory()
+
+    def take_up(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from the trackers' states."""
+        self.trackers = {kind: EigenTracker(self._options.recheck_every) for kind in state}
+        for kind, tracker in self.trackers.items():
+            tracker.load_state_dict(state[kind])
 
     def measure(self, problem: SpectrumProblem, basis: int, fail: Callable[[Exception], None]) -> Spectrum:
         """Measure all quantities.
@@ -114,7 +120,7 @@ class SpectrumMeasurement:
                 if failure.sums["between"] and not alone:
                     numbers.values |= dict.fromkeys(self._options.keys(wanted), math.nan)
                     numbers.density = numbers.density if "spectral_density" not in wanted else None
-                    self.vectors.pop(kind, None)
+                    self.trackers.pop(kind, None)
                 return failure
         return None
 
@@ -139,8 +145,8 @@ class SpectrumMeasurement:
         smallest = int("lambda_min" in wanted)
         largest = options.k if "lambda_max" in wanted else 0 if kind == "hessian" else 1
         if largest + smallest:
-            start = [v.to(space.device, space.dtype) for v in self.vectors.get(kind, ())]
-            pairs = eigenpairs(
+            tracker = self.trackers.setdefault(kind, EigenTracker(options.recheck_every))
+            pairs = tracker.search(
                 matvec,
                 space,
                 largest=largest,
@@ -148,7 +154,6 @@ class SpectrumMeasurement:
                 tolerance=options.tolerance,
                 max_matvecs=options.max_products,
                 max_basis=basis,
-                start=start if all(len(v) == space.size for v in start) else [],
                 generator=generator,
             )
             mismatch = getattr(operator, "mismatch", None)
@@ -159,9 +164,8 @@ class SpectrumMeasurement:
                     "the outputs (several outputs, a head applied outside self(…), a penalty): name the submodule that "
                     "makes the outputs, outputs='head', or give objective=.",
                 )
-            self.vectors[kind] = [v.to("cpu") for v in pairs.vectors]
             names = [*map(largest_name, range(1, largest + 1)), "lambda_min"] if kind == "hessian" else wanted
-            off = [operator.uncertainty(*pair) for pair in zip(pairs.vectors, pairs.values.tolist(), strict=True)]
+            off = [operator.uncertainty(*pair) for pair in zip(pairs.vectors, pairs.quotients.tolist(), strict=True)]
             numbers.values |= self._eigenvalues(pairs, kind, names, off)
         if "hessian_trace" in wanted:
             estimate = linalg.trace(
@@ -204,7 +208,8 @@ class SpectrumMeasurement:
             relative = error / abs(value) if value else math.inf if error else 0.0
             values |= dict(zip(with_error(name), (value, relative, float(converged)), strict=True))
         if "lambda_max" in names:
-            values[UPPER] = pairs.upper
+            # A search that went on from the last pairs cannot tell what it overlooked.
+            values[UPPER] = pairs.upper if math.isfinite(pairs.upper) else math.nan
         if pairs.matvecs >= options.max_products and not all(pairs.converged):
             warn(
                 f"some eigenpairs did not converge within max_products={options.max_products} products: their "

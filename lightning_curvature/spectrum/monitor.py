@@ -45,14 +45,16 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
     * "hessian_trace": ``hessian_trace`` with ``hessian_trace_stderr``.
     * "spectral_density": histogram and picture on TensorBoard.
 
-    Each eigenvalue λ comes with ``<key>_error``, the residual ‖Hv−λv‖ relative to |λ|: some eigenvalue lies that close,
-    and as a rule λ is off by the square of it; and with ``<key>_converged``, 0 where ``max_products`` ended the search
-    before the residual was small, or before a larger eigenvalue could be excluded.
+    Each eigenvalue λ comes with ``<key>_error``, the bound on its relative error by which the search ended; and with
+    ``<key>_converged``, 0 where ``max_products`` ended it before that was small, or before a larger eigenvalue could be
+    excluded.
 
     Cost of a measured step: one gradient of the probe set with its graph, then about two forward+backwards of it for
-    each product where the graphs fit into memory, three elsewhere. λ_max takes about ten products. Each search
-    begins with the last eigenvector, and goes on until an eigenvalue that is larger by 15 % is excluded with 95 %
-    probability, should another one have overtaken. Other steps cost nothing.
+    each product where the graphs fit into memory, three elsewhere. λ_max takes about eight products the first time: the
+    search goes on until an eigenvalue that is larger by 10 % is excluded with 95 % probability. Later it goes on from
+    the last eigenvector, with one to five products; every ``recheck_every`` measurements, and where the value has
+    fallen by more than 10 %, the search is made anew, should another have overtaken. ``lambda_max_upper`` is NaN where
+    it was not. Other steps cost nothing.
 
     BatchNorm in training mode couples the samples of a batch: then H is that of the mean over micro-batches of losses
     normalized by their own statistics, and depends on ``micro_batch_size``; ``probe_mode="eval"`` takes the running
@@ -65,7 +67,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         probe_samples: the most samples of the probe set; None for all training data.
         probe_dataloader: where to take them from; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size.
-        tolerance: relative residual at which an eigenpair counts as found.
+        tolerance: relative error at which an eigenvalue counts as found.
+        recheck_every: a search goes on from the last eigenvectors, but each so many begins with random ones.
         max_products: most products for one eigenvalue problem or one trace.
         trace_error: relative standard error of the trace.
         density_starts: random starts of the density.
@@ -94,8 +97,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
 
     options: SpectrumOptions
     capacities = ("basis",)
-    state_types: ClassVar[Mapping[str, type]] = {"probe_set": list, "vectors": dict}
-    state_optional = ProbeSetMonitor.state_optional | {"vectors"}
+    state_types: ClassVar[Mapping[str, type]] = {"probe_set": list, "eigenpairs": dict}
+    state_optional = ProbeSetMonitor.state_optional | {"eigenpairs"}
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         probe_dataloader: Any = SpectrumOptions.probe_dataloader,
         micro_batch_size: int | None = SpectrumOptions.micro_batch_size,
         tolerance: float = SpectrumOptions.tolerance,
+        recheck_every: int = SpectrumOptions.recheck_every,
         max_products: int = SpectrumOptions.max_products,
         trace_error: float = SpectrumOptions.trace_error,
         density_starts: int = SpectrumOptions.density_starts,
@@ -137,14 +141,15 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         return self._generate_state_key(prefix=self.options.prefix, quantities=self.options.quantities)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also the last eigenvectors, where checkpoints are to keep them and this rank holds them whole."""
+        """Return also the last eigenpairs, where checkpoints are to keep them and this rank holds them whole."""
         kept = self.options.save_eigenvectors and not self._sharded
-        return super().state_dict() | ({"vectors": dict(self._measurement.vectors)} if kept else {})
+        pairs = {kind: tracker.state_dict() for kind, tracker in self._measurement.trackers.items()}
+        return super().state_dict() | ({"eigenpairs": pairs} if kept else {})
 
     def _take_up(self, state_dict: dict[str, Any]) -> None:
-        """Take up the probe set, and the eigenvectors where a checkpoint left them."""
+        """Take up the probe set, and the eigenpairs where a checkpoint left them."""
         super()._take_up(state_dict)
-        self._measurement.vectors = dict(state_dict.get("vectors", {}))
+        self._measurement.take_up(state_dict.get("eigenpairs", {}))
 
     def charted(self) -> dict[str, list[str]]:
         """Chart each eigenvalue with its threshold."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
+from lightning_curvature.linalg.tracking import RECHECK
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators.exact import KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
@@ -40,7 +41,8 @@ class SpectrumOptions(ProbeSetOptions):
     k: Annotated[int, whole(1, "1 is the largest eigenvalue alone", MANY)] = 1
     every_n_train_steps: Period = 200
     probe_samples: ProbeSamples | None = 2048
-    tolerance: Annotated[float, fraction("1e-3 gives eigenvalues to five digits or so")] = 1e-3
+    tolerance: Annotated[float, fraction("1e-3 gives eigenvalues to three digits")] = 1e-3
+    recheck_every: Annotated[int, RECHECK] = 10
     max_products: Annotated[int, whole(20, _PRODUCTS, MANY)] = 100
     trace_error: Annotated[float, fraction("0.05 gives the trace to 5 %")] = 0.05
     density_starts: Annotated[int, whole(1, "2 tell the error", MANY)] = 2

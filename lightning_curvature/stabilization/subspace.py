@@ -66,7 +66,7 @@ def _eigen_subspace(problem: StabilizationProblem, operator: CurvatureOperator, 
         problem.space,
         largest=dimension * (options.law == "top"),
         smallest=dimension * (options.law == "bottom"),
-        tolerance=options.tolerance,
+        residual_tolerance=options.tolerance,
         max_matvecs=options.product_limit,
         max_basis=3 * dimension + 16,
         start=[] if before is None else list(before.basis),
@@ -77,8 +77,8 @@ def _eigen_subspace(problem: StabilizationProblem, operator: CurvatureOperator, 
     # Rounding decides the signs of eigenvectors, and draws depend on them.
     basis.mul_(problem.space.dots([basis], problem.space.random(problem.generator(_SIGNS))).sign()[:, None])
     # Ritz vectors: UᵀHU is diagonal and known, also where they did not converge.
-    residual = float(pairs.residuals.max() / pairs.values.abs().max())
-    return Subspace(basis, torch.diag(pairs.values), all(pairs.converged), residual, pairs.matvecs)
+    residual = float(pairs.residuals.max() / pairs.quotients.abs().max())
+    return Subspace(basis, torch.diag(pairs.quotients), all(pairs.converged), residual, pairs.matvecs)
 
 
 def _span(problem: StabilizationProblem, operator: CurvatureOperator, vectors: Tensor) -> Subspace:

@@ -197,14 +197,16 @@ def test_one_eigenvalue_alone(value: float) -> None:
 @pytest.mark.parametrize("converged", [True, False])
 def test_deflation_gives_known_eigenvalues_their_weight(converged: bool) -> None:
     operator = with_spectrum(VALUES["outliers and bulk"])
-    pairs = eigenpairs(operator, operator.space, magnitude=3, max_matvecs=100 if converged else 6, tolerance=1e-6)
+    pairs = eigenpairs(
+        operator, operator.space, magnitude=3, max_matvecs=100 if converged else 6, residual_tolerance=1e-6
+    )
     assert all(pairs.converged) == converged
     plain = _density(operator, starts=4, steps=12)
     operator.products = 0
     density = _density(operator, starts=4, steps=12, deflation=pairs)
     assert density.matvecs == operator.products == 48
     assert (density.nodes.shape, density.deflated) == ((4, 15), 3)
-    assert torch.equal(density.nodes[:, :3], pairs.values.expand(4, 3))
+    assert torch.equal(density.nodes[:, :3], pairs.quotients.expand(4, 3))
     assert torch.equal(density.weights[:, :3], torch.full((4, 3), 1.0 / N, dtype=torch.float64))
     assert torch.allclose(density.weights.sum(dim=1), torch.ones(4, dtype=torch.float64), rtol=0.0, atol=1e-14)
     if converged:

@@ -1,6 +1,8 @@
 """Extreme eigenpairs against the dense eigendecomposition in float64."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,17 +21,22 @@ ROUNDING = 1e-12
 
 def _true_residuals(operator: Operator, pairs: Eigenpairs) -> Tensor:
     matrix = operator.matrix.double()
-    rows = zip(pairs.values, pairs.vectors, strict=True)
+    rows = zip(pairs.quotients, pairs.vectors, strict=True)
     return torch.stack([(matrix @ v.double() - value * v.double()).norm() for value, v in rows])
 
 
+def _true_quotients(operator: Operator, pairs: Eigenpairs) -> Tensor:
+    return torch.stack([v.double() @ (operator.matrix.double() @ v.double()) for v in pairs.vectors])
+
+
 def _check(operator: Operator, pairs: Eigenpairs, expected: Sequence[float], tolerance: float = 1e-3) -> None:
-    """Values within the reported errors of the expected ones; residuals as reported and below the tolerance."""
+    """Values within the reported errors of the expected ones, which are below the tolerance; residuals as reported."""
     truth = torch.tensor(expected, dtype=torch.float64)
     assert all(pairs.converged)
     assert ((pairs.values - truth).abs() <= pairs.errors + ROUNDING).all(), (pairs.values, truth)
     assert torch.allclose(pairs.residuals, _true_residuals(operator, pairs), rtol=1e-6, atol=ROUNDING)
-    assert (pairs.residuals <= tolerance * truth.abs() + ROUNDING).all()
+    assert (pairs.errors <= tolerance * pairs.values.abs() + ROUNDING).all()
+    assert torch.allclose(pairs.quotients, _true_quotients(operator, pairs), rtol=0.0, atol=ROUNDING)
     gram = torch.stack([torch.stack([a @ b for a in pairs.vectors]) for b in pairs.vectors])
     assert torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), rtol=0.0, atol=ROUNDING)
     assert pairs.matvecs == operator.products
@@ -83,7 +90,7 @@ def test_tight_tolerance_gives_all_digits() -> None:
 
 def test_vectors_are_the_eigenvectors() -> None:
     operator = with_spectrum(with_bulk(NEGATIVE))
-    pairs = eigenpairs(operator, operator.space, largest=2, tolerance=1e-6)
+    pairs = eigenpairs(operator, operator.space, largest=2, residual_tolerance=1e-6)
     _, vectors = operator.eigh()
     for i, v in enumerate(pairs.vectors):
         # sin of the angle ≤ residual / gap ≤ 5e-6 / 1; its square is what the cosine misses.
@@ -136,7 +143,7 @@ def test_restarts_give_the_same_in_bounded_memory(
     # Gaps of a tenth of the bulk's width: slow.
     operator = with_spectrum(with_bulk([1.5, -1.4, 1.3, -1.2], n=300))
     rows = _record_memory(monkeypatch)
-    pairs = eigenpairs(operator, operator.space, max_basis=max_basis, max_matvecs=600, tolerance=1e-6, **asked)
+    pairs = eigenpairs(operator, operator.space, max_basis=max_basis, max_matvecs=600, residual_tolerance=1e-6, **asked)
     _check(operator, pairs, expected, tolerance=1e-6)
     assert torch.allclose(pairs.values, torch.tensor(expected, dtype=torch.float64), rtol=0.0, atol=1e-9)
     assert pairs.iterations > 2
@@ -165,19 +172,17 @@ def test_more_start_vectors_than_products() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_exact_start_is_cheaper_than_cold(k: int) -> None:
+def test_going_on_from_the_pairs_themselves_takes_a_product_each(k: int) -> None:
     operator = with_spectrum(with_bulk([9.0, 7.0, 5.0]))
-    _, vectors = operator.eigh()
-    # Of any length.
-    start = [3.0 * vectors[:, i] for i in range(k)]
-    cold = eigenpairs(operator, operator.space, largest=k, tolerance=1e-6)
+    before = eigenpairs(operator, operator.space, largest=k, smallest=1, residual_tolerance=1e-6)
     operator.products = 0
-    pairs = eigenpairs(operator, operator.space, largest=k, start=start, tolerance=1e-6)
-    assert pairs.matvecs < cold.matvecs
-    _check(operator, pairs, [9.0, 7.0, 5.0][:k])
+    pairs = eigenpairs(operator, operator.space, largest=k, smallest=1, before=before)
+    assert pairs.matvecs == k + 1
+    assert pairs.upper == -pairs.lower == math.inf
+    _check(operator, pairs, [*[9.0, 7.0, 5.0][:k], float(operator.eigh()[0][-1])])
 
 
-def test_warm_start_is_cheaper_than_cold() -> None:
+def test_going_on_from_a_neighbour_is_cheaper() -> None:
     before = with_spectrum(with_bulk([3.0, 2.5], n=300))
     # The neighbour: outliers moved by 2 %, all vectors turned by about a hundredth.
     noise = torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) / 300**0.5
@@ -185,12 +190,30 @@ def test_warm_start_is_cheaper_than_cold() -> None:
     values, q = before.eigh()
     values[:2] = torch.tensor([3.05, 2.45])
     after = Operator(turn @ (q * values) @ q.T @ turn.T)
-    start = eigenpairs(before, before.space, largest=2).vectors
+    known = eigenpairs(before, before.space, largest=2)
     cold = eigenpairs(after, after.space, largest=2)
     after.products = 0
-    warm = eigenpairs(after, after.space, largest=2, start=start)
+    warm = eigenpairs(after, after.space, largest=2, before=known)
     _check(after, warm, [3.05, 2.45])
-    assert warm.matvecs < 0.75 * cold.matvecs
+    assert warm.matvecs < 0.5 * cold.matvecs
+    assert warm.gaps[0] <= known.gaps[0]
+
+
+def test_a_neighbour_that_the_first_product_does_not_show_is_known_from_before() -> None:
+    """1 % apart: by its residual alone, over the distance to the mean of the rest, the value would be told too well."""
+    operator = with_spectrum(with_bulk([5.0, 4.95], n=300))
+    before = eigenpairs(operator, operator.space, largest=1, residual_tolerance=1e-4)
+    # Within a factor of two of the gap: from above, as far as the second has been found.
+    assert 0.01 - 1e-4 <= before.gaps[0] < 0.02
+    _, vectors = operator.eigh()
+    turned = replace(before, vectors=[vectors[:, 0] + 0.02 * vectors[:, 1]])
+    pairs = eigenpairs(operator, operator.space, largest=1, tolerance=1e-2, before=turned)
+    assert pairs.matvecs == 1
+    # 5 − 0.02² · 0.05, with a residual of 1e-3.
+    assert float(pairs.quotients) == pytest.approx(5.0 - 2e-5, abs=1e-8)
+    assert 5.0 - float(pairs.values) <= float(pairs.errors)
+    forgotten = eigenpairs(operator, operator.space, largest=1, tolerance=1e-2, before=replace(turned, gaps=(1.0, 1.0)))
+    assert 5.0 - float(forgotten.quotients) > float(forgotten.errors)
 
 
 def test_same_bits_twice() -> None:

@@ -82,9 +82,10 @@ def test_not_converged_is_said_and_the_errors_hold(max_matvecs: int, asked: dict
     assert not any(pairs.converged)
     assert pairs.matvecs == operator.products == max_matvecs
     values, _ = operator.eigh()
-    for theta, error, residual, v in zip(pairs.values, pairs.errors, pairs.residuals, pairs.vectors, strict=True):
+    found = zip(pairs.values, pairs.errors, pairs.quotients, pairs.residuals, pairs.vectors, strict=True)
+    for value, error, theta, residual, v in found:
         assert float((operator.matrix @ v - theta * v).norm()) == pytest.approx(float(residual), rel=1e-6)
-        assert float((values - theta).abs().min()) <= float(error) + ROUNDING
+        assert float((values - value).abs().min()) <= float(error) + ROUNDING
 
 
 def test_one_of_two_converged() -> None:
