@@ -25,7 +25,7 @@ from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn
 
 # Numbers that the ranks exchange before evaluations along the step.
-_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed", "crossed")
+_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed", "hidden")
 
 
 class DirectionalMeasurement:
@@ -78,6 +78,8 @@ class DirectionalMeasurement:
         prepare = functools.partial(self._prepare, window, failure)
         start = attempted(lambda: means_together(trainer, prepare, _START, "preparing the measurement"), failed)
         if start is None or window is None:
+            if window is not None:
+                window.forget()
             return self._lost(reasons[0])
         norm, lr = math.sqrt(max(start["squared_norm"], 0.0)), window.update.lr
         reason = None
@@ -94,7 +96,7 @@ class DirectionalMeasurement:
             return self._lost(reasons[0], norm=norm, lr=lr)
         # Not before all ranks have a model: the distance is remembered, and must be the same on all of them.
         epsilon = self._choose_epsilon(norm, start)
-        evaluated = attempted(lambda: self._evaluate(trainer, window, epsilon, start["loss"]), failed)
+        evaluated = attempted(lambda: self._evaluate(trainer, window, epsilon, start), failed)
         if evaluated is None:
             return self._lost(reasons[0], norm=norm, lr=lr, epsilon=epsilon)
         values, critical, exact_failures = evaluated
@@ -124,7 +126,7 @@ class DirectionalMeasurement:
         # ‖θ‖ sets the first distance; afterwards nobody asks.
         size = {"squared_size": update.squared_size()} if math.isnan(self._distance) else {}
         flags = {"modelled": self._model is not None or self._headed, "headed": self._headed}
-        flags["crossed"] = window.crossed
+        flags["hidden"] = window.hidden
         return values | size | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
     def _find_model(self, window: Window) -> None:
@@ -204,7 +206,7 @@ class DirectionalMeasurement:
         return self._distance / norm
 
     def _evaluate(
-        self, trainer: pl.Trainer, window: Window, epsilon: float, base_loss: float
+        self, trainer: pl.Trainer, window: Window, epsilon: float, start: Numbers
     ) -> tuple[Numbers, CriticalStep | None, dict[str, Exception]]:
         """Return the numbers of the job, the line search's outcome, and the failures of exact products by estimator.
 
@@ -214,13 +216,21 @@ class DirectionalMeasurement:
         failures: list[Exception] = []
         exact_failures: dict[str, Exception] = {}
         wanted, kinks = [name for name in EXACT if name in self.estimators], window.objective.kinks
+
+        def anywhere(flag: bool) -> bool:
+            found = {"flag": torch.tensor(float(flag))}
+            return means_together(trainer, lambda: found, ("flag",), "looking for kinks")["flag"] > 0.0
+
+        window.find_hidden(start["hidden"] > 0.0, anywhere)
         forwards = attempted(lambda: evaluations.forwards(window, epsilon, self.estimators), failures.append) or {}
 
         def exchange(make: Callable[[], Values], names: tuple[str, ...]) -> Numbers:
             def made() -> Values:
                 if failures:
                     raise failures.pop()
-                return make()
+                values = make()
+                window.check()
+                return values
 
             return means_together(trainer, made, names, "an evaluation along the step")
 
@@ -231,15 +241,16 @@ class DirectionalMeasurement:
             # Not every module has the derivatives: the failure is sent as a number, beside the values of the forwards.
             values, errors = evaluations.exact(window, wanted)
             exact_failures.update(errors)
-            flags = {"lost": kinks.lost} | {f"{name}_failed": name in errors for name in wanted}
+            flags = {"lost": kinks.lost, "crossed": window.crossed}
+            flags |= {f"{name}_failed": name in errors for name in wanted}
             flags |= {f"{name}_mistaken": is_mistake(errors[name]) if name in errors else False for name in wanted}
             return forwards | values | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
-        critical = self._search(loss_at, base_loss) if "critical" in self.estimators else None
+        critical = self._search(loss_at, start["loss"]) if "critical" in self.estimators else None
         flags = [f"{name}_{flag}" for name in wanted for flag in ("failed", "mistaken")]
         have_outputs = self._model is not None or self._headed
         names = [*flags, *evaluations.names(self.estimators, have_outputs, self._headed)]
-        names += ["lost"] if kinks.wanted is not None else []
+        names += ["lost", "crossed"] if kinks.wanted is not None else []
         values = exchange(with_exact, tuple(names)) if names else {}
         kinks.repeated |= values.get("lost", 0.0) > 0.0  # from now on, on all ranks alike
         if "positions" in values:

@@ -1,9 +1,11 @@
 """Inputs of one directional measurement: the recorded batches that made the step, and the step."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,6 @@ from lightning_curvature.distributed.shards import fresh_shards, is_sharded
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
-from lightning_curvature.operators.sides import Side
 from lightning_curvature.optimizers.update import ParameterUpdate
 from lightning_curvature.replay.check import other_loss
 from lightning_curvature.replay.frozen import Spoiled
@@ -21,6 +22,8 @@ from lightning_curvature.replay.head import find_cut, head_loss, made_outputs
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.replay.recording import RecordedBatch
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -36,7 +39,8 @@ class Window:
         model: how the loss depends on the outputs; None where there are none.
         headed: whether its dependence is that of the head of the loss, which is evaluated by itself.
         base: loss and outputs of each record at θ_t.
-        crossed: whether evaluations elsewhere cross kinks, as far as is known.
+        failure: where ranks gather parameters for each forward, the first error of an evaluation on this rank: it goes
+            on with them, lest the others wait for it, and the results are NaN.
     """
 
     objective: StepObjective
@@ -48,8 +52,22 @@ class Window:
     model: OutputModel | None = None
     headed: bool = False
     base: list[Evaluation] = field(default_factory=list)
-    crossed: bool = True
+    failure: Exception | None = None
+    _repeated: bool = False
+    _rehearsed: bool = False
+    _expected: Tensor | None = None
     _beside: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def _together(self) -> bool:
+        """Whether ranks gather parameters for each forward, and so make the same number of them."""
+        return is_sharded(self.update.parameters)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether evaluations elsewhere cross kinks, as far as is known."""
+        sides, kinks = [record.sides for record in self.records], self.objective.kinks
+        return None in sides or (kinks.lost and not self._repeated) or (kinks.closed and any(sides))
 
     def take_base(self, repeat: bool) -> None:
         """Set ``base`` to loss and outputs of the step itself; where ``repeat``, to those of one evaluation at θ_t.
@@ -57,7 +75,7 @@ class Window:
         The first time in a fit the first record is evaluated once more, and must have the same loss.
         """
         expected, kinks = self._rehearse(repeat and not self.objective.compiled), self.objective.kinks
-        kinks.repeated = repeat = repeat or kinks.repeated
+        kinks.repeated = self._repeated = repeat = repeat or kinks.repeated
         if repeat:
             with self.at(0.0):
                 self.base = [self._looked_at(index) for index in range(len(self.records))]
@@ -66,9 +84,14 @@ class Window:
                 assert record.base is not None
                 loss = record.loss(self.objective.module.automatic_optimization, self._segment(index))
                 self.base.append(replace(record.base, loss=loss))
+        self.check()
         self.objective.confirm(expected, self.base[0].loss)
-        sides = [record.sides for record in self.records]
-        self.crossed = None in sides or (kinks.lost and not repeat) or (kinks.closed and any(sides))
+
+    def forget(self) -> None:
+        """Let the next step be looked at like a first one, where not all ranks have learned from this one."""
+        if self._together and self._rehearsed:
+            self.objective.rewrites.checked = False
+            self.objective.kinks.begin()
 
     def _rehearse(self, repeated: bool) -> Tensor | None:
         """Evaluate the first record once more, the first time in a fit, and learn of its kinks; return its loss.
@@ -78,37 +101,56 @@ class Window:
         objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self._segment(0)
         if objective.rewrites.checked:
             return None
+        self._rehearsed = True
         looking, shown = None if repeated else kinks.looking(), record.sides is not None
         with self.at(0.0), self.precision(), same_attention(objective.module):
-            expected = objective.rehearse(record, segment, looking if shown else None)
+            rehearse = functools.partial(objective.rehearse, record, segment, looking if shown else None)
+            expected = self._in_step(rehearse, self._lost)
             if looking is not None and not shown and expected is not None:
                 # Code that was compiled runs as it was written: another rounding, and maybe other masks of dropout.
-                loss = objective.evaluate(record, segment, mode=looking).loss
+                loss = self._evaluate(0, looking).loss
                 kinks.closed = other_loss(float(expected), float(loss), record.forward_dtype, ()) is not None
             # Derivatives that the step takes for itself would be those of the other side.
             kinks.closed |= objective.differentiates
-        if looking is not None and expected is not None:
+        if looking is not None and expected is not None and self.failure is None:
             kinks.learn(record.sides, looking)
-            self._find_hidden(record.sides, expected)
-            for one in self.records if kinks.smooth else ():
-                one.sides = []
+            self._expected = expected
+            if not self._together or objective.compiled:
+                self.find_hidden(self.hidden)
         return expected
 
-    def _find_hidden(self, sides: list[Side] | None, expected: Tensor) -> None:
-        """Find out whether kinked operations that the graph leaves out move along the step, and the loss with them."""
-        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self._segment(0)
+    @property
+    def hidden(self) -> bool:
+        """Whether there are kinked operations, as far as is known, of which it is to be found out what they do."""
+        return self._expected is not None and self.objective.kinks.compared(self.records[0].sides) is not None
 
-        def loss(position: float, mode: contextlib.AbstractContextManager[object]) -> Tensor | None:
+    def find_hidden(self, hidden: bool, anywhere: Callable[[bool], bool] = bool) -> None:
+        """Find out whether kinked operations that the graph leaves out move along the step, and the loss with them.
+
+        Args:
+            hidden: whether there are any; where ranks make forwards together, on any of them.
+            anywhere: tells whether something is so on any of these ranks.
+        """
+        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self._segment(0)
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return
+
+        def loss(position: float, mode: contextlib.AbstractContextManager[object] | None) -> Tensor | None:
             with self.at(position), self.precision(), same_attention(objective.module):
                 return attempted(lambda: objective.evaluate(record, segment, mode=mode).loss, lambda error: None)
 
-        if (compared := kinks.compared(sides)) is not None:
-            kinks.lost = loss(1.0, compared) is None
-            if compared.moved and not kinks.lost:
+        if hidden:
+            compared = kinks.compared(record.sides)
+            kinks.lost |= loss(1.0, compared) is None
+            moved = set() if compared is None or kinks.lost else compared.moved
+            if anywhere(bool(moved)):
                 # Such as those of an accuracy that the step logs: what they return may be anything.
-                without = loss(0.0, Spoiled(compared.moved))
-                kinks.lost = without is None or not torch.equal(without, expected)
+                without = loss(0.0, Spoiled(moved))
+                kinks.lost |= without is None or not torch.equal(without, expected)
         kinks.leave()
+        for one in self.records if kinks.smooth else ():
+            one.sides = []
 
     def _looked_at(self, index: int) -> Evaluation:
         """Evaluate one record at θ_t and note the sides of its kinks."""
@@ -128,7 +170,8 @@ class Window:
             mode = kinks.on_sides(record.sides if on_sides and not self.crossed else None)
             with self.precision(), same_attention(self.objective.module):
                 result = self._evaluate(index, mode)
-            kinks.settle(mode)
+            if self.failure is None:
+                self._in_step(functools.partial(kinks.settle, mode), lambda: None)
             yield result
 
     def dual_evaluation(self, index: int, parameters: dict[int, Tensor]) -> Evaluation:
@@ -137,7 +180,32 @@ class Window:
             return self._evaluate(index)
 
     def _evaluate(self, index: int, mode: contextlib.AbstractContextManager[object] | None = None) -> Evaluation:
-        return self.objective.evaluate(self.records[index], self._segment(index), mode=mode)
+        record, segment = self.records[index], self._segment(index)
+
+        def instead() -> Evaluation:
+            base = self.base[index] if index < len(self.base) else None
+            return Evaluation(self._lost()) if base is None else replace(base, loss=self._lost())
+
+        return self._in_step(lambda: self.objective.evaluate(record, segment, mode=mode), instead)
+
+    def _lost(self) -> Tensor:
+        return torch.full((), torch.nan, device=self.objective.device)
+
+    def _in_step(self, evaluate: Callable[[], Value], instead: Callable[[], Value]) -> Value:
+        """Return what an evaluation gives; where ranks make them together and it fails, note that and go on."""
+        try:
+            return evaluate()
+        except Exception as error:
+            if not self._together:
+                raise
+            self.failure = self.failure or error.with_traceback(None)
+        return instead()
+
+    def check(self) -> None:
+        """Raise where an evaluation has failed."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
 
     def _segment(self, index: int) -> int:
         # In manual optimization every earlier batch of the window ended without a step: segment 0.

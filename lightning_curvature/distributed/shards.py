@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -44,6 +45,24 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
     return full
 
 
+def units(module: nn.Module) -> list[FSDPModule]:
+    """Return the modules that FSDP2 gathers, each as one."""
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
+
+def groups_of(state: Any) -> list[Any]:
+    """Return the groups of parameters that a unit, by its state, gathers at once. The names are private to torch."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    group = getattr(state, "_fsdp_param_group", None)
+    return [] if group is None else [group]
+
+
+def groups(module: nn.Module) -> list[Any]:
+    """Return the groups of parameters of all units."""
+    return [group for unit in units(module) for group in groups_of(unit._get_fsdp_state())]
+
+
 @contextlib.contextmanager
 def fresh_shards(module: nn.Module) -> Generator[None, None, None]:
     """Make FSDP2 gather the parameters anew inside and after the block, which only runs forwards.
@@ -51,29 +70,29 @@ def fresh_shards(module: nn.Module) -> Generator[None, None, None]:
     After a forward that no backward follows, FSDP2 keeps the gathered parameters of its root for the next one; written
     local shards would go unseen. After a forward that an error ended, it takes the next one for a part of it.
     """
-    units = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    _reshard(units)
+    sharded = units(module)
+    _reshard(sharded)
     try:
         yield
     except BaseException:
-        _reset(units)
+        _reset(sharded)
         raise
     finally:
-        _reshard(units)
-        _forget_forwards(units)
+        _reshard(sharded)
+        _forget_forwards(sharded)
 
 
-def _reshard(units: Sequence[FSDPModule]) -> None:
-    for unit in units:
+def _reshard(sharded: Sequence[FSDPModule]) -> None:
+    for unit in sharded:
         unit.reshard()
 
 
-def _forget_forwards(units: Sequence[FSDPModule]) -> None:
+def _forget_forwards(sharded: Sequence[FSDPModule]) -> None:
     """Drop the order of the forwards, in which the next backward would gather a unit that it has no use for.
 
     The names are private to torch: where they are others, that one gathering is all it costs.
     """
-    for unit in units:
+    for unit in sharded:
         state = unit._get_fsdp_state()
         order = getattr(getattr(state, "_comm_ctx", None), "post_forward_order", None)
         if order:
@@ -82,9 +101,9 @@ def _forget_forwards(units: Sequence[FSDPModule]) -> None:
             order.clear()
 
 
-def _reset(units: Sequence[FSDPModule]) -> None:
+def _reset(sharded: Sequence[FSDPModule]) -> None:
     """Bring FSDP2 back from a forward that an error ended (newer versions of torch have the means)."""
-    for unit in units:
+    for unit in sharded:
         if hasattr(unit, "reset_iter_state") and unit._get_fsdp_state()._is_root:
             assert isinstance(unit, nn.Module)
             gradients = [(p, p.grad) for p in unit.parameters()]

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_curvature.distributed.gathers import Gathers
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.operators.fallback import SecondDerivatives
 from lightning_curvature.operators.micro_batches import Evaluation
@@ -77,6 +78,7 @@ class StepObjective:
         self.rewrites = Rewrites(module)
         self.refusal: Exception | None = None
         self.differentiates = False  # whether the step itself needs gradients
+        self.gathers = Gathers(module)
         self._snapshot: Snapshot | None = None
         self._covered: Sequence[Tensor] = ()
 
@@ -110,6 +112,8 @@ class StepObjective:
 
         def record_call(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             record = attempted(lambda: begin(*args, **kwargs), on_error)
+            if self.function is None:
+                attempted(lambda: stack.enter_context(self.gathers.watching()), on_error)
             try:
                 result = step(*args, **kwargs)
             finally:
@@ -229,7 +233,7 @@ class StepObjective:
         graphless = not torch.is_grad_enabled()
         try:
             with torch.set_grad_enabled(self.differentiates or not graphless):
-                result = self._evaluate(record, segment, within, mode)
+                result = self.gathers.whole("forward", lambda: self._evaluate(record, segment, within, mode))
             return result.detached() if graphless else result
         except BaseException as error:
             record.state.restore()  # whoever goes on must not meet half a step

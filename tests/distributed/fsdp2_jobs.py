@@ -30,7 +30,7 @@ class Sharded(Classifier):
     """Each linear layer is a unit of its own, gathered for its forward."""
 
     def configure_model(self) -> None:
-        if self._device_mesh is None or isinstance(self.network[0].weight, DTensor):
+        if self._device_mesh is None or any(isinstance(p, DTensor) for p in self.parameters()):
             return
         mesh = self._device_mesh["data_parallel"]
         for layer in self.network:
