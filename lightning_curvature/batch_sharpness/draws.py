@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_curvature.batch_sharpness.options import CROSS_PRODUCT, CROSSED, PAIR, Quantity
 from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
-from lightning_curvature.distributed.together import together
+from lightning_curvature.distributed.together import cause_together, together
 from lightning_curvature.functional import merge_moments, ratio_of_means, ratio_standard_error
 from lightning_curvature.operators.mini_batch import MiniBatch
 from lightning_curvature.reporting.loggers import warn
@@ -65,9 +65,12 @@ class Draws:
             pairs = self._pairs.observe(numbers, self._open)
         except Exception as error:
             failure, pairs = error.with_traceback(None), [PairMoments() for _ in numbers]
-        if self._options.exact:
-            for pair in pairs:
-                self._multiply_by_whole(pair)
+        if self._options.exact and not (failure and self._problem.sharded):
+            try:
+                for pair in pairs:
+                    self._multiply_by_whole(pair)
+            except Exception as error:
+                failure = error.with_traceback(None)
             failure = failure or self._whole.operator.error
         return pairs, failure
 
@@ -82,6 +85,8 @@ class Draws:
                 instead = torch.nan if rank == self._rank else 0.0
                 vectors = cross[0] if cross else (space.zeros().fill_(instead),) * PAIR
                 curvature = sum(self._whole.curvature_along(reduce(v) if reduce else v) for v in vectors)
+                if self._problem.sharded and (error := not_finite(curvature)):
+                    raise cause_together(self._problem.trainer, self._whole.operator.error, error)
                 if cross is not None:
                     pair.add_crossed(cross, curvature)
                     self._problem.on_product()

@@ -28,7 +28,7 @@ from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor
 from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.operators import Curvature, operator_type
-from lightning_curvature.operators.differences import WHERE_SHARDED
+from lightning_curvature.operators.sharding import WHERE_SHARDED
 from lightning_curvature.optimizers.stability import stability_rule
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from lightning_curvature.replay.batches import copied

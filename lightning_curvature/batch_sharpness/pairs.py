@@ -17,7 +17,9 @@ from lightning_curvature.batch_sharpness.options import (
     Quantity,
 )
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem
+from lightning_curvature.distributed.together import together
 from lightning_curvature.functional import add_to_moments
+from lightning_curvature.linalg import NonFiniteProductError
 from lightning_curvature.operators.mini_batch import MiniBatch
 from lightning_curvature.replay.recording import NoLossError
 
@@ -73,13 +75,38 @@ class Pairs:
         return [self._observed(number, wanted) for number in numbers]
 
     def _observed(self, number: int, wanted: Collection[Quantity]) -> PairMoments:
+        batches, error = list[MiniBatch](), None
         try:
-            return self._observe(number, wanted)
+            pair = self._observe(number, wanted, batches)
         except NoLossError:
             return PairMoments(skipped=True)
+        except NonFiniteProductError as caught:
+            pair, error = PairMoments(), caught
+        lost = error is not None or not all(bool(row.isfinite().all()) for row in pair.moments.values())
+        if lost and self.problem.sharded and self._is_skipped(batches):
+            return PairMoments(skipped=True)
+        if error is not None:
+            raise error
+        return pair
 
-    def _observe(self, number: int, wanted: Collection[Quantity]) -> PairMoments:
-        pair, batches = PairMoments(), list[MiniBatch]()
+    def _is_skipped(self, batches: Sequence[MiniBatch]) -> bool:
+        """Return whether ranks that measure a pair together pass over it on one of them; one collective.
+
+        Raises:
+            Exception: if one of them failed.
+        """
+        error = next((batch.operator.error for batch in batches if batch.operator.error is not None), None)
+        skipped = {"skipped": torch.tensor([float(isinstance(error, NoLossError))], dtype=torch.float64)}
+
+        def make() -> dict[str, Tensor]:
+            if error is not None and not skipped["skipped"]:
+                raise error
+            return skipped
+
+        return bool(together(self.problem.trainer, make, skipped, "a mini-batch")["skipped"])
+
+    def _observe(self, number: int, wanted: Collection[Quantity], batches: list[MiniBatch]) -> PairMoments:
+        pair = PairMoments()
         crossed = bool(set(CROSSED) & set(wanted))
         with contextlib.ExitStack() as stack:
             for operator in self.problem.pair(number):

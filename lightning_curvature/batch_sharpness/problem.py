@@ -17,10 +17,11 @@ from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.operators.base import CurvatureOperator
-from lightning_curvature.operators.differences import GradientDifferenceOperator, Sharding
+from lightning_curvature.operators.differences import GradientDifferenceOperator
 from lightning_curvature.operators.exact import GaussNewtonOperator, HessianOperator
 from lightning_curvature.operators.fallback import FallbackOperator
 from lightning_curvature.operators.micro_batches import MicroBatch
+from lightning_curvature.operators.sharding import Sharding
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 
 Value = TypeVar("Value")
@@ -62,7 +63,7 @@ class SharpnessProblem:
     @cached_property
     def _sharding(self) -> Sharding | None:
         """How ranks share the parameters; None where each holds all of them. One collective."""
-        return Sharding.of(self.trainer, self.parameters) if self.sharded else None
+        return Sharding.of(self.trainer, self.parameters, self.loss.gathers) if self.sharded else None
 
     @cached_property
     def space(self) -> VectorSpace:

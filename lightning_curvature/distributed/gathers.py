@@ -49,13 +49,10 @@ class Gathers:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._known: dict[Pass, list[_Call]] = {}
-        self._open: list[list[_Call]] = []
+        self._forwards = 0
 
     def whole(self, kind: Pass, compute: Callable[[], Value]) -> Value:
-        """Return what ``compute`` returns; where it raises, make the gatherings that are left before it does.
-
-        One that is inside another counts for itself.
-        """
+        """Return what a forward or backward returns; where it raises, make the gatherings that are left before."""
         if not groups(self._module):
             return compute()
         made: list[_Call] = []
@@ -67,11 +64,25 @@ class Gathers:
         else:
             self._known[kind] = made
             return value
+        finally:
+            self._forwards += kind == "forward"
         try:
             attempted(lambda: self._finish(kind, made), lambda error: None)
             raise failure
         finally:
             del failure  # a cycle through its own frame
+
+    @contextlib.contextmanager
+    def forwards(self, count: int) -> Generator[None, None, None]:
+        """Where the block raises before it has made so many forwards, make the gatherings of those that are left."""
+        before = self._forwards
+        try:
+            yield
+        except Exception:
+            for _ in range(before + count - self._forwards):
+                attempted(lambda: self._finish("forward", []), lambda error: None)
+            self._forwards = before + count
+            raise
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None, None, None]:
@@ -98,19 +109,10 @@ class Gathers:
 
     @contextlib.contextmanager
     def _noting(self, made: list[_Call], forwards: bool = False) -> Generator[None, None, None]:
-        """Note the calls inside the block that return; ``forwards``: those of backwards left out."""
-        self._open.append(made)
-        try:
-            with contextlib.ExitStack() as stack:
-                if len(self._open) == 1:
-                    stack.enter_context(self._listening(forwards))
-                yield
-        finally:
-            self._open.pop()
+        """Note the calls inside the block that return; ``forwards``: those of backwards left out.
 
-    @contextlib.contextmanager
-    def _listening(self, forwards: bool) -> Generator[None, None, None]:
-        """At the class: what is on its instances is within the module's reach, and a repeated step puts it back."""
+        At the class: what is on its instances is within the module's reach, and a repeated step puts it back.
+        """
         depth = 0
 
         def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +125,7 @@ class Gathers:
                 finally:
                     depth -= 1
                 if not (depth or (forwards and torch._C._current_graph_task_id() != -1)):
-                    self._open[-1].append(call)
+                    made.append(call)
                 return value
 
             return noted

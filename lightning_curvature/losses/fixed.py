@@ -39,13 +39,14 @@ class ProbeLoss:
 
     Attributes:
         second: what the fit has learned of second derivatives.
+        gathers: what it has learned of the gatherings of sharded parameters.
     """
 
     def __init__(self, trainer: pl.Trainer, objective: StepObjective, precision: Precision, mode: ProbeMode) -> None:
         self._trainer, self._objective, self._precision = trainer, objective, precision
         if mode == "eval":
             objective.module.eval()
-        self._state, self.second = objective.state(), objective.second
+        self._state, self.second, self.gathers = objective.state(), objective.second, objective.gathers
         self._context: MakeContext | None = None
         objective.rewrites.hold()
 
@@ -86,12 +87,16 @@ class ProbeLoss:
     ) -> MicroBatch:
         """Return a micro-batch that is evaluated by repeated steps, the same in each evaluation after ``settle()``."""
 
+        def whole() -> Evaluation:
+            with self.gathers.forwards(1 + (not self._objective.rewrites.checked)):
+                return evaluate()
+
         def stepwise(context: MakeContext) -> Evaluation:
             settle()
             with patched(self, _context=context):
-                return evaluate()
+                return whole()
 
-        return MicroBatch(evaluate, weight, stepwise)
+        return MicroBatch(whole, weight, stepwise)
 
     def parts_of_many(
         self, draws: Sequence[Sequence[ProbeBatch]], parameters: Sequence[Tensor], copies: Sequence[Tensor]

@@ -130,6 +130,11 @@ class CurvatureOperator:
     def close(self) -> None:
         """Release what is kept from product to product."""
 
+    @property
+    def together(self) -> bool:
+        """Whether ranks make each product together, so that one to which a rank sent NaN is NaN on all of them."""
+        return self.reduce is not None
+
     @classmethod
     @checked(batches=Rule("give a list of (inputs, targets)"))
     def of(

@@ -6,24 +6,20 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.arguments import check_fields, checked, not_negative, positive
-from lightning_curvature.distributed.reduce import sum_over_ranks
-from lightning_curvature.distributed.shards import fresh_shards, local, own_part, shard_count
-from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.distributed.shards import local
+from lightning_curvature.linalg import NonFiniteProductError
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import PARAMETERS, PARTS, CurvatureOperator
 from lightning_curvature.operators.exact import PROCESSES
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch, check_graph
+from lightning_curvature.operators.sharding import Sharding
 from lightning_curvature.operators.sides import Frozen, Looking, Side, eager
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
 
 # Distances in units of u^{1/3} ‖θ‖, of which the best is found by measuring. Of 12 networks, fresh and trained, it lay
 # between 0.003 and 1: a GPT's loss bends within shorter lengths than an MLP's.
@@ -36,40 +32,6 @@ _SHORTER = 3.0
 _SHARE = 0.25
 
 _DISTANCE, _ERROR = positive("None has it measured"), not_negative("math.inf is unknown", finite=False)
-
-WHERE_SHARDED = (
-    "products with the Hessian are made by a difference of gradients, since parameters are sharded and second "
-    "derivatives do not reach through their gathering."
-)
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """Sharding of parameters whose backward gathers and averages over the ranks; all need as many micro-batches.
-
-    Attributes:
-        space: the space of the parameters, with this rank's shards.
-        around: context for passes with perturbed shards, which may fail.
-        reduce: sum over the ranks; None on one process.
-    """
-
-    space: VectorSpace
-    ranks: int
-    around: Callable[[], contextlib.AbstractContextManager[object]]
-    reduce: Reduce | None = None
-
-    @classmethod
-    def of(cls, trainer: "pl.Trainer", parameters: Sequence[Tensor]) -> "Sharding":
-        """Return the sharding of the module of a Trainer, one collective."""
-        reduce = sum_over_ranks(trainer)
-        space = VectorSpace(
-            [local(p) for p in parameters],
-            reduce=reduce,
-            shares=[shard_count(p) / trainer.world_size for p in parameters],
-            shapes=[p.shape for p in parameters],
-            cut=[functools.partial(own_part, like=p) for p in parameters],
-        )
-        return cls(space, trainer.world_size, lambda: fresh_shards(trainer.lightning_module), reduce)
 
 
 @dataclass
@@ -109,7 +71,9 @@ class GradientDifferenceOperator(CurvatureOperator):
     quarter of the free memory; else it is made for each product. Not so those of checkpointed layers, whose forwards
     run again within the backward, nor of a step whose operations change with the parameters.
 
-    The parameters are perturbed in place, in this rank's shards, and restored bit for bit, also after an error.
+    The parameters are perturbed in place, in this rank's shards, and restored bit for bit, also after an error. Where
+    they are sharded, a rank that fails keeps its error in ``error`` and makes all gatherings with the others, with NaN
+    for its gradients, until the operator is closed.
 
     Args:
         parts, parameters, reduce: see :class:`~.base.CurvatureOperator`.
@@ -153,6 +117,11 @@ class GradientDifferenceOperator(CurvatureOperator):
         unit = max(torch.finfo(p.dtype).eps for p in self.parameters)
         return unit ** (1 / 3) * (self.space.norm(self.space.pack(self.parameters)) or 1.0)
 
+    @property
+    def together(self) -> bool:
+        """Whether ranks make each product together."""
+        return super().together or (self._sharding is not None and self._sharding.reduce is not None)
+
     def local_gradient(self) -> Tensor:
         """Return this rank's term of ∇L; of sharded parameters, this rank's coordinates of ∇L."""
         total = self.space.zeros()
@@ -176,6 +145,8 @@ class GradientDifferenceOperator(CurvatureOperator):
         length, shorter = self.space.norm(vector), self._distance / _SHORTER
         other = self.space.dot(vector, self.summed(lambda: self._product(vector, length, shorter)))
         error = 2.0 * abs(form - other)
+        if self.together and not math.isfinite(error):
+            raise NonFiniteProductError("a product at a shorter distance must be finite, got NaN or infinity.")
         if error > _SHORTER * self._history.error * abs(form):
             self._history.distance = None  # the loss has changed
         return error
@@ -186,12 +157,14 @@ class GradientDifferenceOperator(CurvatureOperator):
         length = self.space.norm(first)
         along = first / length if 0.0 < length < math.inf else direction
         products = [self._product(along, 1.0, distance) for distance in _DISTANCES]
-        size = min(self.space.norm(product) for product in products) or 1.0
+        norms = [self.space.norm(product) for product in products]
+        size = min(norms) or 1.0
         changes = [self.space.norm(a - b) / size for a, b in itertools.pairwise(products)]
         scores = [max(sides) for sides in zip((math.inf, *changes), (*changes, math.inf), strict=True)]
         best = min(range(len(scores)), key=scores.__getitem__)
-        self._history.distance = _DISTANCES[best] if scores[best] < math.inf else _USUAL
-        self._history.error = scores[best]
+        if math.isfinite(length + sum(norms)):  # else a rank may have failed, and the next product measures again
+            self._history.distance = _DISTANCES[best] if scores[best] < math.inf else _USUAL
+            self._history.error = scores[best]
 
     def _product(self, vector: Tensor, length: float, distance: float) -> Tensor:
         total, r = self.space.zeros(), distance * self._unit
@@ -224,11 +197,13 @@ class GradientDifferenceOperator(CurvatureOperator):
             evaluations.append(_frozen(part, sides) if room >= 0.0 else None)
         # Ranks that gather parameters make as many forwards each.
         table = torch.tensor([kinks, *fits], dtype=torch.float64, device=self.space.device)
+        if self.error is not None:
+            table.fill_(torch.nan)  # and all look again in each product
         reduce, least = None, 1
         if self._sharding is not None and self._sharding.reduce is not None:
             reduce, least = self._sharding.reduce, self._sharding.ranks
         known, *counts = (reduce(table) if reduce is not None else table).tolist()
-        self._history.smooth = not known
+        self._history.smooth = None if math.isnan(known) else not known
         return [one if count >= least else None for one, count in zip(evaluations, counts, strict=True)]
 
     def _look(self, part: MicroBatch) -> list[list[Side]]:
@@ -239,11 +214,15 @@ class GradientDifferenceOperator(CurvatureOperator):
             modes.append(Looking())
             return eager(modes[-1])
 
-        if part.stepwise is not None:
+        stepwise = part.stepwise
+        if stepwise is not None:
             # With gradients, as it is differentiated: without them a layer may run other code. But a forward that
             # gathers shards must not wait for a backward.
             with torch.set_grad_enabled(self._sharding is None), self._around():
-                part.stepwise(looking)
+                if self._sharding is None:
+                    stepwise(looking)
+                else:
+                    self._sharding.forward(self, lambda: stepwise(looking))
         return [mode.sides for mode in modes]
 
     @contextlib.contextmanager
@@ -259,23 +238,17 @@ class GradientDifferenceOperator(CurvatureOperator):
             torch._foreach_copy_(targets, kept)
 
     def _add_gradient(self, total: Tensor, evaluate: Callable[[], Evaluation], weight: float, factor: float) -> None:
-        with torch.enable_grad():
+        def loss_of() -> Tensor:
             loss = evaluate().loss
             check_graph(loss)
-            if self._sharding:
-                self.space.add_(total, self._backward(loss * (weight * self._sharding.ranks)), factor)
-            else:
-                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                self.space.add_(total, gradients, factor * weight)
+            return loss
 
-    def _backward(self, loss: Tensor) -> list[Tensor | None]:
-        """Return gradients by ``backward``, averaged over the ranks: ``grad`` does not reach the shards."""
-        # ``p.grad`` must be None before: see :func:`~lightning_curvature.replay.isolation.untouched`.
-        loss.backward()
-        gradients = [None if p.grad is None else local(p.grad) for p in self._originals]
-        for p in self._originals:
-            p.grad = None
-        return gradients
+        with torch.enable_grad():
+            if self._sharding is not None:
+                self.space.add_(total, self._sharding.gradients(self, loss_of, weight, self._originals), factor)
+            else:
+                gradients = torch.autograd.grad(loss_of(), self.parameters, allow_unused=True)
+                self.space.add_(total, gradients, factor * weight)
 
 
 def _frozen(part: MicroBatch, sides: Sequence[Sequence[Side]]) -> Callable[[], Evaluation]:

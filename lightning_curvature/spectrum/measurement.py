@@ -109,14 +109,15 @@ class SpectrumMeasurement:
             except NotYetSteppedError:
                 return None  # nothing to measure, on any rank
             except Exception as error:
-                alone = operator.reduce is None
+                alone = not operator.together
                 if alone and not isinstance(error, (RuntimeError, NonFiniteProductError)):
                     raise
                 # Between products the others may have come further than this rank.
                 between = not isinstance(error, NonFiniteProductError)
                 if between:
                     operator.fail(error.with_traceback(None))  # whose frames hold vectors
-                failure = _failure_of(problem, error if alone else operator.error, error, between)
+                own = operator.error or (error if alone or between else None)
+                failure = _failure_of(problem, own, error, between)
                 if failure.sums["between"] and not alone:
                     numbers.values |= dict.fromkeys(self._options.keys(wanted), math.nan)
                     numbers.density = numbers.density if "spectral_density" not in wanted else None

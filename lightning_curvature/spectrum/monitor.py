@@ -13,7 +13,7 @@ from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor
 from lightning_curvature.monitors.protocol import Prepared
-from lightning_curvature.operators.differences import WHERE_SHARDED
+from lightning_curvature.operators.sharding import WHERE_SHARDED
 from lightning_curvature.optimizers.stability import stability_rule
 from lightning_curvature.replay.objective import ObjectiveFunction
 from lightning_curvature.reporting.loggers import check_tensorboard, warn
@@ -205,7 +205,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
             trainer=trainer,
             micro_batches=loss.parts(data),
             parameters=parameters,
-            sharded=self._sharded,
+            gathers=loss.gathers if self._sharded else None,
             optimizer=optimizer,
             groups=data.groups(),
             spread=data.spread,

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_curvature import operators
+from lightning_curvature.distributed.gathers import Gathers
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
@@ -28,7 +29,7 @@ class SpectrumProblem:
 
     Attributes:
         parameters: the parameters to differentiate by.
-        sharded: whether ranks hold parts of them.
+        gathers: where ranks hold parts of them, what is known of how these are gathered; else None.
         groups: for each micro-batch the number of its mini-batch.
         spread: number of mini-batches that ranks share, or None.
         seed: of random vectors.
@@ -38,7 +39,7 @@ class SpectrumProblem:
     trainer: pl.Trainer
     micro_batches: Sequence[MicroBatch]
     parameters: Sequence[Tensor]
-    sharded: bool
+    gathers: Gathers | None
     optimizer: Any
     groups: Sequence[int]
     spread: int | None
@@ -48,7 +49,7 @@ class SpectrumProblem:
     @cached_property
     def _sharding(self) -> Sharding | None:
         """How ranks share the parameters; None where each holds all of them. One collective."""
-        return Sharding.of(self.trainer, self.parameters) if self.sharded else None
+        return None if self.gathers is None else Sharding.of(self.trainer, self.parameters, self.gathers)
 
     def operator(self, kind: str, history: DifferenceHistory | None, keep_graph: KeepGraph) -> CurvatureOperator:
         """Return the operator of a kind, for "preconditioned" the Hessian; by differences where a history is given."""

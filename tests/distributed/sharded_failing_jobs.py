@@ -56,7 +56,7 @@ class Nested(AloneFailing):
     def configure_model(self) -> None:
         if self._device_mesh is None or any(isinstance(p, DTensor) for p in self.parameters()):
             return
-        first, second, third = (m for m in self.network if isinstance(m, nn.Linear))
+        first, second, _ = (m for m in self.network if isinstance(m, nn.Linear))
         block = nn.Sequential(second, nn.Sequential(*self.network[4:6]))
         self.network = nn.Sequential(*self.network[:3], block, self.network[6], nn.Linear(3, 3).double())
         for unit in (first, second, block, self.network):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.distributed.gathers import Gathers
 from lightning_curvature.linalg import VectorSpace, eigenpairs
 from lightning_curvature.operators import (
     GradientDifferenceOperator,
@@ -334,7 +335,7 @@ def test_sharded_products_of_a_single_rank() -> None:
         raise AssertionError("the backward of sharded parameters reduces")
 
     # A third round, in which this rank has nothing: its last micro-batch again, with weight 0.
-    sharding = Sharding(VectorSpace(parameters), ranks=1, around=around)
+    sharding = Sharding(VectorSpace(parameters), ranks=1, around=around, gathers=Gathers(network))
     sharded = GradientDifferenceOperator(
         parts, parameters, reduce=reduce, sharding=sharding, history=DifferenceHistory(0.1)
     )
