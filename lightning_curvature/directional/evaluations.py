@@ -89,8 +89,8 @@ def _through_head(window: Window, epsilon: float, symmetric: bool) -> Values:
 def _made(window: Window, position: float) -> tuple[Tensor, list[list[Tensor]]]:
     """Return the loss at θ_t − position·d, and for each record what it is a function of there."""
     with window.at(position):
-        results, beside = list(window.evaluations(on_sides=True)), window.parameters_beside()
-        return window.total(one.loss for one in results), [[*window.made(one), *beside] for one in results]
+        results, beside = list(window.evaluations(on_sides=True)), head.parameters_beside(window)
+        return window.total(one.loss for one in results), [[*head.made(window, one), *beside] for one in results]
 
 
 def _one_sided(window: Window, epsilon: float) -> Values:
@@ -250,7 +250,7 @@ def _gauss_newton_of_head(window: Window, direction: list[Tensor]) -> Values:
     for index in range(len(window.records)):
         with forward_ad.dual_level():
             result = _dual(window, index, direction)
-            pairs = [forward_ad.unpack_dual(z) for z in window.made(result)]
+            pairs = [forward_ad.unpack_dual(z) for z in head.made(window, result)]
             loss, slope = forward_ad.unpack_dual(result.loss)
         changes = [torch.zeros_like(z) if u is None else u for z, u in pairs]
         _check_loss(window, index, loss)

@@ -6,16 +6,81 @@ the loss reaches beside the outputs (penalties, temperatures) are outputs like a
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.directional.problem import Window
+from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.functional.products import check_differentiable
+from lightning_curvature.operators.differentiation import same_attention
+from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.replay.check import other_loss
+from lightning_curvature.replay.head import find_cut, head_loss, made_outputs
+from lightning_curvature.replay.isolation import parameters_replaced
 
 Values = dict[str, Tensor]
 # A change of the outputs, the one at hand and that by rounding: each as a list of tensors.
 Change = Sequence[Tensor]
+
+
+def take(window: Window) -> None:
+    """Find where to cut off the head of the loss, unless that is known, and the outputs there at θ_t.
+
+    Raises:
+        ValueError: if there is no such place, or the head by itself has another loss.
+    """
+    objective = window.objective
+    if is_sharded(window.update.parameters):
+        raise ValueError("the parameters are sharded")
+    if objective.differentiates:
+        raise ValueError("the step differentiates by itself, and so depends on more than its outputs")
+    if objective.cut is None:
+        with window.at(0.0), window.precision(), same_attention(objective.module):
+            trained, name = window.update.parameters, objective.outputs_name
+            objective.cut = find_cut(objective, window.records[0], window.segment_of(0), trained, name)
+    window.headed = True
+    with window.at(0.0):
+        if not all(base.calls for base in window.base):
+            pairs = zip(window.base, window.evaluations(), strict=True)
+            window.base = [replace(base, calls=result.calls) for base, result in pairs]
+        window.beside = parameters_beside(window)
+        for index, base in enumerate(window.base):
+            loss = _loss(window, index, _points(window, index))
+            if other_loss(float(base.loss), float(loss), window.records[index].forward_dtype, ()) is not None:
+                raise ValueError(
+                    f"the loss must be a function of the outputs of {sorted(objective.cut.made)}, got "
+                    f"{float(loss):.6g} from them alone where it was {float(base.loss):.6g}"
+                )
+
+
+def _points(window: Window, index: int) -> list[Tensor]:
+    """Return what one record's loss is a function of, at θ_t: outputs, then parameters."""
+    return [*made(window, window.base[index]), *window.beside]
+
+
+def made(window: Window, result: Evaluation) -> list[Tensor]:
+    """Return the outputs of an evaluation at which the loss is cut off."""
+    assert window.objective.cut is not None
+    return made_outputs(window.objective.cut, result.calls)
+
+
+def parameters_beside(window: Window) -> list[Tensor]:
+    """Return copies of the parameters, as they are now, that the loss reaches beside the outputs."""
+    assert window.objective.cut is not None
+    return [window.update.parameters[k].detach().clone() for k in window.objective.cut.parameters]
+
+
+def _loss(window: Window, index: int, points: list[Tensor]) -> Tensor:
+    """Return one record's loss at other outputs and parameters beside them; to be called at θ_t."""
+    objective, cut = window.objective, window.objective.cut
+    assert cut is not None
+    count = len(points) - len(cut.parameters)
+    parameters = [id(window.update.parameters[k]) for k in cut.parameters]
+    with window.precision(), parameters_replaced(objective.module, dict(zip(parameters, points[count:], strict=True))):
+        calls, segment = window.base[index].calls, window.segment_of(index)
+        return head_loss(objective, window.records[index], segment, cut, calls, points[:count])
 
 
 def derivatives(window: Window, index: int, changes: Sequence[Change], higher: bool) -> tuple[Values, list[Tensor]]:
@@ -23,7 +88,7 @@ def derivatives(window: Window, index: int, changes: Sequence[Change], higher: b
 
     To be called at θ_t. Third and fourth ones, along the first change, with ``higher``; 0 where the loss has none.
     """
-    points = [z.detach().requires_grad_() for z in window.head_points(index)]
+    points = [z.detach().requires_grad_() for z in _points(window, index)]
     wide = torch.promote_types(points[0].dtype, torch.float32)
     t = torch.zeros(len(changes), dtype=wide, device=points[0].device, requires_grad=True)
     with torch.enable_grad():
@@ -31,7 +96,7 @@ def derivatives(window: Window, index: int, changes: Sequence[Change], higher: b
             z + sum((t[i].to(z.device, z.dtype) * change[k] for i, change in enumerate(changes)), torch.zeros_like(z))
             for k, z in enumerate(points)
         ]
-        loss = window.head_loss(index, moved)
+        loss = _loss(window, index, moved)
         first, *gradient = torch.autograd.grad(
             loss, [t, *points], create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -50,7 +115,7 @@ def check(window: Window) -> None:
     """Raise ValueError where the loss has no second derivative by its outputs."""
     try:
         with window.at(0.0):
-            derivatives(window, 0, [[torch.ones_like(z) for z in window.head_points(0)]], higher=False)
+            derivatives(window, 0, [[torch.ones_like(z) for z in _points(window, 0)]], higher=False)
     except RuntimeError as error:
         raise ValueError(f"its second derivative by the outputs is not to be had ({error})") from error
 
@@ -69,7 +134,7 @@ def pair(window: Window, plus: Sequence[Change], minus: Sequence[Change]) -> Val
     """Return the numbers of a symmetric pair of outputs: those of ``pair_statistics``, and what rounding adds."""
     rows = []
     for index, (up, down) in enumerate(zip(plus, minus, strict=True)):
-        base = window.head_points(index)
+        base = _points(window, index)
         # Differences first: near convergence z is large and its changes are small.
         ups, downs = ([one - z for one, z in zip(side, base, strict=True)] for side in (up, down))
         odd, even = ([0.5 * (a + sign * b) for a, b in zip(ups, downs, strict=True)] for sign in (-1.0, 1.0))
@@ -92,7 +157,7 @@ def one_sided(window: Window, minus: Sequence[Change]) -> Values:
     """Return the numbers of the outputs at θ_t − εd alone."""
     rows = []
     for index, down in enumerate(minus):
-        base = window.head_points(index)
+        base = _points(window, index)
         change = [z - one for z, one in zip(base, down, strict=True)]
         values, gradient = derivatives(window, index, [change, _rounded(base)], higher=True)
         signal, noise = values["second"]

@@ -8,20 +8,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_curvature.directional import evaluations, head
+from lightning_curvature.directional import evaluations
 from lightning_curvature.directional.estimates import checked_by_slope, estimate, estimate_again, loss_descent
 from lightning_curvature.directional.evaluations import Values
-from lightning_curvature.directional.likelihood import OutputModel, confirm, identify
 from lightning_curvature.directional.line_search import CriticalStep, critical_step
 from lightning_curvature.directional.options import EXACT, KEYS, NEED_OUTPUTS, DirectionalOptions
 from lightning_curvature.directional.problem import Window
+from lightning_curvature.directional.reading import Reading
 from lightning_curvature.directional.result import DirectionalResult
-from lightning_curvature.directional.rounding import Floor, Numbers, Rounding, first_epsilon, forward_roundoff
+from lightning_curvature.directional.rounding import Numbers, first_epsilon
 from lightning_curvature.distributed.together import attempted, elsewhere, is_mistake, means_together
 from lightning_curvature.functional import choose_epsilon
-from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn
 
 # Numbers that the ranks exchange before evaluations along the step.
@@ -44,11 +42,12 @@ class DirectionalMeasurement:
 
     def begin(self) -> None:
         """Forget the module: a new fit may bring another. What was learned about ε stays."""
-        self.estimators: Sequence[str] = self._options.estimators
-        self._model: OutputModel | None = None
-        self._headed = self._doubtful = self._settled = self._changed = False
-        self._unread = ""
-        self._rounding: Rounding | None = None
+        self._reading, self._changed = Reading(self._options), False
+
+    @property
+    def estimators(self) -> Sequence[str]:
+        """Those that the module allows."""
+        return self._reading.estimators
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about ε and the line search."""
@@ -119,90 +118,24 @@ class DirectionalMeasurement:
         window.take_base(repeat=other_precision or window.objective.function is not None or window.objective.compiled)
         loss = window.total(e.loss for e in window.base)
         # A loss that is lost does not tell what it belongs to: the next one will.
-        if self._rounding is not None or bool(loss.isfinite()):
-            self._find_model(window)
+        if self._reading.rounding is not None or bool(loss.isfinite()):
+            self._reading.read(window, self._learned)
         update = window.update
         values = {"loss": loss, "descent": update.descent, "squared_norm": update.squared_norm}
         # ‖θ‖ sets the first distance; afterwards nobody asks.
         size = {"squared_size": update.squared_size()} if math.isnan(self._distance) else {}
-        flags = {"modelled": self._model is not None or self._headed, "headed": self._headed}
+        flags = {"modelled": self._reading.have_outputs, "headed": self._reading.headed}
         flags["hidden"] = window.hidden
         return values | size | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
-
-    def _find_model(self, window: Window) -> None:
-        """On the first measured step find likelihood, target and estimators; later check that they still hold."""
-        record, base, likelihood = window.records[0], window.base[0], self._options.likelihood
-        needing = [name for name in self.estimators if name in NEED_OUTPUTS]
-        first = self._rounding is None
-        if first:
-            # The finite difference can do without outputs, but knows its own error better with them.
-            if base.outputs is not None and {*NEED_OUTPUTS, "finite_difference"} & set(self.estimators):
-                self._model = identify(base.outputs, record.batch, base.loss, likelihood, base.mask)
-            dtype = record.forward_dtype if self._options.probe_precision is None else torch.float32
-            roundoff = forward_roundoff(window.objective.module, window.objective.device, dtype)
-            floors = Floor(*self._learned[:2]), Floor(*self._learned[2:4])
-            eps = torch.finfo(record.loss_dtype or base.loss.dtype).eps
-            self._rounding = Rounding(dtype, roundoff, eps / 2.0, *floors, list(*self._learned[4:]))
-            if self._rounding.half and "kl" in self.estimators and "finite_difference" not in self.estimators:
-                warn(
-                    "in half precision rounding hides 'kl' by itself: add 'finite_difference', which makes it "
-                    "symmetric, or give probe_precision='32-true'."
-                )
-        elif self._model is not None and base.outputs is not None:
-            self._model = confirm(self._model, base.outputs, record.batch, base.loss, likelihood, base.mask)
-        likely = self._model is not None and self._model.reproduced and (self._settled or not self._doubtful)
-        read = self._model is not None and (likely or likelihood != "auto") and not self._headed
-        if needing and not read and not self._unread:
-            self._take_head(window, needing, first)
-        window.model = None if self._headed else self._model
-        if needing and self._model is not None and not self._model.reproduced and likelihood != "auto":
-            warn(
-                f"the loss is not the mean {self._model.likelihood} negative log-likelihood of the outputs (label "
-                f"smoothing, weights, an ignored class or a penalty?): {needing} leave out what differs. Where that "
-                "matters, leave likelihood= out."
-            )
-
-    def _take_head(self, window: Window, needing: list[str], first: bool) -> None:
-        """Cut off the head of a loss of no likelihood; where that is not to be had, its estimators have no values."""
-        try:
-            window.take_head()
-            if not self._headed:
-                head.check(window)
-            self._headed = True
-        except (ValueError, RuntimeError, TypeError) as error:
-            window.headed = self._headed = False
-            if self._model is not None and self._model.reproduced:
-                self._settled = True  # its values have their doubt in their error
-                return
-            if self._model is None:
-                if not first:
-                    raise
-                self._go_without_outputs(needing, window.base[0].outputs is not None, error)
-                return
-            self._unread = f"the loss is no likelihood that the batch suggests, and no function of outputs: {error}"
-            warn(f"{needing} must belong to the loss that is trained: {self._unread}. Logging NaN.")
-
-    def _go_without_outputs(self, needing: list[str], have_outputs: bool, error: Exception) -> None:
-        """Go on without the estimators that need the outputs; raise where there are no others."""
-        reason = (
-            f"{needing} need the likelihood of the loss, which likelihood='auto' could not read off the batch: name "
-            f"it, likelihood='categorical', 'gaussian' or 'bernoulli' ({error})"
-            if have_outputs
-            else f"{needing} need the outputs of the model, got none: {OUTPUTS_REMEDY}"
-        )
-        rest = [name for name in self.estimators if name not in needing]
-        if not rest:
-            raise MisconfigurationException(f"{reason}.")
-        warn(f"{reason}. Going on with {', '.join(map(repr, rest))} alone.")
-        self.estimators = rest
 
     def _choose_epsilon(self, norm: float, start: Numbers) -> float:
         """Return ε of a step of length ``norm``, the same on every rank."""
         if self._options.epsilon != "auto":
             return float(self._options.epsilon)
-        assert self._rounding is not None
+        rounding, symmetric = self._reading.rounding, "finite_difference" in self.estimators
+        assert rounding is not None
         if math.isnan(self._distance):
-            self._distance = norm * first_epsilon(start, self._rounding.worst, "finite_difference" in self.estimators)
+            self._distance = norm * first_epsilon(start, rounding.worst, symmetric)
         return self._distance / norm
 
     def _evaluate(
@@ -248,8 +181,8 @@ class DirectionalMeasurement:
 
         critical = self._search(loss_at, start["loss"]) if "critical" in self.estimators else None
         flags = [f"{name}_{flag}" for name in wanted for flag in ("failed", "mistaken")]
-        have_outputs = self._model is not None or self._headed
-        names = [*flags, *evaluations.names(self.estimators, have_outputs, self._headed)]
+        reading = self._reading
+        names = [*flags, *evaluations.names(self.estimators, reading.have_outputs, reading.headed)]
         names += ["lost", "crossed"] if kinks.wanted is not None else []
         values = exchange(with_exact, tuple(names)) if names else {}
         kinks.repeated |= values.get("lost", 0.0) > 0.0  # from now on, on all ranks alike
@@ -273,10 +206,10 @@ class DirectionalMeasurement:
 
     def _conclude(self, result: DirectionalResult, values: Numbers) -> DirectionalResult:
         """Add estimates of the numbers of the job to a result, and choose the next ε."""
-        rounding, epsilon = self._rounding, result.epsilon
+        rounding, epsilon = self._reading.rounding, result.epsilon
         assert rounding is not None
-        if self._unread:
-            result = result.with_reason([name for name in NEED_OUTPUTS if name in self.estimators], self._unread)
+        if reason := self._reading.unread:
+            result = result.with_reason([name for name in NEED_OUTPUTS if name in self.estimators], reason)
         wanted = [name for name in self.estimators if KEYS[name] not in result.reasons]
         estimates = estimate(wanted, values, epsilon, epsilon * result.norm, rounding)
         descent, trusted, same = loss_descent(values, epsilon, rounding, estimates.get("finite_difference"))
@@ -289,8 +222,8 @@ class DirectionalMeasurement:
         models = [one.model for one in estimates.values() if one.model is not None]
         self._distance = result.norm * choose_epsilon(epsilon, models)
         self._learned = (*astuple(rounding.growth), *astuple(rounding.offset), rounding.bends)
-        estimates, self._doubtful = checked_by_slope(estimates, values, epsilon, descent, rounding)
-        mismatch = self._model.mismatch if self._model is not None and not self._headed else 0.0
+        estimates, self._reading.doubtful = checked_by_slope(estimates, values, epsilon, descent, rounding)
+        mismatch = self._reading.mismatch
         off = {name: mismatch if name in NEED_OUTPUTS else 0.0 for name in estimates}
         # With an ε of the user's the value is what was asked for.
         largest = 1.0 if self._options.epsilon == "auto" else math.inf

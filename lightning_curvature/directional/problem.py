@@ -18,7 +18,6 @@ from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.optimizers.update import ParameterUpdate
 from lightning_curvature.replay.check import other_loss
 from lightning_curvature.replay.frozen import Spoiled
-from lightning_curvature.replay.head import find_cut, head_loss, made_outputs
 from lightning_curvature.replay.isolation import parameters_replaced
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.replay.recording import RecordedBatch
@@ -39,6 +38,7 @@ class Window:
         model: how the loss depends on the outputs; None where there are none.
         headed: whether its dependence is that of the head of the loss, which is evaluated by itself.
         base: loss and outputs of each record at θ_t.
+        beside: copies at θ_t of the parameters that the loss reaches beside the outputs.
         failure: where ranks gather parameters for each forward, the first error of an evaluation on this rank: it goes
             on with them, lest the others wait for it, and the results are NaN.
     """
@@ -52,11 +52,11 @@ class Window:
     model: OutputModel | None = None
     headed: bool = False
     base: list[Evaluation] = field(default_factory=list)
+    beside: list[Tensor] = field(default_factory=list)
     failure: Exception | None = None
     _repeated: bool = False
     _rehearsed: bool = False
     _expected: Tensor | None = None
-    _beside: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def _together(self) -> bool:
@@ -82,7 +82,7 @@ class Window:
         else:
             for index, record in enumerate(self.records):
                 assert record.base is not None
-                loss = record.loss(self.objective.module.automatic_optimization, self._segment(index))
+                loss = record.loss(self.objective.module.automatic_optimization, self.segment_of(index))
                 self.base.append(replace(record.base, loss=loss))
         self.check()
         self.objective.confirm(expected, self.base[0].loss)
@@ -98,7 +98,7 @@ class Window:
 
         ``repeated``: the records are evaluated anyway, and show their kinks there.
         """
-        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self._segment(0)
+        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self.segment_of(0)
         if objective.rewrites.checked:
             return None
         self._rehearsed = True
@@ -131,7 +131,7 @@ class Window:
             hidden: whether there are any; where ranks make forwards together, on any of them.
             anywhere: tells whether something is so on any of these ranks.
         """
-        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self._segment(0)
+        objective, kinks, record, segment = self.objective, self.objective.kinks, self.records[0], self.segment_of(0)
         expected, self._expected = self._expected, None
         if expected is None:
             return
@@ -180,7 +180,7 @@ class Window:
             return self._evaluate(index)
 
     def _evaluate(self, index: int, mode: contextlib.AbstractContextManager[object] | None = None) -> Evaluation:
-        record, segment = self.records[index], self._segment(index)
+        record, segment = self.records[index], self.segment_of(index)
 
         def instead() -> Evaluation:
             base = self.base[index] if index < len(self.base) else None
@@ -207,7 +207,8 @@ class Window:
         if failure is not None:
             raise failure
 
-    def _segment(self, index: int) -> int:
+    def segment_of(self, index: int) -> int:
+        """Return which of the optimizer steps of a record is measured."""
         # In manual optimization every earlier batch of the window ended without a step: segment 0.
         return self.segment if index == len(self.records) - 1 else 0
 
@@ -216,62 +217,6 @@ class Window:
         """Set the parameters to θ_t − position·d, without gradients."""
         with self.update.at(position), fresh_shards(self.objective.module), torch.no_grad():
             yield
-
-    def take_head(self) -> None:
-        """Find where to cut off the head of the loss, unless that is known, and the outputs there at θ_t.
-
-        Raises:
-            ValueError: if there is no such place, or the head by itself has another loss.
-        """
-        objective = self.objective
-        if is_sharded(self.update.parameters):
-            raise ValueError("the parameters are sharded")
-        if objective.differentiates:
-            raise ValueError("the step differentiates by itself, and so depends on more than its outputs")
-        if objective.cut is None:
-            with self.at(0.0), self.precision(), same_attention(objective.module):
-                trained, name = self.update.parameters, objective.outputs_name
-                objective.cut = find_cut(objective, self.records[0], self._segment(0), trained, name)
-        self.headed = True
-        with self.at(0.0):
-            if not all(base.calls for base in self.base):
-                pairs = zip(self.base, self.evaluations(), strict=True)
-                self.base = [replace(base, calls=result.calls) for base, result in pairs]
-            self._beside = self.parameters_beside()
-            for index, base in enumerate(self.base):
-                loss = self.head_loss(index, self.head_points(index))
-                if other_loss(float(base.loss), float(loss), self.records[index].forward_dtype, ()) is not None:
-                    raise ValueError(
-                        f"the loss must be a function of the outputs of {sorted(objective.cut.made)}, got "
-                        f"{float(loss):.6g} from them alone where it was {float(base.loss):.6g}"
-                    )
-
-    def head_points(self, index: int) -> list[Tensor]:
-        """Return what one record's loss is a function of, at θ_t: outputs, then parameters."""
-        return [*self.made(self.base[index]), *self._beside]
-
-    def made(self, result: Evaluation) -> list[Tensor]:
-        """Return the outputs of an evaluation at which the loss is cut off."""
-        assert self.objective.cut is not None
-        return made_outputs(self.objective.cut, result.calls)
-
-    def parameters_beside(self) -> list[Tensor]:
-        """Return copies of the parameters, as they are now, that the loss reaches beside the outputs."""
-        assert self.objective.cut is not None
-        return [self.update.parameters[k].detach().clone() for k in self.objective.cut.parameters]
-
-    def head_loss(self, index: int, points: list[Tensor]) -> Tensor:
-        """Return one record's loss at other outputs and parameters beside them; to be called at θ_t."""
-        objective, cut = self.objective, self.objective.cut
-        assert cut is not None
-        count = len(points) - len(cut.parameters)
-        parameters = [id(self.update.parameters[k]) for k in cut.parameters]
-        with (
-            self.precision(),
-            parameters_replaced(objective.module, dict(zip(parameters, points[count:], strict=True))),
-        ):
-            calls = self.base[index].calls
-            return head_loss(objective, self.records[index], self._segment(index), cut, calls, points[:count])
 
     def loss_at(self, position: float) -> Tensor:
         """Return this rank's loss at θ_t − position·d. One pass."""

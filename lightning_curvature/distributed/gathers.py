@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lightning_curvature.distributed.shards import groups, groups_of, units
-from lightning_curvature.distributed.together import attempted
 
 Value = TypeVar("Value")
 Pass = Literal["forward", "backward"]
@@ -67,7 +66,8 @@ class Gathers:
         finally:
             self._forwards += kind == "forward"
         try:
-            attempted(lambda: self._finish(kind, made), lambda error: None)
+            with contextlib.suppress(Exception):
+                self._finish(kind, made)
             raise failure
         finally:
             del failure  # a cycle through its own frame
@@ -80,7 +80,8 @@ class Gathers:
             yield
         except Exception:
             for _ in range(before + count - self._forwards):
-                attempted(lambda: self._finish("forward", []), lambda error: None)
+                with contextlib.suppress(Exception):
+                    self._finish("forward", [])
             self._forwards = before + count
             raise
 

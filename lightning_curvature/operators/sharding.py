@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_curvature.distributed.gathers import Gathers
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.shards import fresh_shards, local, own_part, shard_count
-from lightning_curvature.distributed.together import attempted
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import CurvatureOperator
@@ -62,14 +61,11 @@ class Sharding:
 
         This rank then only gathers with the others.
         """
-
-        def whole() -> Value:
-            with self.gathers.forwards(1):
-                if operator.error is not None:
-                    raise operator.error
-                return evaluate()
-
-        return attempted(whole, functools.partial(_note, operator))
+        with _noting(operator), self.gathers.forwards(1):
+            if operator.error is not None:
+                raise operator.error
+            return evaluate()
+        return None
 
     def gradients(
         self, operator: CurvatureOperator, loss_of: Callable[[], Tensor], weight: float, parameters: Sequence[Tensor]
@@ -86,12 +82,18 @@ class Sharding:
             (loss * (weight * self.ranks)).backward()
 
         # ``p.grad`` must be None before: see :func:`~lightning_curvature.replay.isolation.untouched`.
-        attempted(lambda: self.gathers.whole("backward", backward), functools.partial(_note, operator))
+        with _noting(operator):
+            self.gathers.whole("backward", backward)
         gradients = [None if p.grad is None else local(p.grad) for p in parameters]
         for p in parameters:
             p.grad = None
         return gradients
 
 
-def _note(operator: CurvatureOperator, error: Exception) -> None:
-    operator.error = operator.error or error
+@contextlib.contextmanager
+def _noting(operator: CurvatureOperator) -> Generator[None, None, None]:
+    """Keep the first error of an operator, without its frames, and go on."""
+    try:
+        yield
+    except Exception as error:
+        operator.error = operator.error or error.with_traceback(None)

@@ -1,0 +1,116 @@
+"""How the loss of a fit is read: as a likelihood of outputs, or by its head; and which estimators that leaves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_curvature.directional import head
+from lightning_curvature.directional.likelihood import OutputModel, confirm, identify
+from lightning_curvature.directional.options import NEED_OUTPUTS, DirectionalOptions
+from lightning_curvature.directional.problem import Window
+from lightning_curvature.directional.rounding import Floor, Rounding, forward_roundoff
+from lightning_curvature.replay.recording import OUTPUTS_REMEDY
+from lightning_curvature.reporting.loggers import warn
+
+
+class Reading:
+    """What a fit has learned of its loss.
+
+    Attributes:
+        estimators: those that the module allows.
+        model: how the loss depends on the outputs; None where that is not known, or not wanted.
+        headed: whether that is told by the head of the loss.
+        doubtful: whether the last measurement gave reason to doubt the model.
+        unread: why there is neither; empty otherwise.
+        rounding: of its forwards; None before the first measurement.
+    """
+
+    def __init__(self, options: DirectionalOptions) -> None:
+        self._options = options
+        self.estimators: Sequence[str] = options.estimators
+        self.model: OutputModel | None = None
+        self.headed = self.doubtful = self._settled = False
+        self.unread = ""
+        self.rounding: Rounding | None = None
+
+    @property
+    def have_outputs(self) -> bool:
+        """Whether it is known how the loss depends on outputs."""
+        return self.model is not None or self.headed
+
+    @property
+    def mismatch(self) -> float:
+        """Relative error of values that the model does not account for."""
+        return self.model.mismatch if self.model is not None and not self.headed else 0.0
+
+    def read(self, window: Window, learned: Sequence[Any]) -> None:
+        """On the first measured step find likelihood, target and estimators; later check that they still hold.
+
+        ``learned``: floors and bends of earlier fits.
+        """
+        record, base, likelihood = window.records[0], window.base[0], self._options.likelihood
+        needing = [name for name in self.estimators if name in NEED_OUTPUTS]
+        first = self.rounding is None
+        if first:
+            # The finite difference can do without outputs, but knows its own error better with them.
+            if base.outputs is not None and {*NEED_OUTPUTS, "finite_difference"} & set(self.estimators):
+                self.model = identify(base.outputs, record.batch, base.loss, likelihood, base.mask)
+            dtype = record.forward_dtype if self._options.probe_precision is None else torch.float32
+            roundoff = forward_roundoff(window.objective.module, window.objective.device, dtype)
+            floors = Floor(*learned[:2]), Floor(*learned[2:4])
+            eps = torch.finfo(record.loss_dtype or base.loss.dtype).eps
+            self.rounding = Rounding(dtype, roundoff, eps / 2.0, *floors, list(*learned[4:]))
+            if self.rounding.half and "kl" in self.estimators and "finite_difference" not in self.estimators:
+                warn(
+                    "in half precision rounding hides 'kl' by itself: add 'finite_difference', which makes it "
+                    "symmetric, or give probe_precision='32-true'."
+                )
+        elif self.model is not None and base.outputs is not None:
+            self.model = confirm(self.model, base.outputs, record.batch, base.loss, likelihood, base.mask)
+        likely = self.model is not None and self.model.reproduced and (self._settled or not self.doubtful)
+        read = self.model is not None and (likely or likelihood != "auto") and not self.headed
+        if needing and not read and not self.unread:
+            self._take_head(window, needing, first)
+        window.model = None if self.headed else self.model
+        if needing and self.model is not None and not self.model.reproduced and likelihood != "auto":
+            warn(
+                f"the loss is not the mean {self.model.likelihood} negative log-likelihood of the outputs (label "
+                f"smoothing, weights, an ignored class or a penalty?): {needing} leave out what differs. Where that "
+                "matters, leave likelihood= out."
+            )
+
+    def _take_head(self, window: Window, needing: list[str], first: bool) -> None:
+        """Cut off the head of a loss of no likelihood; where that is not to be had, its estimators have no values."""
+        try:
+            head.take(window)
+            if not self.headed:
+                head.check(window)
+            self.headed = True
+        except (ValueError, RuntimeError, TypeError) as error:
+            window.headed = self.headed = False
+            if self.model is not None and self.model.reproduced:
+                self._settled = True  # its values have their doubt in their error
+                return
+            if self.model is None:
+                if not first:
+                    raise
+                self._go_without_outputs(needing, window.base[0].outputs is not None, error)
+                return
+            self.unread = f"the loss is no likelihood that the batch suggests, and no function of outputs: {error}"
+            warn(f"{needing} must belong to the loss that is trained: {self.unread}. Logging NaN.")
+
+    def _go_without_outputs(self, needing: list[str], have_outputs: bool, error: Exception) -> None:
+        """Go on without the estimators that need the outputs; raise where there are no others."""
+        reason = (
+            f"{needing} need the likelihood of the loss, which likelihood='auto' could not read off the batch: name "
+            f"it, likelihood='categorical', 'gaussian' or 'bernoulli' ({error})"
+            if have_outputs
+            else f"{needing} need the outputs of the model, got none: {OUTPUTS_REMEDY}"
+        )
+        rest = [name for name in self.estimators if name not in needing]
+        if not rest:
+            raise MisconfigurationException(f"{reason}.")
+        warn(f"{reason}. Going on with {', '.join(map(repr, rest))} alone.")
+        self.estimators = rest
