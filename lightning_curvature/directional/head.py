@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.directional.problem import Window
-from lightning_curvature.distributed.shards import is_sharded
+from lightning_curvature.distributed.shards import is_of_sharding
 from lightning_curvature.functional.products import check_differentiable
 from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.check import other_loss
-from lightning_curvature.replay.head import find_cut, head_loss, made_outputs
-from lightning_curvature.replay.isolation import parameters_replaced
+from lightning_curvature.replay.head import Cut, find_cut, head_loss, made_outputs
+from lightning_curvature.replay.isolation import parameters_replaced, without_hooks
 
 Values = dict[str, Tensor]
 # A change of the outputs, the one at hand and that by rounding: each as a list of tensors.
@@ -31,20 +31,24 @@ def take(window: Window) -> None:
     Raises:
         ValueError: if there is no such place, or the head by itself has another loss.
     """
-    objective = window.objective
-    if is_sharded(window.update.parameters):
-        raise ValueError("the parameters are sharded")
+    objective, known = window.objective, window.objective.cut is not None
     if objective.differentiates:
         raise ValueError("the step differentiates by itself, and so depends on more than its outputs")
-    if objective.cut is None:
-        with window.at(0.0), window.precision(), same_attention(objective.module):
+    if not known:
+
+        def find() -> Cut | None:
             trained, name = window.update.parameters, objective.outputs_name
-            objective.cut = find_cut(objective, window.records[0], window.segment_of(0), trained, name)
+            return find_cut(objective, window.records[0], window.segment_of(0), trained, name)
+
+        with window.at(0.0), window.precision(), same_attention(objective.module):
+            objective.cut = window.in_step(find, lambda: None)
     window.headed = True
     with window.at(0.0):
         if not all(base.calls for base in window.base):
             pairs = zip(window.base, window.evaluations(), strict=True)
             window.base = [replace(base, calls=result.calls) for base, result in pairs]
+        window.check()
+        assert objective.cut is not None
         window.beside = parameters_beside(window)
         for index, base in enumerate(window.base):
             loss = _loss(window, index, _points(window, index))
@@ -53,6 +57,8 @@ def take(window: Window) -> None:
                     f"the loss must be a function of the outputs of {sorted(objective.cut.made)}, got "
                     f"{float(loss):.6g} from them alone where it was {float(base.loss):.6g}"
                 )
+    if not known:
+        _check(window)
 
 
 def _points(window: Window, index: int) -> list[Tensor]:
@@ -78,7 +84,15 @@ def _loss(window: Window, index: int, points: list[Tensor]) -> Tensor:
     assert cut is not None
     count = len(points) - len(cut.parameters)
     parameters = [id(window.update.parameters[k]) for k in cut.parameters]
-    with window.precision(), parameters_replaced(objective.module, dict(zip(parameters, points[count:], strict=True))):
+    replaced = dict(zip(parameters, points[count:], strict=True))
+    # No module with parameters runs: there is nothing to gather.
+    hooks = [table for m in objective.module.modules() for table in (m._forward_pre_hooks, m._forward_hooks)]
+    with (
+        window.precision(),
+        parameters_replaced(objective.module, replaced),
+        objective.gathers.none(),
+        without_hooks(hooks, is_of_sharding),
+    ):
         calls, segment = window.base[index].calls, window.segment_of(index)
         return head_loss(objective, window.records[index], segment, cut, calls, points[:count])
 
@@ -111,7 +125,7 @@ def derivatives(window: Window, index: int, changes: Sequence[Change], higher: b
     return values, [part.detach() for part in gradient]
 
 
-def check(window: Window) -> None:
+def _check(window: Window) -> None:
     """Raise ValueError where the loss has no second derivative by its outputs."""
     try:
         with window.at(0.0):

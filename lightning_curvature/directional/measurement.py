@@ -23,7 +23,7 @@ from lightning_curvature.functional import choose_epsilon
 from lightning_curvature.reporting.loggers import warn
 
 # Numbers that the ranks exchange before evaluations along the step.
-_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed", "hidden")
+_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed", "waiting", "hidden")
 
 
 class DirectionalMeasurement:
@@ -89,10 +89,12 @@ class DirectionalMeasurement:
         if reason is not None:
             warn(f"{reason}: logging NaN.")
             return self._lost(reason, norm=norm, lr=lr)
-        if 0.0 < start["modelled"] < 1.0 or 0.0 < start["headed"] < 1.0:
+        if any(0.0 < start[name] < 1.0 for name in ("modelled", "headed", "waiting")):
             self.begin()  # and look again at the next step
             failed(RuntimeError("the outputs, or the likelihood of the loss, are known on some of the ranks only"))
             return self._lost(reasons[0], norm=norm, lr=lr)
+        if start["waiting"]:
+            self._reading.take_head_together(trainer, window)
         # Not before all ranks have a model: the distance is remembered, and must be the same on all of them.
         epsilon = self._choose_epsilon(norm, start)
         evaluated = attempted(lambda: self._evaluate(trainer, window, epsilon, start), failed)
@@ -124,7 +126,8 @@ class DirectionalMeasurement:
         values = {"loss": loss, "descent": update.descent, "squared_norm": update.squared_norm}
         # ‖θ‖ sets the first distance; afterwards nobody asks.
         size = {"squared_size": update.squared_size()} if math.isnan(self._distance) else {}
-        flags = {"modelled": self._reading.have_outputs, "headed": self._reading.headed}
+        reading = self._reading
+        flags = {"modelled": reading.have_outputs, "headed": reading.headed, "waiting": reading.waiting}
         flags["hidden"] = window.hidden
         return values | size | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 

@@ -59,7 +59,7 @@ class Window:
     _expected: Tensor | None = None
 
     @cached_property
-    def _together(self) -> bool:
+    def together(self) -> bool:
         """Whether ranks gather parameters for each forward, and so make the same number of them."""
         return is_sharded(self.update.parameters)
 
@@ -89,7 +89,7 @@ class Window:
 
     def forget(self) -> None:
         """Let the next step be looked at like a first one, where not all ranks have learned from this one."""
-        if self._together and self._rehearsed:
+        if self.together and self._rehearsed:
             self.objective.rewrites.checked = False
             self.objective.kinks.begin()
 
@@ -105,7 +105,7 @@ class Window:
         looking, shown = None if repeated else kinks.looking(), record.sides is not None
         with self.at(0.0), self.precision(), same_attention(objective.module):
             rehearse = functools.partial(objective.rehearse, record, segment, looking if shown else None)
-            expected = self._in_step(rehearse, self._lost)
+            expected = self.in_step(rehearse, self._lost)
             if looking is not None and not shown and expected is not None:
                 # Code that was compiled runs as it was written: another rounding, and maybe other masks of dropout.
                 loss = self._evaluate(0, looking).loss
@@ -115,7 +115,7 @@ class Window:
         if looking is not None and expected is not None and self.failure is None:
             kinks.learn(record.sides, looking)
             self._expected = expected
-            if not self._together or objective.compiled:
+            if not self.together or objective.compiled:
                 self.find_hidden(self.hidden)
         return expected
 
@@ -171,7 +171,7 @@ class Window:
             with self.precision(), same_attention(self.objective.module):
                 result = self._evaluate(index, mode)
             if self.failure is None:
-                self._in_step(functools.partial(kinks.settle, mode), lambda: None)
+                self.in_step(functools.partial(kinks.settle, mode), lambda: None)
             yield result
 
     def dual_evaluation(self, index: int, parameters: dict[int, Tensor]) -> Evaluation:
@@ -186,17 +186,17 @@ class Window:
             base = self.base[index] if index < len(self.base) else None
             return Evaluation(self._lost()) if base is None else replace(base, loss=self._lost())
 
-        return self._in_step(lambda: self.objective.evaluate(record, segment, mode=mode), instead)
+        return self.in_step(lambda: self.objective.evaluate(record, segment, mode=mode), instead)
 
     def _lost(self) -> Tensor:
         return torch.full((), torch.nan, device=self.objective.device)
 
-    def _in_step(self, evaluate: Callable[[], Value], instead: Callable[[], Value]) -> Value:
+    def in_step(self, evaluate: Callable[[], Value], instead: Callable[[], Value]) -> Value:
         """Return what an evaluation gives; where ranks make them together and it fails, note that and go on."""
         try:
             return evaluate()
         except Exception as error:
-            if not self._together:
+            if not self.together:
                 raise
             self.failure = self.failure or error.with_traceback(None)
         return instead()

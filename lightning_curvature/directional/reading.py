@@ -1,16 +1,19 @@
 """How the loss of a fit is read: as a likelihood of outputs, or by its head; and which estimators that leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_curvature.directional import head
 from lightning_curvature.directional.likelihood import OutputModel, confirm, identify
 from lightning_curvature.directional.options import NEED_OUTPUTS, DirectionalOptions
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.rounding import Floor, Rounding, forward_roundoff
+from lightning_curvature.distributed.together import together
 from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn
 
@@ -23,6 +26,7 @@ class Reading:
         model: how the loss depends on the outputs; None where that is not known, or not wanted.
         headed: whether that is told by the head of the loss.
         doubtful: whether the last measurement gave reason to doubt the model.
+        waiting: whether the head is to be cut off by all ranks together, where they gather parameters.
         unread: why there is neither; empty otherwise.
         rounding: of its forwards; None before the first measurement.
     """
@@ -31,7 +35,7 @@ class Reading:
         self._options = options
         self.estimators: Sequence[str] = options.estimators
         self.model: OutputModel | None = None
-        self.headed = self.doubtful = self._settled = False
+        self.headed = self.doubtful = self.waiting = self._settled = self._first = False
         self.unread = ""
         self.rounding: Rounding | None = None
 
@@ -72,7 +76,10 @@ class Reading:
         likely = self.model is not None and self.model.reproduced and (self._settled or not self.doubtful)
         read = self.model is not None and (likely or likelihood != "auto") and not self.headed
         if needing and not read and not self.unread:
-            self._take_head(window, needing, first)
+            if window.together and window.objective.cut is None:
+                self.waiting, self._first = True, first or self._first
+            else:
+                self._take_head(window, lambda: head.take(window), first)
         window.model = None if self.headed else self.model
         if needing and self.model is not None and not self.model.reproduced and likelihood != "auto":
             warn(
@@ -81,12 +88,29 @@ class Reading:
                 "matters, leave likelihood= out."
             )
 
-    def _take_head(self, window: Window, needing: list[str], first: bool) -> None:
-        """Cut off the head of a loss of no likelihood; where that is not to be had, its estimators have no values."""
-        try:
+    def take_head_together(self, trainer: pl.Trainer, window: Window) -> None:
+        """Cut off the head of the loss on all ranks, or on none: its forwards gather parameters; one collective."""
+
+        def make() -> dict[str, Tensor]:
             head.take(window)
-            if not self.headed:
-                head.check(window)
+            return {}
+
+        def take() -> None:
+            try:
+                together(trainer, make, {}, "cutting off the head of the loss")
+            except Exception:
+                window.objective.cut = None
+                raise
+
+        first, self._first, self.waiting = self._first, False, False
+        self._take_head(window, take, first)
+        window.model = None if self.headed else self.model
+
+    def _take_head(self, window: Window, take: Callable[[], None], first: bool) -> None:
+        """Cut off the head of a loss of no likelihood; where that is not to be had, its estimators have no values."""
+        needing = [name for name in self.estimators if name in NEED_OUTPUTS]
+        try:
+            take()
             self.headed = True
         except (ValueError, RuntimeError, TypeError) as error:
             window.headed = self.headed = False

@@ -48,11 +48,11 @@ class Gathers:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._known: dict[Pass, list[_Call]] = {}
-        self._forwards = 0
+        self._forwards, self._none = 0, False
 
     def whole(self, kind: Pass, compute: Callable[[], Value]) -> Value:
         """Return what a forward or backward returns; where it raises, make the gatherings that are left before."""
-        if not groups(self._module):
+        if self._none or not groups(self._module):
             return compute()
         made: list[_Call] = []
         try:
@@ -84,6 +84,15 @@ class Gathers:
                     self._finish("forward", [])
             self._forwards = before + count
             raise
+
+    @contextlib.contextmanager
+    def none(self) -> Generator[None, None, None]:
+        """Inside the block steps gather nothing."""
+        self._none = True
+        try:
+            yield
+        finally:
+            self._none = False
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None, None, None]:

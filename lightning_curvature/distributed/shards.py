@@ -50,6 +50,12 @@ def units(module: nn.Module) -> list[FSDPModule]:
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
+def is_of_sharding(hook: Any) -> bool:
+    """Return whether a hook of a unit is one of FSDP2's."""
+    owner, inner = getattr(hook, "__self__", None), getattr(hook, "__wrapped__", None)
+    return type(owner).__module__.startswith("torch.distributed.fsdp") or (inner is not None and is_of_sharding(inner))
+
+
 def groups_of(state: Any) -> list[Any]:
     """Return the groups of parameters that a unit, by its state, gathers at once. The names are private to torch."""
     if hasattr(state, "_fsdp_param_groups"):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.operators.differentiation import differentiable
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.replay.calls import Call, around_calls, filled, floating, rebuilt, replaying_calls
@@ -59,7 +60,9 @@ class Trace:
     """
 
     def __init__(self, module: nn.Module, trained: Iterable[Tensor]) -> None:
+        trained = list(trained)
         self._module, self._trained = module, {id(p): index for index, p in enumerate(trained)}
+        self._sharded = is_sharded(trained)
         self._top = _Traced("", trained=False)
         self._open = [self._top]
 
@@ -115,6 +118,8 @@ class Trace:
                 made = [call for call in every if call.trained and not call.scalar]
                 reached, parameters = self._walk(loss, made)
                 made = _met(_outermost(made), reached)
+        if parameters and self._sharded:
+            raise ValueError("the loss reaches sharded parameters beside the outputs")
         if not made:
             raise ValueError("no module with trained parameters makes outputs that the loss depends on")
         names = {call.name for call in made}
@@ -136,8 +141,9 @@ class Trace:
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in self._trained:
-                parameters.add(self._trained[id(leaf)])
+            if leaf is not None and (id(leaf) in self._trained or self._sharded):
+                # Gathered parameters are others than the sharded ones.
+                parameters.add(self._trained.get(id(leaf), -1))
             if node not in stops:
                 waiting += [following for following, _ in node.next_functions]
         return seen, tuple(sorted(parameters))

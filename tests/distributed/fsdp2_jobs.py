@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -73,12 +73,37 @@ def case(module: Any, trainer: dict[str, Any] | None = None, **options: Any) -> 
     return Case(module, trainer=trainer, **({"strategy": strategy, "estimators": FORWARD_ONLY} | options))
 
 
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    """No likelihood of its outputs."""
+    log_p = z.log_softmax(-1).gather(1, y[:, None])
+    return (-((1.0 - log_p.exp()) ** 2) * log_p).mean()
+
+
+def focused(*hidden: int, kind: Any = Sharded) -> Any:
+    return kind(mlp(4, *(hidden or (6,)), 3), momentum, focal)
+
+
+class Penalized(Sharded):
+    """Has a loss that depends on a parameter in shards, past the outputs."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        weight = self.network[0].weight
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return super().training_step(batch, batch_idx) + 0.01 * whole.square().sum()
+
+
 sgd = case(partial(classifier, momentum))
 adam = case(partial(classifier, adamw))
 as_one = case(partial(classifier, momentum, kind=ShardedAsOne))
 squared_error = case(regressor, batches=regression)
 one_sided = case(classifier, estimators=("kl",))
 on_sides = case(kinked)
+headed = case(focused)
+headed_as_one = case(partial(focused, kind=ShardedAsOne))
+headed_one_sided = case(focused, estimators=("kl",))
+headed_accumulated = case(
+    focused, batches=partial(batches, 5), trainer={"accumulate_grad_batches": 2}, estimators=("kl", "finite_difference")
+)
 accumulated = case(classifier, batches=partial(batches, 5), trainer={"accumulate_grad_batches": 2})
 
 
@@ -98,6 +123,13 @@ seldom = case(classifier, estimators=("kl", "finite_difference"), monitor={"ever
 seldom_deep = replace(seldom, module=partial(classifier, momentum, 6, 6, 6))
 seldom_unwatched = seldom.unwatched()
 seldom_deep_unwatched = seldom_deep.unwatched()
+
+headed_unwatched = headed.unwatched()
+headed_seldom = case(focused, estimators=("kl", "finite_difference"), monitor={"every_n_train_steps": 2})
+headed_seldom_deep = replace(headed_seldom, module=partial(focused, 6, 6, 6))
+headed_seldom_unwatched, headed_seldom_deep_unwatched = headed_seldom.unwatched(), headed_seldom_deep.unwatched()
+penalized = case(partial(focused, kind=Penalized), estimators=("kl", "finite_difference"))
+penalized_unwatched = penalized.unwatched()
 
 JOBS = [name for name, value in list(globals().items()) if isinstance(value, Case)]
 

@@ -73,6 +73,14 @@ class Hidden(AloneFailing):
         return z
 
 
+class Headed(AloneFailing):
+    """Has a loss that is no likelihood, whose head is cut off."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.loss = fsdp2_jobs.focal
+
+
 # By name: a run, and which of its measurements is lost. The first has one repetition more, which checks the step.
 FORWARDS: dict[str, tuple[Case, int]] = {}
 for place in PLACES:
@@ -85,15 +93,20 @@ FORWARDS["nested_check"] = nested(1, 1), 0
 # The check, then two forwards that look at the kinks beside the loss.
 FORWARDS |= {f"hidden_{repetition}": (failing("middle", repetition, 0, kind=Hidden), 0) for repetition in (1, 4, 5)}
 FORWARDS["hidden_later"] = failing("middle", 1, kind=Hidden), 1
+# The check, two forwards to cut off the head, and two evaluations of the head.
+FORWARDS |= {f"headed_{repetition}": (failing("middle", repetition, 0, kind=Headed), 0) for repetition in (1, 6, 7)}
+FORWARDS["headed_later"] = failing("middle", 2, kind=Headed), 1
 FORWARDS["one_sided"] = failing("middle", 1, estimators=("kl",)), 1
 FORWARDS["search"] = failing("middle", 2, estimators=("critical",)), 1
 LOOKS = {f"looking_{repetition}": failing("middle", repetition, 0, kind=Hidden) for repetition in (2, 3)}
+LOOKS |= {f"headed_cut_{repetition}": failing("middle", repetition, 0, kind=Headed) for repetition in (2, 3)}
 
 whole = failing("first", -1)
 whole_nested, whole_hidden = nested(-1), failing("first", -1, kind=Hidden)
+whole_headed = failing("first", -1, kind=Headed)
 whole_one_sided, whole_search = (failing("first", -1, estimators=(name,)) for name in ("kl", "critical"))
 unwatched, nested_unwatched, hidden_unwatched = (case.unwatched() for case in (whole, whole_nested, whole_hidden))
-looking_unwatched = hidden_unwatched
+looking_unwatched, headed_unwatched = hidden_unwatched, whole_headed.unwatched()
 
 JOBS = [*FORWARDS, *LOOKS, *(name for name, value in list(globals().items()) if isinstance(value, Case))]
 globals().update({name: case for name, (case, _) in FORWARDS.items()} | LOOKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -24,7 +25,13 @@ def results() -> Any:
     return run_on_ranks(jobs.__name__, [*jobs.JOBS, "refusal", "tensor_parallel", "interrupted"])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "as_one", "squared_error", "one_sided", "on_sides", "accumulated"])
+# Those with a head have a loss that is no likelihood of its outputs.
+HEADED = ["headed", "headed_as_one", "headed_one_sided", "headed_accumulated"]
+
+
+@pytest.mark.parametrize(
+    "name", ["sgd", "adam", "as_one", "squared_error", "one_sided", "on_sides", "accumulated", *HEADED]
+)
 def test_values_are_those_of_the_union(results: Results, name: str) -> None:
     assert_same_values(results[name], getattr(jobs, name)(), torch.float64)
 
@@ -35,7 +42,7 @@ def test_parameters_are_in_shards(results: Results) -> None:
     assert [outcome.state["network.2.bias"].numel() for outcome in results["squared_error"]] == [1, 0]
 
 
-@pytest.mark.parametrize("name", ["sgd", "squared_error", "disturbed"])
+@pytest.mark.parametrize("name", ["sgd", "squared_error", "disturbed", "headed"])
 def test_all_ranks_log_and_watch_the_same_numbers(results: Results, name: str) -> None:
     first, second = results[name]
     assert [row["train_loss"] for row in first.rows.values()] != [row["train_loss"] for row in second.rows.values()]
@@ -48,7 +55,13 @@ def test_all_ranks_log_and_watch_the_same_numbers(results: Results, name: str) -
 
 @pytest.mark.parametrize(
     ("watched", "unwatched"),
-    [("disturbed", "undisturbed"), ("sgd", "sgd_unwatched"), ("as_one", "as_one_unwatched")],
+    [
+        ("disturbed", "undisturbed"),
+        ("sgd", "sgd_unwatched"),
+        ("as_one", "as_one_unwatched"),
+        ("headed", "headed_unwatched"),
+        ("penalized", "penalized_unwatched"),
+    ],
 )
 def test_training_is_the_same_to_the_bit(results: Results, watched: str, unwatched: str) -> None:
     for with_monitor, without in zip(results[watched], results[unwatched], strict=True):
@@ -69,6 +82,22 @@ def test_nothing_is_gathered_but_by_the_forwards(results: Results, watched: str,
         # Once in a fit one more forward, which checks the step.
         assert extra == [2 + 3 * units, 0, 2 + 2 * units, 0]
         assert [a - b for a, b in zip(with_monitor.forwards, without.forwards, strict=True)] == [3, 0, 2, 0]
+
+
+@pytest.mark.parametrize(("name", "units"), [("headed_seldom", 2), ("headed_seldom_deep", 4)])
+def test_the_head_of_a_loss_gathers_nothing(results: Results, name: str, units: int) -> None:
+    # Where it is cut off, once in a fit, two forwards more and an agreement.
+    for with_monitor, without in zip(results[name], results[f"{name}_unwatched"], strict=True):
+        extra = [a - b for a, b in zip(with_monitor.collectives, without.collectives, strict=True)]
+        assert extra == [3 + 5 * units, 0, 2 + 2 * units, 0]
+        assert [a - b for a, b in zip(with_monitor.forwards, without.forwards, strict=True)] == [5, 0, 2, 0]
+
+
+def test_a_loss_that_reaches_parameters_in_shards_has_no_head(results: Results) -> None:
+    for outcome in results["penalized"]:
+        for row in outcome.rows.values():
+            assert math.isnan(row["curvature/lambda_kl"])
+            assert math.isfinite(row["curvature/lambda_fd"])
 
 
 def test_derivatives_are_refused_in_one_sentence(results: dict[str, list[str]]) -> None:
