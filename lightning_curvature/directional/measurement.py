@@ -157,6 +157,7 @@ class DirectionalMeasurement:
             found = {"flag": torch.tensor(float(flag))}
             return means_together(trainer, lambda: found, ("flag",), "looking for kinks")["flag"] > 0.0
 
+        attempted(window.confirm, failures.append)
         window.find_hidden(start["hidden"] > 0.0, anywhere)
         forwards = attempted(lambda: evaluations.forwards(window, epsilon, self.estimators), failures.append) or {}
 

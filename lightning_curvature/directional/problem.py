@@ -56,6 +56,7 @@ class Window:
     failure: Exception | None = None
     _repeated: bool = False
     _rehearsed: bool = False
+    _checked: Tensor | None = None
     _expected: Tensor | None = None
 
     @cached_property
@@ -85,6 +86,16 @@ class Window:
                 loss = record.loss(self.objective.module.automatic_optimization, self.segment_of(index))
                 self.base.append(replace(record.base, loss=loss))
         self.check()
+        self._checked = expected
+        if not self.together:
+            self.confirm()
+
+    def confirm(self) -> None:
+        """Raise unless the step that was evaluated once more had its loss, the first time in a fit.
+
+        Where ranks gather parameters, not before all of them have come so far: one that has no step has other ones.
+        """
+        expected, self._checked = self._checked, None
         self.objective.confirm(expected, self.base[0].loss)
 
     def forget(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_curvature.directional.problem import Window
-from lightning_curvature.distributed.shards import local
+from lightning_curvature.distributed.shards import fresh_shards, local
 from lightning_curvature.monitors.base import Monitor
 from lightning_curvature.optimizers.update import ParameterUpdate, dense_copy
 from lightning_curvature.replay.objective import StepObjective
@@ -129,7 +129,7 @@ class UpdateMonitor(Monitor):
             return  # not measured, or an accumulation window that goes on
         try:
             if failure is not None:
-                self.measure(trainer, None, failure)
+                self._miss_step(trainer, objective, failure)
             elif update is not None:
                 self._measure_step(trainer, pl_module, objective, update)
         finally:
@@ -150,12 +150,20 @@ class UpdateMonitor(Monitor):
                     local(p).detach().copy_(before)
             except Exception as error:
                 self._note_failure(error)
-                self.measure(trainer, None, error)
+                self._miss_step(trainer, objective, error)
                 return
             precision, segment = self._precision(trainer), self._step.segment
             averaged = module.automatic_optimization or objective.function is not None
             window = Window(objective, update, objective.records, precision, segment, averaged)
             self.measure(trainer, window, None)
+
+    def _miss_step(self, trainer: pl.Trainer, objective: StepObjective, failure: Exception) -> None:
+        """Take part in a measurement of which this rank has nothing to measure."""
+        if not objective.rewrites.checked:
+            # Where parameters are sharded, the others gather them once to check the step.
+            with contextlib.suppress(Exception), fresh_shards(objective.module), objective.gathers.forwards(1):
+                raise failure
+        self.measure(trainer, None, failure)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the recorder off where the epoch ended before the batch did."""

@@ -82,7 +82,7 @@ class Gathers:
             for _ in range(before + count - self._forwards):
                 with contextlib.suppress(Exception):
                     self._finish("forward", [])
-            self._forwards = before + count
+            self._forwards = max(self._forwards, before + count)
             raise
 
     @contextlib.contextmanager
@@ -134,7 +134,8 @@ class Gathers:
                     value = method(group, *arguments)
                 finally:
                     depth -= 1
-                if not (depth or (forwards and torch._C._current_graph_task_id() != -1)):
+                backward = name == "post_backward" or torch._C._current_graph_task_id() != -1
+                if not (depth or (forwards and backward)):
                     made.append(call)
                 return value
 

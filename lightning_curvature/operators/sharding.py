@@ -44,9 +44,9 @@ class Sharding:
     reduce: Reduce | None = None
 
     @classmethod
-    def of(cls, trainer: "pl.Trainer", parameters: Sequence[Tensor], gathers: Gathers) -> "Sharding":
-        """Return the sharding of the module of a Trainer, one collective."""
-        reduce = sum_over_ranks(trainer)
+    def of(cls, trainer: "pl.Trainer", parameters: Sequence[Tensor], gathers: Gathers | None = None) -> "Sharding":
+        """Return the sharding of the module of a Trainer, one collective; ``gathers``: what is known already."""
+        reduce, module = sum_over_ranks(trainer), trainer.lightning_module
         space = VectorSpace(
             [local(p) for p in parameters],
             reduce=reduce,
@@ -54,7 +54,7 @@ class Sharding:
             shapes=[p.shape for p in parameters],
             cut=[functools.partial(own_part, like=p) for p in parameters],
         )
-        return cls(space, trainer.world_size, lambda: fresh_shards(trainer.lightning_module), gathers, reduce)
+        return cls(space, trainer.world_size, lambda: fresh_shards(module), gathers or Gathers(module), reduce)
 
     def forward(self, operator: CurvatureOperator, evaluate: Callable[[], Value]) -> Value | None:
         """Return what a forward gives; None where it fails, or one has failed before, with the error in ``operator``.

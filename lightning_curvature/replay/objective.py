@@ -70,7 +70,7 @@ class StepObjective:
             )
         self.module, self.device, self.function, self.outputs_name = module, device, function, outputs
         self.cut: Cut | None = None  # where the loss is cut off, if it is
-        self.kinks, self.second = KinkedStep(), SecondDerivatives()
+        self.kinks, self.second, self.gathers = KinkedStep(), SecondDerivatives(), Gathers(module)
         self._step: Callable[..., Any] = module.training_step
         # ``torch.compile(module)`` compiles the step too, not only forward.
         self.compiled = getattr(module, "_compiler_ctx", None) is not None
@@ -78,7 +78,6 @@ class StepObjective:
         self.rewrites = Rewrites(module)
         self.refusal: Exception | None = None
         self.differentiates = False  # whether the step itself needs gradients
-        self.gathers = Gathers(module)
         self._snapshot: Snapshot | None = None
         self._covered: Sequence[Tensor] = ()
 
@@ -135,7 +134,7 @@ class StepObjective:
     def _follow(self, stops: bool = True) -> None:
         """Take up a module that has changed its parts, or stop at one that cannot be measured."""
         if self.rewrites.follow():
-            self.refusal, self.second = None, SecondDerivatives()
+            self.refusal, self.second, self.gathers = None, SecondDerivatives(), Gathers(self.module)
             self.kinks.begin()
         if stops and self.refusal is not None:
             raise self.refusal

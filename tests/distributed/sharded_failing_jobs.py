@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed import fsdp2_jobs
 from tests.distributed.cases import Case, batches
 from tests.distributed.failing_jobs import Failing, Midway
+from tests.helpers.runs import Batch
 
 PAIR = ("kl", "finite_difference")
 # Before the first of three units, between the second and the third, after the last.
@@ -64,6 +65,16 @@ class Nested(AloneFailing):
         first.set_modules_to_forward_prefetch([block])
 
 
+class Grouped(AloneFailing):
+    """Two layers that are gathered as one; it fails between them."""
+
+    def configure_model(self) -> None:
+        if self._device_mesh is not None and not any(isinstance(p, DTensor) for p in self.parameters()):
+            _, *pair = (m for m in self.network if isinstance(m, nn.Linear))
+            for unit in (pair, self.network):
+                fully_shard(unit, mesh=self._device_mesh["data_parallel"])
+
+
 class Hidden(AloneFailing):
     """With kinks that the loss depends on, and others beside it, which its graph does not show."""
 
@@ -81,6 +92,14 @@ class Headed(AloneFailing):
         self.loss = fsdp2_jobs.focal
 
 
+class Unrecorded(AloneFailing):
+    """Holds, on one process and at one step, something that no repetition could put back: it cannot be recorded."""
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.source = iter(()) if self.fails_now() else None
+
+
 # By name: a run, and which of its measurements is lost. The first has one repetition more, which checks the step.
 FORWARDS: dict[str, tuple[Case, int]] = {}
 for place in PLACES:
@@ -89,6 +108,7 @@ for place in PLACES:
     FORWARDS[f"{place}_unit_at_first"] = failing(place, 2, 0), 0
     FORWARDS[f"{place}_unit_in_the_check"] = failing(place, 1, 0), 0
 FORWARDS |= {f"nested_{repetition}": (nested(repetition), 1) for repetition in range(1, 5)}
+FORWARDS |= {f"grouped_{repetition}": (failing("middle", repetition, kind=Grouped), 1) for repetition in (1, 2)}
 FORWARDS["nested_check"] = nested(1, 1), 0
 # The check, then two forwards that look at the kinks beside the loss.
 FORWARDS |= {f"hidden_{repetition}": (failing("middle", repetition, 0, kind=Hidden), 0) for repetition in (1, 4, 5)}
@@ -96,6 +116,7 @@ FORWARDS["hidden_later"] = failing("middle", 1, kind=Hidden), 1
 # The check, two forwards to cut off the head, and two evaluations of the head.
 FORWARDS |= {f"headed_{repetition}": (failing("middle", repetition, 0, kind=Headed), 0) for repetition in (1, 6, 7)}
 FORWARDS["headed_later"] = failing("middle", 2, kind=Headed), 1
+FORWARDS |= {f"unrecorded_{step}": (failing("middle", -1, step, kind=Unrecorded), step) for step in (0, 1)}
 FORWARDS["one_sided"] = failing("middle", 1, estimators=("kl",)), 1
 FORWARDS["search"] = failing("middle", 2, estimators=("critical",)), 1
 LOOKS = {f"looking_{repetition}": failing("middle", repetition, 0, kind=Hidden) for repetition in (2, 3)}
@@ -103,10 +124,11 @@ LOOKS |= {f"headed_cut_{repetition}": failing("middle", repetition, 0, kind=Head
 
 whole = failing("first", -1)
 whole_nested, whole_hidden = nested(-1), failing("first", -1, kind=Hidden)
-whole_headed = failing("first", -1, kind=Headed)
+whole_headed, whole_grouped = (failing("first", -1, kind=kind) for kind in (Headed, Grouped))
 whole_one_sided, whole_search = (failing("first", -1, estimators=(name,)) for name in ("kl", "critical"))
 unwatched, nested_unwatched, hidden_unwatched = (case.unwatched() for case in (whole, whole_nested, whole_hidden))
-looking_unwatched, headed_unwatched = hidden_unwatched, whole_headed.unwatched()
+headed_unwatched, grouped_unwatched = whole_headed.unwatched(), whole_grouped.unwatched()
+looking_unwatched = hidden_unwatched
 
 JOBS = [*FORWARDS, *LOOKS, *(name for name, value in list(globals().items()) if isinstance(value, Case))]
 globals().update({name: case for name, (case, _) in FORWARDS.items()} | LOOKS)

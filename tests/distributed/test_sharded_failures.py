@@ -66,5 +66,7 @@ def test_training_goes_on_to_the_bit(results: Results, name: str) -> None:
 def test_nothing_is_gathered_but_what_all_gather(results: Results, name: str) -> None:
     first, second = (outcome.collectives for outcome in results[name])
     assert first == second
-    if "check" not in name and name not in ("hidden_1", "headed_1", "search", *jobs.LOOKS):
+    # In a measurement that is lost as much as in another, but for one that was not begun.
+    begun = "check" not in name and not name.startswith("unrecorded") and name not in ("hidden_1", "headed_1")
+    if begun and name not in ("search", *jobs.LOOKS):
         assert first == like(results, name, "whole")[0].collectives
