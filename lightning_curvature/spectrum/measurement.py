@@ -168,6 +168,7 @@ class SpectrumMeasurement:
             names = [*map(largest_name, range(1, largest + 1)), "lambda_min"] if kind == "hessian" else wanted
             off = [operator.uncertainty(*pair) for pair in zip(pairs.vectors, pairs.quotients.tolist(), strict=True)]
             numbers.values |= self._eigenvalues(pairs, kind, names, off)
+            numbers.reasons[UPPER] = "the search went on from the last eigenvectors, so that nothing else is excluded"
         if "hessian_trace" in wanted:
             estimate = linalg.trace(
                 matvec,

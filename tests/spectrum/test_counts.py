@@ -118,10 +118,7 @@ def test_a_product_is_two_more_backwards(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_warm_searches_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a small learning rate the eigenvectors of the step before are nearly those of this one.
-
-    That no other has overtaken is known from as many products in any case: a tight tolerance shows the rest.
-    """
+    """At a small learning rate the eigenvectors of the step before are nearly those of this one."""
 
     def counts(forget: bool) -> list[int]:
         module = Classifier(mlp(4, 6, 3), lambda m: torch.optim.SGD(m.parameters(), lr=1e-4))
@@ -129,9 +126,9 @@ def test_warm_searches_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
         class Forgets(pl.Callback):
             def on_train_batch_start(self, *args: Any) -> None:
                 if forget:
-                    follow._measurement.vectors = {}
+                    follow._measurement.trackers = {}
 
-        follow = monitor(tolerance=1e-6)
+        follow = monitor(tolerance=1e-3)
         with monkeypatch.context() as patch:
             products = Products(patch)
             fit(products, Forgets(), follow=follow, module=module)
@@ -140,7 +137,8 @@ def test_warm_searches_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     warm, cold = counts(forget=False), counts(forget=True)
     assert warm[0] == cold[0]
     assert len(warm) == len(MEASURED)
-    assert all(later < first for later, first in zip(warm[1:], cold[1:], strict=True))
+    # And the gradient's graph.
+    assert all(later <= 2 < first for later, first in zip(warm[1:], cold[1:], strict=True))
 
 
 def test_products_end_at_their_cap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,14 +101,15 @@ def test_state_is_plain_tensors(tmp_path: Path) -> None:
     torch.save(state, path)
     loaded = torch.load(path, weights_only=True)
     # λ_max, λ_2 and λ_min of H; one vector of each other.
-    assert {kind: len(vectors) for kind, vectors in loaded["vectors"].items()} == {
+    pairs = {kind: tracker["pairs"] for kind, tracker in loaded["eigenpairs"].items()}
+    assert {kind: len(found["vectors"]) for kind, found in pairs.items()} == {
         "hessian": 3,
         "preconditioned": 1,
         "gauss_newton": 1,
         "second_moment": 1,
     }
-    for kind, vectors in loaded["vectors"].items():
-        for vector, kept in zip(vectors, state["vectors"][kind], strict=True):
+    for kind, found in pairs.items():
+        for vector, kept in zip(found["vectors"], state["eigenpairs"][kind]["pairs"]["vectors"], strict=True):
             assert type(vector) is Tensor
             assert torch.equal(vector, kept)
             assert vector.shape == (51,)

@@ -34,7 +34,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"density_starts": 0}, rf"density_starts {WHOLE} 1, got 0: 2 tell the error"),
     ({"density_steps": 1}, rf"density_steps {WHOLE} 2, got 1: 40 make a good picture"),
     *(
-        ({"tolerance": value}, rf"tolerance must lie between 0 and 1, got {value!r}: 1e-3 gives eigenvalues to five")
+        ({"tolerance": value}, rf"tolerance must lie between 0 and 1, got {value!r}: 1e-3 gives eigenvalues to three")
         for value in (0.0, 1.0, -0.1, float("nan"), "1e-3")
     ),
     ({"trace_error": 2.0}, r"trace_error must lie between 0 and 1, got 2\.0: 0\.05 gives the trace to 5 %"),
