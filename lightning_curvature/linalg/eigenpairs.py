@@ -40,7 +40,7 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) float64 on the CPU, in the order of the arguments of :func:`eigenpairs`.
-        errors: (k,) float64: bounds on the distances of the values to the eigenvalues, and the noise of the products.
+        errors: (k,) float64, how far the values may be off: see :func:`~.prediction.predicted`; and the noise of the products.
         vectors: k unit vectors of the space, the Ritz vectors v_i.
         quotients: (k,) float64, :math:`\theta_i = v_i^\top A v_i`. Values are what these rise to.
         residuals: (k,) float64, :math:`\lVert Av_i - \theta_i v_i\rVert`.
@@ -107,7 +107,7 @@ def eigenpairs(
     product adds one vector to it, and a full basis is restarted from its best Ritz vectors (thick restart). A block of
     p start vectors finds eigenvalues of multiplicity up to p, a single one only one copy of each. Residuals and gaps
     bound how far an eigenvalue is from its Ritz value, and predict where (:func:`~.prediction.predicted`): the search
-    ends on that bound. Eigenvalues closer than the residual count as one.
+    ends on that. Eigenvalues closer than the residual count as one.
 
     A small error shows that there is an eigenvalue, not that it is the largest: a start vector orthogonal to the
     eigenvector of the largest never finds it. But the first start vector is at least partly random, which bounds what

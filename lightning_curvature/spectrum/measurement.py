@@ -167,8 +167,7 @@ class SpectrumMeasurement:
                 )
             names = [*map(largest_name, range(1, largest + 1)), "lambda_min"] if kind == "hessian" else wanted
             off = [operator.uncertainty(*pair) for pair in zip(pairs.vectors, pairs.quotients.tolist(), strict=True)]
-            numbers.values |= self._eigenvalues(pairs, kind, names, off)
-            numbers.reasons[UPPER] = "the search went on from the last eigenvectors, so that nothing else is excluded"
+            self._add_eigenvalues(numbers, pairs, kind, names, off)
         if "hessian_trace" in wanted:
             estimate = linalg.trace(
                 matvec,
@@ -189,13 +188,12 @@ class SpectrumMeasurement:
                 generator=generator,
             )
 
-    def _eigenvalues(
-        self, pairs: Eigenpairs, kind: str, names: Sequence[str], off: Sequence[float]
-    ) -> dict[str, float]:
-        options, values = self._options, dict[str, float]()
+    def _add_eigenvalues(
+        self, numbers: _Numbers, pairs: Eigenpairs, kind: str, names: Sequence[str], off: Sequence[float]
+    ) -> None:
+        options, values = self._options, numbers.values
         errors = [error + other for error, other in zip(pairs.errors.tolist(), off, strict=True)]
-        numbers = zip(names, pairs.values.tolist(), errors, pairs.converged, strict=False)
-        for name, value, error, converged in numbers:
+        for name, value, error, converged in zip(names, pairs.values.tolist(), errors, pairs.converged, strict=False):
             scale = abs(value)
             if kind == "second_moment":
                 # Found without the identity: next to 1 its digits would be lost.
@@ -210,8 +208,8 @@ class SpectrumMeasurement:
             relative = error / abs(value) if value else math.inf if error else 0.0
             values |= dict(zip(with_error(name), (value, relative, float(converged)), strict=True))
         if "lambda_max" in names:
-            # A search that went on from the last pairs cannot tell what it overlooked.
             values[UPPER] = pairs.upper if math.isfinite(pairs.upper) else math.nan
+            numbers.reasons[UPPER] = "the search went on from the last eigenvectors: what it overlooks is not known"
         if pairs.matvecs >= options.max_products and not all(pairs.converged):
             warn(
                 f"some eigenpairs did not converge within max_products={options.max_products} products: their "
@@ -223,7 +221,6 @@ class SpectrumMeasurement:
                 "the Hessian is zero: the loss is flat, or piecewise linear in the parameters, whose second derivative "
                 "is 0 where it is defined and undefined at the kinks."
             )
-        return values
 
 
 def _failure_of(problem: SpectrumProblem, own: Exception | None, error: Exception, between: bool) -> Outcome:

@@ -45,7 +45,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
     * "hessian_trace": ``hessian_trace`` with ``hessian_trace_stderr``.
     * "spectral_density": histogram and picture on TensorBoard.
 
-    Each eigenvalue λ comes with ``<key>_error``, the bound on its relative error by which the search ended; and with
+    Each eigenvalue λ comes with ``<key>_error``, its relative error by which the search ended; and with
     ``<key>_converged``, 0 where ``max_products`` ended it before that was small, or before a larger eigenvalue could be
     excluded.
 

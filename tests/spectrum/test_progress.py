@@ -93,7 +93,7 @@ def test_long_measurement_shows_itself(bar: Any, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("bar", BARS)
 def test_note_moves_once_a_second(bar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = Notes(0.25, monkeypatch)
-    fit(bar, every_n_train_steps=8, max_products=40, tolerance=1e-15)
+    fit(bar, every_n_train_steps=8, max_products=60, tolerance=1e-15)
     moves = [text for text, last in zip(notes.shown[1:], notes.shown, strict=False) if text != last]
     assert len(notes.shown) >= 20
     # After 3 s, then after each further second of four products.

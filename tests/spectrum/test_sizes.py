@@ -88,7 +88,7 @@ def test_an_eigenvalue_that_overtakes_is_found_by_the_next_search_that_begins_an
     capture = Capture()
     watch = monitor("lambda_max", every_n_train_steps=1, recheck_every=3, tolerance=1e-3, seed=seed)
     trainer = make_trainer(watch, logger=capture, max_steps=5, precision="32-true")
-    trainer.fit(Diagonal(20_000), DataLoader(torch.zeros(4, 1), batch_size=1))
+    trainer.fit(Diagonal(20_000), DataLoader(torch.zeros(5, 1), batch_size=1))
     found = list(rows(capture).values())
     # Errors below the tolerance; roundings of 6e-8 of some sums.
     assert [row["lambda_max"] for row in found] == pytest.approx([10.0, 10.0, 10.0, 11.0, 11.0], rel=1e-3)
