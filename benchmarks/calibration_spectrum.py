@@ -1,0 +1,141 @@
+"""Compares λ_max, searched for from random vectors and along training, with its true error, over twelve networks.
+
+python benchmarks/calibration_spectrum.py --write docs/calibration_spectrum.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+import torch.nn.functional as F
+from calibration import BATCH, NETWORKS, STEPS, batches
+from precision import ninth_decile
+from torch import Tensor, nn
+
+from lightning_curvature.linalg import Eigenpairs, EigenTracker, eigenpairs
+from lightning_curvature.operators import CurvatureOperator, HessianOperator
+
+# Searches from random vectors after so many steps, from so many vectors; others go on from each other every EVERY.
+POINTS, STARTS, EVERY, SAMPLES = (0, 20, 80, STEPS), 2, 20, 4 * BATCH
+
+
+@dataclass(frozen=True)
+class Found:
+    """One search: products, relative error, and the one that is told."""
+
+    products: int
+    error: float
+    told: float
+
+    @classmethod
+    def of(cls, pairs: Eigenpairs, true: float) -> Found:
+        """Compare with the true value."""
+        return cls(pairs.matvecs, abs(float(pairs.values) / true - 1.0), float(pairs.errors) / abs(true))
+
+
+def power_iteration(operator: CurvatureOperator, seed: int, true: float) -> Found:
+    """PyHessian's search at its defaults: until two values in a row differ by less than 1e-3, 100 products at most."""
+    space = operator.space
+    vector = space.random(torch.Generator().manual_seed(seed))
+    vector, values = vector / space.norm(vector), list[float]()
+    while len(values) < 100:
+        product = operator(vector)
+        values.append(space.dot(vector, product))
+        if len(values) > 1 and abs(values[-1] - values[-2]) < 1e-3 * (abs(values[-2]) + 1e-6):
+            break
+        vector = product / space.norm(product)
+    return Found(len(values), abs(values[-1] / true - 1.0), 1e-3)
+
+
+def true_value(network: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """In float64, from two random vectors, to a small residual."""
+    wide = [(x.double(), y) for x, y in data]
+    exact = HessianOperator.of(copy.deepcopy(network).double(), F.cross_entropy, wide)
+    return float(eigenpairs(exact, exact.space, largest=2, residual_tolerance=1e-4, max_matvecs=200).values[0])
+
+
+def searches(title: str) -> Iterator[tuple[str, Found]]:
+    """Train a network; search at some of its steps."""
+    torch.manual_seed(0)
+    make, make_optimizer = NETWORKS[title]
+    network, data = make(), batches()
+    optimizer = make_optimizer(network.parameters())
+    probe, tracker = data[: SAMPLES // BATCH], EigenTracker()
+    for step in range(STEPS + 1):
+        network.eval()
+        if step % EVERY == 0:
+            operator = HessianOperator.of(network, F.cross_entropy, probe)
+            true = true_value(network, probe)
+            generator = torch.Generator().manual_seed(step)
+            pairs = tracker.search(operator, operator.space, largest=1, generator=generator)
+            if step:
+                yield "along", Found.of(pairs, true)
+            for seed in range(STARTS if step in POINTS else 0):
+                generator = torch.Generator().manual_seed(seed)
+                yield "anew", Found.of(eigenpairs(operator, operator.space, largest=1, generator=generator), true)
+                yield "power", power_iteration(operator, seed, true)
+            operator.close()
+        if step < STEPS:
+            network.train()
+            optimizer.zero_grad()
+            F.cross_entropy(network(data[step][0]), data[step][1]).backward()
+            optimizer.step()
+
+
+def row(title: str, found: Sequence[tuple[str, Found]]) -> str:
+    """One line of the table."""
+    columns = []
+    for kind in ("anew", "along", "power"):
+        ours = [search for way, search in found if way == kind]
+        errors = [search.error for search in ours]
+        columns += [f"{fmean(s.products for s in ours):.1f}", f"{median(errors):.0e}", f"{ninth_decile(errors):.0e}"]
+        columns.append(f"{sum(error > 1e-2 for error in errors)} of {len(errors)}")
+        if kind != "power":
+            # Float32 rounds values by some 1e-6.
+            columns.append(f"{sum(s.error <= max(s.told, 2e-6) for s in ours) / len(ours):.0%}")
+    return f"| {title} | {' | '.join(columns)} |"
+
+
+def main() -> None:
+    """Print the table; write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="markdown file to write")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="which networks")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    names = ["products", "error", "9th decile", "above 1 %"]
+    header = [*names, "within", *names, "within", *names]
+    lines = [
+        "# λ_max: products, and the error that is told",
+        "",
+        "Made by `benchmarks/calibration_spectrum.py`: λ_max of twelve networks on scikit-learn's digits",
+        f"({SAMPLES} samples, cross-entropy, float32); torch {torch.__version__}, CPU. Three groups of columns:",
+        f"searches from random vectors after {', '.join(map(str, POINTS))} steps of training, {STARTS} each; searches",
+        f"along training every {EVERY} steps, which go on from each other and begin anew every tenth time, these",
+        "included; and the power iteration of PyHessian at its defaults, from the same vectors. Products in the mean;",
+        "errors are relative to float64, median and ninth decile. *Within*: share of the values whose error is at most",
+        "the one told.",
+        "",
+        f"| network | {' | '.join(header)} |",
+        "|---" * (1 + len(header)) + "|",
+    ]
+    every: list[tuple[str, Found]] = []
+    for title in arguments.networks:
+        found = list(searches(title))
+        every += found
+        lines.append(row(title, found))
+        print(lines[-1], flush=True)
+    lines.append(row("all", every))
+    print(lines[-1])
+    if arguments.write:
+        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
