@@ -40,7 +40,7 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) float64 on the CPU, in the order of the arguments of :func:`eigenpairs`.
-        errors: (k,) float64, how far the values may be off (:func:`~.prediction.predicted`), with the noise of products.
+        errors: (k,) float64, how far the values may be off (:func:`~.prediction.predicted`), and their noise.
         vectors: k unit vectors of the space, the Ritz vectors v_i.
         quotients: (k,) float64, :math:`\theta_i = v_i^\top A v_i`. Values are what these rise to.
         residuals: (k,) float64, :math:`\lVert Av_i - \theta_i v_i\rVert`.
