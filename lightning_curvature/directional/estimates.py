@@ -99,8 +99,11 @@ def _exact_descent(values: Numbers) -> float | None:
     return next((values[key] for name in EXACT if (key := f"{name}_descent") in values), None)
 
 
-def _differentiated(values: Numbers, epsilon: float, kept: float) -> float:
-    """Return gᵀd of the loss itself where a measurement has it: hooks may have changed the gradient that was kept."""
+def _differentiated(values: Numbers, epsilon: float, kept: float, share: float = _SAME_SLOPE) -> float:
+    """Return gᵀd of the loss itself where a measurement has it: hooks may have changed the gradient that was kept.
+
+    ``share`` of the kept one is below what tells them apart.
+    """
     exact = _exact_descent(values)
     if exact is not None:
         return exact
@@ -109,7 +112,7 @@ def _differentiated(values: Numbers, epsilon: float, kept: float) -> float:
         # A reading of the batch may be wrong: not where the loss itself has its slope.
         read, pair = values["outputs_slope"] / epsilon, pair_slope(values) / epsilon
         by_outputs = read if abs(read - pair) <= _SAME_SLOPE * abs(pair) else math.nan
-    return by_outputs if abs(by_outputs - kept) > _SAME_SLOPE * abs(kept) else kept
+    return by_outputs if abs(by_outputs - kept) > share * abs(kept) else kept
 
 
 def _finite_difference(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
@@ -217,6 +220,15 @@ def _with_slope(one: Estimate, values: Numbers, rounding: Rounding) -> Estimate:
     return replace(one, error=error)
 
 
+def _slope_share(values: Numbers, epsilon: float, rounding: Rounding) -> float:
+    """Return by what share the slope by the outputs may differ from gᵀd: it has the truncation of the form by them."""
+    known = {"head_slope", "outputs_slope"} & values.keys()
+    if not known or rounding.half or values.get("crossed", 1.0) > 0.0:
+        return _SAME_SLOPE
+    error = _with_slope(_kl(values, epsilon, rounding), values, rounding).error
+    return min(_SAME_SLOPE, max(_ALIKE["kl"], 3.0 * error))
+
+
 def loss_descent(
     values: Numbers, epsilon: float, rounding: Rounding, pair: Estimate | None
 ) -> tuple[float, bool, bool]:
@@ -229,7 +241,8 @@ def loss_descent(
     kept = values["descent"]
     exact = _exact_descent(values)
     by_outputs = values["head_slope"] / epsilon if "head_slope" in values else None
-    loss = _differentiated(values, epsilon, kept)
+    share = _slope_share(values, epsilon, rounding)
+    loss = _differentiated(values, epsilon, kept, share)
     changed, slope = False, kept
     if pair is not None and pair.model is not None and math.isfinite(pair.quadratic):
         slope = pair_slope(values) / epsilon
@@ -242,7 +255,7 @@ def loss_descent(
         return exact, True, not changed
     if by_outputs is not None:
         rounded = 3.0 * rounding.loss_deviation(values) / epsilon
-        same = abs(kept - by_outputs) <= _SAME_SLOPE * abs(by_outputs) + rounded
+        same = abs(kept - by_outputs) <= share * abs(by_outputs) + rounded
         return (kept, True, not changed) if same else (by_outputs, False, not changed)
     return (slope, False, True) if changed else (loss, loss == kept, True)
 

@@ -106,7 +106,8 @@ class DirectionalMeasurement:
             result = result.with_reason([name], str(error))
             values = {key: value for key, value in values.items() if not key.startswith(name)}
             failed(error)
-        return self._conclude(result, start | values)
+        result = self._conclude(result, start | values)
+        return self.measure(trainer, window, failure, fail) if self._reading.look_again() else result
 
     def _lost(self, reason: str, **known: float) -> DirectionalResult:
         return DirectionalResult(self.estimators, **known).with_reason(self.estimators, reason)  # type: ignore[arg-type]

@@ -75,6 +75,8 @@ class Window:
 
         The first time in a fit the first record is evaluated once more, and must have the same loss.
         """
+        if self.base:
+            return
         expected, kinks = self._rehearse(repeat and not self.objective.compiled), self.objective.kinks
         kinks.repeated = self._repeated = repeat = repeat or kinks.repeated
         if repeat:

@@ -35,7 +35,7 @@ class Reading:
         self._options = options
         self.estimators: Sequence[str] = options.estimators
         self.model: OutputModel | None = None
-        self.headed = self.doubtful = self.waiting = self._settled = self._first = False
+        self.headed = self.doubtful = self.waiting = self._looked = self._settled = self._first = False
         self.unread = ""
         self.rounding: Rounding | None = None
 
@@ -67,26 +67,29 @@ class Reading:
             eps = torch.finfo(record.loss_dtype or base.loss.dtype).eps
             self.rounding = Rounding(dtype, roundoff, eps / 2.0, *floors, list(*learned[4:]))
             if self.rounding.half and "kl" in self.estimators and "finite_difference" not in self.estimators:
-                warn(
-                    "in half precision rounding hides 'kl' by itself: add 'finite_difference', which makes it "
-                    "symmetric, or give probe_precision='32-true'."
-                )
+                remedy = "add 'finite_difference', which makes it symmetric, or give probe_precision='32-true'"
+                warn(f"in half precision rounding hides 'kl' by itself: {remedy}.")
         elif self.model is not None and base.outputs is not None:
             self.model = confirm(self.model, base.outputs, record.batch, base.loss, likelihood, base.mask)
         likely = self.model is not None and self.model.reproduced and (self._settled or not self.doubtful)
-        read = self.model is not None and (likely or likelihood != "auto") and not self.headed
+        named = self.model is not None and not self.model.reproduced and likelihood != "auto"
+        read = (likely or named) and not self.headed
         if needing and not read and not self.unread:
             if window.together and window.objective.cut is None:
                 self.waiting, self._first = True, first or self._first
             else:
                 self._take_head(window, lambda: head.take(window), first)
         window.model = None if self.headed else self.model
-        if needing and self.model is not None and not self.model.reproduced and likelihood != "auto":
-            warn(
-                f"the loss is not the mean {self.model.likelihood} negative log-likelihood of the outputs (label "
-                f"smoothing, weights, an ignored class or a penalty?): {needing} leave out what differs. Where that "
-                "matters, leave likelihood= out."
-            )
+        if needing and named:
+            but = f"{needing} leave out what differs. Where that matters, leave likelihood= out."
+            why = "(label smoothing, weights, an ignored class or a penalty?)"
+            warn(f"the loss is not the mean {likelihood} negative log-likelihood of the outputs {why}: {but}")
+
+    def look_again(self) -> bool:
+        """Whether to measure the same step once more, now by the head: at the first doubt of a fit, on all ranks."""
+        again = self.doubtful and not self.headed and not self._looked
+        self._looked |= again
+        return again
 
     def take_head_together(self, trainer: pl.Trainer, window: Window) -> None:
         """Cut off the head of the loss on all ranks, or on none: its forwards gather parameters; one collective."""
