@@ -38,12 +38,13 @@ class ProbeLoss:
         mode: "train" leaves the module as it trains, "eval" switches it.
 
     Attributes:
+        mode: as given.
         second: what the fit has learned of second derivatives.
         gathers: what it has learned of the gatherings of sharded parameters.
     """
 
     def __init__(self, trainer: pl.Trainer, objective: StepObjective, precision: Precision, mode: ProbeMode) -> None:
-        self._trainer, self._objective, self._precision = trainer, objective, precision
+        self._trainer, self._objective, self._precision, self.mode = trainer, objective, precision, mode
         if mode == "eval":
             objective.module.eval()
         self._state, self.second, self.gathers = objective.state(), objective.second, objective.gathers

@@ -23,6 +23,8 @@ from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch, 
 
 # Reordered sums differ by a few units in float32's seventh digit; half precision by more, so it takes the slower way.
 _AGREEMENT = 1e-5
+# Sizes of a batch that a step may ask for where it does not take one sample: pairs, and the micro-batch's usual eight.
+_COPIES = (2, 8)
 
 
 def equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
@@ -69,7 +71,28 @@ class SampleBatch:
 
     def one(self, index: int) -> Tensor:
         """Return the loss of one sample."""
-        return self._loss.loss_of(self._singles[index], self._seeds[index])
+        try:
+            return self._loss.loss_of(self._singles[index], self._seeds[index])
+        except Exception as error:
+            if not self._fails_alone(index):
+                raise
+            got = f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
+            remedy = "give objective= the loss of a single sample"
+            if self._loss.mode == "train":
+                remedy += ", or probe_mode='eval' for layers that normalize by the batch"
+            raise ValueError(
+                "training_step must take a batch of one where samples are evaluated one at a time, got "
+                f"{got} for one alone and none for several: {remedy}."
+            ) from error
+
+    def _fails_alone(self, index: int) -> bool:
+        """Return whether the step takes a sample, which it did not take, where the batch has it several times."""
+        single, seed = self._singles[index], self._seeds[index]
+        for copies in _COPIES:
+            with torch.no_grad(), contextlib.suppress(Exception):
+                SampleBatch(self._loss, [single] * copies, [seed] * copies).whole()
+                return True
+        return False
 
     def losses(self, batched: bool, parameters: Sequence[Tensor] = (), copies: Sequence[Tensor] = ()) -> Tensor:
         """Return the loss of each sample, (n,); where batched, each at its copy of some parameters."""

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_curvature import StabilizationMonitor
+from lightning_curvature import NoiseCovarianceMonitor, StabilizationMonitor
 from lightning_curvature.data.ordered import read_ordered_samples
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.samples import SampleLosses, equal_up_to_rounding
 from lightning_curvature.replay.isolation import attached
 from lightning_curvature.replay.objective import StepObjective
-from tests.helpers.runs import Classifier, make_trainer, mlp
+from tests.helpers.runs import Classifier, make_trainer, mlp, warned
 from tests.oracles.sample_growth import order_of
 
 COUNT = 11
@@ -206,3 +206,62 @@ def test_a_nan_of_one_sample_is_seen() -> None:
     assert math.isnan(
         monitor.evaluate(Classifier(mlp(3, 4).double(), lambda m: None), loader, make_trainer()).rows[0].value
     )
+
+
+def even(module: Any, batch: Any) -> Tensor:
+    if len(batch[0]) % 2:
+        raise AssertionError  # as an assert statement does, which pytest adds words to
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def halves(module: Any, batch: Any) -> Tensor:
+    first, second = module(batch[0]).view(8, -1).chunk(2)
+    return F.mse_loss(first, second)
+
+
+def contrastive(module: Any, batch: Any) -> Tensor:
+    first, second = F.normalize(module(batch[0])).chunk(2)
+    return F.cross_entropy(first @ second.T, torch.arange(len(first)))
+
+
+def of_eight(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]).view(8, 4), batch[1])
+
+
+NOT_ALONE: dict[str, tuple[Callable[[Any, Any], Tensor] | None, str]] = {
+    "even": (even, "AssertionError for one"),
+    "halves": (halves, "RuntimeError (shape '[8, -1]' is invalid"),
+    "pairs": (contrastive, "ValueError (not enough values"),
+    "of eight": (of_eight, "RuntimeError (shape '[8, 4]' is invalid"),
+    "normalized": (None, "ValueError (Expected more than 1 value per channel"),
+}
+ALONE: dict[str, Callable[..., Any]] = {
+    "stabilization": lambda **o: StabilizationMonitor(sample_sizes=2, candidates=2, subspace_dim=1, **o),
+    "kronecker": lambda **o: NoiseCovarianceMonitor(parameter="network.0.weight", **o),
+    "general": lambda **o: NoiseCovarianceMonitor(parameter="network.0.bias", **o),
+}
+
+
+@pytest.mark.parametrize("which", ALONE)
+@pytest.mark.parametrize("kind", NOT_ALONE)
+@pytest.mark.thinned(3)
+def test_a_step_that_takes_no_sample_alone_is_told_so(kind: str, which: str) -> None:
+    """With the error that it raised and what to do; a step that fails for any batch has its own error alone."""
+    step, got = NOT_ALONE[kind]
+    module = classifier(*([] if step else [nn.BatchNorm1d(5)]), step=step)
+    follow = ALONE[which](at_end=True, probe_mode="eval" if step else "train")
+    data = DataLoader(vectors(), batch_size=8, drop_last=True)
+    said = [m for m in warned(lambda: make_trainer(follow).fit(module, data)) if "logs NaN" in m]
+    assert len(said) == 1
+    assert f"training_step must take a batch of one where samples are evaluated one at a time, got {got}" in said[0]
+    assert "give objective= the loss of a single sample" in said[0]
+    assert ("probe_mode='eval'" in said[0]) == (step is None)
+
+    def broken(module: Any, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise LookupError("broken")
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    module = classifier(step=broken)
+    said = [m for m in warned(lambda: make_trainer(follow).fit(module, data)) if "logs NaN" in m]
+    assert said == [f"{type(follow).__name__} logs NaN: LookupError: broken"]
