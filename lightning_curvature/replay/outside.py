@@ -89,7 +89,7 @@ class _Names(NamedTuple):
     created: frozenset[str] = frozenset()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2**15)  # more than one walk meets
 def _names(code: types.CodeType) -> _Names:
     """Return the names in code of the user's; none of other code."""
     if not _is_own(code.co_filename):

@@ -48,15 +48,59 @@ CODE = """
             return [steps, list(seen), dict(table), Store.total, list(Store.names), self.shared, settings.level]
 """
 
+# On the path and not installed: a registry of functions and tables, which name each other.
+PACKAGE = """
+    REGISTRY, TABLE = {}, {}
+    for number in range(20_000):
+        TABLE[number] = [number, {"a": number}]
+        exec(f"def f{number}(): return REGISTRY, TABLE, f{number + 1}", globals())
+        REGISTRY[number] = globals()[f"f{number}"]
+    REGISTRY["get"] = lambda: len(TABLE)
+"""
+
+
+STEP = """
+    import package
+
+    count, deep = 0, [[[0]]]
+
+    class Module:
+        def step(self):
+            package.REGISTRY[0], package.TABLE
+            return inner()
+
+    def inner():
+        global count
+        count += 1
+        deep[0][0][0] += 1
+        return [count, [[list(deep[0][0])]], farther()]
+
+    def farther():
+        return farthest()
+
+    def farthest():
+        State.total += 1
+        return State.total
+
+    class State:
+        total = 0
+"""
+
 
 @pytest.fixture
-def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Modules in files of the user's."""
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the path, whose modules are the user's."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "settings.py").write_text("level, marks = 3, []\n")
-    (tmp_path / "user_code.py").write_text("from torch.nn import Module as Base\n" + textwrap.dedent(CODE))
-    monkeypatch.delitem(__import__("sys").modules, "settings", raising=False)
-    monkeypatch.delitem(__import__("sys").modules, "user_code", raising=False)
+    for name in ("settings", "user_code", "package"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def user(path: Path) -> Any:
+    """Modules in files of the user's."""
+    (path / "settings.py").write_text("level, marks = 3, []\n")
+    (path / "user_code.py").write_text("from torch.nn import Module as Base\n" + textwrap.dedent(CODE))
     return __import__("user_code")
 
 
@@ -92,3 +136,18 @@ def test_constants_of_a_class_are_not_set_where_they_have_not_changed() -> None:
 
     Frozen = Meta("Frozen", (), {"level": 1, "names": []})
     Snapshot([Frozen(), types.SimpleNamespace(one=Frozen)]).restore()
+
+
+def test_a_large_package_on_the_path_is_not_walked_through(path: Path) -> None:
+    """What the step's own code names comes back beside it, at any depth; the walk has a bound."""
+    (path / "package.py").write_text(textwrap.dedent(PACKAGE))
+    (path / "user_code.py").write_text(textwrap.dedent(STEP))
+    user = __import__("user_code")
+    module = user.Module()
+    saved: list[Any] = []
+    first = Snapshot([module], prepare=saved.append)
+    assert len(saved) < 10_000  # of 60 000
+    once = module.step()
+    assert once == [1, [[[1]]], 1]
+    first.restore()
+    assert module.step() == once
