@@ -84,6 +84,11 @@ def _is_table(name: str, value: Any) -> bool:
     return isinstance(value, dict) and (name == "_parameters" or name.endswith("_hooks"))
 
 
+def _tables(root: Any) -> Iterator[dict[str, Any]]:
+    for module in root.modules() if isinstance(root, nn.Module) else ():
+        yield from (value for name, value in vars(module).items() if _is_table(name, value))
+
+
 class Snapshot:
     """Everything that is reachable from some objects: attributes, elements, variables, tensors, random generators.
 
@@ -122,6 +127,10 @@ class Snapshot:
         self._code: list[Any] = []  # whose surroundings are still to be looked at
         self._last: list[Any] = []
         self._looked, self._most = 0, math.inf
+        roots = list(roots)
+        # Others may hold these tables too (torch, of a compiled layer), where a measurement replaces parameters.
+        for root in roots if not whole else ():
+            self.seen |= {id(table): table for table in _tables(root)}
         objects.walk(roots, self._visit, self.seen)
         self._look_outside()
 

@@ -16,9 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lightning_curvature import CurvatureWarning
 from tests.compatibility.monitors import MONITORS
 from tests.helpers.manual import Manual, momentum
-from tests.helpers.runs import Batch, Classifier, MakeOptimizer, classification, rows
+from tests.helpers.runs import Batch, Classifier, MakeOptimizer, classification, mlp, rows, run
 from tests.helpers.witness import ALL, FORWARD_ONLY, LAMBDAS, Record, Witness, assert_same, copies, watch
-from tests.oracles.along_step import DIFFERENCE, EXACT
+from tests.oracles.along_step import DIFFERENCE, EXACT, monitors
 
 # BatchNorm couples samples; and torch's counter of operations hooks modules.
 pytestmark = [
@@ -216,3 +216,21 @@ def test_exact_products_of_another_loss_are_refused(estimator: str) -> None:
         watched, _ = fit(whole, monitor, kind=Otherwise)
     assert all(math.isnan(value) for value in watched.curve(LAMBDAS[estimator]))
     assert all(math.isfinite(value) for value in watched.curve("lambda_fd"))
+
+
+def test_layers_that_are_compiled_by_themselves() -> None:
+    """Torch holds the table of a compiled layer's parameters elsewhere too: all derivatives are by these parameters."""
+
+    def values(compile_layers: bool) -> list[dict[str, float]]:
+        torch._dynamo.reset()
+        layers = mlp(4, 5, 3)
+        if compile_layers:
+            layers = nn.Sequential(*(torch.compile(layer, backend="eager") for layer in layers))
+        outcome = run(Quiet(layers, momentum), classification(3), *monitors())
+        return [row for prefix in ("curvature", "pair") for row in rows(outcome.capture, prefix).values()]
+
+    for compiled_row, eager_row in zip(values(True), values(False), strict=True):
+        for key in LAMBDAS.values():
+            if key in eager_row:
+                tolerance = EXACT if key in ("lambda_dir", "lambda_gn") else DIFFERENCE
+                assert compiled_row[key] == pytest.approx(eager_row[key], rel=tolerance), key

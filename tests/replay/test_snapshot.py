@@ -238,3 +238,15 @@ def test_an_attribute_that_is_named_like_a_table_of_hooks(value: Any) -> None:
         value.append(2)
         state.restore()
         assert value == [1]
+
+
+def test_a_table_of_parameters_that_others_hold_too_stays_as_it_was_replaced() -> None:
+    """A step that is repeated computes with the parameters that a measurement has put there."""
+    module = nn.Linear(2, 2)
+    module.held = [module._parameters]  # type: ignore[assignment]
+    before, replacement = module.weight, torch.zeros(2, 2)
+    state = Snapshot([nn.Sequential(module)], whole=False)
+    module._parameters["weight"] = replacement  # type: ignore[assignment]
+    state.restore()
+    assert module._parameters["weight"] is replacement
+    module._parameters["weight"] = before
