@@ -199,6 +199,10 @@ def main() -> None:
         "Distance: |λ/λ₆₄ − 1|, λ₆₄ by automatic differentiation in float64 along the actual step (λ_KL and λ_GN",
         "against dᵀGd, the others against dᵀHd). NaN: number of steps without a value. Last column: ninth decile of",
         "the true distance over the logged error.",
+        "",
+        "Through the head of a loss in bf16 (`tests/directional/test_head_precision.py`: three networks with focal,",
+        "Brier, class weights and label smoothing, 24 steps each) the logged error covers the true one, with median",
+        "logged over true error: bf16-mixed λ_KL 96 % (5.2), λ_GN 97 % (7.7); bf16-true λ_KL 92 % (3.6), λ_GN 98 % (5.8).",
     ]
     for precision, estimators in CASES:
         lines += ["", f"## {precision}, estimators {', '.join(estimators)}", ""]

@@ -152,6 +152,10 @@ def _kl(values: Numbers, epsilon: float, rounding: Rounding) -> Estimate:
     # Two outputs with noise n are halved in the pair's difference, and not in the other.
     variance = (1.0 if symmetric else 4.0) * rounding.outputs_variance(values)
     crossed = math.sqrt(2.0 * variance / signal * _CONCENTRATION / max(values["positions"], _CONCENTRATION))
+    if "crossing" in values:
+        # Twice the deviation of 2uᵀ(∇²ℓ)n: a form that is not convex cancels, and its share of rounding is larger.
+        direct = math.sqrt(2.0 if symmetric else 8.0) * rounding.unit * values["crossing"] / signal
+        crossed = max(crossed, 2.0 * direct)
     noise, weight = 0.5 * variance / signal, _KL_WEIGHT[rounding.half]
     if symmetric:
         truncation = _SYMMETRIC_TRUNCATION * _excess(values, rounding)

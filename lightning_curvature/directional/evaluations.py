@@ -36,7 +36,7 @@ def names(estimators: Collection[str], have_outputs: bool, headed: bool) -> list
         numbers += ["loss_minus", "twice_divergence", "departure"]
     if have_outputs:
         numbers += ["gauss_newton_slope"] if "gauss_newton" in estimators else []
-        numbers += ["head_slope" if headed else "outputs_slope"] if along else []
+        numbers += (["head_slope", "crossing"] if headed else ["outputs_slope"]) if along else []
     return numbers + ([*_ROUNDED] if have_outputs and (along or not headed) else [])
 
 

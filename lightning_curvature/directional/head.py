@@ -100,7 +100,8 @@ def _loss(window: Window, index: int, points: list[Tensor]) -> Tensor:
 def derivatives(window: Window, index: int, changes: Sequence[Change], higher: bool) -> tuple[Values, list[Tensor]]:
     """Return first and second derivatives of one record's loss along changes of its outputs, and ∂ℓ/∂z.
 
-    To be called at θ_t. Third and fourth ones, along the first change, with ``higher``; 0 where the loss has none.
+    To be called at θ_t. With ``higher`` third and fourth ones, along the first change, 0 where the loss has none, and
+    "crossing": the root mean square of uᵀ(∇²ℓ)n, u the first change and n independent errors as large as the outputs.
     """
     points = [z.detach().requires_grad_() for z in _points(window, index)]
     wide = torch.promote_types(points[0].dtype, torch.float32)
@@ -118,11 +119,26 @@ def derivatives(window: Window, index: int, changes: Sequence[Change], higher: b
         second = torch.stack([_along(first[i], t, i, higher and i == 0) for i in range(len(changes))])
         values = {"first": first.detach(), "second": second.detach()}
         if higher:
+            values["crossing"] = _crossing(first[0], points)
             values |= dict.fromkeys(("third", "fourth"), torch.zeros_like(loss.detach()))
             with contextlib.suppress(RuntimeError):  # some functions have two derivatives and no more
                 third = _along(second[0], t, 0, graph=True)
                 values |= {"third": third.detach(), "fourth": _along(third, t, 0, graph=False).detach()}
     return values, [part.detach() for part in gradient]
+
+
+def _crossing(slope: Tensor, points: Sequence[Tensor]) -> Tensor:
+    """Return √Σ((∇²ℓ)u)²z² over positions and components, from the derivative of the loss along u."""
+    if slope.grad_fn is None:
+        return torch.zeros_like(slope.detach(), dtype=torch.float64)
+    pulled = torch.autograd.grad(slope, points, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return _squares(pulled, points).sqrt()
+
+
+def _squares(gradient: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    """Return the sum over all components of the squares of a gradient times the size of its position's outputs."""
+    pairs = zip(gradient, outputs, strict=True)
+    return torch.stack([(g * _size(z)).detach().double().square().sum() for g, z in pairs]).sum()
 
 
 def _check(window: Window) -> None:
@@ -161,6 +177,7 @@ def pair(window: Window, plus: Sequence[Change], minus: Sequence[Change]) -> Val
                 "third": values["third"],
                 "fourth": values["fourth"],
                 "head_slope": values["first"][0],
+                "crossing": values["crossing"],
             }
             | _noise(base, gradient, noise)
         )
@@ -176,7 +193,8 @@ def one_sided(window: Window, minus: Sequence[Change]) -> Values:
         values, gradient = derivatives(window, index, [change, _rounded(base)], higher=True)
         signal, noise = values["second"]
         rows.append(
-            {"twice_divergence": signal, "departure": values["third"].abs(), "head_slope": values["first"][0]}
+            {"twice_divergence": signal, "departure": values["third"].abs()}
+            | {"head_slope": values["first"][0], "crossing": values["crossing"]}
             | _noise(base, gradient, noise)
         )
     return _totals(window, rows)
@@ -197,7 +215,7 @@ def _size(outputs: Tensor) -> Tensor:
 def _noise(outputs: Sequence[Tensor], gradient: Sequence[Tensor], noise: Tensor) -> Values:
     """Return what rounding errors as large as the outputs do to the quadratic form and to the loss."""
     positions = sum(z.numel() // (z.shape[-1] if z.ndim > 1 else 1) for z in outputs)
-    loss = torch.stack([(g * _size(z)).double().square().sum() for z, g in zip(outputs, gradient, strict=True)]).sum()
+    loss = _squares(gradient, outputs)
     return {
         "noise_gain": noise.abs(),
         "spread_gain": noise.abs(),
