@@ -202,7 +202,8 @@ def main() -> None:
         "",
         "Through the head of a loss in bf16 (`tests/directional/test_head_precision.py`: three networks with focal,",
         "Brier, class weights and label smoothing, 24 steps each) the logged error covers the true one, with median",
-        "logged over true error: bf16-mixed λ_KL 96 % (5.2), λ_GN 97 % (7.7); bf16-true λ_KL 92 % (3.6), λ_GN 98 % (5.8).",
+        "logged over true error: bf16-mixed λ_KL 96 % (5.2), λ_GN 97 % (7.7); bf16-true λ_KL 92 % (3.6), λ_GN 98 %",
+        "(5.8).",
     ]
     for precision, estimators in CASES:
         lines += ["", f"## {precision}, estimators {', '.join(estimators)}", ""]
