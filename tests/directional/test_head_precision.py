@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.directional.test_precision import Attending, convolving, digits
+from tests.helpers.digits import Attending, convolving, digits
 from tests.helpers.runs import Classifier, Step, mlp, run
 
 WEIGHT = torch.linspace(0.3, 2.0, 10)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from tests.helpers.digits import Attending, convolving, digits
 from tests.helpers.directional import SINGLE
-from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp, run
+from tests.helpers.runs import Classifier, MakeOptimizer, mlp, run
 from tests.oracles.along_line import classification_reference
 
 KEYS = {"hvp": "lambda_dir", "gauss_newton": "lambda_gn", "kl": "lambda_kl", "finite_difference": "lambda_fd"}
@@ -36,8 +36,6 @@ SETTINGS = {
     "momentum": Setting(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), 64, 300),
     "adam": Setting(lambda m: torch.optim.Adam(m.parameters(), lr=2e-3), 64, 400),
 }
-# Of the full batch. A mean over fewer samples has no less rounding.
-SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -47,17 +45,6 @@ class Row:
     distance: float
     reported: float
     loss: float
-
-
-def digits(batch_size: int | None, steps: int) -> list[Batch]:
-    data = load_digits()
-    x, y = torch.tensor(data.data, dtype=torch.float32) / 16.0, torch.tensor(data.target)
-    if batch_size is None:
-        return [(x[:SAMPLES], y[:SAMPLES])] * steps
-    generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(x), generator=generator).split(batch_size)[:-1] for _ in range(steps)]
-    indices = [index for order in orders for index in order][:steps]
-    return [(x[index], y[index]) for index in indices]
 
 
 @cache
@@ -153,25 +140,6 @@ def test_float32_evaluations_of_a_bf16_run() -> None:
         scale = row["curvature/descent"] * step.lr**2
         assert row["curvature/lambda_kl"] * scale == pytest.approx(truth.gauss_newton, rel=SINGLE["kl"])
         assert row["curvature/lambda_fd"] * scale == pytest.approx(truth.hessian, rel=SINGLE["finite_difference"])
-
-
-class Attending(nn.Module):
-    """Attention over the rows of a digit, a residual, the mean over rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mix, self.head = nn.Linear(8, 16), nn.Linear(16, 48), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.embed(x.view(-1, 8, 8))
-        q, k, v = self.mix(rows).chunk(3, dim=-1)
-        rows = rows + torch.softmax(q @ k.mT / 4.0, dim=-1) @ v
-        return self.head(nn.functional.gelu(rows).mean(1))
-
-
-def convolving() -> nn.Module:
-    first = (nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.AvgPool2d(2))
-    return nn.Sequential(*first, nn.Conv2d(8, 12, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(192, 10))
 
 
 @pytest.mark.parametrize("make", [Attending, convolving])
