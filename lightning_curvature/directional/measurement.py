@@ -23,7 +23,7 @@ from lightning_curvature.functional import choose_epsilon
 from lightning_curvature.reporting.loggers import warn
 
 # Numbers that the ranks exchange before evaluations along the step.
-_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed", "waiting", "hidden")
+_START = ("loss", "descent", "squared_norm", "squared_size", "modelled", "headed", "waiting", "unread", "hidden")
 
 
 class DirectionalMeasurement:
@@ -93,6 +93,8 @@ class DirectionalMeasurement:
             self.begin()  # and look again at the next step
             failed(RuntimeError("the outputs, or the likelihood of the loss, are known on some of the ranks only"))
             return self._lost(reasons[0], norm=norm, lr=lr)
+        if start["unread"]:
+            self._reading.leave_unread("that of another rank cannot be read; see its log")
         if start["waiting"]:
             self._reading.take_head_together(trainer, window)
         # Not before all ranks have a model: the distance is remembered, and must be the same on all of them.
@@ -129,7 +131,7 @@ class DirectionalMeasurement:
         size = {"squared_size": update.squared_size()} if math.isnan(self._distance) else {}
         reading = self._reading
         flags = {"modelled": reading.have_outputs, "headed": reading.headed, "waiting": reading.waiting}
-        flags["hidden"] = window.hidden
+        flags |= {"unread": bool(reading.unread), "hidden": window.hidden}
         return values | size | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
     def _choose_epsilon(self, norm: float, start: Numbers) -> float:

@@ -13,7 +13,7 @@ from lightning_curvature.directional.likelihood import OutputModel, confirm, ide
 from lightning_curvature.directional.options import NEED_OUTPUTS, DirectionalOptions
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.rounding import Floor, Rounding, forward_roundoff
-from lightning_curvature.distributed.together import together
+from lightning_curvature.distributed.together import is_mistake, together
 from lightning_curvature.replay.recording import OUTPUTS_REMEDY
 from lightning_curvature.reporting.loggers import warn
 
@@ -101,9 +101,10 @@ class Reading:
         def take() -> None:
             try:
                 together(trainer, make, {}, "cutting off the head of the loss")
-            except Exception:
+            except Exception as error:
                 window.objective.cut = None
-                raise
+                # Of a kind that all ranks take alike.
+                raise error if is_mistake(error) else RuntimeError(str(error)) from None
 
         first, self._first, self.waiting = self._first, False, False
         self._take_head(window, take, first)
@@ -111,7 +112,6 @@ class Reading:
 
     def _take_head(self, window: Window, take: Callable[[], None], first: bool) -> None:
         """Cut off the head of a loss of no likelihood; where that is not to be had, its estimators have no values."""
-        needing = [name for name in self.estimators if name in NEED_OUTPUTS]
         try:
             take()
             self.headed = True
@@ -123,13 +123,19 @@ class Reading:
             if self.model is None:
                 if not first:
                     raise
-                self._go_without_outputs(needing, window.base[0].outputs is not None, error)
+                self._go_without_outputs(window.base[0].outputs is not None, error)
                 return
-            self.unread = f"the loss is no likelihood that the batch suggests, and no function of outputs: {error}"
-            warn(f"{needing} must belong to the loss that is trained: {self.unread}. Logging NaN.")
+            self.leave_unread(f"the loss is no likelihood that the batch suggests, and no function of outputs: {error}")
 
-    def _go_without_outputs(self, needing: list[str], have_outputs: bool, error: Exception) -> None:
+    def leave_unread(self, reason: str) -> None:
+        """From now on have no values of the estimators that need the outputs, on all ranks."""
+        if not self.unread:
+            self.unread, needing = reason, [name for name in self.estimators if name in NEED_OUTPUTS]
+            warn(f"{needing} must belong to the loss that is trained: {reason}. Logging NaN.")
+
+    def _go_without_outputs(self, have_outputs: bool, error: Exception) -> None:
         """Go on without the estimators that need the outputs; raise where there are no others."""
+        needing = [name for name in self.estimators if name in NEED_OUTPUTS]
         reason = (
             f"{needing} need the likelihood of the loss, which likelihood='auto' could not read off the batch: name "
             f"it, likelihood='categorical', 'gaussian' or 'bernoulli' ({error})"
