@@ -1,16 +1,19 @@
 """The update that an optimizer would make with another gradient, without a trace."""
 
 import contextlib
+import copy
+import functools
 import importlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -97,19 +100,23 @@ class TrialSteps:
             MisconfigurationException: if something that the optimizer holds can neither be put back nor copied, or if
                 its step fails (an optimizer that asserts a closure, or takes none but sparse gradients).
         """
+        with self._undone():
+            self._step(gradient)
+            after = self._space.pack([local(p) for p in self._parameters])
+        return self._space.add_(after.neg_(), [local(p) for p in self._parameters], 1.0)
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call code of the optimizer: where that fails, and it alone, the optimizer is not one for trial steps."""
         try:
-            with self._undone():
-                self._step(gradient)
-                after = self._space.pack([local(p) for p in self._parameters])
-        except torch.OutOfMemoryError:
-            raise
+            return function(*args)
         except Exception as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(error):
+                raise
             raise MisconfigurationException(
                 "optimizer must be one whose state can be put back and which steps on dense gradients alone, got "
                 f"{type(self._optimizer).__name__} ({type(error).__name__}: {error}): train with another optimizer, or "
                 "leave 'lambda_gen' out."
             ) from error
-        return self._space.add_(after.neg_(), [local(p) for p in self._parameters], 1.0)
 
     @contextlib.contextmanager
     def _undone(self) -> Generator[None, None, None]:
@@ -126,7 +133,8 @@ class TrialSteps:
                 put_back_at_exit(stack, RandomState(device).restore)
             stack.enter_context(without_gradients(everywhere))
             stack.enter_context(without_hooks(tables))
-            stack.enter_context(restored([self._optimizer, *self._held], spared, _silence))
+            copied = functools.partial(self._call, copy.deepcopy)
+            stack.enter_context(restored([self._optimizer, *self._held], spared, _silence, copied))
             for device in devices - {torch.device("cpu")}:
                 # A step may still be writing on a stream of its own. torch.mps has one device and takes no argument.
                 stack.callback(getattr(torch, device.type).synchronize, *(() if device.type == "mps" else (device,)))
@@ -139,7 +147,7 @@ class TrialSteps:
             local(p.grad).copy_(values)
         self._clip()
         with torch.enable_grad():  # as in training: steps that need it off turn it off
-            self._optimizer.step()
+            self._call(self._optimizer.step)
         for p in self._parameters:
             p.grad = None
 

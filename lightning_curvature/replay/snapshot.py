@@ -127,9 +127,13 @@ class Snapshot:
         self._code: list[Any] = []  # whose surroundings are still to be looked at
         self._last: list[Any] = []
         self._looked, self._most = 0, math.inf
+        self.save(roots)
+
+    def save(self, roots: Iterable[Any]) -> None:
+        """Save these objects too, with all that is reachable from them."""
         roots = list(roots)
         # Others may hold these tables too (torch, of a compiled layer), where a measurement replaces parameters.
-        for root in roots if not whole else ():
+        for root in roots if not self._whole else ():
             self.seen |= {id(table): table for table in _tables(root)}
         objects.walk(roots, self._visit, self.seen)
         self._look_outside()
@@ -233,24 +237,29 @@ def _restore_names(table: dict[str, Any], before: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def restored(
-    roots: Iterable[Any], passed: Iterable[Any] = (), prepare: Callable[[Any], object] = lambda value: None
+    roots: Iterable[Any],
+    passed: Iterable[Any] = (),
+    prepare: Callable[[Any], object] = lambda value: None,
+    copied: Callable[[Any, dict[int, Any]], Any] = copy.deepcopy,
 ) -> Generator[None, None, None]:
     """Put all objects within reach of the roots back at the end of the block, in place, also after an error.
 
     An object that cannot be written in place, such as an iterator, is replaced by a deep copy inside the block where a
-    list, a dict or an attribute holds it, and left alone elsewhere. Arguments are those of :class:`Snapshot`.
+    list, a dict or an attribute holds it, and left alone elsewhere. Arguments are those of :class:`Snapshot`, and
+    ``copied``, which makes the deep copy.
 
     Raises:
-        Exception: that of ``copy.deepcopy``, for an object that can neither be written in place nor copied.
+        Exception: that of ``copied``, for an object that can neither be written in place nor copied.
     """
-    snapshot = Snapshot(roots, prepare=prepare, passed=passed)
+    snapshot = Snapshot((), prepare=prepare, passed=passed)
     with contextlib.ExitStack() as stack:
         objects.put_back_at_exit(stack, snapshot.restore)
-        _replace(set(snapshot.closed), snapshot.seen)
+        snapshot.save(roots)  # ``prepare`` changes them: from here on whatever fails puts them back
+        _replace(set(snapshot.closed), snapshot.seen, copied)
         yield
 
 
-def _replace(closed: set[int], seen: dict[int, Any]) -> None:
+def _replace(closed: set[int], seen: dict[int, Any], copied: Callable[[Any, dict[int, Any]], Any]) -> None:
     """Put deep copies of the closed objects in their places; they share all other objects with them."""
     memo = {key: value for key, value in seen.items() if key not in closed}
     holders: list[Any] = (
@@ -260,4 +269,4 @@ def _replace(closed: set[int], seen: dict[int, Any]) -> None:
         if isinstance(holder, (list, deque, dict)):
             for key, value in [*(holder.items() if isinstance(holder, dict) else enumerate(holder))]:
                 if id(value) in closed:
-                    holder[key] = copy.deepcopy(value, memo)
+                    holder[key] = copied(value, memo)

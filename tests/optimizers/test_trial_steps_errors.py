@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import linecache
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_curvature.optimizers.trial_steps import TrialSteps
+from tests.helpers.faults import Fault, Tracer
 from tests.helpers.runs import make_trainer
 from tests.helpers.trial_steps import Hoarder, Lookahead, Make, Plain, Run, fingerprint
 
@@ -71,6 +75,43 @@ class Locked(Plain):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr)
         self.lock = threading.Lock()
+
+
+class Huge(Plain):
+    def step(self, closure: Any = None) -> None:
+        torch.empty(2**60)
+
+
+def test_a_lack_of_memory_on_a_cpu_neither(trainer: pl.Trainer) -> None:
+    run = Run(Huge, 0)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        TrialSteps(trainer, run.optimizer, run.parameters).update_for(run.gradient(1))
+
+
+def test_no_fault_of_ours_is_the_optimizer_s(trainer: pl.Trainer) -> None:
+    """A fault at any line, once, leaves nothing behind, and one of the optimizer's own code alone speaks of it."""
+    run = Run(Hoarder, 1)
+    trials, gradient, before = TrialSteps(trainer, run.optimizer, run.parameters), run.gradient(1), fingerprint(run)
+
+    def traced(tracer: Tracer) -> None:
+        sys.settrace(tracer)
+        try:
+            trials.update_for(gradient)
+        finally:
+            sys.settrace(None)
+
+    clean, blamed = Tracer(), set()
+    traced(clean)
+    near = {line: count for line, count in clean.visits.items() if Path(line[0]).stem in ("trial_steps", "snapshot")}
+    for line, visit in {(line, visit) for line, count in near.items() for visit in (1, count)}:
+        try:
+            traced(Tracer((line, visit)))
+        except MisconfigurationException:
+            blamed.add(linecache.getline(*line).strip())
+        except Fault:
+            pass
+        assert fingerprint(run) == before, (line, visit)
+    assert blamed == {"return function(*args)"}
 
 
 @pytest.mark.parametrize(
