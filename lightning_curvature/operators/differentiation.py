@@ -18,13 +18,10 @@ def differentiable() -> Generator[None, None, None]:
     And fused weight normalization, whose second derivatives are wrong: they take the norms for constants.
     """
 
-    def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-    # An inherited classmethod: the outermost of nested contexts removes the attribute of the class itself again.
-    nested = "apply" in vars(CheckpointFunction)
-    CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign, assignment]
-    try:
+    with contextlib.ExitStack() as stack:
+        if "apply" not in vars(CheckpointFunction):  # inherited; of nested contexts the outermost takes it off again
+            _at_exit(stack, _checkpoint)
+            CheckpointFunction.apply = staticmethod(_run)  # type: ignore[method-assign, assignment]
         with (
             sdpa_kernel(SDPBackend.MATH),
             torch.compiler.set_stance("force_eager"),
@@ -32,9 +29,21 @@ def differentiable() -> Generator[None, None, None]:
             patched(sys.modules["torch.nn.utils.weight_norm"], _weight_norm=_weight_norm),
         ):
             yield
-    finally:
-        if not nested:
-            del CheckpointFunction.apply
+
+
+def _run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    return function(*args)
+
+
+def _checkpoint() -> None:
+    if "apply" in vars(CheckpointFunction):
+        del CheckpointFunction.apply
+
+
+def _at_exit(stack: contextlib.ExitStack, restore: Callable[..., object], *args: Any) -> None:
+    """Call a function when the stack closes, and once more, in case the first time is broken off."""
+    stack.callback(restore, *args)
+    stack.callback(restore, *args)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -51,11 +60,10 @@ def same_attention(module: nn.Module) -> Generator[None, None, None]:
         for m in module.modules()
     )
     enabled = torch.backends.mha.get_fastpath_enabled()
-    try:
+    with contextlib.ExitStack() as stack:
+        _at_exit(stack, torch.backends.mha.set_fastpath_enabled, enabled)
         torch.backends.mha.set_fastpath_enabled(enabled and not trained)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager
@@ -74,7 +82,6 @@ def patched(target: object, **attributes: Any) -> Generator[None, None, None]:
                     del namespace[name]
 
     with contextlib.ExitStack() as stack:
-        stack.callback(take_off)  # once more, where the first time is broken off
-        stack.callback(take_off)
+        _at_exit(stack, take_off)
         namespace.update(attributes)
         yield

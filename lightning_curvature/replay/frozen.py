@@ -86,8 +86,7 @@ class FrozenBut(Frozen):
 
     def __enter__(self) -> "FrozenBut":
         self._position, self.moved = -1, set[int]()
-        super().__enter__()
-        return self
+        return super().__enter__()  # type: ignore[return-value]
 
     def meet(self, name: str, arguments: dict[str, Any], run: Callable[[], Any]) -> Any:
         """Evaluate it on its side, unless it is left as it is."""

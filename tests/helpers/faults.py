@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import functools
 import linecache
+import sys
 from collections import Counter
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+
+import torch
+from torch._dynamo import eval_frame
+from torch.utils.checkpoint import CheckpointFunction
 
 import lightning_curvature
 
@@ -58,3 +63,13 @@ class Tracer:
                 self.fired = True
                 raise self.error("injected")
         return self.line
+
+
+def modes() -> Any:
+    """What a context that was left open would show in."""
+    cuda, modules = torch.backends.cuda, (torch, sys.modules["torch.nn.utils.weight_norm"])
+    kernels = [cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()]
+    stacks = [torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()]
+    replaced = ["apply" in vars(CheckpointFunction), *(one._weight_norm for one in modules)]
+    code = [eval_frame._stance.stance, torch.backends.mha.get_fastpath_enabled()]
+    return [torch.is_grad_enabled(), *kernels, *stacks, *replaced, *code]

@@ -5,24 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from torch._dynamo import eval_frame
-from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_curvature.noise import sums as noise_sums
 from lightning_curvature.noise.options import QUANTITIES
+from tests.helpers.faults import modes
 from tests.helpers.nested import Nested, everything
 from tests.helpers.noise_runs import monitor, samples
 from tests.helpers.runs import make_trainer
 from tests.helpers.traps import Boom
 from tests.helpers.witness import difference
-
-
-def modes() -> Any:
-    """What a context that was left open would show in."""
-    cuda = torch.backends.cuda
-    kernels = [cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()]
-    return [torch.is_grad_enabled(), kernels, "apply" in vars(CheckpointFunction), eval_frame._stance.stance]
 
 
 @pytest.mark.parametrize("place", ["sums", "hessian", "squares"])
