@@ -17,6 +17,7 @@ from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.operators.sides import Side
 from lightning_curvature.replay.frozen import KinkedStep
 from lightning_curvature.replay.isolation import Shelter, inert, silent
+from lightning_curvature.replay.objects import put_back_at_exit
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot
 
@@ -230,17 +231,24 @@ def recorded_through(
     monitors end a batch in the order in which they began it; and Lightning, which reads the step's arguments through
     one wrapper only, would hand ``batch_idx`` to a step that takes none.
     """
-    if id(module) not in _recorded:
-        _recorded[id(module)] = _wrapped(module)
-    step, recorders, patch = _recorded[id(module)]
-    recorders.append(recorder)
-    try:
+    with contextlib.ExitStack() as stack:
+        put_back_at_exit(stack, functools.partial(_leave, module, recorder))
+        if id(module) not in _recorded:
+            wrapped = _recorded[id(module)] = module.training_step, [], contextlib.ExitStack()
+            wrapped[2].enter_context(patched(module, training_step=_RecordedStep(wrapped)))
+        step, recorders, _ = _recorded[id(module)]
+        recorders.append(recorder)
         yield step
-    finally:
-        recorders.remove(recorder)
+
+
+def _leave(module: pl.LightningModule, recorder: Callable[..., Any]) -> None:
+    """Take a recorder off, and with the last one the wrapper."""
+    if id(module) in _recorded:
+        _, recorders, patch = _recorded[id(module)]
+        recorders[:] = [one for one in recorders if one is not recorder]
         if not recorders:
-            del _recorded[id(module)]
             patch.close()
+            del _recorded[id(module)]
 
 
 class _RecordedStep:
@@ -264,9 +272,3 @@ class _RecordedStep:
 
 def _itself(step: Callable[..., Any]) -> Callable[..., Any]:
     return step
-
-
-def _wrapped(module: pl.LightningModule) -> _Wrapped:
-    wrapped: _Wrapped = module.training_step, [], contextlib.ExitStack()
-    wrapped[2].enter_context(patched(module, training_step=_RecordedStep(wrapped)))
-    return wrapped
