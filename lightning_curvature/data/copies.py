@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_curvature.operators.differentiation import put_back_at_exit
 from lightning_curvature.replay import objects
 from lightning_curvature.replay.randomness import RandomState
 
@@ -71,7 +72,7 @@ class DataRandomness:
         for holder in (*self._generators, *self._holders):
             restorers += objects.contents(holder)
         with contextlib.ExitStack() as stack:
-            objects.put_back_at_exit(stack, functools.partial(objects.put_back, restorers))
+            put_back_at_exit(stack, functools.partial(objects.put_back, restorers))
             yield
 
     def seed(self, *key: int) -> None:

@@ -15,6 +15,7 @@ from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import NonFiniteProductError
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.operators.base import PARAMETERS, PARTS, CurvatureOperator
+from lightning_curvature.operators.differentiation import put_back_at_exit
 from lightning_curvature.operators.exact import PROCESSES
 from lightning_curvature.operators.memory import available_memory
 from lightning_curvature.operators.micro_batches import Evaluation, MicroBatch, check_graph
@@ -229,13 +230,12 @@ class GradientDifferenceOperator(CurvatureOperator):
     def _at(self, vector: Tensor, factor: float) -> Generator[None, None, None]:
         targets = [p.detach() for p in self.parameters]
         kept = [t.clone() for t in targets]
-        try:
+        with contextlib.ExitStack() as stack:
+            put_back_at_exit(stack, functools.partial(torch._foreach_copy_, targets, kept))
             for target, view in zip(targets, self.space.views(vector), strict=True):
                 target.add_(view, alpha=factor)
             with self._around():
                 yield
-        finally:
-            torch._foreach_copy_(targets, kept)
 
     def _add_gradient(self, total: Tensor, evaluate: Callable[[], Evaluation], weight: float, factor: float) -> None:
         def loss_of() -> Tensor:

@@ -1,6 +1,7 @@
 """Contexts in which a model can be differentiated twice, or runs the same code without gradients as with them."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Generator
 from typing import Any
@@ -17,10 +18,9 @@ def differentiable() -> Generator[None, None, None]:
 
     And fused weight normalization, whose second derivatives are wrong: they take the norms for constants.
     """
-
     with contextlib.ExitStack() as stack:
         if "apply" not in vars(CheckpointFunction):  # inherited; of nested contexts the outermost takes it off again
-            _at_exit(stack, _checkpoint)
+            put_back_at_exit(stack, _checkpoint)
             CheckpointFunction.apply = staticmethod(_run)  # type: ignore[method-assign, assignment]
         with (
             sdpa_kernel(SDPBackend.MATH),
@@ -40,12 +40,6 @@ def _checkpoint() -> None:
         del CheckpointFunction.apply
 
 
-def _at_exit(stack: contextlib.ExitStack, restore: Callable[..., object], *args: Any) -> None:
-    """Call a function when the stack closes, and once more, in case the first time is broken off."""
-    stack.callback(restore, *args)
-    stack.callback(restore, *args)
-
-
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
@@ -61,7 +55,7 @@ def same_attention(module: nn.Module) -> Generator[None, None, None]:
     )
     enabled = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
-        _at_exit(stack, torch.backends.mha.set_fastpath_enabled, enabled)
+        put_back_at_exit(stack, functools.partial(torch.backends.mha.set_fastpath_enabled, enabled))
         torch.backends.mha.set_fastpath_enabled(enabled and not trained)
         yield
 
@@ -82,6 +76,17 @@ def patched(target: object, **attributes: Any) -> Generator[None, None, None]:
                     del namespace[name]
 
     with contextlib.ExitStack() as stack:
-        _at_exit(stack, take_off)
+        put_back_at_exit(stack, take_off)
         namespace.update(attributes)
         yield
+
+
+def put_back_at_exit(stack: contextlib.ExitStack, restore: Callable[[], object]) -> None:
+    """Call a function when the stack closes, and again where something has failed until then: the call itself, say."""
+
+    def again(kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            restore()
+
+    stack.push(again)
+    stack.callback(restore)

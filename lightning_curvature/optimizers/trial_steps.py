@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.operators.differentiation import put_back_at_exit
 from lightning_curvature.replay.isolation import gradient_hooks, muted, without_gradients, without_hooks
-from lightning_curvature.replay.objects import put_back_at_exit
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot, restored
 

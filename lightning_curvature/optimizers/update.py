@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_curvature.arguments import Rule, checked, positive
 from lightning_curvature.distributed.shards import local, shard_count
-from lightning_curvature.replay.objects import put_back_at_exit
+from lightning_curvature.operators.differentiation import put_back_at_exit
 
 # Numbers in a piece of a parameter: it fits a CPU's cache, is worth an accelerator's launch, and bounds temporaries.
 _PIECE, _ACCELERATOR_PIECE = 2**16, 2**24

@@ -10,9 +10,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from torch import Tensor, nn
 
-from lightning_curvature.operators.differentiation import patched
+from lightning_curvature.operators.differentiation import patched, put_back_at_exit
 from lightning_curvature.replay.memory import addresses
-from lightning_curvature.replay.objects import entries, put_back, put_back_at_exit
+from lightning_curvature.replay.objects import entries, put_back
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.distributed.gathers import Gathers
 from lightning_curvature.distributed.together import attempted
+from lightning_curvature.operators.differentiation import put_back_at_exit
 from lightning_curvature.operators.fallback import SecondDerivatives
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.operators.sides import eager
@@ -22,7 +23,6 @@ from lightning_curvature.replay.frozen import KinkedStep
 from lightning_curvature.replay.head import Cut
 from lightning_curvature.replay.isolation import Shelter, muted, own_buffers, untouched
 from lightning_curvature.replay.memory import addresses
-from lightning_curvature.replay.objects import put_back_at_exit
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.recording import (
     BackwardLog,

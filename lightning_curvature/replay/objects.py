@@ -2,7 +2,6 @@
 
 import argparse
 import array
-import contextlib
 import copy
 import functools
 import gc
@@ -142,17 +141,6 @@ def put_back(restorers: Iterable[Restore]) -> None:
         raise
     if errors:
         raise errors[0]
-
-
-def put_back_at_exit(stack: contextlib.ExitStack, restore: Restore) -> None:
-    """Call a function when the stack closes, and again where something has failed until then: the call itself, say."""
-
-    def again(kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None:
-            restore()
-
-    stack.push(again)
-    stack.callback(restore)
 
 
 def _call_all(restorers: Iterable[Restore]) -> list[BaseException]:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.functional.products import graph_nodes
-from lightning_curvature.operators.differentiation import patched
+from lightning_curvature.operators.differentiation import patched, put_back_at_exit
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.operators.sides import Side
 from lightning_curvature.replay.frozen import KinkedStep
 from lightning_curvature.replay.isolation import Shelter, inert, silent
-from lightning_curvature.replay.objects import put_back_at_exit
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import Snapshot
 

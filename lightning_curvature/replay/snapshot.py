@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader
 
+from lightning_curvature.operators.differentiation import put_back_at_exit
 from lightning_curvature.replay import objects
 from lightning_curvature.replay.memory import Tensors
 from lightning_curvature.replay.objects import FUNCTIONS, Restore, contents, opens, parts, put_back
@@ -253,7 +254,7 @@ def restored(
     """
     snapshot = Snapshot((), prepare=prepare, passed=passed)
     with contextlib.ExitStack() as stack:
-        objects.put_back_at_exit(stack, snapshot.restore)
+        put_back_at_exit(stack, snapshot.restore)
         snapshot.save(roots)  # ``prepare`` changes them: from here on whatever fails puts them back
         _replace(set(snapshot.closed), snapshot.seen, copied)
         yield

@@ -44,6 +44,8 @@ MONITORS: dict[str, Callable[[], pl.Callback]] = {
     ),
     "noise": lambda: NoiseCovarianceMonitor(parameter="network.0.weight", **EVERY),
 }
+
+
 def run(make: Callable[[], pl.Callback] | None, tracer: Tracer | None = None) -> Record:
     follow = make() if make else None
     sys.settrace(tracer)
