@@ -1,6 +1,7 @@
 """A LightningModule's training step as a function of its parameters: recorded once, repeated many times."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -164,13 +165,14 @@ class StepObjective:
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_snapshot", None)
             if witness is not None:
-                stack.callback(self._compare, witness)
+                stack.push(functools.partial(self._compare, witness))
             optimizers = self.module.trainer.optimizers
             self._snapshot = stack.enter_context(untouched(self.module, self.device, (*covered, *spared), optimizers))
             yield
 
-    def _compare(self, witness: Witness) -> None:
-        if changed := witness.differences():
+    def _compare(self, witness: Witness, kind: type[BaseException] | None, *error: object) -> None:
+        # An interrupt must not be replaced by another error.
+        if (kind is None or issubclass(kind, Exception)) and (changed := witness.differences()):
             self.refusal = left_behind(changed)
             raise self.refusal
 

@@ -129,7 +129,7 @@ def _cells(function: Any) -> list[types.CellType]:
 
 
 def put_back(restorers: Iterable[Restore]) -> None:
-    """Call all functions, also where one fails, and raise the first error afterwards.
+    """Call all functions, also where one fails, and raise the first error afterwards; an interrupt goes first.
 
     Where that is interrupted, all are called again: what they put back must not depend on how often.
     """
@@ -139,8 +139,16 @@ def put_back(restorers: Iterable[Restore]) -> None:
     except BaseException:
         _call_all(restorers)
         raise
-    if errors:
-        raise errors[0]
+    if errors and not interrupted():
+        raise min(errors, key=lambda error: isinstance(error, Exception))  # an interrupt, or the first error
+
+
+def interrupted() -> bool:
+    """Return whether an interrupt is on its way out, which an error raised meanwhile would replace."""
+    error = sys.exc_info()[1]
+    while isinstance(error, Exception):
+        error = error.__context__
+    return error is not None
 
 
 def _call_all(restorers: Iterable[Restore]) -> list[BaseException]:

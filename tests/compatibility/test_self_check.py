@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,28 @@ def test_what_does_not_come_back_is_named(family: str, monkeypatch: pytest.Monke
     _, said = run(Leaving, MONITORS[family][0]())
     sentence, *_ = [text for text in said if "what cannot be put back" in text]
     assert "Leaving" in sentence or "left" in sentence
+
+
+class Sealing(Classifier):
+    """Seals an array, so that nobody can put it back, and is interrupted the first time that it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(4, 6, 3), sgd)
+        self.array, self.calls = np.zeros(3), out_of_reach([])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.array += 1.0
+        self.array.setflags(write=False)
+        self.calls().append(batch_idx)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("family", ["spectrum", "batch_sharpness", "stabilization", "noise"])
+def test_an_interrupt_stops_although_something_does_not_come_back(family: str) -> None:
+    module = Sealing()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make_trainer(MONITORS[family][0]()).fit(module, copies(classification(2)))
+    assert module.calls() == [0]
 
 
 class Lazy(pl.LightningModule):
