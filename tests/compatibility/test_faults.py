@@ -20,11 +20,20 @@ from lightning_curvature import (
     NoiseCovarianceMonitor,
     StabilizationMonitor,
 )
-from tests.helpers.faults import Fault, Line, Tracer
+from tests.helpers.faults import Fault, Line, Tracer, modes
 from tests.helpers.habits import HABITS, Habitual
 from tests.helpers.runs import classification
 from tests.helpers.stabilization import samples
-from tests.helpers.witness import Record, assert_same, copies, watch
+from tests.helpers.witness import (
+    Record,
+    Witness,
+    assert_same,
+    copies,
+    difference,
+    module_state,
+    random_states,
+    watch,
+)
 
 # These call what the user has given, a loader's copy or an optimizer's step, and say by name that it cannot be used.
 OF_THE_USER = {"fresh_copy", "_call"}
@@ -46,11 +55,18 @@ MONITORS: dict[str, Callable[[], pl.Callback]] = {
 }
 
 
-def run(make: Callable[[], pl.Callback] | None, tracer: Tracer | None = None) -> Record:
+def run(
+    make: Callable[[], pl.Callback] | None, tracer: Tracer | None = None, made: Callable[[Habitual], object] = id
+) -> Record:
     follow = make() if make else None
+
+    def make_module() -> Habitual:
+        made(module := Habitual(HABITS["appends_and_counts"]))
+        return module
+
     sys.settrace(tracer)
     try:
-        return watch(lambda: Habitual(HABITS["appends_and_counts"]), lambda: copies(classification(4)), follow)
+        return watch(make_module, lambda: copies(classification(4)), follow)
     finally:
         sys.settrace(None)
 
@@ -70,7 +86,7 @@ def lines(family: str) -> dict[Line, int]:
 
 def harm(family: str, count: int, seed: int) -> list[str]:
     """Inject faults at random lines, each at a random visit, and return what became of the runs that were harmed."""
-    draw, harmed, known = random.Random(seed), [], lines(family)
+    draw, harmed, known, before = random.Random(seed), [], lines(family), modes()
     for _ in range(count):
         line = draw.choice(list(known))
         tracer = Tracer((line, draw.randint(1, known[line])))
@@ -85,6 +101,7 @@ def harm(family: str, count: int, seed: int) -> list[str]:
         except AssertionError as error:
             harmed.append(f"{where}: {error}")
         assert tracer.fired, where
+        assert modes() == before, where
     return harmed
 
 
@@ -106,9 +123,15 @@ def test_many_faults(family: str, seed: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", MONITORS)
 def test_an_interrupt_stops_at_once(family: str) -> None:
-    """In the midst of what is measured: Lightning ends the fit, and the module is as the step found it."""
+    """In the midst of what is measured: Lightning ends the fit, and the module is as the monitor found it."""
     line = max(lines(family), key=lambda one: lines(family)[one] * ("objective" in one[0]))
-    tracer = Tracer((line, 2), KeyboardInterrupt)
+    tracer, modules, before = Tracer((line, lines(family)[line]), KeyboardInterrupt), list[Habitual](), modes()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        run(MONITORS[family], tracer)
+        run(MONITORS[family], tracer, modules.append)
     assert tracer.fired
+    assert modes() == before
+    (module,) = modules
+    witness = next(one for one in module.trainer.callbacks if isinstance(one, Witness))  # it stands before the monitor
+    _, noted = witness.trail[-1]
+    now = module_state(module) | {"random states": random_states()}
+    assert difference({key: noted[key] for key in now}, now) is None
