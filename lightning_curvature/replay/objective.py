@@ -86,8 +86,7 @@ class StepObjective:
     def recording(self, on_error: Callable[[Exception], None]) -> Generator[None, None, None]:
         """Record the first call of ``training_step`` inside the block.
 
-        LBFGS calls a step several times a batch; only the first is at θ_t. A failure to record goes to ``on_error``
-        and never into the step.
+        LBFGS calls a step several times a batch; only the first is at θ_t. Failures to record go to ``on_error`` alone.
         """
         self._follow(stops=False)
         self.rewrites.mark_start(self.module.automatic_optimization)
@@ -148,8 +147,7 @@ class StepObjective:
     def untouched(self, covered: Sequence[Tensor] = (), spared: Sequence[Tensor] = ()) -> Generator[None, None, None]:
         """Let steps be repeated inside the block, and put everything back (see :func:`~.replay.isolation.untouched`).
 
-        In the first block of a fit, or after the module has changed its parts, a second look at everything says
-        whether all came back.
+        In the first block of a fit, or of a changed module, a second look at everything says whether all came back.
 
         Args:
             covered: trained parameters that the caller puts back.
