@@ -378,6 +378,7 @@ LINALG: dict[str, Good] = {
         | {"shapes": [torch.Size([2]), torch.Size([1])], "cut": [lambda t: t] * 2},
         dict.fromkeys(("shapes", "cut"), frozenset({"empty"})),
     ),
+    "EigenTracker": Good(linalg.EigenTracker, lambda: {"recheck_every": 3}),
     "KrylovSpace": Good(linalg.KrylovSpace, lambda: {"matvec": matvec, "space": space()}),
     "SpectralDensity.moment": Good(density().moment, lambda: {"power": 2}, {"power": frozenset({"zero"})}),
     "SpectralDensity.grid": Good(
