@@ -73,7 +73,7 @@ class Eigenpairs:
     smallest=_COUNT,
     magnitude=_COUNT,
     tolerance=fraction("1e-3 gives an eigenvalue to 3 digits"),
-    residual_tolerance=positive("1e-3 turns a vector by at most that over the relative gap", finite=False),
+    residual_tolerance=positive("1e-3 turns a vector by at most that over the relative gap"),
     max_matvecs=whole(1, "allow 20 for each", MANY),
     max_basis=whole(1, "64 suit most searches", MANY),
     start=_START,
@@ -87,7 +87,7 @@ def eigenpairs(
     smallest: int = 0,
     magnitude: int = 0,
     tolerance: float = 1e-3,
-    residual_tolerance: float = math.inf,
+    residual_tolerance: float | None = None,
     max_matvecs: int = 200,
     max_basis: int = 64,
     start: Sequence[Tensor] = (),
@@ -124,7 +124,7 @@ def eigenpairs(
         smallest: number of algebraically smallest pairs.
         magnitude: number of largest pairs by magnitude.
         tolerance: relative error at which an eigenvalue has converged; not below the limit that rounding sets.
-        residual_tolerance: relative residual at which its vector has; by default eigenvalues alone decide.
+        residual_tolerance: relative residual at which its vector has; None: eigenvalues alone decide.
         max_matvecs: products after which the search ends; pairs that did not converge by then are returned as they are.
         max_basis: vectors kept in memory; rounded up to the minimum for the number of pairs.
         start: vectors near the eigenvectors, any number and length; a random part is added to each. None: random ones.
@@ -156,6 +156,7 @@ def eigenpairs(
     for vector in start:
         krylov.add(_mixed(space, vector, generator))
     for vector in before.vectors if before is not None else ():
+        space.check(vector)
         krylov.add(vector)
     while len(krylov.basis) < (len(start) or block) and krylov.add(space.random(generator)):
         pass
@@ -176,7 +177,7 @@ def eigenpairs(
             residuals = couplings[:, chosen].norm(dim=0)
             goal = (tolerance * values.abs()).clamp(min=krylov.rounding)
             converged = errors <= goal
-            if residual_tolerance < math.inf:
+            if residual_tolerance is not None:
                 converged &= residuals <= (residual_tolerance * values.abs()).clamp(min=krylov.rounding)
             last = krylov.done == space.dimension or krylov.matvecs >= max_matvecs
             if (last or converged.all()) and before is None:

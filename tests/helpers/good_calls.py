@@ -363,7 +363,7 @@ LINALG: dict[str, Good] = {
     "eigenpairs": Good(
         linalg.eigenpairs,
         lambda: search(largest=1, smallest=1, magnitude=1, tolerance=1e-3, max_matvecs=20, max_basis=64)
-        | {"start": [torch.ones(6)], "block_size": 2},
+        | {"start": [torch.ones(6)], "block_size": 2, "residual_tolerance": 1e-2, "before": None},
         _SMALLEST | {"start": frozenset({"empty"})},
     ),
     "spectral_density": Good(linalg.spectral_density, lambda: search(starts=1, steps=2, deflation=None)),
