@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.arguments import MANY, Rule, checked, fraction, positive, whole
+from lightning_curvature.arguments import MANY, Rule, checked, fraction, whole
 from lightning_curvature.linalg.bounds import OverlookedBounds
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec
 from lightning_curvature.linalg.prediction import predicted
@@ -73,7 +73,7 @@ class Eigenpairs:
     smallest=_COUNT,
     magnitude=_COUNT,
     tolerance=fraction("1e-3 gives an eigenvalue to 3 digits"),
-    residual_tolerance=positive("1e-3 turns a vector by at most that over the relative gap"),
+    residual_tolerance=fraction("1e-3 turns a vector by at most that over the relative gap"),
     max_matvecs=whole(1, "allow 20 for each", MANY),
     max_basis=whole(1, "64 suit most searches", MANY),
     start=_START,
