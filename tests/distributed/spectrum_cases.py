@@ -51,8 +51,8 @@ class Observed(HessianSpectrumMonitor):
         counted = replace(prepared, problem=replace(prepared.problem, on_product=self._count))
         spectrum = super().measure(trainer, counted)
         self.seen.nodes.append(None if spectrum.density is None else spectrum.density.nodes)
-        vectors = self._measurement.vectors.items()
-        self.seen.vectors.append({kind: [v.clone() for v in found] for kind, found in vectors})
+        pairs = {kind: tracker.state_dict()["pairs"] for kind, tracker in self._measurement.trackers.items()}
+        self.seen.vectors.append({kind: [v.clone() for v in found["vectors"]] for kind, found in pairs.items()})
         return spectrum
 
     @property
