@@ -154,7 +154,13 @@ class SpectrumCase:
         own = {} if world_size > 1 else self.alone
         # Sums are compared, not what they are estimates of: few starts and samples do.
         few = {"trace_error": 0.5, "density_starts": 1, "density_steps": 3}
-        options = {"quantities": QUANTITIES, "every_n_train_steps": 1, "micro_batch_size": MICRO} | few
+        # Searches that begin anew have all numbers, also after one that failed.
+        options = {
+            "quantities": QUANTITIES,
+            "every_n_train_steps": 1,
+            "micro_batch_size": MICRO,
+            "recheck_every": 1,
+        } | few
         follow = Observed(**(options | self.monitor | own))
         follow.outcome = outcome
         callbacks = [follow, Watch(outcome.metrics)] if self.watched else []

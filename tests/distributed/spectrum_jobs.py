@@ -44,6 +44,8 @@ def squaring(make_optimizer: MakeOptimizer, once: bool = True) -> Any:
 
 # Mini-batches of a step lie whole on ranks, three on two of them, the last one smaller.
 whole = SpectrumCase(classifier, monitor={"k": 3})
+# Each search goes on from the one before.
+followed = replace(whole, monitor={"k": 3, "recheck_every": 10})
 whole_32 = replace(whole, module=partial(classifier, dtype=torch.float32), data=partial(dataset, dtype=torch.float32))
 whole_32.trainer = {"precision": "32-true"}
 
