@@ -56,24 +56,20 @@ class EigenTracker:
         else:
             before = None
         follows = before is not None and self._age < self._every
-        found = eigenpairs(
-            matvec,
-            space,
-            max_matvecs=max_matvecs,
-            generator=generator,
-            before=before if follows else None,
-            **asked,
-        )
+
+        def once(on: bool, most: int) -> Eigenpairs:
+            start = before if on else None
+            return eigenpairs(matvec, space, max_matvecs=most, generator=generator, before=start, **asked)
+
+        found = once(follows, max_matvecs)
         left = max_matvecs - found.matvecs
-        if before is not None and left > len(found.values) and _fallen(found, before, **asked):
-            follows = not follows
-            other = eigenpairs(
-                matvec, space, max_matvecs=left, generator=generator, before=before if follows else None, **asked
-            )
-            made = found.matvecs + other.matvecs
-            found = replace(other if _fallen(found, other, 0.0, **asked) else found, matvecs=made)
-            # Either way, a search with random vectors was among them.
-            follows = False
+        if before is not None and left > len(found.values) and _inside(found, before, _FALL, **asked):
+            other = once(not follows, left)
+            anew, made = other if follows else found, found.matvecs + other.matvecs
+            best = other if _inside(found, other, 0.0, **asked) else found
+            # What the one from random vectors excludes holds whichever is taken.
+            upper, lower = max(anew.upper, float(best.values.max())), min(anew.lower, float(best.values.min()))
+            found, follows = replace(best, upper=upper, lower=lower, matvecs=made), False
         self._age = self._age + 1 if follows else 1
         # Between searches the device keeps nothing.
         self._before = replace(found, vectors=[v.to("cpu") for v in found.vectors])
@@ -88,9 +84,10 @@ class EigenTracker:
         self._before, self._age = (Eigenpairs(**state["pairs"]), state["age"]) if state else (None, 0)
 
 
-def _fallen(found: Eigenpairs, before: Eigenpairs, share: float = _FALL, *, smallest: int = 0, **_: Any) -> bool:
-    """Return whether an outermost value is further inside than before, by more than a share of it."""
+def _inside(found: Eigenpairs, other: Eigenpairs, share: float, *, smallest: int = 0, **_: Any) -> bool:
+    """Return whether a value is further inside than the other by more than errors and a share of it explain."""
     outwards = torch.ones(len(found.values), dtype=torch.float64)
     if smallest:
         outwards[-smallest:] = -1.0
-    return bool((outwards * (before.values - found.values) > share * before.values.abs()).any())
+    allowed = found.errors + other.errors + share * other.values.abs()
+    return bool((outwards * (other.values - found.values) > allowed).any())
