@@ -159,7 +159,7 @@ def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "λ = 1.5, edge 20\n"
     # A multiple of the identity: any vector is an eigenvector, and one product finds it out.
     exec(blocks()[6], scope)
-    assert capsys.readouterr().out.startswith("λ_max = 1.5, 1 products, residual ")
+    assert capsys.readouterr().out.startswith("λ_max = 1.5, 1 products, error ")
 
 
 def test_links_lead_somewhere() -> None:

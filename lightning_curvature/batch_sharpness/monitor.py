@@ -92,7 +92,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         probe_samples: most samples of the probe set; None for all training data.
         probe_dataloader: where to take them from; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size.
-        tolerance: relative residual of λ_max^b.
+        tolerance: relative error of each λ_max^b.
         outputs: see :class:`DirectionalCurvatureMonitor`; only the Gauss–Newton matrix needs outputs.
         objective: callable (module, batch) → loss, or → {"loss", "outputs"}, in place of training_step.
         optimizer_index: which optimizer to follow where there are several.

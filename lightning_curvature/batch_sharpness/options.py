@@ -40,7 +40,7 @@ class BatchSharpnessOptions(ProbeSetOptions):
     full_hessian: Annotated[FullHessian, Rule("'pairs' is the one for large probe sets")] = "pairs"
     batches_at_once: Annotated[BatchesAtOnce, whole(1, "'auto' finds what pays")] = "auto"
     probe_samples: ProbeSamples | None = 8192
-    tolerance: Annotated[float, fraction("1e-2 gives eigenvalues to three digits or so")] = 1e-2
+    tolerance: Annotated[float, fraction("1e-3 gives eigenvalues to three digits")] = 1e-3
     progress_bar: bool = False
 
     def __post_init__(self) -> None:

@@ -193,8 +193,7 @@ class BatchLambdaMax(MiniBatchMetric):
     with the eigenvector of the last mini-batch, also after a ``reset``; ``pairs`` holds its result.
 
     Args:
-        tolerance: relative residual ‖H_B v − λv‖/|λ|. The relative error of the value is about its square: at 1e-2 far
-            below the scatter over mini-batches.
+        tolerance: relative error of each eigenvalue, far below the scatter over mini-batches.
 
     Source: Edge of stochastic stability (2025), section 4 and appendix I.
 
@@ -206,13 +205,13 @@ class BatchLambdaMax(MiniBatchMetric):
         tensor(5., dtype=torch.float64)
     """
 
-    @checked(tolerance=fraction("1e-2 gives eigenvalues to three digits or so"), curvature=CURVATURE)
+    @checked(tolerance=fraction("1e-3 gives eigenvalues to three digits"), curvature=CURVATURE)
     def __init__(
         self,
         model: nn.Module,
         loss_function: LossFunction,
         *,
-        tolerance: float = 1e-2,
+        tolerance: float = 1e-3,
         curvature: Curvature = "hessian",
         **kwargs: Any,
     ) -> None:

@@ -43,7 +43,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         ({"relative_error": value}, rf"relative_error must lie between 0 and 1, got {value!r}: 0\.05 gives values to 5")
         for value in (0.0, 1.0, -0.1, float("nan"), "0.1")
     ),
-    ({"tolerance": 0.0}, r"tolerance must lie between 0 and 1, got 0\.0: 1e-2 gives eigenvalues to three digits or so"),
+    ({"tolerance": 0.0}, r"tolerance must lie between 0 and 1, got 0\.0: 1e-3 gives eigenvalues to three digits"),
     (
         {"curvature": "fisher"},
         r"curvature must be 'hessian' or 'gauss_newton', got 'fisher': 'hessian' is the whole",
