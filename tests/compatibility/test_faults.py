@@ -96,7 +96,8 @@ def harm(family: str, count: int, seed: int) -> list[str]:
         except Fault:
             harmed.append(f"{where}: ended")
         except MisconfigurationException as error:
-            if traceback.extract_tb(error.__traceback__)[-1].name not in OF_THE_USER:
+            cause = error.__cause__
+            if cause is None or traceback.extract_tb(cause.__traceback__)[0].name not in OF_THE_USER:
                 harmed.append(f"{where}: {error}")
         except AssertionError as error:
             harmed.append(f"{where}: {error}")
