@@ -51,8 +51,9 @@ class Observed(HessianSpectrumMonitor):
         counted = replace(prepared, problem=replace(prepared.problem, on_product=self._count))
         spectrum = super().measure(trainer, counted)
         self.seen.nodes.append(None if spectrum.density is None else spectrum.density.nodes)
-        pairs = {kind: tracker.state_dict()["pairs"] for kind, tracker in self._measurement.trackers.items()}
-        self.seen.vectors.append({kind: [v.clone() for v in found["vectors"]] for kind, found in pairs.items()})
+        states = {kind: tracker.state_dict() for kind, tracker in self._measurement.trackers.items()}
+        found = {kind: state["pairs"]["vectors"] for kind, state in states.items() if state}
+        self.seen.vectors.append({kind: [v.clone() for v in vectors] for kind, vectors in found.items()})
         return spectrum
 
     @property
