@@ -11,10 +11,10 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -31,6 +31,7 @@ from lightning_curvature import DirectionalCurvatureMonitor
 
 KEYS = {"lambda_fd": "hessian", "lambda_kl": "gauss_newton"}
 STEPS, BATCH = 240, 64
+Found = TypeVar("Found")
 
 
 class Tokens(nn.Module):
@@ -225,6 +226,30 @@ def table(kinks: str, titles: list[str]) -> Iterator[str]:
             every[key].append((true, logged))
         yield from (f"| {title} | {key} | {described(own[key])} |" for key in KEYS)
     yield from (f"| all | {key} | {described(every[key])} |" for key in KEYS)
+
+
+def tabulate(
+    description: str | None,
+    lines: list[str],
+    measured: Callable[[str], Iterable[Found]],
+    row: Callable[[str, Sequence[Found]], str],
+) -> None:
+    """Add a row for each network, and one for all, to a page; print them, and write the page where asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="markdown file to write")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="which networks")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    every: list[Found] = []
+    for title in arguments.networks:
+        found = list(measured(title))
+        every += found
+        lines.append(row(title, found))
+        print(lines[-1], flush=True)
+    lines.append(row("all", every))
+    print(lines[-1])
+    if arguments.write:
+        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -5,16 +5,14 @@ python benchmarks/calibration_differences.py --write docs/calibration_difference
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from calibration import BATCH, NETWORKS, STEPS, batches
+from calibration import BATCH, NETWORKS, STEPS, batches, tabulate
 from precision import ninth_decile
 from torch import Tensor, nn
 
@@ -104,11 +102,6 @@ def row(title: str, found: Sequence[Found]) -> str:
 
 def main() -> None:
     """Print the table; write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="markdown file to write")
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="which networks")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
     lines = [
         "# Eigenvalues by differences of gradients",
         "",
@@ -122,16 +115,7 @@ def main() -> None:
         "| network | distance | exact | 9th decile | differences | 9th decile | before | 9th decile | within |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    every: list[Found] = []
-    for title in arguments.networks:
-        found = list(points(title))
-        every += found
-        lines.append(row(title, found))
-        print(lines[-1], flush=True)
-    lines.append(row("all", every))
-    print(lines[-1])
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tabulate(__doc__, lines, points, row)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,14 @@ python benchmarks/calibration_spectrum.py --write docs/calibration_spectrum.md
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
-from calibration import BATCH, NETWORKS, STEPS, batches
+from calibration import BATCH, NETWORKS, STEPS, batches, tabulate
 from precision import ninth_decile
 from torch import Tensor, nn
 
@@ -104,11 +102,6 @@ def row(title: str, found: Sequence[tuple[str, Found]]) -> str:
 
 def main() -> None:
     """Print the table; write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="markdown file to write")
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="which networks")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
     names = ["products", "error", "9th decile", "above 1 %"]
     header = [*names, "within", *names, "within", *names]
     lines = [
@@ -125,16 +118,7 @@ def main() -> None:
         f"| network | {' | '.join(header)} |",
         "|---" * (1 + len(header)) + "|",
     ]
-    every: list[tuple[str, Found]] = []
-    for title in arguments.networks:
-        found = list(searches(title))
-        every += found
-        lines.append(row(title, found))
-        print(lines[-1], flush=True)
-    lines.append(row("all", every))
-    print(lines[-1])
-    if arguments.write:
-        arguments.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tabulate(__doc__, lines, searches, row)
 
 
 if __name__ == "__main__":
