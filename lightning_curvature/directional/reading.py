@@ -19,7 +19,7 @@ from lightning_curvature.reporting.loggers import warn
 
 
 class Reading:
-    """What a fit has learned of its loss.
+    """The loss of a fit, as far as it is known.
 
     Attributes:
         estimators: those that the module allows.

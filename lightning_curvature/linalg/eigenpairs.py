@@ -260,11 +260,17 @@ class _Wanted(NamedTuple):
         """Return the values to which the chosen Ritz values go, outwards, their errors, and the gaps behind them."""
         place = torch.arange(len(chosen))
         top = (place < self.largest) | ((place >= self.largest + self.smallest) & (ritz[chosen] > 0.0))
-        upper, lower = (len(chosen[side].unique()) for side in (top, ~top))
-        high, high_errors, gap = predicted(krylov.projected, ritz, couplings, began, upper, gaps[0])
-        low, low_errors, low_gap = predicted(-krylov.projected, -ritz.flip(0), couplings.flip(1), began, lower, gaps[1])
-        values = torch.where(top, high[chosen], -low.flip(0)[chosen])
-        return values, torch.where(top, high_errors[chosen], low_errors.flip(0)[chosen]), (gap, low_gap)
+        values, errors, (above, below) = torch.zeros_like(ritz[chosen]), torch.zeros_like(ritz[chosen]), gaps
+        if top.any():
+            at = chosen[top]
+            found, off, above = predicted(krylov.projected, ritz, couplings, began, len(at.unique()), above)
+            values[top], errors[top] = found[at], off[at]
+        if not top.all():
+            at = len(ritz) - 1 - chosen[~top]
+            mirrored = -krylov.projected, -ritz.flip(0), couplings.flip(1)
+            found, off, below = predicted(*mirrored, began, len(at.unique()), below)
+            values[~top], errors[~top] = -found[at], off[at]
+        return values, errors, (above, below)
 
     def choose_kept(self, values: Tensor, capacity: int) -> Tensor:
         """Return the indices of the Ritz values that a restart keeps: the wanted and the next ones at both ends."""

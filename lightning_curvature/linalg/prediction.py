@@ -1,4 +1,4 @@
-"""What the next products of a Krylov space would show: eigenvalues beyond its Ritz values, and how far they may be."""
+"""Eigenvalues beyond the Ritz values of a Krylov space, as its next products would show them, and how far off."""
 
 import torch
 from torch import Tensor
