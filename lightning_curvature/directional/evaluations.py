@@ -6,7 +6,7 @@ Every function returns scalars of *this rank* whose mean over all ranks is that 
 import functools
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -18,6 +18,8 @@ from lightning_curvature.directional.options import EXACT, KEYS
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.distributed.together import attempted, lacks_derivatives
 from lightning_curvature.functional import PairStatistics, output_noise_gain
+from lightning_curvature.functional.products import hessian_form_terms
+from lightning_curvature.monitors.modules import Modules, ModuleTable
 from lightning_curvature.operators.differentiation import differentiable
 from lightning_curvature.operators.micro_batches import Evaluation
 
@@ -26,9 +28,11 @@ Values = dict[str, Tensor]
 _ROUNDED = ("noise_gain", "spread_gain", "loss_noise_gain", "positions")
 
 
-def names(estimators: Collection[str], have_outputs: bool, headed: bool) -> list[str]:
+def names(estimators: Collection[str], have_outputs: bool, headed: bool, modules: Modules | None = None) -> list[str]:
     """Return the names of all numbers that ``forwards`` and ``exact`` return."""
-    numbers = [f"{name}_{form}" for name in EXACT if name in estimators for form in ("descent", "quadratic")]
+    by_module = [*_by_module("descent", modules), *_by_module("quadratic", modules)] if modules is not None else []
+    numbers = by_module if "hvp" in estimators else []
+    numbers += [f"{name}_{form}" for name in EXACT if name in estimators for form in ("descent", "quadratic")]
     along = bool({"kl", "finite_difference"} & set(estimators))
     if "finite_difference" in estimators:
         numbers += ["loss_plus", "loss_minus", *(PairStatistics._fields if have_outputs else ())]
@@ -38,6 +42,16 @@ def names(estimators: Collection[str], have_outputs: bool, headed: bool) -> list
         numbers += ["gauss_newton_slope"] if "gauss_newton" in estimators else []
         numbers += (["head_slope", "crossing"] if headed else ["outputs_slope"]) if along else []
     return numbers + ([*_ROUNDED] if have_outputs and (along or not headed) else [])
+
+
+def _by_module(form: str, modules: Modules) -> list[str]:
+    return [f"hvp_{form}/{name}" for name in modules.names]
+
+
+def table(values: Mapping[str, float], modules: Modules) -> ModuleTable:
+    """Return the terms of gᵀd and dᵀHd by module, as "descent" and "quadratic"."""
+    forms = ("descent", "quadratic")
+    return ModuleTable(modules.names, {form: [values[name] for name in _by_module(form, modules)] for form in forms})
 
 
 def forwards(window: Window, epsilon: float, estimators: Collection[str]) -> Values:
@@ -198,12 +212,17 @@ def _check_loss(window: Window, index: int, loss: Tensor) -> None:
 
 
 def _hessian(window: Window, direction: list[Tensor]) -> Values:
-    forms = []
+    forms, parameters = [], window.update.parameters
     for index, result in enumerate(window.evaluations()):
         _check_loss(window, index, result.loss)
-        forms.append(functional.hessian_quadratic_form(result.loss, window.update.parameters, direction))
-    descents, quadratics = zip(*forms, strict=True)
-    return {"hvp_descent": window.total(descents), "hvp_quadratic": window.total(quadratics)}
+        forms.append(hessian_form_terms(result.loss, parameters, direction))
+    values: Values = {}
+    for form, terms in zip(("descent", "quadratic"), zip(*forms, strict=True), strict=True):
+        values[f"hvp_{form}"] = window.total(by_parameter.sum() for by_parameter in terms)
+        if window.modules is not None:
+            by_module = window.total(window.modules.sums(parameters, by_parameter) for by_parameter in terms)
+            values |= dict(zip(_by_module(form, window.modules), by_module, strict=True))
+    return values
 
 
 @functools.cache

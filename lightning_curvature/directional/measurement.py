@@ -108,6 +108,8 @@ class DirectionalMeasurement:
             result = result.with_reason([name], str(error))
             values = {key: value for key, value in values.items() if not key.startswith(name)}
             failed(error)
+        if window.modules is not None and "hvp_descent" in values:
+            result = replace(result, terms=evaluations.table(values, window.modules))
         result = self._conclude(result, start | values)
         return self.measure(trainer, window, failure, fail) if self._reading.look_again() else result
 
@@ -189,7 +191,7 @@ class DirectionalMeasurement:
         critical = self._search(loss_at, start["loss"]) if "critical" in self.estimators else None
         flags = [f"{name}_{flag}" for name in wanted for flag in ("failed", "mistaken")]
         reading = self._reading
-        names = [*flags, *evaluations.names(self.estimators, reading.have_outputs, reading.headed)]
+        names = [*flags, *evaluations.names(self.estimators, reading.have_outputs, reading.headed, window.modules)]
         names += ["lost", "crossed"] if kinks.wanted is not None else []
         values = exchange(with_exact, tuple(names)) if names else {}
         kinks.repeated |= values.get("lost", 0.0) > 0.0  # from now on, on all ranks alike

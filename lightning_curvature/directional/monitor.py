@@ -36,6 +36,10 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     * ``two_over_lr`` (the edge), ``headroom`` ((2/η)/λ of the best estimator at hand; 1 is the edge), ``descent``
       (gᵀΔθ), ``update_norm`` (‖Δθ‖), ``epsilon``.
 
+    With ``by_module`` and "hvp", at no pass more: ``<prefix>_by_module/lambda_dir/<module>``, the terms
+    ΔθᵢᵀΣⱼHᵢⱼΔθⱼ/gᵀΔθ of its parameters, which add up to λ_dir, each with half of the cross terms between its module
+    and others (so that it may be negative), and ``descent``, gᵢᵀΔθᵢ; also in ``result.modules``.
+
     Extra forwards on a measured step: kl 1, finite_difference 2, both 2 (KL is then taken from the symmetric pair,
     O(ε²)), gauss_newton one forward-mode pass, hvp a forward and two backwards, critical 3 to 8. One more where the
     step's own loss is computed otherwise than theirs: with ``objective=``, ``probe_precision="32-true"``, or a module
@@ -64,6 +68,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             so that differences measure H and G at θ_t; "crossed" is the plain difference, which counts the kinks.
         probe_precision: "32-true" evaluates without autocast.
         critical_max_forwards: cap on the forwards of one line search.
+        by_module: also give the terms of ``lambda_dir`` by module ("hvp" alone has them): True for each module that
+            holds parameters, a number for the modules at this depth (1 at the top), or names.
         prefix: prefix of the keys.
         progress_bar: show the curvatures and the headroom on the progress bar.
         on_error: "warn" logs NaN and warns when an evaluation fails; "raise" raises.
@@ -95,6 +101,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         kinks: Literal["frozen", "crossed"] = DirectionalOptions.kinks,
         probe_precision: Literal["32-true"] | None = DirectionalOptions.probe_precision,
         critical_max_forwards: int = DirectionalOptions.critical_max_forwards,
+        by_module: bool | int | Sequence[str] = DirectionalOptions.by_module,
         prefix: str = DirectionalOptions.prefix,
         progress_bar: bool = DirectionalOptions.progress_bar,
         on_error: OnError = DirectionalOptions.on_error,
@@ -117,6 +124,10 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         """Chart every λ with the edge, and the headroom."""
         curvatures = [KEYS[name] for name in self.options.estimators]
         return {"λ and 2/η": [*curvatures, "two_over_lr"], "headroom": ["headroom"]}
+
+    def charted_by_module(self) -> Sequence[str]:
+        """Chart the terms of λ_dir."""
+        return [KEYS["hvp"]] if "hvp" in self.options.estimators else []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check strategy and precision against the estimators."""
@@ -156,3 +167,4 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
             return
         shown = [*(KEYS[name] for name in self.result.estimators), "headroom"] if self.options.progress_bar else []
         self._write(trainer, self.result.values(), shown)
+        self._write_modules(trainer, self.result.modules)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from lightning_curvature.arguments import MANY, Rule, positive, whole
+from lightning_curvature.arguments import MANY, Rule, positive, sentence, whole
 from lightning_curvature.functional import Likelihood
 from lightning_curvature.monitors.options import MonitorOptions, Period
 
@@ -32,3 +32,9 @@ class DirectionalOptions(MonitorOptions):
     kinks: Annotated[Literal["frozen", "crossed"], Rule("'frozen' measures the curvature at θ_t")] = "frozen"
     critical_max_forwards: Annotated[int, whole(3, "a bracket alone takes two", MANY)] = 20
     progress_bar: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by_module and "hvp" not in self.estimators:
+            got = f"{self.by_module!r} with {list(self.estimators)}"
+            raise sentence("by_module", "come with the estimator 'hvp'", got, "add it, or leave by_module out")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_curvature.directional.likelihood import OutputModel
 from lightning_curvature.distributed.shards import fresh_shards, is_sharded
 from lightning_curvature.distributed.together import attempted
+from lightning_curvature.monitors.modules import Modules
 from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
 from lightning_curvature.optimizers.update import ParameterUpdate
@@ -35,6 +36,7 @@ class Window:
         precision: makes the context of a forward.
         segment: manual optimization: which of the optimizer steps of the last batch is measured.
         averaged: whether the loss is the mean over the records (else their sum).
+        modules: of the parameters, where values by module are wanted.
         model: how the loss depends on the outputs; None where there are none.
         headed: whether its dependence is that of the head of the loss, which is evaluated by itself.
         base: loss and outputs of each record at θ_t.
@@ -49,6 +51,7 @@ class Window:
     precision: Callable[[], contextlib.AbstractContextManager[object]]
     segment: int = 0
     averaged: bool = True
+    modules: Modules | None = None
     model: OutputModel | None = None
     headed: bool = False
     base: list[Evaluation] = field(default_factory=list)
@@ -239,7 +242,7 @@ class Window:
     def total(self, terms: Iterable[Tensor]) -> Tensor:
         """Return the sum of one term a record, weighted as the loss weights the records, in float64."""
         weight = 1.0 / len(self.records) if self.averaged else 1.0
-        return torch.stack([t.detach().double() for t in terms]).sum() * weight
+        return torch.stack([t.detach().double() for t in terms]).sum(0) * weight
 
     def scaled_total(self, terms: Iterable[Tensor]) -> Tensor:
         """Return the same sum of one mean over positions a record, each in units of the record's loss."""

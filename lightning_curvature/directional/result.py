@@ -10,6 +10,7 @@ from lightning_curvature.directional.estimates import Estimate
 from lightning_curvature.directional.line_search import CriticalStep
 from lightning_curvature.directional.options import KEYS
 from lightning_curvature.functional import critical_sharpness, directional_curvature, headroom
+from lightning_curvature.monitors.modules import ModuleTable
 
 # The headroom is that of the first estimator here whose error is this small: those of the loss's Hessian come first.
 _HEADROOM_ORDER = ("hvp", "finite_difference", "gauss_newton", "kl", "critical")
@@ -28,6 +29,7 @@ class DirectionalResult:
         norm: ‖d‖.
         lr: η of the step.
         epsilon: ε, in steps.
+        terms: terms of gᵀd and dᵀHd by module, where they are wanted, as "descent" and "quadratic".
         reasons: why values are NaN, by key.
     """
 
@@ -38,11 +40,26 @@ class DirectionalResult:
     norm: float = math.nan
     lr: float = math.nan
     epsilon: float = math.nan
+    terms: ModuleTable | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def with_reason(self, estimators: Sequence[str], reason: str) -> "DirectionalResult":
         """Return this result with the reason why some estimators have no values, unless it has one already."""
         return replace(self, reasons={**{KEYS[name]: reason for name in estimators}, **self.reasons})
+
+    @property
+    def modules(self) -> ModuleTable | None:
+        """Terms of ``lambda_dir`` and ``descent`` by module, which add up to both: ΔθᵢᵀΣⱼHᵢⱼΔθⱼ/gᵀΔθ and gᵢᵀΔθᵢ."""
+        if self.terms is None:
+            return None
+        lr = self.lr or math.nan
+        known = self.descent > 0.0 and "hvp" in self.estimates and not math.isnan(self.estimates["hvp"].quadratic)
+        columns = {
+            "lambda_dir": (self.terms.columns["quadratic"], lr * self.descent if known else math.nan),
+            "descent": (self.terms.columns["descent"], lr),
+        }
+        scaled = {key: tuple(term / unit for term in terms) for key, (terms, unit) in columns.items()}
+        return ModuleTable(self.terms.names, scaled)
 
     def values(self) -> dict[str, float]:
         """Return all values with their errors by key, in units of 1/η; NaN where one could not be measured."""

@@ -154,7 +154,8 @@ class UpdateMonitor(Monitor):
                 return
             precision, segment = self._precision(trainer), self._step.segment
             averaged = module.automatic_optimization or objective.function is not None
-            window = Window(objective, update, objective.records, precision, segment, averaged)
+            modules = self._modules(trainer)
+            window = Window(objective, update, objective.records, precision, segment, averaged, modules)
             self.measure(trainer, window, None)
 
     def _miss_step(self, trainer: pl.Trainer, objective: StepObjective, failure: Exception) -> None:

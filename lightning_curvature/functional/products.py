@@ -38,6 +38,22 @@ def hessian_quadratic_form(
         >>> hessian_quadratic_form((x**3).sum(), [x], [torch.tensor([1.0, 1.0])])
         (tensor(15., dtype=torch.float64), tensor(18., dtype=torch.float64))
     """
+    descents, quadratics = hessian_form_terms(loss, parameters, direction)
+    return descents.sum(), quadratics.sum()
+
+
+def hessian_form_terms(
+    loss: Tensor, parameters: Sequence[Tensor], direction: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    r"""Return the terms of :func:`hessian_quadratic_form` by parameter, (parameters,) float64 each.
+
+    .. math:: \partial_{\theta_i} L \cdot d_i, \qquad d_i \cdot (H d)_i
+
+    Example:
+        >>> x, y = (torch.tensor([value], requires_grad=True) for value in (1.0, 2.0))
+        >>> hessian_form_terms((x * y).sum(), [x, y], [torch.ones(1), torch.ones(1)])
+        (tensor([2., 1.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
+    """
     if [d.shape for d in direction] != [p.shape for p in parameters]:
         shapes = [tuple(d.shape) for d in direction]
         raise sentence("direction", "have the shapes of the parameters", shapes, "give one tensor for each of them")
@@ -46,16 +62,19 @@ def hessian_quadratic_form(
     if not loss.requires_grad:
         raise ValueError("loss must depend on the parameters, got a constant: compute it with gradients enabled.")
     gradients = differentiable_gradients(loss, parameters)
-    used = [(g, p, d) for g, p, d in zip(gradients, parameters, direction, strict=True) if g is not None]
+    used = [(i, g) for i, g in enumerate(gradients) if g is not None]
     if not used:
         raise ValueError("loss must depend on the parameters, got none of them in its graph: check the list.")
-    descent = torch.stack([(g.double() * d.double()).sum() for g, _, d in used]).sum()
-    if not descent.requires_grad:
-        return descent, torch.zeros_like(descent)
-    products = torch.autograd.grad(descent, [p for _, p, _ in used], allow_unused=True)
-    terms = [(h.double() * d.double()).sum() for h, (_, _, d) in zip(products, used, strict=True) if h is not None]
-    quadratic = torch.stack(terms).sum() if terms else torch.zeros_like(descent)
-    return descent.detach(), quadratic
+    terms = {i: (g.double() * direction[i].double()).sum() for i, g in used}
+    descents = torch.stack([terms.get(i, loss.new_zeros((), dtype=torch.float64)) for i in range(len(parameters))])
+    descent = torch.stack([*terms.values()]).sum()
+    quadratics = torch.zeros_like(descents)
+    if descent.requires_grad:
+        products = torch.autograd.grad(descent, [parameters[i] for i in terms], allow_unused=True)
+        for i, product in zip(terms, products, strict=True):
+            if product is not None:
+                quadratics[i] = (product.double() * direction[i].double()).sum()
+    return descents.detach(), quadratics.detach()
 
 
 def differentiable_gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -79,7 +79,8 @@ class VectorSpace:
         self.sizes = [tensor.numel() for tensor in tensors]
         self.size = sum(self.sizes)
         self._full_shapes, self._cut, self._reduce = list(shapes) or self._shapes, list(cut), reduce
-        self._segments = _segments(self.sizes, shares if reduce is not None else [1.0] * len(tensors))
+        self._shares = list(shares) if reduce is not None else [1.0] * len(tensors)
+        self._segments = _segments(self.sizes, self._shares)
         count = torch.tensor(sum(s * (stop - start) for start, stop, s in self._segments), dtype=torch.float64)
         self.dimension = round(float(self._summed(count.to(self.device))))
 
@@ -150,6 +151,14 @@ class VectorSpace:
         """Return the dot product of two vectors."""
         return float(self.dots([a.unsqueeze(0)], b))
 
+    def dots_by_tensor(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the dot products of two vectors over each tensor of the list, (tensors,) float64; one reduction."""
+        totals = torch.zeros(len(self.sizes), dtype=torch.float64, device=self.device)
+        for index, parts in enumerate(zip(a.split(self.sizes), b.split(self.sizes), strict=True)):
+            for x, y in zip(*(part.split(self._piece) for part in parts), strict=True):
+                totals[index] += self._shares[index] * torch.dot(x, y)
+        return self._summed(totals)
+
     def squared_norm(self, vector: Tensor) -> Tensor:
         """Return the squared norm, (1,) float64; squares of float32 numbers can leave its range."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
@@ -164,10 +173,13 @@ class VectorSpace:
 
     def _pieces(self) -> Iterator[tuple[int, int, float]]:
         """Yield start, stop and share of the coordinates that one operation sums."""
-        piece = PIECE if self.device.type == "cpu" else _ACCELERATOR_PIECE
         for start, stop, share in self._segments:
-            for first in range(start, stop, piece):
-                yield first, min(first + piece, stop), share
+            for first in range(start, stop, self._piece):
+                yield first, min(first + self._piece, stop), share
+
+    @property
+    def _piece(self) -> int:
+        return PIECE if self.device.type == "cpu" else _ACCELERATOR_PIECE
 
 
 def _segments(sizes: Sequence[int], shares: Sequence[float]) -> list[tuple[int, int, float]]:

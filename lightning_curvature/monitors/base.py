@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
@@ -13,10 +13,12 @@ from torch import Tensor
 from lightning_curvature.losses.fixed import Precision
 from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
 from lightning_curvature.monitors.guard import HOOKS, STARTING, guarded
+from lightning_curvature.monitors.modules import Modules, ModuleTable, modules_of
 from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.monitors.strategies import check_strategy
 from lightning_curvature.monitors.tally import Tally
 from lightning_curvature.replay.objective import StepObjective
+from lightning_curvature.reporting.bars import report_bars
 from lightning_curvature.reporting.loggers import add_layout, report, warn
 
 # Methods of the module, which Lightning gives to callbacks at the start of every run.
@@ -147,6 +149,16 @@ class Monitor(pl.Callback):
         groups = trainer.optimizers[index].param_groups if trainer.optimizers else []
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
+    def _modules(self, trainer: pl.Trainer) -> Modules | None:
+        """Return the modules of the parameters, where values by module are wanted."""
+        wanted = self.options.by_module
+        return modules_of(trainer.lightning_module, self._parameters(trainer), wanted) if wanted else None
+
+    @property
+    def _prefix_by_module(self) -> str:
+        # Beside the prefix: in a group of its own on TensorBoard.
+        return f"{self.options.prefix}_by_module"
+
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint in the next fit; one that does not fit is left alone, and told."""
@@ -176,15 +188,22 @@ class Monitor(pl.Callback):
         """Say why nothing was measured, where that is so."""
         self._tally.tell(type(self).__name__, trainer)
 
-    def charts(self) -> dict[str, list[str]]:
+    def charts(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         """Return the TensorBoard charts of this monitor: keys by title."""
-        prefix = self.options.prefix
-        charts = {f"{prefix}: {title}": keys for title, keys in self.charted().items() if keys}
-        return {title: [f"{prefix}/{key}" for key in keys] for title, keys in charts.items()}
+        prefix, modules = self.options.prefix, self._modules(trainer)
+        charts = {title: [f"{prefix}/{key}" for key in keys] for title, keys in self.charted().items()}
+        names = () if modules is None else modules.names
+        for key in self.charted_by_module():
+            charts[f"{key} by module"] = [f"{self._prefix_by_module}/{key}/{name}" for name in names]
+        return {f"{prefix}: {title}": keys for title, keys in charts.items() if keys}
 
     def charted(self) -> Mapping[str, list[str]]:
         """Return the keys of each chart by its title, both without the prefix."""
         return {}
+
+    def charted_by_module(self) -> Sequence[str]:
+        """Return the keys of which each has a chart of its values by module."""
+        return ()
 
     @guarded
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -242,6 +261,12 @@ class Monitor(pl.Callback):
         prefix = self.options.prefix
         named = {f"{prefix}/{key}": value for key, value in values.items()}
         report(trainer, named, [f"{prefix}/{key}" for key in shown])
+
+    def _write_modules(self, trainer: pl.Trainer, table: ModuleTable | None) -> None:
+        """Write values by module, where there are any, and their picture."""
+        if table is not None:
+            report(trainer, {f"{self._prefix_by_module}/{key}": value for key, value in table.values().items()})
+            report_bars(trainer, self._prefix_by_module, table.names, table.columns)
 
     def _warn_once(self, about: str, message: str) -> None:
         """Warn the first time in a fit: a message with a number in it would be a new one each time."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from lightning_curvature.arguments import Rule, check_fields, whole
 from lightning_curvature.data.loaders import check_dataloader
 from lightning_curvature.losses.fixed import ProbeMode
+from lightning_curvature.monitors.modules import ByModule
 from lightning_curvature.replay.objective import ObjectiveFunction
 
 OnError = Literal["warn", "raise"]
@@ -35,6 +36,7 @@ class MonitorOptions:
     outputs: Annotated[str, _OUTPUTS] | None = None
     optimizer_index: Annotated[int, whole(0, "0 is the first optimizer")] = 0
     probe_precision: ProbePrecision = None
+    by_module: ByModule = False
     prefix: Annotated[str, _PREFIX] = "curvature"
     on_error: Annotated[OnError, Rule("'warn' lets training go on")] = "warn"
 

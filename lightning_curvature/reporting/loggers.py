@@ -4,6 +4,7 @@ No other file uses private attributes of the Trainer for this.
 """
 
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,9 @@ def add_layout(trainer: pl.Trainer) -> None:
     charts: dict[str, list[object]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callable(of_monitor := getattr(callback, "charts", None)):
-            charts |= {title: ["Multiline", keys] for title, keys in of_monitor().items()}
+            # TensorBoard takes tags for regular expressions, and matches their beginnings.
+            tags = {title: [f"{re.escape(key)}$" for key in keys] for title, keys in of_monitor(trainer).items()}
+            charts |= {title: ["Multiline", keys] for title, keys in tags.items()}
     for logger in tensorboards(trainer):
         if logger not in _laid_out:
             _laid_out.add(logger)

@@ -13,12 +13,13 @@ from torch import Tensor
 from lightning_curvature import linalg
 from lightning_curvature.distributed.together import Outcome, attempt_together, attempted
 from lightning_curvature.linalg import Eigenpairs, EigenTracker, NonFiniteProductError, SpectralDensity
+from lightning_curvature.monitors.modules import Modules, ModuleTable
 from lightning_curvature.operators import CurvatureOperator, PreconditionedOperator
 from lightning_curvature.operators.differences import DifferenceHistory
 from lightning_curvature.operators.fallback import BY_DIFFERENCES
 from lightning_curvature.optimizers.stability import NotYetSteppedError
 from lightning_curvature.reporting.loggers import warn
-from lightning_curvature.spectrum.options import EXACT_ONLY, UPPER, SpectrumOptions, largest_name, with_error
+from lightning_curvature.spectrum.options import EXACT_ONLY, SHARE, UPPER, SpectrumOptions, largest_name, with_error
 from lightning_curvature.spectrum.problem import SpectrumProblem
 from lightning_curvature.spectrum.result import Spectrum
 
@@ -32,7 +33,18 @@ class _Numbers:
 
     values: dict[str, float]
     density: SpectralDensity | None = None
+    by_module: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+
+    def table(self, modules: Modules | None) -> ModuleTable | None:
+        """Return the values by module, where they are wanted."""
+        columns = {key: tuple(column.tolist()) for key, column in self.by_module.items()}
+        return None if modules is None else ModuleTable(modules.names, columns)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Forget the values of some keys."""
+        self.values |= dict.fromkeys(keys, math.nan)
+        self.by_module = {key: column for key, column in self.by_module.items() if key.removesuffix(SHARE) not in keys}
 
 
 class SpectrumMeasurement:
@@ -75,7 +87,7 @@ class SpectrumMeasurement:
 
             attempted(functools.partial(self._measure_operator, problem, kind, quantities, basis, numbers), failed)
         reasons = {key: reason for key, reason in numbers.reasons.items() if math.isnan(numbers.values[key])}
-        return Spectrum(numbers.values, numbers.density, reasons)
+        return Spectrum(numbers.values, numbers.density, numbers.table(problem.modules), reasons)
 
     def _measure_operator(
         self, problem: SpectrumProblem, kind: str, wanted: Sequence[str], basis: int, numbers: _Numbers
@@ -119,7 +131,7 @@ class SpectrumMeasurement:
                 own = operator.error or (error if alone or between else None)
                 failure = _failure_of(problem, own, error, between)
                 if failure.sums["between"] and not alone:
-                    numbers.values |= dict.fromkeys(self._options.keys(wanted), math.nan)
+                    numbers.forget(self._options.keys(wanted))
                     numbers.density = numbers.density if "spectral_density" not in wanted else None
                     self.trackers.pop(kind, None)
                 return failure
@@ -168,6 +180,10 @@ class SpectrumMeasurement:
             names = [*map(largest_name, range(1, largest + 1)), "lambda_min"] if kind == "hessian" else wanted
             off = [operator.uncertainty(*pair) for pair in zip(pairs.vectors, pairs.quotients.tolist(), strict=True)]
             self._add_eigenvalues(numbers, pairs, kind, names, off)
+            if problem.modules is not None:
+                for name, vector in zip(names, pairs.vectors, strict=False):
+                    squares = space.dots_by_tensor(vector, vector)
+                    numbers.by_module[name + SHARE] = problem.modules.sums(problem.parameters, squares)
         if "hessian_trace" in wanted:
             estimate = linalg.trace(
                 matvec,

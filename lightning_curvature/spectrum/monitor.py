@@ -6,10 +6,12 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_curvature.data.probe_set import ProbeSet
 from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.losses.fixed import ProbeLoss
+from lightning_curvature.monitors.modules import matching
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor
 from lightning_curvature.monitors.protocol import Prepared
@@ -45,6 +47,12 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
     * "hessian_trace": ``hessian_trace`` with ``hessian_trace_stderr``.
     * "spectral_density": histogram and picture on TensorBoard.
 
+    With ``by_module`` each module has its share in what was measured, at no product more, as
+    ``<prefix>_by_module/<key>/<module>`` and in ``result.modules``: ``<eigenvalue>_share``, the sum of v_i² over its
+    parameters in the unit eigenvector v (in the coordinates of the operator; all add up to 1), and ``hessian_trace``
+    with its ``_stderr``, the trace of its diagonal block. λ_max of a diagonal block itself, which is no larger than
+    that of H, is measured by ``parameters``.
+
     Each eigenvalue λ comes with ``<key>_error``, its relative error by which the search ended; and with
     ``<key>_converged``, 0 where ``max_products`` ended it before that was small, or before a larger eigenvalue could be
     excluded.
@@ -76,6 +84,10 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         products: "exact" by double backward, "difference" of two gradients, or "auto": exact where parameters are whole
             and the model can be differentiated twice. The change is told once.
         keep_graph: keep gradient graphs from product to product: True, False, or "auto" while they fit into memory.
+        parameters: measure the diagonal block of the parameters whose names match one of these patterns ("encoder.*"),
+            by products restricted to it; thresholds stay those of the optimizer. None: all that the optimizer moves.
+        by_module: also give values by module: True for each module that holds parameters, a number for the modules at
+            this depth (1 at the top), or names.
         save_eigenvectors: keep the eigenvectors in checkpoints, so that a resumed run goes on from them.
         outputs: see :class:`DirectionalCurvatureMonitor`; only the Gauss–Newton matrix needs outputs.
         objective: callable (module, batch) → loss, or → {"loss", "outputs"}, in place of training_step.
@@ -117,6 +129,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         density_steps: int = SpectrumOptions.density_steps,
         products: Products = SpectrumOptions.products,
         keep_graph: bool | Literal["auto"] = SpectrumOptions.keep_graph,
+        parameters: str | Sequence[str] | None = SpectrumOptions.parameters,
+        by_module: bool | int | Sequence[str] = SpectrumOptions.by_module,
         save_eigenvectors: bool = SpectrumOptions.save_eigenvectors,
         outputs: str | None = SpectrumOptions.outputs,
         objective: ObjectiveFunction | None = SpectrumOptions.objective,
@@ -160,6 +174,10 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         asked = self.options.quantities
         return {title: [*keys, f"{name}_threshold"] for title, (name, keys) in charts.items() if name in asked}
 
+    def charted_by_module(self) -> Sequence[str]:
+        """Chart the shares of the modules in each eigenvector."""
+        return self.options.shares
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
@@ -193,6 +211,11 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         if self._sharded and products == "auto":
             warn(WHERE_SHARDED)
 
+    def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
+        """Return those parameters that the optimizer moves and ``parameters`` names."""
+        moved, patterns = super()._parameters(trainer), self.options.parameters
+        return moved if patterns is None else matching(trainer.lightning_module, moved, patterns)
+
     @property
     def _by_step(self) -> bool:
         return "second_moment_contraction" in self.options.quantities
@@ -211,6 +234,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
             spread=data.spread,
             # Other random vectors at every step, and the same ones in a resumed run.
             seed=self.options.seed + trainer.global_step,
+            modules=self._modules(trainer),
             on_product=progress.tick,
         )
         return Prepared(problem, progress, {"basis": basis_length(parameters, trainer)})
@@ -234,6 +258,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         return {f"{q}_threshold": edge for q, edge in thresholds.items() if q in wanted and not math.isnan(edge)}
 
     def write_pictures(self, trainer: pl.Trainer, result: Spectrum) -> None:
-        """Write the density as a histogram and a picture."""
+        """Write the density as a histogram and a picture, and the values by module."""
         if result.density is not None:
             report_density(trainer, f"{self.options.prefix}/spectral_density", result.density)
+        self._write_modules(trainer, result.modules)

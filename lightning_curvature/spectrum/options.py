@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
 from lightning_curvature.linalg.tracking import RECHECK
+from lightning_curvature.monitors.modules import Patterns
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators.exact import KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
@@ -49,12 +50,19 @@ class SpectrumOptions(ProbeSetOptions):
     density_steps: Annotated[int, whole(2, "40 make a good picture", MANY)] = 40
     products: Annotated[Products, Rule("'auto' is exact where it can be")] = "auto"
     keep_graph: Annotated[KeepGraph, KEEP_GRAPH] = "auto"
+    parameters: Patterns | None = None
     save_eigenvectors: bool = True
     progress_bar: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("max_products", self.max_products, self.k + 1, _PRODUCTS)
+
+    @property
+    def shares(self) -> list[str]:
+        """Keys of the shares of modules in eigenvectors."""
+        eigenvalues = [q for q in self.quantities if q not in ("hessian_trace", "spectral_density")]
+        return [key.removesuffix("_error") + SHARE for key in self.keys(eigenvalues) if key.endswith("_error")]
 
     @property
     def operators(self) -> dict[str, list[str]]:
@@ -81,6 +89,8 @@ class SpectrumOptions(ProbeSetOptions):
 
 # No eigenvalue is above it, with 95 % probability.
 UPPER = "lambda_max_upper"
+# Of each module in the eigenvector of an eigenvalue.
+SHARE = "_share"
 
 
 def largest_name(index: int) -> str:

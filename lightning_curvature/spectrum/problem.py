@@ -13,6 +13,7 @@ from lightning_curvature.distributed.gathers import Gathers
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.shards import local
 from lightning_curvature.linalg import VectorSpace
+from lightning_curvature.monitors.modules import Modules
 from lightning_curvature.operators import CurvatureOperator, MicroBatch, SecondMomentOperator, Sharding
 from lightning_curvature.operators.differences import DifferenceHistory
 from lightning_curvature.operators.graphs import KeepGraph
@@ -33,6 +34,7 @@ class SpectrumProblem:
         groups: for each micro-batch the number of its mini-batch.
         spread: number of mini-batches that ranks share, or None.
         seed: of random vectors.
+        modules: of the parameters, where values by module are wanted.
         on_product: called after every product.
     """
 
@@ -44,6 +46,7 @@ class SpectrumProblem:
     groups: Sequence[int]
     spread: int | None
     seed: int
+    modules: Modules | None
     on_product: Callable[[], None]
 
     @cached_property

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_curvature.linalg import SpectralDensity
+from lightning_curvature.monitors.modules import ModuleTable
 from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
 from lightning_curvature.reporting.pictures import new_figure, picture_of
 
@@ -18,11 +19,13 @@ class Spectrum:
     Attributes:
         numbers: eigenvalues, trace and their errors by key; NaN for those that failed.
         density: spectral density, where asked for.
+        modules: values by module, where asked for: shares in the eigenvectors, and the trace.
         reasons: why numbers are NaN, by key.
     """
 
     numbers: Mapping[str, float]
     density: SpectralDensity | None = None
+    modules: ModuleTable | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:

@@ -32,6 +32,10 @@ def _assert_same_row(row: dict[str, float], expected: dict[str, float], dtype: t
             tolerance = second_difference_tolerance(expected, dtype) if name == "lambda_fd" else smooth
             assert row[measured[name]] == pytest.approx(expected[measured[name]], rel=tolerance), name
             assert math.isfinite(expected[measured[name]]), name
+    for key in expected:
+        if key.startswith("curvature_by_module/"):
+            size = abs(expected[measured["lambda_dir" if "/lambda_dir/" in key else "descent"]])
+            assert row[key] == pytest.approx(expected[key], rel=0.0, abs=smooth * size), key
     # Decisions on the sign of a difference, and constants: the same to the last digit, unless a trial length of the
     # search has the loss of the start itself.
     for name in STEPWISE:

@@ -101,7 +101,7 @@ def uneven_batches() -> list[Batch]:
 
 
 unused = Case(Unused, strategy="ddp_find_unused_parameters_true")
-rare = Case(Rare, rare_batches, strategy="ddp_find_unused_parameters_true")
+rare = Case(Rare, rare_batches, strategy="ddp_find_unused_parameters_true", monitor={"by_module": True})
 
 
 def squared_weights(z: Tensor, y: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def checkpointed() -> Classifier:
 on_sides = Case(kinked)
 on_sides_accumulated = replace(on_sides, trainer={"accumulate_grad_batches": 2})
 on_sides_repeated = Case(checkpointed)
-uneven = replace(rare, module=Uneven, batches=uneven_batches, monitor={"objective": mean_of_halves})
+uneven = replace(rare, module=Uneven, batches=uneven_batches, monitor=rare.monitor | {"objective": mean_of_halves})
 
 
 def noisy() -> Classifier:
@@ -170,6 +170,7 @@ undisturbed = disturbed.unwatched()
 seldom = Case(classifier, estimators=("kl", "finite_difference"), monitor={"every_n_train_steps": 2})
 seldom_deep = replace(seldom, module=partial(classifier, momentum, 6, 6, 6))
 exact = replace(seldom, estimators=("hvp", "gauss_newton", "kl", "finite_difference"))
+exact_by_module = replace(exact, monitor=exact.monitor | {"by_module": True})
 searching = replace(seldom, estimators=("critical",))
 unwatched = seldom.unwatched()
 unwatched_deep = seldom_deep.unwatched()

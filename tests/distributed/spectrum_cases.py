@@ -84,7 +84,8 @@ class Watch(pl.Callback):
         self.metrics = metrics
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("curvature/")})
+        found = trainer.callback_metrics.items()
+        self.metrics.append({k.partition("/")[2]: float(v) for k, v in found if k.startswith("curvature")})
 
 
 @dataclass
@@ -180,9 +181,8 @@ class SpectrumCase:
             warnings.simplefilter("default")
             trainer.fit(module, loader, ckpt_path=ckpt_path)
         outcome.said = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
-        cut = len("curvature/")
         for step, row in sorted(capture.rows.items()):
-            if found := {key[cut:]: v for key, v in row.items() if key.startswith("curvature/")}:
+            if found := {key.partition("/")[2]: v for key, v in row.items() if key.startswith("curvature")}:
                 outcome.rows[step] = found
         outcome.state = state_of(module, trainer)
         assert trainer.global_step == self.steps
@@ -197,8 +197,10 @@ def assert_same_spectra(together: Sequence[Outcome], alone: Outcome, tolerance: 
             row = outcome.rows[step]
             assert row.keys() == expected.keys()
             for key, value in expected.items():
-                # Errors are small beside what they are errors of: relative for eigenvalues, not for the trace.
-                size = 1.0 if key.endswith(("_error", "_converged")) else abs(expected[key.removesuffix("_stderr")])
+                # Errors are small beside what they are errors of: relative for eigenvalues, not for the trace. Shares
+                # are parts of 1.
+                whole = key.endswith(("_error", "_converged")) or "_share/" in key
+                size = 1.0 if whole else abs(expected[key.replace("_stderr", "")])
                 assert row[key] == pytest.approx(value, rel=0.0, abs=tolerance * size, nan_ok=True), (step, key)
         for nodes, expected_nodes in zip(outcome.nodes, alone.nodes, strict=True):
             assert (nodes is None) == (expected_nodes is None)

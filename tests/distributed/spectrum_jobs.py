@@ -43,7 +43,7 @@ def squaring(make_optimizer: MakeOptimizer, once: bool = True) -> Any:
 
 
 # Mini-batches of a step lie whole on ranks, three on two of them, the last one smaller.
-whole = SpectrumCase(classifier, monitor={"k": 3})
+whole = SpectrumCase(classifier, monitor={"k": 3, "by_module": True})
 # Each search goes on from the one before.
 followed = replace(whole, monitor={"k": 3, "recheck_every": 10})
 whole_32 = replace(whole, module=partial(classifier, dtype=torch.float32), data=partial(dataset, dtype=torch.float32))
@@ -125,6 +125,7 @@ undisturbed = disturbed.unwatched()
 ONE = ("lambda_max",)
 counted = replace(whole, monitor={"quantities": ONE})
 counted_deep = replace(counted, module=partial(classifier, adam, 5, 5, 5, 5))
+counted_by_module = replace(whole, monitor={"quantities": (*ONE, "hessian_trace"), "by_module": True})
 counted_trace = replace(whole, monitor={"quantities": ("hessian_trace",)})
 counted_whole = replace(whole, monitor={"quantities": ("second_moment_contraction",)})
 counted_spread = replace(counted_whole, step=SAMPLES)
@@ -245,6 +246,7 @@ def with_one_output(kind: Any = Sharded) -> Any:
 
 # First dimensions of 5 and 3 over two processes.
 uneven = sharded(partial(classifier, kind=Sharded))
+uneven.monitor["by_module"] = True
 as_one = sharded(partial(classifier, kind=ShardedAsOne), monitor={"quantities": ONE})
 one_output = sharded(with_one_output, monitor={"quantities": ("lambda_min", "hessian_trace"), "tolerance": 0.1})
 sharded_32 = sharded(partial(classifier, kind=Sharded, dtype=torch.float32), data=partial(dataset, dtype=torch.float32))

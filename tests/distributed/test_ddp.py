@@ -96,7 +96,13 @@ def _collectives(results: Results, watched: str, unwatched: str) -> list[tuple[l
 
 
 @pytest.mark.parametrize(
-    ("watched", "unwatched"), [("seldom", "unwatched"), ("exact", "unwatched"), ("seldom_deep", "unwatched_deep")]
+    ("watched", "unwatched"),
+    [
+        ("seldom", "unwatched"),
+        ("exact", "unwatched"),
+        ("exact_by_module", "unwatched"),
+        ("seldom_deep", "unwatched_deep"),
+    ],
 )
 def test_a_measured_step_takes_two_reductions(results: Results, watched: str, unwatched: str) -> None:
     assert extra(results, watched, unwatched) == [2 * measured for measured in jobs.MEASURED]

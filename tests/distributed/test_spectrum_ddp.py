@@ -91,7 +91,7 @@ def test_both_ranks_hold_the_same_bits(results: Results, name: str) -> None:
     for row, metrics in zip(first.rows.values(), first.metrics, strict=False):
         for key, value in row.items():
             if name != "disturbed" and math.isfinite(value):
-                assert metrics[f"curvature/{key}"] == float(torch.tensor(value, dtype=torch.float32)), key
+                assert metrics[key] == float(torch.tensor(value, dtype=torch.float32)), key
 
 
 @pytest.mark.parametrize(("watched", "unwatched"), [("disturbed", "undisturbed"), ("unbroken", "unbroken_unwatched")])
@@ -112,8 +112,8 @@ def test_one_reduction_a_product(results: Results, name: str) -> None:
     assert len(results["counted_deep"][0].state) > len(results["counted"][0].state)
 
 
-def test_trace_takes_one_reduction_a_product(results: Results) -> None:
-    for outcome in results["counted_trace"]:
+def test_trace_and_modules_take_one_reduction_a_product(results: Results) -> None:
+    for outcome in (*results["counted_trace"], *results["counted_by_module"]):
         assert [c - p for c, p in zip(outcome.collectives, outcome.products, strict=True)] == [3, 2, 2]
 
 

@@ -537,6 +537,8 @@ def _interaction() -> metrics.GradientNoiseInteraction:
 
 
 _OPTIONS: dict[str, frozenset[str]] = {
+    "parameters": frozenset({"text"}),
+    "by_module": frozenset({"text", "True", "a number"}),
     "seed": frozenset({"zero"}),
     "optimizer_index": frozenset({"zero"}),
     "validation_draws": frozenset({"zero"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,7 +21,15 @@ def layouts(directory: str | Path) -> list[Layout]:
 
 
 def charts(layout: Layout) -> dict[str, list[str]]:
-    return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    """Keys of each chart by its title; each tag is an expression that is true of one key alone."""
+    return {chart.title: [_key(tag) for tag in chart.multiline.tag] for chart in layout.category[0].chart}
+
+
+def _key(tag: str) -> str:
+    key = re.sub(r"\\(.)", r"\1", tag.removesuffix("$"))
+    assert tag.endswith("$")
+    assert re.compile(tag).match(key)  # as TensorBoard does it
+    return key
 
 
 def read(directory: str) -> EventAccumulator:

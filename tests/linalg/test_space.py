@@ -179,3 +179,18 @@ def test_basis_rows_are_orthonormal_and_combinations_of_themselves() -> None:
     assert torch.allclose(after, torch.cat([turn.T @ before[:9], before[9:]]), rtol=0.0, atol=1e-15)
     with pytest.raises(IndexError):
         basis[6]
+
+
+def test_dot_products_by_tensor() -> None:
+    """Of tensors longer than a piece, empty ones, and scalars; with shares, their sum over the ranks is weighted."""
+    sizes = [70_000, 0, 1, 5]
+    a, b = (torch.randn(sum(sizes), generator=_generator(seed)) for seed in (0, 1))
+    space = VectorSpace([torch.zeros(size) for size in sizes])
+    truth = [float(x.double() @ y.double()) for x, y in zip(a.split(sizes), b.split(sizes), strict=True)]
+    found = space.dots_by_tensor(a, b)
+    assert found.dtype == torch.float64
+    # Float32 sums of up to 65,536 products, with a rounding of u each, of random sign: √65,536 u of their total size.
+    bounds = [256 * U32 * float(x.abs() @ y.abs()) for x, y in zip(a.split(sizes), b.split(sizes), strict=True)]
+    assert all(abs(x - y) <= bound for x, y, bound in zip(found.tolist(), truth, bounds, strict=True))
+    twice = VectorSpace([torch.zeros(size) for size in sizes], reduce=lambda t: 2 * t, shares=[1.0, 1.0, 0.5, 1.0])
+    assert torch.equal(twice.dots_by_tensor(a, b), found * torch.tensor([2.0, 2.0, 1.0, 2.0]).double())

@@ -88,7 +88,7 @@ def test_two_monitors(tmp_path: Path) -> None:
 
 
 def test_charts_of_what_there_is() -> None:
-    assert monitor(quantities=("noise_spearman",)).charts() == {}
+    assert monitor(quantities=("noise_spearman",)).charts(make_trainer()) == {}
 
 
 def test_without_matplotlib_where_nobody_would_see_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ class Charts(pl.Callback):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def charts(self) -> dict[str, list[str]]:
+    def charts(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         return {f"{self.name}: λ": [f"{self.name}/lambda_kl", f"{self.name}/two_over_lr"]}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

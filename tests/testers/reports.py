@@ -60,7 +60,7 @@ class ReportTester(FamilyTester):
         trainer = fit(follow, logger=capture)
         found = rows(capture, "c/d")
         assert list(found) == ([0, 2] if expected else [])
-        assert {key for keys in follow.charts().values() for key in keys} <= {f"c/d/{key}" for key in expected}
+        assert {key for keys in follow.charts(trainer).values() for key in keys} <= {f"c/d/{key}" for key in expected}
         for row in found.values():
             assert set(row) == expected
             assert {key for key, value in row.items() if math.isnan(value)} == self.family.undefined & expected
