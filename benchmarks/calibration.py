@@ -233,11 +233,12 @@ def tabulate(
     lines: list[str],
     measured: Callable[[str], Iterable[Found]],
     row: Callable[[str, Sequence[Found]], str],
+    networks: Iterable[str] = NETWORKS,
 ) -> None:
     """Add a row for each network, and one for all, to a page; print them, and write the page where asked."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="markdown file to write")
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="which networks")
+    parser.add_argument("--networks", nargs="*", default=list(networks), help="which networks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     every: list[Found] = []

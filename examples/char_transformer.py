@@ -6,6 +6,7 @@ could have been longer before it stops lowering the loss.
 
     python examples/char_transformer.py                      # learns Python's own standard library
     python examples/char_transformer.py --text my.txt --precision bf16-mixed
+    python examples/char_transformer.py --by-module 2        # also: which blocks hold λ_max and the trace
 """
 
 import argparse
@@ -26,12 +27,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_curvature import DirectionalCurvatureMonitor
+from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
 
 MAX_DEFAULT_TEXT = 2_000_000  # characters: several epochs of the default run, read in a moment
 MLP_EXPANSION = 4
 FINAL_LR_SHARE = 0.1  # the cosine ends at a tenth of the peak
 CLIP_NORM = 1.0
+SPECTRUM_EVERY, SPECTRUM_SAMPLES = 100, 16
 
 TABLE_ROWS = 12
 COLUMNS = {
@@ -201,6 +203,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True, help="output layer = embedding")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, default=50)
+    parser.add_argument("--by-module", type=int, help="depth of the modules whose share in the curvature is measured")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/char_transformer"))
@@ -235,7 +238,15 @@ def main(arguments: list[str] | None = None) -> None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} characters, "
         f"vocabulary of {len(characters.vocabulary)}"
     )
-    curves = CurveLogger()
+    curves, monitors = CurveLogger(), [DirectionalCurvatureMonitor()]
+    if args.by_module:
+        spectrum = HessianSpectrumMonitor(
+            quantities=("lambda_max", "hessian_trace"),
+            every_n_train_steps=SPECTRUM_EVERY,
+            probe_samples=SPECTRUM_SAMPLES,
+            by_module=args.by_module,
+        )
+        monitors.append(spectrum)
     trainer = pl.Trainer(
         accelerator=args.accelerator,
         devices=1,
@@ -243,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         max_steps=args.max_steps,
         gradient_clip_val=CLIP_NORM,
         logger=[TensorBoardLogger(args.out.parent, name=args.out.name), curves],
-        callbacks=[DirectionalCurvatureMonitor()],
+        callbacks=monitors,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
@@ -251,6 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     trainer.fit(model, loader)
 
+    if args.by_module:
+        print(f"\nwhere the curvature of {SPECTRUM_SAMPLES} windows sat when last measured:\n{spectrum.result.modules}")
     print(
         f"\n{table(curves)}\n\nheadroom = (2/η)/λ: by what factor the step could have been longer before it stops "
         f"lowering the loss.\n1 is the edge of stability; warm-up raises η, so 2/η comes down to meet λ.\n\n"

@@ -59,14 +59,19 @@ class PairsAtOnce(Pairs):
         operator = problem.exact(micro_batches, copies)
         pairs = [PairMoments() for _ in numbers]
 
-        def curvatures_along(vectors: Tensor, squares: Tensor) -> Tensor:
-            """Return vᵀAv of each mini-batch for one vector of each; a single product, 0 for a vector of zeros."""
+        def terms_along(vectors: Tensor, squares: Tensor) -> Tensor:
+            """Return vᵀAv of each mini-batch for one vector of each, by parameter: (mini-batches, parameters).
+
+            A single product; 0 for a vector of zeros.
+            """
             # To unit length, so that products stay in the range of float32.
             lengths = torch.where(squares > 0.0, squares.sqrt(), 1.0)
             units = vectors / lengths.to(vectors.dtype)[:, None]
             products = operator.space.views(operator(operator.space.pack(problem.space.views(units))))
             problem.on_product()
-            return squares * _dots(units, problem.space.pack(products, len(draws)))
+            pieces = zip(problem.space.views(units), products, strict=True)
+            rows = [_dots(u.reshape(len(u), -1), p.reshape(len(p), -1)) for u, p in pieces]
+            return squares[:, None] * torch.stack(rows, dim=1)
 
         with contextlib.closing(operator):
             gradients = problem.space.pack(operator.space.views(operator.gradient()), len(draws))
@@ -75,15 +80,15 @@ class PairsAtOnce(Pairs):
             for index, square in enumerate(norms):
                 pairs[index // PAIR].zero_gradients += square == 0.0
             if set(OWN_PRODUCT) & set(wanted):
-                for index, curvature in enumerate(curvatures_along(gradients, squares).tolist()):
-                    pairs[index // PAIR].add_own(curvature, norms[index])
+                for index, terms in enumerate(terms_along(gradients, squares)):
+                    pairs[index // PAIR].add_own(problem.by_module(terms), norms[index])
             if set(CROSSED) & set(wanted):
                 rows = range(0, len(draws), PAIR)
                 crosses = [self._crosses(wanted, (gradients[i], gradients[i + 1]), norms[i : i + PAIR]) for i in rows]
                 for kind in zip(*crosses, strict=True):
                     # Each vector is multiplied by the Hessian of the other mini-batch.
                     swapped = torch.stack([vector for vectors, _ in kind for vector in reversed(vectors)])
-                    curvatures = curvatures_along(swapped, _dots(swapped, swapped)).reshape(-1, PAIR).sum(dim=1)
+                    curvatures = terms_along(swapped, _dots(swapped, swapped)).sum(1).reshape(-1, PAIR).sum(dim=1)
                     for pair, cross, curvature in zip(pairs, kind, curvatures.tolist(), strict=True):
                         pair.add_crossed(cross, curvature)
         return pairs

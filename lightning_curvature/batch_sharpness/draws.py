@@ -10,6 +10,7 @@ from lightning_curvature.batch_sharpness.options import CROSS_PRODUCT, CROSSED, 
 from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
 from lightning_curvature.distributed.together import cause_together, together
 from lightning_curvature.functional import merge_moments, ratio_of_means, ratio_standard_error
+from lightning_curvature.monitors.modules import ModuleTable
 from lightning_curvature.operators.mini_batch import MiniBatch
 from lightning_curvature.reporting.loggers import warn
 
@@ -30,6 +31,10 @@ class Draws:
         self._options, self._problem, (self._ranks, self._rank) = pairs.options, pairs.problem, pairs.problem.turns
         self._moments = {quantity: torch.zeros(6, dtype=torch.float64) for quantity in quantities}
         self._batches = dict.fromkeys(quantities, 0)
+        modules = pairs.problem.modules
+        self._terms = torch.zeros(2, 1 if modules is None else len(modules.names), dtype=torch.float64)
+        # Of a pair's row in an exchange: moments, sums by module, counts.
+        self._widths = [6 * len(quantities), self._terms.numel(), 3]
         # At η = 0 there is no update over η.
         self._open = [q for q in quantities if q != "lambda_gen" or self._problem.lr]
         self._begun = self._drawn = self._zero_gradients = self._unconverged = self._skipped = 0
@@ -93,17 +98,18 @@ class Draws:
 
     def _exchange(self, pairs: Sequence[PairMoments], failure: Exception | None) -> Tensor:
         """Return moments and counts of the pairs of all ranks, a row each, by their numbers. One collective."""
-        width = 6 * len(self._quantities) + 3
-        empty = torch.zeros(len(pairs), self._ranks, width, dtype=torch.float64, device="cpu")
+        empty = torch.zeros(len(pairs), self._ranks, sum(self._widths), dtype=torch.float64, device="cpu")
 
         def rows() -> Mapping[str, Tensor]:
             if failure is not None:
                 raise failure
             table = empty.clone()
             for row, pair in zip(table[:, self._rank], pairs, strict=True):
-                for moments, quantity in zip(row[:-3].split(6), self._quantities, strict=True):
+                of_quantities, by_module, counts = row.split(self._widths)
+                for moments, quantity in zip(of_quantities.split(6), self._quantities, strict=True):
                     moments.copy_(pair.moments.get(quantity, moments))
-                row[-3], row[-2], row[-1] = pair.zero_gradients, pair.unconverged, pair.skipped
+                by_module.view_as(self._terms).copy_(pair.by_module)
+                counts.copy_(torch.tensor([pair.zero_gradients, pair.unconverged, pair.skipped]))
             return {"pairs": table}
 
         alone = self._ranks == 1
@@ -112,11 +118,15 @@ class Draws:
 
     def _add(self, row: Tensor) -> None:
         """Add the moments of a pair, and close the quantities that are now known well enough."""
+        of_quantities, by_module, counts = row.split(self._widths)
+        zero_gradients, unconverged, skipped = map(int, counts)
         self._drawn += PAIR
-        self._zero_gradients += int(row[-3])
-        self._skipped += int(row[-1])
-        self._unconverged += int(row[-2]) if "lambda_max_b" in self._open else 0
-        for quantity, draws in zip(self._quantities, row[:-3].split(6), strict=True):
+        self._zero_gradients += zero_gradients
+        self._skipped += skipped
+        self._unconverged += unconverged if "lambda_max_b" in self._open else 0
+        if "batch_sharpness" in self._open:
+            self._terms += by_module.view_as(self._terms)
+        for quantity, draws in zip(self._quantities, of_quantities.split(6), strict=True):
             if quantity not in self._open:
                 continue
             moments = merge_moments(torch.stack([self._moments[quantity], draws]))
@@ -149,6 +159,20 @@ class Draws:
             values[f"{quantity}_stderr"] = float(ratio_standard_error(moments))
             values[f"{quantity}_batches"] = float(self._batches[quantity])
         return values
+
+    def table(self) -> ModuleTable | None:
+        """Return the terms of batch sharpness by module with their standard errors, where they are wanted and known.
+
+        They are those of means over mini-batches with a gradient. Of equal terms they are down to 1e-8 of these.
+        """
+        modules = self._pairs.problem.modules
+        if modules is None or "batch_sharpness" not in self._moments:
+            return None
+        count = float(self._moments["batch_sharpness"][0])
+        means, squares = self._terms / (count or math.nan)
+        errors = ((squares - means.square()).clamp(min=0.0) / (count - 1.0)).sqrt()
+        columns = {"batch_sharpness": means, "batch_sharpness_stderr": errors}
+        return ModuleTable(modules.names, {key: tuple(column.tolist()) for key, column in columns.items()})
 
 
 def not_finite(number: float) -> ArithmeticError | None:

@@ -14,6 +14,7 @@ from lightning_curvature.batch_sharpness.pairs import Pairs
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem
 from lightning_curvature.batch_sharpness.result import BatchSharpnessResult
 from lightning_curvature.distributed.together import attempted, cause_together
+from lightning_curvature.monitors.modules import ModuleTable
 from lightning_curvature.operators.mini_batch import MiniBatch
 
 
@@ -39,7 +40,7 @@ class SharpnessMeasurement:
         A failure takes with it the quantities that need what failed, and no others. ``fail`` is called with its error,
         and returns where training goes on.
         """
-        values, reasons = dict.fromkeys(self._options.keys(), math.nan), dict[str, str]()
+        values, reasons, table = dict.fromkeys(self._options.keys(), math.nan), dict[str, str](), None
 
         def lose(quantities: Sequence[Quantity], error: Exception) -> None:
             reasons.update(dict.fromkeys(self._options.keys(quantities), str(error)))
@@ -49,8 +50,9 @@ class SharpnessMeasurement:
             lose_step = functools.partial(lose, ("step_sharpness",))
             values |= attempted(lambda: self._step_sharpness(problem), lose_step) or {}
         if problem.population is not None:
-            values |= self._drawn_batches(problem, lose)
-        return BatchSharpnessResult(values, {key: reasons[key] for key in reasons if math.isnan(values[key])})
+            drawn, table = self._drawn_batches(problem, lose)
+            values |= drawn
+        return BatchSharpnessResult(values, table, {key: reasons[key] for key in reasons if math.isnan(values[key])})
 
     def _step_sharpness(self, problem: SharpnessProblem) -> dict[str, float]:
         """Return the sharpness of the data of the coming step, of all ranks together."""
@@ -60,7 +62,7 @@ class SharpnessMeasurement:
         _check_finite(problem, batch, curvature)
         return {"step_sharpness": curvature / square if square else math.nan}
 
-    def _drawn_batches(self, problem: SharpnessProblem, lose: Lose) -> dict[str, float]:
+    def _drawn_batches(self, problem: SharpnessProblem, lose: Lose) -> tuple[dict[str, float], ModuleTable | None]:
         options, quantities, full = self._options, self._options.drawn, None
         needing = [quantity for quantity in quantities if quantity in FULL_GRADIENT]
 
@@ -71,20 +73,20 @@ class SharpnessMeasurement:
 
         whole = attempted(whole_set, functools.partial(lose, quantities))
         if whole is None:
-            return {}
+            return {}, None
         with contextlib.closing(whole):
             if needing:
                 full = attempted(lambda: _full_gradient(problem, whole), functools.partial(lose, needing))
                 quantities = quantities if full is not None else tuple(q for q in quantities if q not in needing)
             if not quantities:
-                return {}
+                return {}, None
             at_once = PairsAtOnce(options, problem, full)
             if self.pairs_at_once is None:
                 self.pairs_at_once = pairs_at_once(at_once)
             pairs = at_once if self.pairs_at_once > 1 else Pairs(options, problem, full)
             draws = Draws(pairs, quantities, self.pairs_at_once, whole, lose)
             attempted(draws.draw, draws.give_up)
-        return draws.values()
+        return draws.values(), draws.table()
 
 
 def _full_gradient(problem: SharpnessProblem, whole: MiniBatch) -> Tensor:

@@ -61,6 +61,10 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     without a gradient, which batch sharpness leaves out; and ``lambda_max_b_unconverged``, the number of drawn batches
     whose eigenvalue did not converge to ``tolerance`` and counts too small.
 
+    With ``by_module``, at no product more: ``<prefix>_by_module/batch_sharpness/<module>`` with its ``_stderr``, the
+    terms :math:`E_B[g_{B,i}^\top (H_B g_B)_i / \lVert g_B\rVert^2]` of its parameters, which add up to batch sharpness,
+    and may be negative by their cross terms; also in ``result.modules``.
+
     The monitor draws batches in pairs (B, B') until the standard error of each value falls below ``relative_error`` of
     it. The batches of a pair are independent, so that :math:`g_B^\top H_{B'} g_B` is :math:`g_B^\top H g_B` in the
     mean, without a product with the full Hessian.
@@ -98,6 +102,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         optimizer_index: which optimizer to follow where there are several.
         probe_mode: "train" leaves the module in its modes, "eval" switches it for the measurement.
         probe_precision: "32-true" runs without autocast; None in the precision of the run.
+        by_module: also give the terms of batch sharpness by module: True for each module that holds parameters, a
+            number for the modules at this depth (1 at the top), or names.
         seed: of the choice of samples, of the draws and of dropout masks.
         prefix: prefix of the keys.
         progress_bar: show the values on the progress bar.
@@ -136,6 +142,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         optimizer_index: int = BatchSharpnessOptions.optimizer_index,
         probe_mode: Literal["train", "eval"] = BatchSharpnessOptions.probe_mode,
         probe_precision: Literal["32-true"] | None = BatchSharpnessOptions.probe_precision,
+        by_module: bool | int | Sequence[str] = BatchSharpnessOptions.by_module,
         seed: int = BatchSharpnessOptions.seed,
         prefix: str = BatchSharpnessOptions.prefix,
         progress_bar: bool = BatchSharpnessOptions.progress_bar,
@@ -155,6 +162,14 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     def charted(self) -> dict[str, list[str]]:
         """Return one chart: all sharpnesses with the edge."""
         return {"mini-batch sharpness and 2/η": [*self.options.quantities, "two_over_lr"]}
+
+    def charted_by_module(self) -> Sequence[str]:
+        """Chart the terms of batch sharpness."""
+        return ["batch_sharpness"]
+
+    def write_pictures(self, trainer: pl.Trainer, result: BatchSharpnessResult) -> None:
+        """Write the values by module."""
+        self._write_modules(trainer, result.modules)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
@@ -240,6 +255,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             trials=TrialSteps(trainer, optimizer, parameters) if "lambda_gen" in self.options.quantities else None,
             key=trainer.global_step,
             on_product=progress.tick,
+            modules=self._modules(trainer),
         )
         return Prepared(problem, progress)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
+from lightning_curvature.arguments import MANY, Rule, check_count, fraction, sentence, whole
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.exact import CURVATURE
@@ -45,6 +45,9 @@ class BatchSharpnessOptions(ProbeSetOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.by_module and "batch_sharpness" not in self.quantities:
+            got = f"{self.by_module!r} with {list(self.quantities)}"
+            raise sentence("by_module", "come with 'batch_sharpness'", got, "add it, or leave by_module out")
         check_count("num_batches", self.num_batches, self.min_batches, _MOST)
 
     @property

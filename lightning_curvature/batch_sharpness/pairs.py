@@ -34,6 +34,8 @@ class PairMoments:
 
     Attributes:
         moments: by quantity, (6,); a quantity without a draw has none.
+        by_module: sums over its mini-batches of the terms of batch sharpness by module, and of their squares,
+            (2, modules).
         zero_gradients: number of its mini-batches without a gradient.
         unconverged: number of its mini-batches whose eigenvalue did not converge.
         skipped: whether the step passed over one of its mini-batches, so that it says nothing.
@@ -41,6 +43,7 @@ class PairMoments:
     """
 
     moments: dict[Quantity, Tensor] = field(default_factory=dict)
+    by_module: Tensor = field(default_factory=lambda: torch.zeros(2, 1, dtype=torch.float64))
     zero_gradients: int = 0
     unconverged: int = 0
     skipped: bool = False
@@ -51,9 +54,14 @@ class PairMoments:
         before = self.moments.get(quantity, torch.zeros(6, dtype=torch.float64))
         self.moments[quantity] = add_to_moments(before, numerator, denominator)
 
-    def add_own(self, curvature: float, square: float) -> None:
-        """Add the curvature of a mini-batch along its gradient; one without a gradient says nothing of it."""
+    def add_own(self, terms: Tensor, square: float) -> None:
+        """Add the terms, by module, of the curvature of a mini-batch along its gradient.
+
+        One without a gradient says nothing of it.
+        """
         if square:
+            curvature, shares = float(terms.sum()), terms.cpu() / square
+            self.by_module = self.by_module + torch.stack([shares, shares.square()])
             self.add("batch_sharpness", curvature / square)
             self.add("modified_batch_sharpness", curvature, square)
 
@@ -113,7 +121,7 @@ class Pairs:
                 batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
                 batches.append(batch)
                 if set(OWN_PRODUCT) & set(wanted):
-                    pair.add_own(batch.self_curvature, batch.squared_norm)
+                    pair.add_own(self.problem.by_module(batch.self_terms), batch.squared_norm)
                     self.problem.on_product()
                 if "lambda_max_b" in wanted:
                     value, search = batch.largest_eigenvalue(self.options.tolerance, self._eigenvectors)

@@ -16,6 +16,7 @@ from lightning_curvature.distributed.together import together
 from lightning_curvature.linalg import VectorSpace
 from lightning_curvature.linalg.space import Reduce
 from lightning_curvature.losses.fixed import ProbeLoss
+from lightning_curvature.monitors.modules import Modules
 from lightning_curvature.operators.base import CurvatureOperator
 from lightning_curvature.operators.differences import GradientDifferenceOperator
 from lightning_curvature.operators.exact import GaussNewtonOperator, HessianOperator
@@ -46,6 +47,7 @@ class SharpnessProblem:
         trials: makes the updates of the optimizer, for "lambda_gen".
         key: of the draws: other batches at every step, and the same ones in a resumed run.
         on_product: called after every product.
+        modules: of the parameters, where values by module are wanted.
     """
 
     trainer: pl.Trainer
@@ -59,6 +61,7 @@ class SharpnessProblem:
     trials: TrialSteps | None
     key: int
     on_product: Callable[[], None]
+    modules: Modules | None = None
 
     @cached_property
     def _sharding(self) -> Sharding | None:
@@ -79,6 +82,10 @@ class SharpnessProblem:
     def reduce(self) -> Reduce | None:
         """Sum over the ranks that measure different pairs; None where there is one."""
         return None if self.sharded else sum_over_ranks(self.trainer)
+
+    def by_module(self, terms: Tensor) -> Tensor:
+        """Return the sums over modules, (modules,), of numbers by parameter; their sum, (1,), where none are wanted."""
+        return terms.sum(0, keepdim=True) if self.modules is None else self.modules.sums(self.parameters, terms)
 
     def operator(self, micro_batches: Sequence[MicroBatch], multiplied: bool = True) -> CurvatureOperator:
         """Return the operator of the micro-batches of all ranks, as many on each where parameters are sharded.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lightning_curvature.monitors.modules import ModuleTable
+
 
 @dataclass(frozen=True)
 class BatchSharpnessResult:
@@ -10,10 +12,12 @@ class BatchSharpnessResult:
 
     Attributes:
         numbers: estimates, standard errors and numbers of mini-batches by key; NaN for those that failed.
+        modules: terms of batch sharpness by module, where asked for, with standard errors; they add up to it.
         reasons: why numbers are NaN, by key.
     """
 
     numbers: Mapping[str, float]
+    modules: ModuleTable | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:

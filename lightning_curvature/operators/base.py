@@ -103,15 +103,19 @@ class CurvatureOperator:
         return self.space.zeros() if total is None else total
 
     def quadratic_form(self, vector: Tensor) -> float:
-        """Return vᵀAv, over all ranks: one product, and where ranks add terms a reduction of a single number."""
-        self.space.check(vector)
-        zero = functools.partial(torch.zeros, (), dtype=torch.float64, device=self.space.device)
-        return float(self.summed(lambda: self.local_form(vector), zero))
+        """Return vᵀAv, over all ranks: one product, and where ranks add terms a reduction of a few numbers."""
+        return float(self.form_terms(vector).sum())
 
-    def local_form(self, vector: Tensor) -> Tensor:
-        """Return this rank's term of vᵀAv, a float64 scalar."""
-        form = self.space.dot(vector, self.local_product(vector))
-        return torch.full((), form, dtype=torch.float64, device=self.space.device)
+    def form_terms(self, vector: Tensor) -> Tensor:
+        """Return the terms of vᵀAv by parameter, vᵢ·(Av)ᵢ, (parameters,) float64; the cost is that of the sum."""
+        self.space.check(vector)
+        count, device = len(self.parameters), self.space.device
+        zeros = functools.partial(torch.zeros, count, dtype=torch.float64, device=device)
+        return self.summed(lambda: self.local_form_terms(vector), zeros)
+
+    def local_form_terms(self, vector: Tensor) -> Tensor:
+        """Return this rank's part of the terms of vᵀAv."""
+        return self.space.dots_by_tensor(vector, self.local_product(vector))
 
     def local_products(self, vectors: Tensor) -> Tensor:
         """Return this rank's terms of the products with several vectors, (q, n)."""

@@ -120,9 +120,9 @@ class SecondMomentOperator(HessianOperator):
         self.space.check(vector)
         return self.local_product(vector) if self._spread else super().__call__(vector)
 
-    def quadratic_form(self, vector: Tensor) -> float:
-        """Return vᵀSv: the square of a mini-batch's products is no sum over its micro-batches."""
-        return self.space.dot(vector, self(vector))
+    def form_terms(self, vector: Tensor) -> Tensor:
+        """Return the terms of vᵀSv: the square of a mini-batch's products is no sum over its micro-batches."""
+        return self.space.dots_by_tensor(vector, self(vector))
 
     def local_product(self, vector: Tensor) -> Tensor:
         """Return this rank's term of Sv; all of Sv where mini-batches lie on several ranks."""

@@ -44,16 +44,16 @@ class _GraphOperator(CurvatureOperator):
         views = self.space.views(vector)
         return self.weighted_sum(lambda index: self.product_of(index, views))
 
-    def local_form(self, vector: Tensor) -> Tensor:
-        """Return this rank's term of vᵀAv, a float64 scalar: tensor by tensor, without a vector."""
+    def local_form_terms(self, vector: Tensor) -> Tensor:
+        """Return this rank's part of the terms of vᵀAv: without a vector of the product."""
         views = self.space.views(vector)
-        terms = [
-            part.weight * torch.dot(product.reshape(-1).to(view.dtype), view.reshape(-1)).double()
-            for index, part in enumerate(self.parts)
-            for product, view in zip(self.product_of(index, views), views, strict=True)
-            if product is not None
-        ]
-        return torch.stack([torch.zeros((), dtype=torch.float64, device=self.space.device), *terms]).sum()
+        total = torch.zeros(len(views), dtype=torch.float64, device=self.space.device)
+        zero = torch.zeros((), dtype=self.space.dtype, device=self.space.device)
+        for index, part in enumerate(self.parts):
+            products = zip(self.product_of(index, views), views, strict=True)
+            terms = [zero if p is None else torch.dot(p.reshape(-1).to(v.dtype), v.reshape(-1)) for p, v in products]
+            total.add_(torch.stack(terms), alpha=part.weight)
+        return total
 
     def close(self) -> None:
         """Release the graphs."""

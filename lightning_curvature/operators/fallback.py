@@ -76,9 +76,9 @@ class FallbackOperator(CurvatureOperator):
         """Return this rank's terms of the products with several vectors, (q, n)."""
         return self._either(lambda operator: operator.local_products(vectors))
 
-    def local_form(self, vector: Tensor) -> Tensor:
-        """Return this rank's term of vᵀHv, a float64 scalar."""
-        return self._either(lambda operator: operator.local_form(vector))
+    def local_form_terms(self, vector: Tensor) -> Tensor:
+        """Return this rank's part of the terms of vᵀHv."""
+        return self._either(lambda operator: operator.local_form_terms(vector))
 
     def close(self) -> None:
         """Release the graphs."""

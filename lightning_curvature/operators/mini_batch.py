@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from lightning_curvature.arguments import checked
@@ -49,15 +50,20 @@ class MiniBatch:
         """‖g‖²."""
         return float(self.operator.space.squared_norm(self.gradient))
 
-    @cached_property
+    @property
     def self_curvature(self) -> float:
         """Curvature along its gradient, gᵀAg; one product."""
-        return self._curvature_along(self.gradient, self.squared_norm)
+        return float(self.self_terms.sum())
+
+    @cached_property
+    def self_terms(self) -> Tensor:
+        """Its terms by parameter, gᵢ·(Ag)ᵢ, (parameters,) float64."""
+        return self._terms_along(self.gradient, self.squared_norm)
 
     def curvature_along(self, vector: Tensor) -> float:
         """Return vᵀAv; one product, none for a vector of zeros."""
         self.operator.space.check(vector)
-        return self._curvature_along(vector, float(self.operator.space.squared_norm(vector)))
+        return float(self._terms_along(vector, float(self.operator.space.squared_norm(vector))).sum())
 
     def largest_eigenvalue(self, tolerance: float, start: Sequence[Tensor]) -> tuple[float, Eigenpairs | None]:
         """Return λ_max to a relative residual, and the search; None for one parameter, which needs no search."""
@@ -67,12 +73,12 @@ class MiniBatch:
         pairs = eigenpairs(self.operator, space, largest=1, tolerance=tolerance, start=start)
         return float(pairs.values[0]), pairs
 
-    def _curvature_along(self, vector: Tensor, square: float) -> float:
+    def _terms_along(self, vector: Tensor, square: float) -> Tensor:
         if square == 0.0:
-            return 0.0
+            return torch.zeros(len(self.operator.parameters), dtype=torch.float64)
         if _LEAST < square < 1.0 / _LEAST:
-            return self.operator.quadratic_form(vector)
-        return square * self.operator.quadratic_form(vector / square**0.5)
+            return self.operator.form_terms(vector)
+        return square * self.operator.form_terms(vector / square**0.5)
 
     def close(self) -> None:
         """Release the graphs."""

@@ -115,9 +115,8 @@ class SharpnessCase:
             warnings.simplefilter("default")
             trainer.fit(module, self._loader(rank, world_size))
         outcome.said = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
-        cut = len("curvature/")
         for step, row in sorted(capture.rows.items()):
-            if found := {key[cut:]: v for key, v in row.items() if key.startswith("curvature/")}:
+            if found := {key.partition("/")[2]: v for key, v in row.items() if key.startswith("curvature")}:
                 outcome.rows[step] = found
         outcome.state = state_of(module, trainer)
         assert trainer.global_step == self.steps
@@ -141,8 +140,9 @@ def assert_same_sharpness(together: Sequence[Outcome], alone: Outcome, tolerance
             row = outcome.rows[step]
             assert row.keys() == expected.keys()
             for key, value in expected.items():
-                # A standard error is what is left of a difference of values.
+                # A standard error is what is left of a difference of values; that of a module is the root of one.
                 size = 0.0 if key.endswith("_batches") else abs(expected[key.removesuffix("_stderr")])
+                size = 1e4 * abs(expected["batch_sharpness"]) if "_stderr/" in key else size
                 assert row[key] == pytest.approx(value, rel=0.0, abs=tolerance * size, nan_ok=True), (step, key)
 
 

@@ -24,7 +24,7 @@ def momentum(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.3, momentum=0.9)
 
 
-whole = SharpnessCase(partial(classifier, momentum))
+whole = SharpnessCase(partial(classifier, momentum), monitor={"by_module": True})
 preconditioned = SharpnessCase(partial(classifier, adam), monitor={"curvature": "gauss_newton"})
 # Two batches of four make the step that one process makes of one of eight.
 accumulated = replace(whole, step=4, trainer={"accumulate_grad_batches": 2})
@@ -46,8 +46,9 @@ by_rank = replace(
     whole, batches=True, trainer={"use_distributed_sampler": False}, monitor={"quantities": ("batch_sharpness", "gni")}
 )
 
+ENDLESS = {"num_batches": 8, "relative_error": 1e-9, "batches_at_once": 1}
 counted = {
-    name: replace(whole, monitor={"quantities": names, "num_batches": 8, "relative_error": 1e-9, "batches_at_once": 1})
+    name: replace(whole, monitor=ENDLESS | {"quantities": names, "by_module": "batch_sharpness" in names})
     for name, names in {
         "counted_alone": ("batch_sharpness", "ias", "lambda_max_b"),
         "counted_full": ("gni", "lambda_gen"),

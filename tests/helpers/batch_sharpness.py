@@ -195,6 +195,7 @@ class Run:
     beside: Beside
     rows: dict[int, dict[str, float]]
     trainer: pl.Trainer
+    capture: Capture
 
     def moment(self, step: int) -> Moment:
         return self.beside.all[step]
@@ -241,7 +242,7 @@ def fit(
     capture, beside, module = Capture(), Beside(follow), module or learner()
     trainer = make_trainer(*callbacks_before, beside, follow, logger=capture, **options)
     trainer.fit(module, data if data is not None else loader())
-    return Run(module, beside, rows(capture), trainer)
+    return Run(module, beside, rows(capture), trainer, capture)
 
 
 @functools.cache
