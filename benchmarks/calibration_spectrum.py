@@ -64,26 +64,37 @@ def true_value(network: nn.Module, loss: Loss, data: Sequence[Batch]) -> float:
     return float(eigenpairs(exact, exact.space, largest=1, **options).values[0])
 
 
-def searches(title: str) -> Iterator[tuple[str, Found]]:
-    """Train one of the twelve networks; search at some of its steps."""
+Training = Iterator[tuple[int, nn.Module, Sequence[Batch]]]
+
+
+def training(network: nn.Module, make: MakeOptimizer, loss: Loss, data: Sequence[Batch], steps: int) -> Training:
+    """Train a network; yield each step, the network in eval mode, and the data on which curvature is measured."""
+    optimizer = make(network.parameters())
+    for step in range(steps + 1):
+        yield step, network.eval(), data[: SAMPLES // BATCH]
+        network.train()
+        optimizer.zero_grad()
+        x, y = data[step % len(data)]
+        loss(network(x), y).backward()
+        optimizer.step()
+
+
+def training_of(title: str) -> Training:
+    """Train one of the twelve networks."""
     torch.manual_seed(0)
     make, make_optimizer = NETWORKS[title]
-    yield from along(make(), make_optimizer, F.cross_entropy, batches(), POINTS, range(0, STEPS + 1, EVERY))
+    return training(make(), make_optimizer, F.cross_entropy, batches(), STEPS)
 
 
-def along(
-    network: nn.Module,
-    make_optimizer: MakeOptimizer,
-    loss: Loss,
-    data: Sequence[Batch],
-    anew: Container[int],
-    followed: Sequence[int],
-) -> Iterator[tuple[str, Found]]:
-    """Train a network up to the last step that is ``followed``; search anew at some of these."""
-    optimizer, tracker = make_optimizer(network.parameters()), EigenTracker()
-    probe = data[: SAMPLES // BATCH]
-    for step in range(followed[-1] + 1):
-        network.eval()
+def searches(title: str) -> Iterator[tuple[str, Found]]:
+    """Search along the training of one of the twelve networks."""
+    return compared(training_of(title), F.cross_entropy, POINTS, range(0, STEPS + 1, EVERY))
+
+
+def compared(run: Training, loss: Loss, anew: Container[int], followed: Sequence[int]) -> Iterator[tuple[str, Found]]:
+    """Search at the steps that are ``followed``, each search going on from the last, and anew at some of them."""
+    tracker = EigenTracker()
+    for step, network, probe in run:
         if step in followed:
             operator = HessianOperator.of(network, loss, probe)
             true = true_value(network, loss, probe)
@@ -96,11 +107,6 @@ def along(
                 yield "anew", Found.of(eigenpairs(operator, operator.space, largest=1, generator=generator), true)
                 yield "power", power_iteration(operator, seed, true)
             operator.close()
-        network.train()
-        optimizer.zero_grad()
-        x, y = data[step % len(data)]
-        loss(network(x), y).backward()
-        optimizer.step()
 
 
 def header(first: str) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from calibration import BATCH, adam, sgd, tabulate
-from calibration_spectrum import SAMPLES, Batch, Found, Loss, along, header, row
+from calibration_spectrum import SAMPLES, Batch, Found, Loss, compared, header, row, training
 from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
 
@@ -155,8 +155,8 @@ def searches(title: str) -> Iterator[tuple[str, Found]]:
         begin, every = draw.choice(BEGINS), draw.choice(BETWEEN)
         optimizer = draw.choice((sgd(0.1), sgd(0.02, 0.9), sgd(0.5), adam(1e-3), adam(1e-2)))
         followed = range(begin, begin + MEASURED * every, every)
-        made = network(kind, data[0][0].shape[1], draw)
-        yield from along(made, optimizer, LOSSES[title], data, (begin,), followed)
+        run = training(network(kind, data[0][0].shape[1], draw), optimizer, LOSSES[title], data, followed[-1])
+        yield from compared(run, LOSSES[title], (begin,), followed)
 
 
 def main() -> None:

@@ -1,18 +1,26 @@
-"""Trace of a symmetric operator: exact on a subspace, sampled on the rest."""
+"""Trace of a symmetric operator: sampled, and exact on a subspace where that takes fewer products."""
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_curvature.arguments import MANY, checked, fraction, whole
+from lightning_curvature.arguments.rules import check_count
 from lightning_curvature.linalg.eigenpairs import Eigenpairs
 from lightning_curvature.linalg.krylov import KrylovSpace, MatVec, check_finite
 from lightning_curvature.linalg.space import VectorSpace
 
-# n samples of a remainder with k equal eigenvalues follow χ² with nk degrees of freedom: three standard errors hold in
-# 99 of 100 cases from nk = 16 on. 6 samples suffice for three eigenvalues, as after the sketch. (For one, in 97 cases.)
-_MIN_SAMPLES = 6
+# Two samples of a remainder with one large eigenvalue both miss it in 6 cases of 100, three in 2.
+_MIN_SAMPLES = 3
+# The spread of n samples of a remainder with k equal eigenvalues is known as that of nk numbers. Student's quantiles
+# would make the variance 1 + 4/nk times as large. Sampling ends where the spread seems small, and values and spreads
+# are small together: with 20, two standard errors hold in nine of ten cases (docs/calibration_trace.md).
+_FEW_SAMPLES = 20.0
+# Products that a Krylov basis takes before it begins to follow the largest eigenvalue.
+_BEGINNING = 3
 # A remainder whose samples are all below this share of the allowed error is zero or rounding.
 _NEGLIGIBLE = 0.1
 
@@ -22,7 +30,7 @@ class TraceEstimate:
     """A trace with its error.
 
     Attributes:
-        standard_error: its standard deviation; three of them hold in 99 of 100 cases.
+        standard_error: its standard deviation, raised where few samples tell it; two of them hold in nine of ten cases.
         samples: number of random vectors in it.
         converged: whether the standard error is at most ``relative_error`` of the value.
         deflated: dimension of the subspace on which it is exact.
@@ -50,7 +58,7 @@ def trace(
     max_matvecs: int = 100,
     min_samples: int = _MIN_SAMPLES,
     deflation: Eigenpairs | None = None,
-    sketch: int = 10,
+    sketch: int = 20,
     generator: torch.Generator | None = None,
 ) -> TraceEstimate:
     r"""Estimate the trace of a symmetric operator.
@@ -67,11 +75,14 @@ def trace(
 
     The standard error is thus reliable from the first few samples on; from the scatter of the samples it would take 15.
 
-    Q consists of the given eigenvectors, at no cost, and of a Krylov basis from a random vector, in which d products
-    give d columns (Hutch++ takes 2d). The first of them also gives the variance: where samples alone would take fewer
-    products, the basis ends there. Where few dimensions are left, and samples would take more products than these, the
-    basis goes on to the last, and the trace is exact: from max_matvecs = N + 2 on. Unlike XTrace, whose samples share
-    their Q, the estimate can be continued until its error is small enough. docs/benchmark_spectrum.md compares them.
+    Q consists of the given eigenvectors, at no cost, and samples come first. Their products also tell how many large
+    eigenvalues k make up the spread: the squared cosine between two of them is 1/k in the mean. Where more samples than
+    k would follow, Q grows by a Krylov basis from another random vector, in which d products give d columns (Hutch++
+    takes 2d), for as long as that remains so. The last min_samples samples follow it without a product, w as w − qqᵀw
+    and Aw as Aw − Aq qᵀw: they are independent of Q, as new ones would be. Where few dimensions are left, and samples
+    would take more products than these, the basis goes on to the last, and the trace is exact: from max_matvecs = N + 3
+    on. Unlike XTrace, whose samples share their Q, the estimate can be continued until its error is small enough.
+    docs/calibration_trace.md and docs/benchmark_spectrum.md compare them.
 
     Args:
         matvec: v ↦ Av, in a new tensor; called on every rank.
@@ -80,7 +91,7 @@ def trace(
         max_matvecs: products after which it ends in any case.
         min_samples: least number of samples, unless nothing is left to sample.
         deflation: Ritz pairs of the same operator, converged or not, as :func:`eigenpairs` returns them.
-        sketch: largest number of products for Q. Ten suit an error of 5 %, twenty one of 1 %.
+        sketch: largest number of products for Q, which keeps a vector of each.
         generator: of the random vectors, on the device of the space; default: seed 0.
 
     Returns:
@@ -99,84 +110,153 @@ def trace(
         >>> abs(round(estimate.value, 9)), estimate.standard_error, estimate.deflated
         (0.0, 0.0, 4)
     """
-    _check(max_matvecs, min_samples, sketch)
+    check_count("max_matvecs", max_matvecs, min_samples, "allow 100")
     generator = generator or torch.Generator(space.device).manual_seed(0)
     krylov = KrylovSpace(matvec, space)
     if deflation is not None:
         krylov.deflate(deflation.quotients, deflation.vectors)
-    if sketch:
-        krylov.add(space.random(generator))
-    while krylov.matvecs < sketch and krylov.done < len(krylov.basis):
-        krylov.step()
-        if krylov.matvecs == 1 and _samples_suffice(krylov, relative_error, sketch, min_samples):
-            break
-    krylov.drop_waiting()
-    known, left = float(krylov.projected.trace()), space.dimension - krylov.done
-
-    value, error, samples = known, 0.0, 0
-    forms = squares = 0.0  # sums of wᵀBw and ‖Bw‖²
-    while left and krylov.matvecs + samples < max_matvecs:
-        form, square = _sample(krylov, generator, krylov.matvecs + samples + 1)
-        samples += 1
-        forms, squares = forms + form, squares + square
-        value = known + left * forms / samples
-        # ‖Bw‖² ≥ (wᵀBw)²: only rounding makes the difference of the means negative.
-        spread = max(squares / samples - (forms / samples) ** 2, 0.0)
-        error = left * math.sqrt(2.0 / (left + 2) * spread / samples)
+    given, samples = krylov.done, _Samples(krylov, min_samples)
+    if space.dimension - given <= min(sketch, max_matvecs):
+        _complete(krylov, generator)
+    sketching, may_sketch = False, True
+    while krylov.done < space.dimension and krylov.matvecs < max_matvecs:
+        if sketching:
+            krylov.step()
+            samples.follow()
+        else:
+            samples.draw(generator)
+        value, error = samples.estimate()
         allowed = relative_error * abs(value)
-        needed = samples * (error / allowed) ** 2 if allowed else math.inf
-        if samples > 1 and needed - samples > left and krylov.matvecs + samples + left <= max_matvecs:
-            # The rest of the basis takes fewer products than the samples would.
-            while krylov.done < space.dimension:
-                if krylov.done == len(krylov.basis):
-                    krylov.add(space.random(generator))
-                krylov.step()
-            value, error = float(krylov.projected.trace()), 0.0
-            break
         # A sample is at most m‖Bw‖.
-        if left * math.sqrt(squares) <= _NEGLIGIBLE * allowed or (samples >= min_samples and error <= allowed):
+        if samples.left * math.sqrt(samples.squares) <= _NEGLIGIBLE * allowed:
             break
+        if samples.count < min_samples:
+            continue
+        if error <= allowed:
+            break
+        further = samples.count * ((error / allowed) ** 2 - 1.0) if allowed else math.inf
+        length, allowance = krylov.done - given, max_matvecs - krylov.matvecs
+        # From three samples k is known to a factor of two.
+        least = max(_BEGINNING - length, 0) + samples.dominant * (1.0 if sketching else 2.0)
+        pays = may_sketch and length < sketch and min(further, allowance) > least
+        if sketching and not (pays and krylov.done < len(krylov.basis)):
+            krylov.drop_waiting()
+            sketching = may_sketch = False
+        elif pays and not sketching:
+            sketching = krylov.add(space.random(generator))
+        if not sketching and samples.left < further and samples.left <= allowance:
+            _complete(krylov, generator)
+    value, error = samples.estimate()
     return TraceEstimate(
         value=value,
         standard_error=error,
-        samples=samples,
-        matvecs=krylov.matvecs + samples,
+        samples=samples.count,
+        matvecs=krylov.matvecs,
         converged=error <= relative_error * abs(value),
         deflated=krylov.done,
     )
 
 
-def _samples_suffice(krylov: KrylovSpace, relative_error: float, sketch: int, min_samples: int) -> bool:
-    """Return whether samples alone reach the error before the sketch: its first product gives wᵀBw and ‖Bw‖²."""
-    row = krylov.done - 1
-    left = krylov.space.dimension - row
-    if left <= sketch + min_samples:
-        return False
-    column = krylov.projected[:, row].tolist()
-    spread = sum(entry**2 for entry in column[krylov.done :])
-    allowed = relative_error * abs(float(krylov.projected[:row, :row].trace()) + left * column[row])
-    if not allowed:
-        return False
-    needed = 2.0 * left**2 / (left + 2) * spread / allowed**2
-    return 1 + max(needed, min_samples) <= sketch + min_samples
+@dataclass
+class _Sample:
+    """A random unit vector w orthogonal to the basis, Aw, Bw and ‖Bw‖²."""
+
+    vector: Tensor
+    product: Tensor
+    remainder: Tensor
+    square: float
 
 
-def _sample(krylov: KrylovSpace, generator: torch.Generator, number: int) -> tuple[float, float]:
-    """Return wᵀBw and ‖Bw‖² of a random unit vector w orthogonal to the basis."""
-    space, basis = krylov.space, krylov.basis
-    w = space.random(generator)
-    basis.orthogonalize(w)
-    w /= space.norm(w)
-    product = krylov.matvec(w).clone()
-    basis.orthogonalize(product)
-    form, square = torch.cat([space.dots([product.unsqueeze(0)], other) for other in (w, product)]).tolist()
-    check_finite((form, square), number)
-    return form, square
+class _Samples:
+    """Samples of tr B = m E[wᵀBw] for the multiplied rows Q of a basis; the last few can follow Q when it grows.
+
+    Attributes:
+        count: number of samples.
+        forms: sum of wᵀBw.
+        squares: sum of ‖Bw‖².
+    """
+
+    def __init__(self, krylov: KrylovSpace, keep: int) -> None:
+        self._krylov, self._space, self._basis = krylov, krylov.space, krylov.basis
+        self.kept: deque[_Sample] = deque(maxlen=keep)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.count, self.forms, self.squares = 0, 0.0, 0.0
+        self._cosines, self._pairs = 0.0, 0
+
+    @property
+    def left(self) -> int:
+        """Dimension m of the space of w."""
+        return self._space.dimension - self._krylov.done
+
+    @property
+    def dominant(self) -> float:
+        """Number of equal eigenvalues that would make up the spread: the squared cosine of Bw and Bw' is 1/k."""
+        return min(self._pairs / self._cosines, self.left) if self._cosines else float(self.left if self._pairs else 1)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Add a sample. One product."""
+        w = self._space.random(generator)
+        self._basis.orthogonalize(w)
+        w /= self._space.norm(w)
+        product = self._krylov.matvec(w).clone()
+        self._krylov.matvecs += 1
+        remainder = product.clone()
+        self._basis.orthogonalize(remainder)
+        self._add(w, product, remainder)
+
+    def follow(self) -> None:
+        """Take the row q that was multiplied last out of the samples that were kept, and forget the others.
+
+        w' = w − qqᵀw, Aw' = Aw − Aq qᵀw, and Bw' is Bw without its part along q, and without the part of Aq qᵀw that is
+        outside the basis: the row that waits.
+        """
+        row = self._krylov.done - 1
+        q, coefficients = self._basis[row], self._krylov.projected[:, row]
+        product = self._basis.combine(coefficients)
+        kept = list(self.kept)
+        self.kept.clear()
+        self._clear()
+        for sample in kept:
+            along = self._space.dot(q, sample.vector)
+            sample.remainder.sub_(q, alpha=self._space.dot(q, sample.remainder))
+            for waiting in range(row + 1, len(self._basis)):
+                sample.remainder.sub_(self._basis[waiting], alpha=along * float(coefficients[waiting]))
+            sample.vector.sub_(q, alpha=along)
+            sample.product.sub_(product, alpha=along)
+            norm = self._space.norm(sample.vector)
+            self._add(*(tensor.div_(norm) for tensor in (sample.vector, sample.product, sample.remainder)))
+
+    def _add(self, vector: Tensor, product: Tensor, remainder: Tensor) -> None:
+        others = [other.remainder.unsqueeze(0) for other in self.kept]
+        form, square, *mixed = self._space.dots(
+            [vector.unsqueeze(0), remainder.unsqueeze(0), *others], remainder
+        ).tolist()
+        check_finite((form, square), self._krylov.matvecs)
+        for other, dot in zip(self.kept, mixed, strict=True):
+            if squares := square * other.square:
+                self._cosines += dot**2 / squares
+            self._pairs += 1
+        self.count += 1
+        self.forms += form
+        self.squares += square
+        self.kept.append(_Sample(vector, product, remainder, square))
+
+    def estimate(self) -> tuple[float, float]:
+        """Return the trace and its standard error."""
+        known, left, count = float(self._krylov.projected.trace()), self.left, self.count
+        if not left:
+            return known, 0.0
+        # ‖Bw‖² ≥ (wᵀBw)²: only rounding makes the difference of the means negative.
+        spread = max(self.squares / count - (self.forms / count) ** 2, 0.0)
+        spread *= 1.0 + _FEW_SAMPLES / (count * self.dominant)
+        return known + left * self.forms / count, left * math.sqrt(2.0 / (left + 2) * spread / count)
 
 
-def _check(max_matvecs: int, min_samples: int, sketch: int) -> None:
-    if max_matvecs < sketch + min_samples:
-        raise ValueError(
-            f"max_matvecs must be at least sketch + min_samples, got {max_matvecs} for {sketch} + {min_samples}: allow "
-            "100, or make a smaller sketch."
-        )
+def _complete(krylov: KrylovSpace, generator: torch.Generator) -> None:
+    """Let the basis grow to the whole space."""
+    while krylov.done < krylov.space.dimension:
+        if krylov.done == len(krylov.basis):
+            krylov.add(krylov.space.random(generator))
+        krylov.step()

@@ -173,7 +173,7 @@ class HessianTrace(_OperatorMetric):
 
     Args:
         relative_error: relative standard error of the estimate.
-        max_matvecs: largest number of products. From N + 2 on the trace is exact where samples would take more.
+        max_matvecs: largest number of products. From N + 3 on the trace is exact where samples would take more.
 
     Source: Meyer et al. 2021; Chen and Hallman 2022.
 

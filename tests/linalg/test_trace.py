@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_curvature.linalg import NonFiniteProductError, VectorSpace, eigenpairs, trace
+from lightning_curvature.linalg import KrylovSpace, NonFiniteProductError, VectorSpace, eigenpairs, trace
+from lightning_curvature.linalg.trace import _Samples
 from tests.oracles.spectra import Operator, with_bulk, with_spectrum
 
 N = 150
@@ -57,8 +58,8 @@ def test_three_standard_errors_hold_in_99_of_100_seeds(name: str, sketch: int) -
     assert outside <= 1
 
 
-@pytest.mark.parametrize("name", ["outliers and bulk", "cancelling", "power law"])
-@pytest.mark.thinned(3)
+@pytest.mark.parametrize("name", ["outliers and bulk", "cancelling", "power law", "bulk alone"])
+@pytest.mark.thinned(4)
 def test_unbiased_and_the_standard_error_is_the_scatter(name: str) -> None:
     operator, runs = SPECTRA[name], 300
     found = [
@@ -70,8 +71,11 @@ def test_unbiased_and_the_standard_error_is_the_scatter(name: str) -> None:
     assert abs(float(errors.mean())) < 4.0 * float(errors.std()) / runs**0.5
     # A standard deviation from 300 runs is known to 1/√600 = 4 % for a normal law; the law's excess kurtosis, 12/7 for
     # 7 samples of a remainder of one eigenvalue, makes it 5.6 %. Three of them.
-    reported = math.sqrt(sum(f.standard_error**2 for f in found) / runs)
-    assert float(errors.square().mean().sqrt()) == pytest.approx(reported, rel=0.17)
+    ratio = math.sqrt(sum(f.standard_error**2 for f in found) / runs) / float(errors.square().mean().sqrt())
+    assert ratio > 0.83
+    if name == "bulk alone":
+        # k = 83: twelve samples raise it by √(1 + 20/996) = 1 %.
+        assert ratio < 1.18
 
 
 @pytest.mark.parametrize("sketch", [0, 5])
@@ -87,8 +91,8 @@ def test_deflation_makes_the_error_smaller_and_costs_nothing(sketch: int, conver
     for seed in range(100):
         operator.products = 0
         found = trace(operator, operator.space, deflation=pairs, generator=_generator(seed), **options)
-        assert (found.matvecs, found.samples, found.deflated) == (sketch + 6, 6, sketch + 4)
-        assert operator.products == sketch + 6
+        assert found.matvecs == operator.products == sketch + 6
+        assert 4 <= found.deflated <= sketch + 4
         errors.append(found.value - truth)
         plain.append(trace(operator, operator.space, generator=_generator(seed), **options).value - truth)
     deflated, without = (torch.tensor(e, dtype=torch.float64) for e in (errors, plain))
@@ -115,18 +119,19 @@ def test_a_pair_that_is_given_twice_counts_once() -> None:
     once = eigenpairs(operator, operator.space, largest=1)
     twice = eigenpairs(operator, operator.space, largest=1, magnitude=1)
     one, two = (trace(operator, operator.space, deflation=pairs) for pairs in (once, twice))
-    assert one.deflated == two.deflated == 11
-    assert abs(two.value - float(operator.matrix.trace())) < 3.0 * two.standard_error
+    assert one.deflated == two.deflated
+    # Rounding of another order: as in the first test.
+    assert two.value == pytest.approx(one.value, abs=1e-11)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
-def test_rank_below_the_sketch_is_exact_after_one_sample(rank: int) -> None:
+def test_rank_below_the_sketch_is_exact_after_three_samples(rank: int) -> None:
     operator = with_spectrum([float(i) for i in range(1, rank + 1)] + [0.0] * (N - rank))
-    found = trace(operator, operator.space)
+    found = trace(operator, operator.space, relative_error=1e-6)
     # The chain holds the rank and one vector of the null space, or another one where rounding just passes for a
-    # remainder; the sample shows that nothing is left.
+    # remainder; the samples show that nothing is left.
     assert found.deflated in (rank + 1, rank + 2)
-    assert (found.samples, found.matvecs) == (1, found.deflated + 1)
+    assert (found.samples, found.matvecs) == (3, found.deflated + 3)
     assert found.value == pytest.approx(rank * (rank + 1) / 2, rel=1e-12)  # as in the first test
     assert found.standard_error < 1e-12 * found.value
     assert found.converged
@@ -149,9 +154,10 @@ def test_small_spaces_are_exact(n: int) -> None:
 def test_a_multiple_of_the_identity_has_no_error() -> None:
     found = trace(lambda v: -2.0 * v, VectorSpace([torch.zeros(N, dtype=torch.float64)]))
     assert found.value == pytest.approx(-2.0 * N, rel=1e-14)
-    # ‖Bw‖² − (wᵀBw)² is a rounding of 4, so that its root is 4e-8 at most, and of 150·√(2/150/6)·that the error.
-    assert found.standard_error < 4e-7
-    assert found.deflated == 1
+    # ‖Bw‖² − (wᵀBw)² is a rounding of 4, so that its root is 4e-8 at most, and the error 150·√(2/152/3) of that. All
+    # products have random directions: k = 150 and 20/(3·150) leave it there.
+    assert found.standard_error < 5e-7
+    assert (found.matvecs, found.deflated) == (3, 0)
 
 
 def test_more_samples_until_the_error_is_small_enough() -> None:
@@ -162,22 +168,59 @@ def test_more_samples_until_the_error_is_small_enough() -> None:
     # Var = 2(‖A‖² − tr²/N)·N/(N+2) = 25.0 with tr = 75: (5.0/0.75)² = 44 samples; the variance is known to some
     # percent.
     assert 40 <= tight.samples <= 49
-    assert loose.samples == 6
+    assert loose.samples == 3
     assert tight.matvecs == tight.samples
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.slow
-def test_no_sketch_where_samples_alone_are_cheaper(count: int) -> None:
-    """Two samples would do for a bulk alone, as above; outliers that hold all of the trace are found by the sketch."""
-    flat, tall = SPECTRA["bulk alone"], with_spectrum([9.0] * count + [0.0] * (N - count))
-    outside = 0
-    for seed in range(100):
-        found = trace(flat, flat.space, generator=_generator(seed))
-        assert (found.matvecs, found.samples, found.deflated) == (7, 6, 1)
-        outside += abs(found.value - 75.0) > 3.0 * found.standard_error
-        assert trace(tall, tall.space, generator=_generator(seed)).deflated >= 2
-    assert outside <= 1
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "deflated"),
+    [
+        ("bulk alone", 3, 0),
+        pytest.param("one outlier", 8, 2, marks=SLOW),
+        pytest.param("power law", 16, 3, marks=SLOW),
+    ],
+)
+def test_two_standard_errors_hold_in_nine_of_ten_seeds(name: str, products: float, deflated: float) -> None:
+    """At the products that are needed: three for many similar eigenvalues, few more where one of them dominates."""
+    operator = SPECTRA.get(name, with_spectrum([75.0] + [0.01] * (N - 1)))
+    found = [trace(operator, operator.space, generator=_generator(seed)) for seed in range(200)]
+    truth = float(operator.matrix.trace())
+    assert sum(f.matvecs for f in found) <= products * len(found)
+    assert sum(f.deflated for f in found) >= deflated * len(found)
+    # Rounding: as in the first test.
+    assert sum(abs(f.value - truth) <= 2.0 * f.standard_error + 1e-11 for f in found) >= 180
+    assert all(f.converged for f in found)
+
+
+def test_samples_follow_the_basis() -> None:
+    """As if they had been drawn when it was known: orthogonal unit vectors with their products, none made anew."""
+    operator = with_spectrum(_positive())
+    krylov = KrylovSpace(operator, operator.space)
+    samples = _Samples(krylov, 2)
+    generator = _generator(0)
+    for _ in range(3):
+        samples.draw(generator)
+    krylov.add(operator.space.random(generator))
+    for row in range(1, 6):
+        krylov.step()
+        samples.follow()
+        basis = torch.stack([krylov.basis[i] for i in range(row)])
+        rest = torch.eye(N, dtype=torch.float64) - basis.T @ basis
+        forms = []
+        for sample in samples.kept:
+            # Products of norm 50 at most, a few roundings of each in five steps.
+            assert torch.allclose(sample.product, operator.matrix @ sample.vector, rtol=0.0, atol=1e-12)
+            assert torch.allclose(sample.remainder, rest @ sample.product, rtol=0.0, atol=1e-12)
+            assert float((basis @ sample.vector).abs().max()) < 1e-14
+            assert float(sample.vector.norm()) == pytest.approx(1.0, abs=1e-14)
+            forms.append(float(sample.vector @ operator.matrix @ sample.vector))
+        known = float((basis @ operator.matrix @ basis.T).trace())
+        assert samples.count == 2
+        assert samples.estimate()[0] == pytest.approx(known + (N - row) * sum(forms) / 2, rel=1e-12)
+    assert operator.products == krylov.matvecs == 8
 
 
 def test_the_cap_is_kept_and_said() -> None:
@@ -186,7 +229,10 @@ def test_the_cap_is_kept_and_said() -> None:
     found = trace(operator, operator.space, max_matvecs=23)
     assert not found.converged
     assert found.matvecs == operator.products == 23
-    assert found.samples == 13
+    # Products follow the outliers; the basis ends where as many as are left would not follow the rest.
+    assert 2 <= found.deflated <= 10
+    # Samples that were too many to be kept do not follow it.
+    assert 3 <= found.samples <= 23 - found.deflated
 
 
 def test_float32() -> None:
@@ -232,13 +278,9 @@ def test_a_product_that_is_not_finite(bad: float, at: int) -> None:
     [
         ({"relative_error": 0.0}, r"relative_error must lie between 0 and 1, got 0\.0: 0\.05 gives the trace to 5 %\."),
         ({"relative_error": math.nan}, r"relative_error must lie between 0 and 1, got nan: .*"),
-        ({"min_samples": 0}, r"min_samples must be a whole number of at least 1, got 0: leave it at 6\."),
+        ({"min_samples": 0}, r"min_samples must be a whole number of at least 1, got 0: leave it at 3\."),
         ({"sketch": -1}, r"sketch must be a whole number of at least 0, got -1: 0 makes no sketch\."),
-        (
-            {"max_matvecs": 15},
-            r"max_matvecs must be at least sketch \+ min_samples, got 15 for 10 \+ 6: allow 100, or make a smaller "
-            r"sketch\.",
-        ),
+        ({"max_matvecs": 2}, r"max_matvecs must be a whole number of at least 3, got 2: allow 100\."),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], sentence: str) -> None:
