@@ -41,7 +41,9 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
         return
     edges, shares = density.histogram()
     counts = shares * density.dimension
-    picture = _density_picture(key, step, density)
+    figure = _density_figure(key, step, density)
+    if figure is None:
+        warn("the spectral density comes without a picture: install matplotlib to have one beside the histogram.")
     for writer in writers:
         writer.add_histogram_raw(
             key,
@@ -54,15 +56,14 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
             bucket_counts=counts.tolist(),
             global_step=step,
         )
-        if picture is not None:
-            writer.add_image(f"{key}_picture", picture, step, dataformats="HWC")
+        if figure is not None:
+            writer.add_image(f"{key}_picture", picture_of(figure), step, dataformats="HWC")
 
 
-def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
-    """Return the density on a logarithmic scale as an image, (H, W, 3) uint8, or None without matplotlib."""
+def _density_figure(key: str, step: int, density: SpectralDensity) -> Any:
+    """Return the density on a logarithmic scale, its ends marked, as a figure, or None without matplotlib."""
     figure = new_figure(figsize=(6.4, 3.6), dpi=100)
     if figure is None:
-        warn("the spectral density comes without a picture: install matplotlib to have one beside the histogram.")
         return None
     grid = density.grid()
     axes = figure.add_subplot()
@@ -70,7 +71,11 @@ def _density_picture(key: str, step: int, density: SpectralDensity) -> Any:
     axes.semilogy(grid.numpy(), values, linewidth=1.2)
     # Below a tenth of one eigenvalue lie only the tails of the smoothing, whose 1e-300 would set the axis.
     axes.set_ylim(0.1 / (density.dimension * density.default_width()), 3.0 * values.max())
+    # There a single eigenvalue may lie too: its weight in a random vector is anything up to several N-ths.
+    ends = float(density.nodes.min()), float(density.nodes.max())
+    for end in ends:
+        axes.axvline(end, color="tab:red", linestyle=":", linewidth=1.2)
     axes.set_xlabel("eigenvalue of the Hessian")
-    axes.set_title(f"{key} at step {step}", fontsize=10)
+    axes.set_title(f"{key} at step {step}: from {ends[0]:.3g} to {ends[1]:.3g}", fontsize=10)
     axes.set_ylabel("density")
-    return picture_of(figure)
+    return figure

@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_curvature import DirectionalCurvatureMonitor
+from lightning_curvature.linalg import VectorSpace, eigenpairs, spectral_density
 from lightning_curvature.reporting import loggers as reporting
+from lightning_curvature.spectrum.result import _density_figure
 from tests.helpers.runs import Capture, make_trainer, rows, warned
 from tests.helpers.spectrum import TOLERANCE, monitor, whole
 from tests.helpers.spectrum_setups import loader, module
@@ -74,6 +76,26 @@ def test_tensorboard(tmp_path: Path) -> None:
             "curvature/preconditioned_lambda_max_threshold",
         ],
     }
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_ends_of_the_density_are_marked_within_the_picture(known: bool) -> None:
+    """Also those whose weight is so small that the axis cuts them off; the histogram ends there."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.cat([torch.tensor([40.0, -6.0]), torch.randn(998, generator=g)]).double()
+    space = VectorSpace([values])
+    pairs = eigenpairs(values.mul, space, largest=1, smallest=1) if known else None
+    density = spectral_density(values.mul, space, starts=1, steps=40, deflation=pairs)
+    (axes,) = _density_figure("curvature/spectral_density", 3, density).axes
+    curve, *marks = axes.lines
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    # Isolated ends converge within the 40 products, and are known to the search's tolerance.
+    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([-6.0, 40.0], rel=1e-3)
+    assert left < -6.0 < 40.0 < right
+    assert bottom < max(curve.get_ydata()) < top
+    assert axes.get_title() == "curvature/spectral_density at step 3: from -6 to 40"
+    edges, _ = density.histogram()
+    assert edges[[0, -1]].tolist() == pytest.approx([-6.0, 40.0], rel=1e-3)
 
 
 def test_density_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
