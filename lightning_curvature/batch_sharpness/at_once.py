@@ -81,7 +81,7 @@ class PairsAtOnce(Pairs):
                 pairs[index // PAIR].zero_gradients += square == 0.0
             if set(OWN_PRODUCT) & set(wanted):
                 for index, terms in enumerate(terms_along(gradients, squares)):
-                    pairs[index // PAIR].add_own(problem.by_module(terms), norms[index])
+                    pairs[index // PAIR].add_own(float(terms.sum()), norms[index], problem.by_module(terms))
             if set(CROSSED) & set(wanted):
                 rows = range(0, len(draws), PAIR)
                 crosses = [self._crosses(wanted, (gradients[i], gradients[i + 1]), norms[i : i + PAIR]) for i in rows]

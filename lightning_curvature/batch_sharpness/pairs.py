@@ -54,13 +54,13 @@ class PairMoments:
         before = self.moments.get(quantity, torch.zeros(6, dtype=torch.float64))
         self.moments[quantity] = add_to_moments(before, numerator, denominator)
 
-    def add_own(self, terms: Tensor, square: float) -> None:
-        """Add the terms, by module, of the curvature of a mini-batch along its gradient.
+    def add_own(self, curvature: float, square: float, terms: Tensor) -> None:
+        """Add the curvature of a mini-batch along its gradient, and its terms by module.
 
         One without a gradient says nothing of it.
         """
         if square:
-            curvature, shares = float(terms.sum()), terms.cpu() / square
+            shares = terms.cpu() / square
             self.by_module = self.by_module + torch.stack([shares, shares.square()])
             self.add("batch_sharpness", curvature / square)
             self.add("modified_batch_sharpness", curvature, square)
@@ -121,7 +121,7 @@ class Pairs:
                 batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
                 batches.append(batch)
                 if set(OWN_PRODUCT) & set(wanted):
-                    pair.add_own(self.problem.by_module(batch.self_terms), batch.squared_norm)
+                    pair.add_own(batch.self_curvature, batch.squared_norm, self.problem.by_module(batch.self_terms))
                     self.problem.on_product()
                 if "lambda_max_b" in wanted:
                     value, search = batch.largest_eigenvalue(self.options.tolerance, self._eigenvectors)

@@ -1,24 +1,21 @@
 """Trace of a symmetric operator: sampled, and exact on a subspace where that takes fewer products."""
 
 import math
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_curvature.arguments import MANY, checked, fraction, whole
+from lightning_curvature.arguments import MANY, Rule, checked, fraction, sentence, whole
 from lightning_curvature.arguments.rules import check_count
 from lightning_curvature.linalg.eigenpairs import Eigenpairs
-from lightning_curvature.linalg.krylov import KrylovSpace, MatVec, check_finite
+from lightning_curvature.linalg.krylov import KrylovSpace, MatVec
+from lightning_curvature.linalg.samples import TraceSamples
 from lightning_curvature.linalg.space import VectorSpace
 
 # Two samples of a remainder with one large eigenvalue both miss it in 6 cases of 100, three in 2.
 _MIN_SAMPLES = 3
-# The spread of n samples of a remainder with k equal eigenvalues is known as that of nk numbers. Student's quantiles
-# would make the variance 1 + 4/nk times as large. Sampling ends where the spread seems small, and values and spreads
-# are small together: with 20, two standard errors hold in nine of ten cases (docs/calibration_trace.md).
-_FEW_SAMPLES = 20.0
 # Products that a Krylov basis takes before it begins to follow the largest eigenvalue.
 _BEGINNING = 3
 # A remainder whose samples are all below this share of the allowed error is zero or rounding.
@@ -34,6 +31,10 @@ class TraceEstimate:
         samples: number of random vectors in it.
         converged: whether the standard error is at most ``relative_error`` of the value.
         deflated: dimension of the subspace on which it is exact.
+        blocks: traces of diagonal blocks, (blocks,) float64 on the CPU, where these are asked for. They add up to the
+            value.
+        block_errors: their standard errors, (blocks,): up to √2 times too large where blocks are coupled, and more
+            beside eigenvectors that have not converged.
     """
 
     value: float
@@ -42,6 +43,8 @@ class TraceEstimate:
     matvecs: int
     converged: bool
     deflated: int
+    blocks: Tensor | None = None
+    block_errors: Tensor | None = None
 
 
 @checked(
@@ -49,6 +52,7 @@ class TraceEstimate:
     max_matvecs=whole(1, "allow 100", MANY),
     min_samples=whole(1, f"leave it at {_MIN_SAMPLES}", MANY),
     sketch=whole(0, "0 makes no sketch", MANY),
+    blocks=Rule("number the block of each tensor, from 0", least=0),
 )
 def trace(
     matvec: MatVec,
@@ -59,6 +63,7 @@ def trace(
     min_samples: int = _MIN_SAMPLES,
     deflation: Eigenpairs | None = None,
     sketch: int = 20,
+    blocks: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> TraceEstimate:
     r"""Estimate the trace of a symmetric operator.
@@ -84,6 +89,12 @@ def trace(
     on. Unlike XTrace, whose samples share their Q, the estimate can be continued until its error is small enough.
     docs/calibration_trace.md and docs/benchmark_spectrum.md compare them.
 
+    The trace of the block of the coordinates b, with P_b the projection onto them, is had from the same products,
+    unbiased as well:
+
+    .. math:: \operatorname{tr} P_b A = \operatorname{tr}(P_b\, QQ^\top A QQ^\top)
+        + m \operatorname{E}[w^\top P_b (2A - B) w]
+
     Args:
         matvec: v ↦ Av, in a new tensor; called on every rank.
         space: the space of v.
@@ -92,6 +103,7 @@ def trace(
         min_samples: least number of samples, unless nothing is left to sample.
         deflation: Ritz pairs of the same operator, converged or not, as :func:`eigenpairs` returns them.
         sketch: largest number of products for Q, which keeps a vector of each.
+        blocks: for each tensor of the space the number of its block, where the traces of blocks are wanted.
         generator: of the random vectors, on the device of the space; default: seed 0.
 
     Returns:
@@ -115,7 +127,7 @@ def trace(
     krylov = KrylovSpace(matvec, space)
     if deflation is not None:
         krylov.deflate(deflation.quotients, deflation.vectors)
-    given, samples = krylov.done, _Samples(krylov, min_samples)
+    given, samples = krylov.done, TraceSamples(krylov, min_samples, _labels(space, blocks))
     if space.dimension - given <= min(sketch, max_matvecs):
         _complete(krylov, generator)
     sketching, may_sketch = False, True
@@ -147,7 +159,10 @@ def trace(
         if not sketching and samples.left < further and samples.left <= allowance:
             _complete(krylov, generator)
     value, error = samples.estimate()
+    traces, errors = (None, None) if blocks is None else samples.by_block()
     return TraceEstimate(
+        blocks=traces,
+        block_errors=errors,
         value=value,
         standard_error=error,
         samples=samples.count,
@@ -157,101 +172,12 @@ def trace(
     )
 
 
-@dataclass
-class _Sample:
-    """A random unit vector w orthogonal to the basis, Aw, Bw and ‖Bw‖²."""
-
-    vector: Tensor
-    product: Tensor
-    remainder: Tensor
-    square: float
-
-
-class _Samples:
-    """Samples of tr B = m E[wᵀBw] for the multiplied rows Q of a basis; the last few can follow Q when it grows.
-
-    Attributes:
-        count: number of samples.
-        forms: sum of wᵀBw.
-        squares: sum of ‖Bw‖².
-    """
-
-    def __init__(self, krylov: KrylovSpace, keep: int) -> None:
-        self._krylov, self._space, self._basis = krylov, krylov.space, krylov.basis
-        self.kept: deque[_Sample] = deque(maxlen=keep)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.count, self.forms, self.squares = 0, 0.0, 0.0
-        self._cosines, self._pairs = 0.0, 0
-
-    @property
-    def left(self) -> int:
-        """Dimension m of the space of w."""
-        return self._space.dimension - self._krylov.done
-
-    @property
-    def dominant(self) -> float:
-        """Number of equal eigenvalues that would make up the spread: the squared cosine of Bw and Bw' is 1/k."""
-        return min(self._pairs / self._cosines, self.left) if self._cosines else float(self.left if self._pairs else 1)
-
-    def draw(self, generator: torch.Generator) -> None:
-        """Add a sample. One product."""
-        w = self._space.random(generator)
-        self._basis.orthogonalize(w)
-        w /= self._space.norm(w)
-        product = self._krylov.matvec(w).clone()
-        self._krylov.matvecs += 1
-        remainder = product.clone()
-        self._basis.orthogonalize(remainder)
-        self._add(w, product, remainder)
-
-    def follow(self) -> None:
-        """Take the row q that was multiplied last out of the samples that were kept, and forget the others.
-
-        w' = w − qqᵀw, Aw' = Aw − Aq qᵀw, and Bw' is Bw without its part along q, and without the part of Aq qᵀw that is
-        outside the basis: the row that waits.
-        """
-        row = self._krylov.done - 1
-        q, coefficients = self._basis[row], self._krylov.projected[:, row]
-        product = self._basis.combine(coefficients)
-        kept = list(self.kept)
-        self.kept.clear()
-        self._clear()
-        for sample in kept:
-            along = self._space.dot(q, sample.vector)
-            sample.remainder.sub_(q, alpha=self._space.dot(q, sample.remainder))
-            for waiting in range(row + 1, len(self._basis)):
-                sample.remainder.sub_(self._basis[waiting], alpha=along * float(coefficients[waiting]))
-            sample.vector.sub_(q, alpha=along)
-            sample.product.sub_(product, alpha=along)
-            norm = self._space.norm(sample.vector)
-            self._add(*(tensor.div_(norm) for tensor in (sample.vector, sample.product, sample.remainder)))
-
-    def _add(self, vector: Tensor, product: Tensor, remainder: Tensor) -> None:
-        others = [other.remainder.unsqueeze(0) for other in self.kept]
-        form, square, *mixed = self._space.dots(
-            [vector.unsqueeze(0), remainder.unsqueeze(0), *others], remainder
-        ).tolist()
-        check_finite((form, square), self._krylov.matvecs)
-        for other, dot in zip(self.kept, mixed, strict=True):
-            if squares := square * other.square:
-                self._cosines += dot**2 / squares
-            self._pairs += 1
-        self.count += 1
-        self.forms += form
-        self.squares += square
-        self.kept.append(_Sample(vector, product, remainder, square))
-
-    def estimate(self) -> tuple[float, float]:
-        """Return the trace and its standard error."""
-        known, left, count = float(self._krylov.projected.trace()), self.left, self.count
-        if not left:
-            return known, 0.0
-        # ‖Bw‖² ≥ (wᵀBw)²: only rounding makes the difference of the means negative.
-        spread = max(self.squares / count - (self.forms / count) ** 2, 0.0)
-        spread *= 1.0 + _FEW_SAMPLES / (count * self.dominant)
-        return known + left * self.forms / count, left * math.sqrt(2.0 / (left + 2) * spread / count)
+def _labels(space: VectorSpace, blocks: Sequence[int] | None) -> Tensor | None:
+    if blocks is None:
+        return None
+    if len(blocks) != len(space.sizes):
+        raise sentence("blocks", "hold one for each tensor", f"{len(blocks)} for {len(space.sizes)}", "leave none out")
+    return torch.tensor(blocks, device=space.device)
 
 
 def _complete(krylov: KrylovSpace, generator: torch.Generator) -> None:

@@ -191,8 +191,11 @@ class SpectrumMeasurement:
                 relative_error=options.trace_error,
                 max_matvecs=options.max_products,
                 deflation=pairs,
+                blocks=None if problem.modules is None else problem.modules.labels(problem.parameters),
                 generator=generator,
             )
+            if estimate.blocks is not None and estimate.block_errors is not None:
+                numbers.by_module |= {"hessian_trace": estimate.blocks, "hessian_trace_stderr": estimate.block_errors}
             numbers.values |= {"hessian_trace": estimate.value, "hessian_trace_stderr": estimate.standard_error}
         if "spectral_density" in wanted:
             numbers.density = linalg.spectral_density(

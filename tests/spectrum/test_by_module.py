@@ -153,3 +153,20 @@ def test_tensorboard(tmp_path: Path) -> None:
     ]
     pictures = events.Images("curvature_by_module/picture")
     assert [picture.step for picture in pictures] == [0, 2]
+
+
+def test_traces_of_modules() -> None:
+    """Their sum is the trace; each is that of its diagonal block, to its standard error."""
+    module, capture, moments = learner(), Capture(), Moments()
+    follow = monitor("lambda_max", "hessian_trace", k=2, by_module=True, trace_error=0.3)
+    make_trainer(moments, follow, logger=capture).fit(module, batches())
+    found, wholes = rows(capture, "curvature_by_module"), rows(capture)
+    assert list(found) == [0, 2, 4]
+    for step, row in found.items():
+        truth = by_block(hessian(module, moments, step).diagonal())
+        values = [row[f"hessian_trace/{name}"] for name in NAMES]
+        errors = [row[f"hessian_trace_stderr/{name}"] for name in NAMES]
+        assert sum(values) == pytest.approx(wholes[step]["hessian_trace"], rel=1e-12)
+        # Three standard errors, of three measurements of two modules, drawn once for all by the seed.
+        assert all(abs(v - t) <= 3.0 * e for v, t, e in zip(values, truth, errors, strict=True))
+        assert all(0.0 < e < abs(t) for e, t in zip(errors, truth, strict=True))
