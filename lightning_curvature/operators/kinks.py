@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,11 @@ def _pieces(edges: Callable[[_Arguments], list[Any]], values: Callable[[_Argumen
             _bring(a["self"], edge, beyond, ~beyond & (a["self"] > edge))
 
     return Kink(side, branch, onto)
+
+
+def _rectified(a: _Arguments, number: Tensor) -> Tensor:
+    # The same as ``torch.where(number, x, 0)``, which takes seven times as long as a ReLU on a CPU.
+    return torch.ops.aten.threshold_backward(a["self"], number.view(torch.int8), 0)
 
 
 def _clamped(low: str | None, high: str | None) -> Kink:
@@ -251,7 +256,7 @@ _step = Kink(lambda a: a["result"], lambda a, number: number.clone(), chooses=Tr
 
 # By the name of the operation without underscores, which is also that of its node in the graph.
 KINKS = {
-    "relu": _pieces(lambda a: [0], lambda a, x: [0, x]),
+    "relu": replace(_pieces(lambda a: [0], lambda a, x: [0, x]), branch=_rectified),
     "threshold": _pieces(lambda a: [a["threshold"]], lambda a, x: [a["value"], x]),
     "leakyrelu": _pieces(lambda a: [0], lambda a, x: [a["negative_slope"] * x, x]),
     "prelukernel": _pieces(lambda a: [0], lambda a, x: [a["weight"] * x, x]),
@@ -265,11 +270,7 @@ KINKS = {
     "clamp": _clamped("min", "max"),
     "clampmin": _clamped("min", None),
     "clampmax": _clamped(None, "max"),
-    "abs": Kink(
-        lambda a: _sign(a["self"]),
-        lambda a, number: a["self"] * number,
-        lambda a, number: _onto_sign(a["self"], number),
-    ),
+    "abs": Kink(lambda a: _sign(a["self"]), lambda a, n: a["self"] * n, lambda a, n: _onto_sign(a["self"], n)),
     **dict.fromkeys(("maximum", "fmax"), _extremum(larger=True)),
     **dict.fromkeys(("minimum", "fmin"), _extremum(larger=False)),
     **dict.fromkeys(("max", "min", "median", "nanmedian", "kthvalue", "mode"), _choice),
