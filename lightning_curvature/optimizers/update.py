@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from lightning_curvature.arguments import Rule, checked, positive
 from lightning_curvature.distributed.shards import local, shard_count
@@ -14,6 +15,8 @@ from lightning_curvature.operators.differentiation import put_back_at_exit
 
 # Numbers in a piece of a parameter: it fits a CPU's cache, is worth an accelerator's launch, and bounds temporaries.
 _PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
+# Parameters of fewer numbers are joined: a call for each would take longer than its work.
+_SMALL = 2**12
 
 
 @runtime_checkable
@@ -92,19 +95,15 @@ class ParameterUpdate:
         """Take θ_{t+1} from the parameters as they are now."""
         if self._gradients is None:
             raise RuntimeError("complete() must be called once, got a second call: create one update for each step.")
-        rows: list[Tensor] = []
-        for index, (p, before, gradient) in enumerate(zip(self.parameters, self._before, self._gradients, strict=True)):
-            after = local(p).detach()
-            rows.append(_moments(gradient, before, after))
-            if gradient.dtype == after.dtype and gradient.shape == after.shape:
-                gradient.copy_(after)
-            else:
-                self._gradients[index] = after.clone()
-        # One device for all: a model may be laid out over several.
-        device = rows[0].device
-        shards = torch.tensor([shard_count(p) for p in self.parameters], dtype=torch.float64, device=device)
-        self._moments = shards @ torch.stack([row.to(device, torch.float64) for row in rows])
-        self._after, self._gradients = self._gradients, None
+        now = [local(p).detach() for p in self.parameters]
+        rows = list(zip(self._gradients, self._before, now, map(shard_count, self.parameters), strict=True))
+        self._moments = _moments(rows)
+        self._after = [
+            g if g.dtype == after.dtype and g.shape == after.shape else torch.empty_like(after)
+            for g, _, after, _ in rows
+        ]
+        self._gradients = None
+        torch._foreach_copy_(self._after, now)
 
     @property
     def descent(self) -> Tensor:
@@ -170,14 +169,36 @@ def dense_copy(gradient: Tensor | None) -> Tensor:
     return shard.to_dense() if shard.is_sparse else shard.clone()
 
 
-def _moments(gradient: Tensor, before: Tensor, after: Tensor) -> Tensor:
+# Of one parameter on this rank: g, θ_t, θ_{t+1}, and into how many parts it is cut.
+_Row = tuple[Tensor, Tensor, Tensor, int]
+
+
+def _moments(rows: Iterable[_Row]) -> Tensor:
     """Return Σ g d and Σ d²: dot products of pieces in float32 or wider, their sum in float64."""
-    size = _PIECE if before.device.type == "cpu" else _ACCELERATOR_PIECE
-    dtype = torch.promote_types(before.dtype, torch.float32)
-    dots = []
-    for g, a, b in zip(*(t.reshape(-1).split(size) for t in (gradient, before, after)), strict=True):
-        d = (a - b).to(dtype)
-        dots += [torch.dot(g.to(dtype), d), torch.dot(d, d)]
-    if len(dots) == 2:
-        return torch.stack(dots)
-    return torch.stack(dots).double().view(-1, 2).sum(0)
+    dots, counts = list[Tensor](), list[int]()
+    for g, d, count in _pieces(rows):
+        d = d.to(torch.promote_types(d.dtype, torch.float32))
+        dots += [torch.dot(g.to(d.dtype), d), torch.dot(d, d)]
+        counts.append(count)
+    # One device for all: a model may be laid out over several.
+    device = dots[0].device
+    sums = torch.stack([dot.to(device) for dot in dots]).double().view(-1, 2)
+    return torch.tensor(counts, dtype=torch.float64, device=device) @ sums
+
+
+def _pieces(rows: Iterable[_Row]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield g and d, flat, in pieces: of large parameters, or of many small ones of a kind, these in float64."""
+    small: dict[Any, list[tuple[Tensor, ...]]] = {}
+    for *row, count in rows:
+        device = row[0].device
+        if row[0].numel() < _SMALL:
+            small.setdefault((count, device, *(t.dtype for t in row)), []).append(tuple(row))
+            continue
+        size = _PIECE if device.type == "cpu" else _ACCELERATOR_PIECE
+        for g, before, after in zip(*(t.reshape(-1).split(size) for t in row), strict=True):
+            yield g, before - after, count
+    for (count, *_), kind in small.items():
+        for start in range(0, len(kind), _PIECE // _SMALL):
+            many = zip(*kind[start : start + _PIECE // _SMALL], strict=True)
+            g, before, after = map(_flatten_dense_tensors, many)
+            yield g.double(), (before - after).double(), count
