@@ -71,8 +71,8 @@ class Rewrites:
             return dict(zip(map(id, trained), checksums(trained), strict=True))
         shards = [local(p).detach() for p in trained]
         norms = torch._foreach_norm(shards)
-        lengths = [norm.to(shards[0].device, torch.float64) for norm in norms]
-        bits = torch.stack(lengths).view(torch.int64).tolist() if shards else []  # NaN is not equal to itself
+        lengths = torch.stack([norm.to(shards[0].device) for norm in norms]) if shards else torch.empty(0)
+        bits = lengths.double().view(torch.int64).tolist()  # NaN is not equal to itself
         pairs = zip(trained, shards, bits, strict=True)
         return {id(p): (p._version, shard.data_ptr(), length) for p, shard, length in pairs}
 
