@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 
 Restore = Callable[[], object]
 Keep = Callable[[Any, Any], bool]
@@ -23,8 +24,8 @@ Keep = Callable[[Any, Any], bool]
 # Constants and handles. A Trainer knows everything: a walk would never end.
 _ATOMS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, pl.Trainer)
 _ATOMS += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
-_PLAIN = frozenset({bool, int, float, str, type(None)})  # most of them, asked for first
-_CONSTANTS, _MANY = _PLAIN | {bytes, tuple, frozenset}, 1000
+PLAIN = frozenset({bool, int, float, str, type(None)})  # most of them, asked for first
+_CONSTANTS, _MANY = PLAIN | {bytes, tuple, frozenset}, 1000
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 CONTAINERS = (list, deque, set, dict)
 _BYTES = (bytearray, array.array)
@@ -47,17 +48,26 @@ def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen:
     while values:
         following: list[Any] = []
         for value in values:
-            if type(value) not in _PLAIN and id(value) not in seen and not isinstance(value, _ATOMS):
+            kind: Any = type(value)
+            if kind in PLAIN or id(value) in seen:
+                continue
+            # A stand-in claims to be what it stands for.
+            if not (_is_any(kind, _ATOMS) if value.__class__ is kind else isinstance(value, _ATOMS)):
                 seen[id(value)] = value
                 following += visit(value, level)
         values, level = following, level + 1
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_any(kind: Any, kinds: tuple[type, ...]) -> bool:
+    return issubclass(kind, kinds)
+
+
 def opens(value: Any, closed: Iterable[str]) -> bool:
     """Return whether an object is a container, a function, or can be put back and is not of a closed package."""
-    if isinstance(value, _OPEN):
-        return True
     kind: Any = type(value)
+    if _is_any(kind, _OPEN):
+        return True
     package = _package(kind)
     return package not in closed and (hasattr(value, "__dict__") or package == "numpy" or bool(_slots(value)))
 
@@ -69,6 +79,8 @@ def _package(kind: Any) -> str:
 
 def parts(value: Any) -> list[Any]:
     """Return the objects that an object directly consists of: elements, attributes, variables, a referent."""
+    if type(value) is dict:
+        return [] if are_constants(inside := elements(value)) else inside
     found = [*attributes(value).values()]
     if isinstance(value, (*CONTAINERS, tuple, frozenset)):
         found += () if are_constants(inside := elements(value)) else inside
@@ -166,6 +178,11 @@ def contents(value: Any, keep: Keep | None = None) -> list[Restore]:
 
     ``keep(name, attribute)`` says which attributes are put back; default: all.
     """
+    kind: Any = type(value)
+    if kind in CONTAINERS:
+        return [entries(value)]
+    if _is_any(kind, (nn.Module,)) and not (_is_any(kind, CONTAINERS) or _slots(value)):
+        return [entries(vars(value), keep)]
     restorers = [entries(value)] if isinstance(value, CONTAINERS) else []
     if not restorers and (restore := generator_state(value) or array_state(value)) is not None:
         restorers.append(restore)

@@ -5,8 +5,9 @@ import copy
 import functools
 import io
 import math
+import operator
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
 from torch.utils.data import DataLoader
 
 from lightning_curvature.operators.differentiation import put_back_at_exit
 from lightning_curvature.replay import objects
 from lightning_curvature.replay.memory import Tensors
-from lightning_curvature.replay.objects import FUNCTIONS, Restore, contents, opens, parts, put_back
+from lightning_curvature.replay.objects import FUNCTIONS, PLAIN, Restore, contents, opens, parts, put_back
 from lightning_curvature.replay.outside import FRAMEWORKS, classes_of, outside
 
 # Objects of these are handles of the machine (process groups, compiled code), write elsewhere, or know the whole run.
@@ -49,6 +50,7 @@ _CLOSED |= {"contextlib"}
 # first, elements of containers with more than a hundred last. A script names some hundreds; a package on the path that
 # registers all of its functions has 200 000, and took seconds in each measurement.
 _CODE, _OUTSIDE, _MANY = 2000, 5000, 100
+_HOLDERS = frozenset({dict, OrderedDict, set})
 # A measurement replaces these itself: a step that is repeated must find them replaced.
 _LINKS = {"_trainer", "_fabric", "prepare_data_per_node"}
 
@@ -82,12 +84,23 @@ def _is_state(name: str, value: Any) -> bool:
 
 
 def _is_table(name: str, value: Any) -> bool:
-    return isinstance(value, dict) and (name == "_parameters" or name.endswith("_hooks"))
+    return _names_table(name) and isinstance(value, dict)
 
 
-def _tables(root: Any) -> Iterator[dict[str, Any]]:
-    for module in root.modules() if isinstance(root, nn.Module) else ():
-        yield from (value for name, value in vars(module).items() if _is_table(name, value))
+@functools.lru_cache(maxsize=4096)
+def _names_table(name: str) -> bool:
+    return name == "_parameters" or name.endswith("_hooks")
+
+
+@functools.lru_cache(maxsize=4096)
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    tables = list(filter(_names_table, names))
+    return operator.itemgetter(*tables, *tables[:1]) if tables else lambda namespace: ()  # of one name it is no tuple
+
+
+def _tables(root: Any) -> list[dict[str, Any]]:
+    namespaces = map(vars, root.modules() if isinstance(root, nn.Module) else ())
+    return [t for namespace in namespaces for t in _getter(tuple(namespace))(namespace) if isinstance(t, dict)]
 
 
 class Snapshot:
@@ -217,12 +230,16 @@ class Snapshot:
     def _parts_of_module(self, module: nn.Module) -> list[Any]:
         found: list[Any] = []
         for name, value in vars(module).items():
-            if _is_table(name, value) and (not self._whole or any(map(is_traceable_wrapper_subclass, value.values()))):
+            kind = type(value)
+            if kind in PLAIN:
+                continue
+            if kind in _HOLDERS and not value:  # most of them: tables of hooks
+                if self._whole or not name.endswith("_hooks"):
+                    self._empty.append(value)
+            elif _is_table(name, value) and not (self._whole and not any(map(_is_wrapper, value.values()))):
                 found += value.values()
                 if name == "_parameters":
                     self._restorers.append(functools.partial(_restore_names, value, dict(value)))
-            elif isinstance(value, (dict, set)) and not value:  # most of them: tables of hooks
-                self._empty.append(value)
             else:
                 found.append(value)
         return found
