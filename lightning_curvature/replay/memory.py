@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Container, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -87,54 +87,73 @@ class Tensors:
     def __init__(self, spared: Container[int], exactly: bool) -> None:
         self._spared, self._exactly = spared, exactly
         self._memories: dict[tuple[int, int], Memory] = {}
-        self._saved: list[tuple[Tensor, list[Memory]]] = []
+        self._saved: list[_Saved] = []
 
     def unchanged(self) -> list[Tensor]:
         """Return the tensors that were copied and have still the same content."""
-        return [value for value, memories in self._saved if memories and not any(m.differs() for m in memories)]
+        return [one.value for one in self._saved if one.memories and not any(m.differs() for m in one.memories)]
 
-    def save(self, value: Tensor) -> list[Restore]:
-        """Return functions that put a tensor back, to be called in their order."""
+    def save(self, value: Tensor) -> None:
+        """Save a tensor."""
         if isinstance(value, UninitializedTensorMixin):
-            return []
-        memories, view, exactly, pieces = [], value.data, self._exactly, storages(value)
+            return
+        memories, exactly, pieces = [], self._exactly, storages(value)
         for storage in pieces:
             place = storage.data_ptr(), storage.nbytes()
             if storage.nbytes() and place[0] not in self._spared:
                 if place not in self._memories:
                     self._memories[place] = Memory(storage)
                 memories.append(self._memories[place])
-        self._saved.append((value, memories))
-        restorers: list[Restore] = []
-        if exactly or memories or not pieces:  # else a measurement moves it
-            restorers.append(functools.partial(_restore, value, view, memories, mark=not exactly))
-        if value.is_leaf:
-            gradient = (value.grad,) if exactly else None
-            restorers.append(functools.partial(_restore_leaf, value, value.requires_grad, gradient))
-        if exactly and not value.is_inference():
-            restorers.append(_unsafe_preserve_version_counter(value).__exit__)
-        return restorers
+        moves = not (exactly or memories or not pieces)  # a measurement moves it
+        gradient = value.grad if exactly and value.is_leaf else None
+        view, version = None if moves else value.data, 0 if value.is_inference() else value._version
+        self._saved.append(_Saved(value, view, tuple(memories), value.is_leaf, value.requires_grad, gradient, version))
+
+    def restorers(self) -> list[Restore]:
+        """Return functions that put the tensors back, to be called in their order."""
+        leaves = [one for one in self._saved if one.is_leaf]
+        counted = [one for one in self._saved if self._exactly and not one.value.is_inference()]
+        values, versions = tuple(one.value for one in counted), tuple(one.version for one in counted)
+        return [
+            *(functools.partial(_restore, one, self._exactly) for one in self._saved if one.view is not None),
+            *(functools.partial(_restore_leaf, one, self._exactly) for one in leaves),
+            lambda: torch._C._autograd._unsafe_set_version_counter(values, versions),
+        ]
 
 
-def _restore(value: Tensor, view: Tensor, memories: Iterable[Memory], mark: bool) -> None:
-    changed = False
+class _Saved(NamedTuple):
+    """A tensor as it was; ``view`` is None where it stands elsewhere in the meantime."""
+
+    value: Tensor
+    view: Tensor | None
+    memories: tuple[Memory, ...]
+    is_leaf: bool
+    requires_grad: bool
+    gradient: Tensor | None
+    version: int
+
+
+def _restore(saved: _Saved, exactly: bool) -> None:
+    value, view, changed = saved.value, saved.view, False
+    assert view is not None
     if not is_traceable_wrapper_subclass(value) and (value.layout != torch.strided or _place(value) != _place(view)):
         value.data, changed = view, True
-    for memory in memories:
+    for memory in saved.memories:
         changed |= memory.restore()
-    if changed and mark and not value.is_inference() and value.layout == torch.strided:
+    if changed and not exactly and not value.is_inference() and value.layout == torch.strided:
         value.detach().as_strided((0,), (1,)).zero_()
+
+
+def _restore_leaf(saved: _Saved, exactly: bool) -> None:
+    value = saved.value
+    if not value.is_leaf:
+        value.detach_()
+    if value.requires_grad != saved.requires_grad:  # in ``torch.vmap`` setting it is an error even without a change
+        value.requires_grad_(saved.requires_grad)
+    if exactly and value.grad is not saved.gradient:
+        value.grad = saved.gradient
 
 
 def _place(value: Tensor) -> tuple[object, ...]:
     storage = value.untyped_storage()
     return storage.data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype
-
-
-def _restore_leaf(value: Tensor, requires_grad: bool, gradient: tuple[Tensor | None] | None) -> None:
-    if not value.is_leaf:
-        value.detach_()
-    if value.requires_grad != requires_grad:  # inside ``torch.vmap`` setting it is an error even where nothing changes
-        value.requires_grad_(requires_grad)
-    if gradient is not None:
-        value.grad = gradient[0]

@@ -44,18 +44,23 @@ def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen:
     Roots are on level 0. Constants are not visited, nor the objects in ``seen``, which receives the visited objects by
     ``id`` and keeps them alive, so that no other object has it.
     """
-    values, level = list(roots), 0
-    while values:
-        following: list[Any] = []
-        for value in values:
-            kind: Any = type(value)
-            if kind in PLAIN or id(value) in seen:
-                continue
-            # A stand-in claims to be what it stands for.
-            if not (_is_any(kind, _ATOMS) if value.__class__ is kind else isinstance(value, _ATOMS)):
-                seen[id(value)] = value
-                following += visit(value, level)
-        values, level = following, level + 1
+    values, level, collecting = list(roots), 0, gc.isenabled()
+    try:
+        gc.disable()  # it would look again and again for garbage among what is being found
+        while values:
+            following: list[Any] = []
+            for value in values:
+                kind: Any = type(value)
+                if kind in PLAIN or id(value) in seen:
+                    continue
+                # A stand-in claims to be what it stands for.
+                if not (_is_any(kind, _ATOMS) if value.__class__ is kind else isinstance(value, _ATOMS)):
+                    seen[id(value)] = value
+                    following += visit(value, level)
+            values, level = following, level + 1
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,6 +178,12 @@ def _call_all(restorers: Iterable[Restore]) -> list[BaseException]:
     return errors
 
 
+@functools.lru_cache(maxsize=4096)
+def has_attributes_alone(kind: Any) -> bool:
+    """Return whether all that is to be put back in objects of a type is their namespace: they are modules."""
+    return issubclass(kind, nn.Module) and not (issubclass(kind, CONTAINERS) or _slots_of(kind))
+
+
 def contents(value: Any, keep: Keep | None = None) -> list[Restore]:
     """Return functions that put elements, attributes, closure variables and a state back into the same object.
 
@@ -181,8 +192,6 @@ def contents(value: Any, keep: Keep | None = None) -> list[Restore]:
     kind: Any = type(value)
     if kind in CONTAINERS:
         return [entries(value)]
-    if _is_any(kind, (nn.Module,)) and not (_is_any(kind, CONTAINERS) or _slots(value)):
-        return [entries(vars(value), keep)]
     restorers = [entries(value)] if isinstance(value, CONTAINERS) else []
     if not restorers and (restore := generator_state(value) or array_state(value)) is not None:
         restorers.append(restore)
@@ -204,7 +213,7 @@ def entries(holder: Any, keep: Keep | None = None) -> Restore:
     It writes only where they have changed, past methods of a subclass: some mappings refuse to be written.
     ``keep(key, value)`` says which entries of a dict are put back; default: all.
     """
-    return functools.partial(_restore_entries, holder, _kept(holder, None), keep)
+    return functools.partial(restore_entries, holder, _kept(holder, None), keep)
 
 
 def _kept(holder: Any, keep: Keep | None) -> Any:
@@ -218,8 +227,9 @@ def _items(holder: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
     return OrderedDict.items(holder) if isinstance(holder, OrderedDict) else dict.items(holder)
 
 
-def _restore_entries(holder: Any, before: Any, keep: Keep | None) -> None:
-    if _identical(holder, before):
+def restore_entries(holder: Any, before: Any, keep: Keep | None) -> None:
+    """Give a list, deque, set or dict its entries as they were; arguments are those of :func:`entries`."""
+    if identical(holder, before):
         return
     base: Any = next(kind for kind in (OrderedDict, *CONTAINERS) if isinstance(holder, kind))
     if not isinstance(holder, dict):
@@ -230,7 +240,7 @@ def _restore_entries(holder: Any, before: Any, keep: Keep | None) -> None:
     for key in [*_kept(holder, keep)]:
         if key not in before:
             base.__delitem__(holder, key)
-    if not _identical([key for key, _ in _items(holder) if key in before], list(before)):
+    if not identical([key for key, _ in _items(holder) if key in before], list(before)):
         # One was deleted: the order of buffers is that of state_dict.
         for key in before:
             if dict.__contains__(holder, key):
@@ -239,7 +249,8 @@ def _restore_entries(holder: Any, before: Any, keep: Keep | None) -> None:
         base.__setitem__(holder, key, value)
 
 
-def _identical(one: Any, other: Any) -> bool:
+def identical(one: Any, other: Any) -> bool:
+    """Return whether two lists or dicts hold the same objects in the same order."""
     if len(one) != len(other):
         return False
     if not isinstance(one, dict):

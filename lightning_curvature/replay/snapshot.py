@@ -21,7 +21,18 @@ from torch.utils.data import DataLoader
 from lightning_curvature.operators.differentiation import put_back_at_exit
 from lightning_curvature.replay import objects
 from lightning_curvature.replay.memory import Tensors
-from lightning_curvature.replay.objects import FUNCTIONS, PLAIN, Restore, contents, opens, parts, put_back
+from lightning_curvature.replay.objects import (
+    FUNCTIONS,
+    PLAIN,
+    Restore,
+    contents,
+    has_attributes_alone,
+    identical,
+    opens,
+    parts,
+    put_back,
+    restore_entries,
+)
 from lightning_curvature.replay.outside import FRAMEWORKS, classes_of, outside
 
 # Objects of these are handles of the machine (process groups, compiled code), write elsewhere, or know the whole run.
@@ -137,6 +148,7 @@ class Snapshot:
         self.tensors = Tensors(frozenset(spared), exactly=whole)
         self._whole, self._prepare, self._keep = whole, prepare, None if whole else _is_state
         self._restorers: list[Restore] = []
+        self._namespaces, self._attributes = list[dict[str, Any]](), list[dict[str, Any]]()  # now, and as they were
         self._empty: list[Any] = []
         self._code: list[Any] = []  # whose surroundings are still to be looked at
         self._last: list[Any] = []
@@ -155,7 +167,11 @@ class Snapshot:
     def restore(self) -> None:
         """Put all back; what has not changed is not written."""
         with torch.no_grad():
-            put_back([*self._restorers, *(holder.clear for holder in self._empty if holder)])
+            pairs = zip(self._namespaces, self._attributes, strict=True)
+            changed = [pair for pair in pairs if not identical(*pair)]
+            restorers = [*self._restorers, *(functools.partial(restore_entries, *pair, self._keep) for pair in changed)]
+            restorers += [holder.clear for holder in self._empty if holder]
+            put_back([*restorers, *self.tensors.restorers()])
 
     @functools.cached_property
     def unrepeatable(self) -> list[str]:
@@ -180,11 +196,14 @@ class Snapshot:
             self.closed[id(value)] = value
             return ()
         if isinstance(value, Tensor):
-            self._restorers += self.tensors.save(value)
-        self._restorers += contents(value, self._keep)
+            self.tensors.save(value)
+        if has_attributes_alone(kind := type(value)):
+            self._namespaces.append(vars(value))
+            self._attributes.append(dict(vars(value)))
+        else:
+            self._restorers += contents(value, self._keep)
         self._prepare(value)
         inside = self._parts_of_module(value) if isinstance(value, nn.Module) else parts(value)
-        kind: Any = type(value)
         self._follow([value] if isinstance(value, types.FunctionType) else classes_of(kind))
         if self._most < math.inf and len(inside) > _MANY:
             self._last += inside
