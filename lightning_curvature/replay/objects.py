@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Restore = Callable[[], object]
 Keep = Callable[[Any, Any], bool]
@@ -180,8 +180,8 @@ def _call_all(restorers: Iterable[Restore]) -> list[BaseException]:
 
 @functools.lru_cache(maxsize=4096)
 def has_attributes_alone(kind: Any) -> bool:
-    """Return whether all that is to be put back in objects of a type is their namespace: they are modules."""
-    return issubclass(kind, nn.Module) and not (issubclass(kind, CONTAINERS) or _slots_of(kind))
+    """Return whether modules or tensors of a type, beside the content of a tensor, consist of their namespace alone."""
+    return issubclass(kind, (nn.Module, Tensor)) and not (issubclass(kind, CONTAINERS) or _slots_of(kind))
 
 
 def contents(value: Any, keep: Keep | None = None) -> list[Restore]:

@@ -55,12 +55,14 @@ class Rewrites:
         return changed
 
     def _read_structure(self) -> list[int]:
-        return [*map(id, self._module.modules()), *map(id, self._module.parameters())]
+        modules = list(self._module.modules())
+        return [*map(id, modules), *(id(p) for module in modules for p in module._parameters.values())]
 
     def spared(self) -> list[Tensor]:
         """Return the large tensors that the step leaves alone."""
         return [tensor for one in self._unwritten if (tensor := one()) is not None]
 
+    @torch.no_grad()
     def position(self) -> dict[int, tuple[int, ...]]:
         """Return numbers, by ``id``, which change where a trained parameter is written, also past autograd.
 
@@ -69,7 +71,7 @@ class Rewrites:
         trained = self.trained
         if not self.checked:
             return dict(zip(map(id, trained), checksums(trained), strict=True))
-        shards = [local(p).detach() for p in trained]
+        shards = [local(p) for p in trained]
         norms = torch._foreach_norm(shards)
         lengths = torch.stack([norm.to(shards[0].device) for norm in norms]) if shards else torch.empty(0)
         bits = lengths.double().view(torch.int64).tolist()  # NaN is not equal to itself

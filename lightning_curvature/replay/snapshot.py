@@ -5,7 +5,6 @@ import copy
 import functools
 import io
 import math
-import operator
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -95,23 +94,12 @@ def _is_state(name: str, value: Any) -> bool:
 
 
 def _is_table(name: str, value: Any) -> bool:
-    return _names_table(name) and isinstance(value, dict)
-
-
-@functools.lru_cache(maxsize=4096)
-def _names_table(name: str) -> bool:
-    return name == "_parameters" or name.endswith("_hooks")
-
-
-@functools.lru_cache(maxsize=4096)
-def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    tables = list(filter(_names_table, names))
-    return operator.itemgetter(*tables, *tables[:1]) if tables else lambda namespace: ()  # of one name it is no tuple
+    return (name.endswith("_hooks") or name == "_parameters") and isinstance(value, dict)
 
 
 def _tables(root: Any) -> list[dict[str, Any]]:
-    namespaces = map(vars, root.modules() if isinstance(root, nn.Module) else ())
-    return [t for namespace in namespaces for t in _getter(tuple(namespace))(namespace) if isinstance(t, dict)]
+    modules = root.modules() if isinstance(root, nn.Module) else ()
+    return [value for module in modules for name, value in vars(module).items() if _is_table(name, value)]
 
 
 class Snapshot:
@@ -167,10 +155,10 @@ class Snapshot:
     def restore(self) -> None:
         """Put all back; what has not changed is not written."""
         with torch.no_grad():
-            pairs = zip(self._namespaces, self._attributes, strict=True)
-            changed = [pair for pair in pairs if not identical(*pair)]
-            restorers = [*self._restorers, *(functools.partial(restore_entries, *pair, self._keep) for pair in changed)]
-            restorers += [holder.clear for holder in self._empty if holder]
+            restorers = [*self._restorers, *(holder.clear for holder in self._empty if holder)]
+            for now, before in zip(self._namespaces, self._attributes, strict=True):
+                if not identical(now, before):
+                    restorers.append(functools.partial(restore_entries, now, before, self._keep))
             put_back([*restorers, *self.tensors.restorers()])
 
     @functools.cached_property
@@ -197,13 +185,15 @@ class Snapshot:
             return ()
         if isinstance(value, Tensor):
             self.tensors.save(value)
-        if has_attributes_alone(kind := type(value)):
+        kind: Any = type(value)
+        if alone := has_attributes_alone(kind):
             self._namespaces.append(vars(value))
             self._attributes.append(dict(vars(value)))
         else:
             self._restorers += contents(value, self._keep)
         self._prepare(value)
-        inside = self._parts_of_module(value) if isinstance(value, nn.Module) else parts(value)
+        module = isinstance(value, nn.Module)
+        inside = self._parts_of_module(value) if module else [*vars(value).values()] if alone else parts(value)
         self._follow([value] if isinstance(value, types.FunctionType) else classes_of(kind))
         if self._most < math.inf and len(inside) > _MANY:
             self._last += inside
@@ -253,9 +243,9 @@ class Snapshot:
             if kind in PLAIN:
                 continue
             if kind in _HOLDERS and not value:  # most of them: tables of hooks
-                if self._whole or not name.endswith("_hooks"):
+                if self._whole or kind is set or not name.endswith("_hooks"):
                     self._empty.append(value)
-            elif _is_table(name, value) and not (self._whole and not any(map(_is_wrapper, value.values()))):
+            elif _is_table(name, value) and (not self._whole or any(map(_is_wrapper, value.values()))):
                 found += value.values()
                 if name == "_parameters":
                     self._restorers.append(functools.partial(_restore_names, value, dict(value)))
