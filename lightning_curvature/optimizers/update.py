@@ -134,9 +134,7 @@ class ParameterUpdate:
         """
         with self._moved() as targets:
             with torch.no_grad():
-                # In place: no third copy of the parameters.
-                torch._foreach_copy_(targets, self._before)
-                torch._foreach_lerp_(targets, self._after, position)
+                _interpolate(targets, self._before, self._after, position)
             yield
 
     @contextlib.contextmanager
@@ -160,6 +158,19 @@ class ParameterUpdate:
     @torch.no_grad()
     def _put_back(self, targets: list[Tensor]) -> None:
         torch._foreach_copy_(targets, self._after)
+
+
+def _interpolate(targets: list[Tensor], before: list[Tensor], after: list[Tensor], position: float) -> None:
+    """Set tensors between two others in place, with no third copy; large ones on a CPU in one pass over its memory."""
+    rows: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
+    for row in zip(targets, before, after, strict=True):
+        rows[row[0].is_cpu and row[0].numel() >= _SMALL].append(row)
+    for target, start, end in rows[True]:
+        torch.lerp(start, end, position, out=target)
+    if rows[False]:
+        others, starts, ends = zip(*rows[False], strict=True)
+        torch._foreach_copy_(others, starts)
+        torch._foreach_lerp_(others, ends, position)
 
 
 def dense_copy(gradient: Tensor | None) -> Tensor:
