@@ -98,7 +98,8 @@ class OutputModel:
         if self.likelihood == "categorical":
             # Ignored positions have no weight; their labels need only be some label.
             labels = z.argmax(-1) if target is None else target.reshape(-1).long().clamp(0, z.shape[-1] - 1)
-            return z.softmax(-1) - F.one_hot(labels, z.shape[-1])
+            p, labels = z.softmax(-1), labels.unsqueeze(-1)
+            return p.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=p.dtype))
         mean = z.sigmoid() if self.likelihood == "bernoulli" else z
         if target is None:
             return mean - mean.round() if self.likelihood == "bernoulli" else mean
