@@ -236,7 +236,8 @@ def untouched(
         put_back_at_exit(stack, RandomState(device).restore)
         snapshot = Snapshot([module, *(optimizer.param_groups for optimizer in optimizers)], addresses(spared))
         put_back_at_exit(stack, snapshot.restore)
-        stack.enter_context(without_gradients(module.parameters()))
-        stack.enter_context(without_hooks(gradient_hooks(module.parameters())))
+        parameters = list(module.parameters())
+        stack.enter_context(without_gradients(parameters))
+        stack.enter_context(without_hooks(gradient_hooks(parameters)))
         stack.enter_context(without_hooks([m._forward_hooks for m in module.modules()], _watches))
         yield snapshot
