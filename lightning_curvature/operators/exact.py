@@ -55,6 +55,11 @@ class _GraphOperator(CurvatureOperator):
             total.add_(torch.stack(terms), alpha=part.weight)
         return total
 
+    @property
+    def left_out(self) -> str:
+        """Which graphs are not kept for want of memory, in one sentence; empty where all are."""
+        return self._graphs.left_out
+
     def close(self) -> None:
         """Release the graphs."""
         self._graphs.clear()
@@ -70,7 +75,7 @@ class HessianOperator(_GraphOperator):
 
     Args:
         parts, parameters, reduce: see :class:`~.base.CurvatureOperator`.
-        keep_graph: True, False, or "auto": as many as fit into memory.
+        keep_graph: True, False, or "auto": those that fit into half of the free memory.
         processes: number of processes that share the memory.
 
     Raises:

@@ -13,8 +13,8 @@ from lightning_curvature.operators.memory import SavedBytes, available_memory, v
 KeepGraph = bool | Literal["auto"]
 Graph = TypeVar("Graph")
 
-# Share of the memory that is free once the first graph is built for all kept graphs: products need room for the
-# intermediate values of one more graph, and the basis for its vectors.
+# Share of the memory that is free without graphs for all that are kept: products need room for the intermediate values
+# of one more graph, and the basis for its vectors.
 _SHARE = 0.5
 # Share of the free memory for vectors that are multiplied at once: a product makes a few times as many temporaries.
 _BATCH_SHARE = 0.05
@@ -23,21 +23,37 @@ _BATCH_SHARE = 0.05
 class Graphs(Generic[Graph]):
     """Graphs by index, each built when it is first used.
 
-    A kept graph saves every later product the forward and the first backward. ``"auto"`` keeps as many as fit, in
-    order: the bytes that autograd saves for the first, counted while it is built, give their number. All graphs share
-    the ``parameters``, and ``processes`` share the memory.
+    A kept graph saves every later product the forward and the first backward. ``"auto"`` keeps those that fit, in
+    order, into half of the memory that is free before the first is built: the bytes of each are counted while it is
+    built. Products are the same either way, so that ranks need not agree. All graphs share the ``parameters``, and
+    ``processes`` share the memory.
     """
 
     def __init__(self, count: int, keep: KeepGraph, parameters: Sequence[Tensor], processes: int = 1) -> None:
-        self._parameters, self._processes = parameters, processes
-        self._kept: dict[int, Graph] = {}
-        self._versions: list[int] = []
+        self._count, self._parameters, self._processes = count, parameters, processes
         # A single graph is alive during every product anyway.
-        self._limit = count if keep is True or count == 1 else 0 if keep is False else None
+        self._keep = keep or count == 1
+        self._auto = keep == "auto" and count > 1
+        self._kept: dict[int, Graph] = {}
+        self._too_large: set[int] = set()
+        self._versions: list[int] = []
+        self._budget: int | None = None
+        self._used = 0
 
     def keeps(self, index: int) -> bool:
-        """Return whether graph i is kept, so that it must be retained."""
-        return self._limit is None or index < self._limit
+        """Return whether graph i, which was built, is kept, so that it must be retained."""
+        return index in self._kept
+
+    @property
+    def left_out(self) -> str:
+        """Which graphs do not fit into the memory, in one sentence; empty where all do."""
+        if not self._too_large or self._budget is None:
+            return ""
+        return (
+            f"keep_graph='auto' keeps the gradient graphs of {len(self._kept)} of {self._count} micro-batches, "
+            f"{self._used / 2**20:,.0f} MiB within half of the free memory ({self._budget / 2**20:,.0f} MiB): every "
+            "product repeats a forward and a backward of the others. Fewer probe_samples make room."
+        )
 
     def get(self, index: int, build: Callable[[int], Graph]) -> Graph:
         """Return graph i, from ``build(i)`` unless it is kept and the parameters have not changed since."""
@@ -47,22 +63,33 @@ class Graphs(Generic[Graph]):
             self._versions = versions
         if index in self._kept:
             return self._kept[index]
-        if self._limit is None:
-            saved = SavedBytes(self._parameters)
-            with saved.counting():
-                graph = build(index)
-            free = available_memory(self._parameters[0].device, self._processes)
-            # The first graph is already allocated: its bytes count as free memory.
-            self._limit = int(_SHARE * (free + saved.count) / max(saved.count, 1))
-        else:
-            graph = build(index)
-        if index < self._limit:
+        counts = self._auto and index not in self._too_large
+        graph = self._counted(index, build) if counts else build(index)
+        if self._keep and index not in self._too_large:
             self._kept[index] = graph
+        return graph
+
+    def _counted(self, index: int, build: Callable[[int], Graph]) -> Graph:
+        """Build graph i, and find out whether it fits."""
+        saved = SavedBytes(self._parameters)
+        with saved.counting():
+            graph = build(index)
+        saved.add(graph)
+        if self._budget is None:
+            # The first graph is already allocated: its bytes count as free memory.
+            free = available_memory(self._parameters[0].device, self._processes)
+            self._budget = int(_SHARE * (free + saved.count))
+        if self._used + saved.count <= self._budget:
+            self._used += saved.count
+        else:
+            self._too_large.add(index)
         return graph
 
     def clear(self) -> None:
         """Release all graphs."""
         self._kept.clear()
+        self._too_large.clear()
+        self._budget, self._used = None, 0
 
 
 def pull_back(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_curvature.linalg import VectorSpace
 
@@ -77,6 +78,12 @@ class SavedBytes:
     def __init__(self, excluded: Iterable[Tensor]) -> None:
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in excluded}
         self.count = 0
+
+    def add(self, tree: object) -> None:
+        """Count the tensors in nested containers too."""
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self._saved(leaf)
 
     def _saved(self, tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided:

@@ -18,7 +18,7 @@ from lightning_curvature.operators import CurvatureOperator, PreconditionedOpera
 from lightning_curvature.operators.differences import DifferenceHistory
 from lightning_curvature.operators.fallback import BY_DIFFERENCES
 from lightning_curvature.optimizers.stability import NotYetSteppedError
-from lightning_curvature.reporting.loggers import warn
+from lightning_curvature.reporting.loggers import inform, warn
 from lightning_curvature.spectrum.options import EXACT_ONLY, SHARE, UPPER, SpectrumOptions, largest_name, with_error
 from lightning_curvature.spectrum.problem import SpectrumProblem
 from lightning_curvature.spectrum.result import Spectrum
@@ -61,6 +61,7 @@ class SpectrumMeasurement:
     def begin(self, sharded: bool = False) -> None:
         """Forget the module: a new fit may bring another. Eigenpairs stay, and are used where they fit."""
         self._difference = sharded or self._options.products == "difference"
+        self._left_out = False
         self._history = DifferenceHistory()
 
     def take_up(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -116,6 +117,7 @@ class SpectrumMeasurement:
             try:
                 whole = problem.preconditioned(operator) if kind == "preconditioned" else operator
                 self._measure_on(whole, problem, kind, wanted, basis, numbers)
+                self._tell_of_memory(getattr(operator, "left_out", ""))
                 if not operator.all_ended():
                     raise NonFiniteProductError(f"the measurement on the operator {kind!r} is lost")
             except NotYetSteppedError:
@@ -136,6 +138,12 @@ class SpectrumMeasurement:
                     self.trackers.pop(kind, None)
                 return failure
         return None
+
+    def _tell_of_memory(self, message: str) -> None:
+        """Say once in a fit which graphs do not fit into the memory."""
+        if message and not self._left_out:
+            self._left_out = True
+            inform(message)
 
     def _measure_on(
         self,

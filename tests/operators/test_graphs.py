@@ -71,6 +71,8 @@ class Small(nn.Module):
 SMALL = [(torch.ones(4, 3, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)) for _ in range(5)]
 # Inputs 4×3, outputs 4×2, targets 4×2 and the 1 from which the backward starts, 8 bytes each.
 SMALL_BYTES = (12 + 8 + 8 + 1) * 8
+# A kept graph also holds its gradient, 2×3.
+SMALL_GRAPH = SMALL_BYTES + 6 * 8
 
 
 def test_bytes_of_a_graph_that_can_be_counted_by_hand() -> None:
@@ -127,7 +129,7 @@ def test_as_many_graphs_as_fit_into_half_of_the_memory(
     kept: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With the first graph counted as free memory, (free + 1 graph) / 2 is to hold so many.
-    free = (2 * kept - 1) * SMALL_BYTES * processes
+    free = (2 * kept - 1) * SMALL_GRAPH * processes
 
     def forwards(available: int) -> list[int]:
         monkeypatch.setattr(graphs, "available_memory", lambda device, processes: available // processes)
@@ -143,6 +145,47 @@ def test_as_many_graphs_as_fit_into_half_of_the_memory(
     if kept:
         # One byte less for each process.
         assert forwards(free - processes) == [5, 5 + (6 - kept), 5 + 2 * (6 - kept)]
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0, []), (2, [1, 3]), (4, [0, 1]), (7, [0, 1, 3]), (9, [0, 1, 2, 3])])
+def test_each_graph_counts_with_its_own_bytes(room: int, kept: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches of 3, 1, 4 and 1 rows: those are kept, in order, that fit into what is left."""
+    held = torch.ones(64)
+    sizes = [3, 1, 4, 1]
+    row = 256
+
+    def build(index: int) -> tuple[Tensor | None, ...]:
+        return (torch.ones(sizes[index] * row // 4), None)
+
+    # The first is there when the memory is read: with it, half of the memory is ``room`` rows.
+    monkeypatch.setattr(graphs, "available_memory", lambda device, processes: (2 * room - sizes[0]) * row)
+    one: graphs.Graphs[Any] = graphs.Graphs(len(sizes), "auto", [held])
+    for _ in range(2):
+        for index in range(len(sizes)):
+            one.get(index, build)
+        assert [index for index in range(len(sizes)) if one.keeps(index)] == kept
+    said = f"keep_graph='auto' keeps the gradient graphs of {len(kept)} of 4 micro-batches"
+    assert one.left_out.startswith(said) if len(kept) < 4 else one.left_out == ""
+    # The next operator, or new parameters, find the memory as it is then.
+    monkeypatch.setattr(graphs, "available_memory", lambda device, processes: 100 * row)
+    held.add_(1.0)
+    for index in range(len(sizes)):
+        one.get(index, build)
+    assert all(one.keeps(index) for index in range(len(sizes)))
+    assert one.left_out == ""
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(True, 4), (False, 0)])
+def test_memory_is_not_asked_for_without_auto(keep: Any, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*args: Any) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(graphs, "available_memory", asked)
+    one: graphs.Graphs[Tensor] = graphs.Graphs(4, keep, [torch.ones(1)])
+    for index in range(4):
+        one.get(index, lambda index: torch.ones(1))
+    assert sum(map(one.keeps, range(4))) == kept
+    assert one.left_out == ""
 
 
 # All that saves its own output, a view, or a scalar; each could close a circle.

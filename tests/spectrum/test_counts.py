@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_curvature import HessianSpectrumMonitor
 from lightning_curvature.linalg.krylov import KrylovSpace
+from lightning_curvature.operators import graphs
 from lightning_curvature.replay.objective import StepObjective
+from lightning_curvature.spectrum import measurement
 from tests.helpers.counting import Passes, Reads
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp
 from tests.helpers.spectrum import BATCH, SAMPLES, samples
@@ -85,6 +87,26 @@ def test_one_forward_of_each_micro_batch_and_operator(quantities: Any, operators
     passes = Passes(module.network)
     fit(passes, follow=monitor(*quantities, keep_graph=True, tolerance=1e-8), module=module)
     assert passes.forwards == expected(MICRO * operators)
+
+
+def test_graphs_are_kept_within_half_of_the_free_memory_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four graphs some: the values are the same to the last bit, and only the others are built again."""
+    said: list[str] = []
+    monkeypatch.setattr(measurement, "inform", said.append)
+    whole = fit(follow=monitor(keep_graph=True))
+    module = learner()
+    passes, products = Passes(module.network), Products(monkeypatch)
+    # With the first, of 2,080 bytes, four times as much is free: two of them fit into half of it.
+    monkeypatch.setattr(graphs, "available_memory", lambda device, processes: 3 * 2080)
+    capture = fit(passes, products, follow=monitor(), module=module)
+    keys = [key for key in whole.rows[0] if key.startswith("curvature/")]
+    assert [[capture.rows[step][key] for key in keys] for step in MEASURED] == [
+        [whole.rows[step][key] for key in keys] for step in MEASURED
+    ]
+    (sentence,) = said
+    assert sentence.startswith("keep_graph='auto' keeps the gradient graphs of 2 of 4 micro-batches, 0 MiB within half")
+    extra = [passes.forwards[step] - 1 - (step == MEASURED[0]) for step in MEASURED]
+    assert extra == [2 + 2 * count for count in products.counts]
 
 
 def test_one_forward_a_product_without_kept_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
