@@ -1,5 +1,6 @@
 """One measurement of the noise against the curvature: sums over samples, the eigenbasis of H, numbers."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curvature.distributed.share import each_alone, shared_out
 from lightning_curvature.distributed.together import together
 from lightning_curvature.functional import noise as formulas
+from lightning_curvature.noise.matrices import SHOWN, MatrixWork, Share, matrix_work
 from lightning_curvature.noise.options import NoiseOptions
 from lightning_curvature.noise.problem import ON_ANOTHER_RANK, NoiseProblem, Route
 from lightning_curvature.noise.result import COMPARED, ChainLink, NoiseCurvature
 from lightning_curvature.noise.sums import NoiseMoments, Sums, moments_of, no_sums, own_sums, squared_products
 from lightning_curvature.operators import NotSeparableError
 
-# Directions of the matrices that are kept for pictures, as many as the source shows.
-_SHOWN = 100
-
 
 def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvature:
-    """Measure on all ranks, with one collective; on the general route another one for "noise_gamma_awd".
+    """Measure on all ranks, with two collectives; on the general route another one for "noise_gamma_awd".
 
     Raises:
         NotSeparableError: on all ranks, if the samples of one of them cannot take the Kronecker route.
@@ -46,8 +46,9 @@ def measure_noise(options: NoiseOptions, problem: NoiseProblem) -> NoiseCurvatur
         sums = together(problem.trainer, lambda: {"squares": squared_products(problem, vectors)}, zeros, what)
         return sums["squares"] / moments.samples
 
+    share = functools.partial(shared_out, problem.trainer, problem.device, "the work on matrices of the block")
     batch_size, dtype = problem.batch_size, problem.parameter.dtype
-    return noise_curvature_of(options, moments, batch_size, dtype, problem.route, squares, problem.why_unpaired)
+    return noise_curvature_of(options, moments, batch_size, dtype, problem.route, squares, problem.why_unpaired, share)
 
 
 def noise_curvature_of(
@@ -58,11 +59,12 @@ def noise_curvature_of(
     route: Route,
     squares: Callable[[Tensor], Tensor] | None = None,
     why_unpaired: str = "",
+    share: Share = each_alone,
 ) -> NoiseCurvature:
     """Return all numbers that follow from C and H of a block of type ``dtype``.
 
     Where the moments lack E[h²], ``squares`` returns its diagonal in a basis (𝒩, D). ``why_unpaired`` says why no
-    samples are paired, where those of a linear layer could be.
+    samples are paired, where those of a linear layer could be. ``share`` does the work on the matrices.
 
     Raises:
         ValueError: if gradients or Hessians are not finite.
@@ -80,7 +82,8 @@ def noise_curvature_of(
     covariance = formulas.covariance_of_sums(moments.products, moments.gradient, 1, batch_size)
     if not float(covariance.trace()) > of_trace:
         covariance.zero_()
-    values, vectors = formulas.curvature_basis(hessian, options.top)
+    work = matrix_work(options, covariance, hessian, share)
+    values, vectors = work.values, work.vectors
     second = None
     if "noise_gamma_awd" in asked:
         if moments.second is not None:
@@ -95,7 +98,7 @@ def noise_curvature_of(
     # H is rounded as the run is: eigenvalues below that are none, and the directions of rounding say nothing about C.
     floor = unit * float(values.abs().max())
     curved = values.abs() > floor
-    within, shown = projected[curved][:, curved], min(_SHOWN, len(values))
+    within, shown = projected[curved][:, curved], min(SHOWN, len(values))
 
     numbers: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -111,16 +114,17 @@ def noise_curvature_of(
         numbers["gamma"] = law("noise_gamma", variances)
     if second is not None:
         numbers |= {"gamma_awd": law("noise_gamma_awd", second), "second_moments": second.cpu()}
-    if "noise_commutativity" in asked:
-        numbers["commutativity"] = formulas.commutativity_error(covariance, hessian)
-        numbers["relative_commutativity"] = formulas.relative_commutativity_error(covariance, hessian)
+    if work.commutator is not None:
+        (difference, product), size_of_both = work.commutator.tolist(), float(covariance.norm()) * float(hessian.norm())
+        numbers["commutativity"] = difference / size_of_both if size_of_both else math.nan
+        numbers["relative_commutativity"] = difference / product if product else math.nan
         numbers["random_commutativity"] = formulas.random_commutativity_error(covariance, hessian, relative=True)
     if "noise_alignment" in asked:
         numbers["alignment"] = formulas.eigen_alignment(within)
     if "noise_spearman" in asked:
         numbers["spearman"] = formulas.spearman_correlation(values[curved], within.diagonal())
     if "noise_coupling" in asked:
-        numbers |= _coupling(options, covariance, within, shown)
+        numbers |= _coupling(covariance, within, work)
     why = _why_incomparable(covariance, hessian, values)
     reasons |= {key: why for key, name in COMPARED.items() if math.isnan(numbers.get(name, 0.0))}
     if "noise_coupling" in reasons and bool(covariance.any()) and len(within):
@@ -183,16 +187,15 @@ def _why_incomparable(covariance: Tensor, hessian: Tensor, curvatures: Tensor) -
     return "noise and curvature are in different directions."
 
 
-def _coupling(options: NoiseOptions, covariance: Tensor, within: Tensor, shown: int) -> dict[str, Any]:
+def _coupling(covariance: Tensor, within: Tensor, work: MatrixWork) -> dict[str, Any]:
     """Coupling of the directions, beside that of rotated noise."""
     coupling = formulas.mean_coupling(formulas.coupling_matrix(within))
     spikes = formulas.effective_spikes(covariance)
     numbers: dict[str, Any] = {"coupling": coupling, "spikes": spikes}
-    if not (math.isnan(coupling) or math.isnan(spikes)):
-        generator = torch.Generator(covariance.device).manual_seed(options.seed)
+    if not math.isnan(coupling) and work.couplings is not None and work.shown_random is not None:
         numbers["test"] = formulas.coupling_test(coupling, spikes, len(within))
-        numbers["haar"] = formulas.haar_coupling(covariance, len(within), options.haar_draws, generator)
-        numbers["shown_random"] = formulas.haar_rotated(covariance, shown, generator).cpu()
+        numbers["haar"] = work.couplings[:, len(within) - 1].cpu()
+        numbers["shown_random"] = work.shown_random.cpu()
     return numbers
 
 

@@ -99,12 +99,12 @@ def test_training_is_the_same_to_the_bit(results: Results) -> None:
 
 
 def test_collectives(results: Results) -> None:
-    """That all are ready, and the sums with who has failed; once more where there are single samples."""
-    for name, count in (("kronecker", 2), ("last_layer", 2), ("two", 2), ("general", 3), ("forced", 3)):
+    """That all are ready, the sums with who has failed, and matrices; once more where there are single samples."""
+    for name, count in (("kronecker", 3), ("last_layer", 3), ("two", 3), ("general", 4), ("forced", 4)):
         for outcome in results[name]:
             assert set(outcome.collectives) == {count}, name
     # The sums of one route in vain.
-    assert set(results["late"][0].collectives) == {4}
+    assert set(results["late"][0].collectives) == {5}
 
 
 @pytest.mark.parametrize("name", jobs.FAILING)

@@ -15,6 +15,7 @@ from lightning_curvature.functional.noise import (
     haar_coupling,
     haar_rotated,
     in_basis,
+    leading_couplings,
     mean_coupling,
     random_coupling,
 )
@@ -194,3 +195,13 @@ def test_nothing_is_unlikely_where_nothing_is_known() -> None:
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_couplings_of_all_leading_blocks_are_those_of_each() -> None:
+    c = spikes(3, 12) + torch.eye(12, dtype=torch.float64)
+    c[5] = c[:, 5] = 0.0  # a direction without noise has none to couple to
+    r = coupling_matrix(haar_rotated(c, 12, torch.Generator().manual_seed(0)))
+    r[4] = r[:, 4] = torch.nan
+    each = [mean_coupling(r[:n, :n]) for n in range(1, 13)]
+    # Sums of 132 numbers in another order.
+    assert leading_couplings(r).tolist() == pytest.approx(each, rel=ROUNDING, nan_ok=True)

@@ -265,6 +265,7 @@ def pair(one: str, other: str) -> Callable[[], dict[str, Any]]:
 NOISE: dict[str, Good] = {
     "coupling_matrix": Good(n.coupling_matrix, lambda: {"covariance": matrix()}),
     "mean_coupling": Good(n.mean_coupling, lambda: {"coupling": matrix()}),
+    "leading_couplings": Good(n.leading_couplings, lambda: {"coupling": matrix()}),
     "effective_spikes": Good(n.effective_spikes, lambda: {"covariance": matrix()}),
     "eigen_alignment": Good(n.eigen_alignment, lambda: {"covariance": matrix()}),
     "random_coupling": Good(n.random_coupling, lambda: {"spikes": 20.0}, {"spikes": POSITIVE | {"NaN"}}),
@@ -328,6 +329,7 @@ NOISE: dict[str, Good] = {
         {"floor": frozenset({"zero", "negative", "huge"})},
     ),
     "commutativity_error": Good(n.commutativity_error, pair("covariance", "hessian")),
+    "commutator_norms": Good(n.commutator_norms, pair("covariance", "hessian")),
     "relative_commutativity_error": Good(n.relative_commutativity_error, pair("covariance", "hessian")),
     "random_commutativity_error": Good(n.random_commutativity_error, pair("covariance", "hessian")),
     "spearman_correlation": Good(

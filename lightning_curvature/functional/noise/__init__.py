@@ -10,6 +10,7 @@ from lightning_curvature.functional.noise.coupling import (
     effective_spikes,
     haar_coupling,
     haar_rotated,
+    leading_couplings,
     mean_coupling,
     random_coupling,
 )
@@ -26,6 +27,7 @@ from lightning_curvature.functional.noise.kronecker import KroneckerSum, kroneck
 from lightning_curvature.functional.noise.relation import (
     PowerLaw,
     commutativity_error,
+    commutator_norms,
     eigen_alignment,
     power_law,
     random_commutativity_error,
@@ -52,6 +54,7 @@ __all__ = [
     "SampleSpectra",
     "Suppressed",
     "commutativity_error",
+    "commutator_norms",
     "coupling_matrix",
     "coupling_test",
     "covariance_of_sums",
@@ -65,6 +68,7 @@ __all__ = [
     "haar_rotated",
     "in_basis",
     "kronecker_sums",
+    "leading_couplings",
     "linear_blocks",
     "linear_sample_spectra",
     "matched_pairs",

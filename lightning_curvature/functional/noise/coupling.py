@@ -56,6 +56,22 @@ def mean_coupling(coupling: Tensor) -> float:
     return float(values[~values.isnan()].mean()) if bool((~values.isnan()).any()) else math.nan
 
 
+@checked(coupling=_SQUARE)
+def leading_couplings(coupling: Tensor) -> Tensor:
+    r"""Return μ of R, (𝒩, 𝒩), in its first 1, 2, …, 𝒩 directions, (𝒩,) float64: all of :func:`mean_coupling` at once.
+
+    Entries that are NaN are left out; μ is NaN where all are, as for one direction.
+
+    Example:
+        >>> leading_couplings(torch.tensor([[1.0, -0.5, 0.1], [-0.5, 1.0, 0.0], [0.1, 0.0, 1.0]]))
+        tensor([   nan, 0.5000, 0.2000], dtype=torch.float64)
+    """
+    values = coupling.double().abs().fill_diagonal_(torch.nan)
+    used = ~values.isnan()
+    sums, counts = (t.cumsum(0).cumsum(1).diagonal() for t in (torch.where(used, values, 0.0), used.double()))
+    return sums / counts
+
+
 @checked(covariance=_SQUARE)
 def effective_spikes(covariance: Tensor) -> float:
     r"""Return the participation ratio of the spectrum, :math:`M = (\operatorname{tr} C)^2 / \operatorname{tr} C^2`.

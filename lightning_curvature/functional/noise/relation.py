@@ -89,10 +89,8 @@ def commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
         >>> round(commutativity_error(c, h), 6)  # [[0, 1], [−1, 0]]
         1.0
     """
-    c, h = covariance.double(), hessian.double()
-    scale = float(c.norm()) * float(h.norm())
-    product = c @ h
-    return float((product - product.mT).norm()) / scale if scale else math.nan
+    scale = float(covariance.double().norm()) * float(hessian.double().norm())
+    return float(commutator_norms(covariance, hessian)[0]) / scale if scale else math.nan
 
 
 @checked(covariance=_MATRIX, hessian=_MATRIX)
@@ -109,9 +107,24 @@ def relative_commutativity_error(covariance: Tensor, hessian: Tensor) -> float:
         >>> round(relative_commutativity_error(c, h), 6)  # CH = [[0, 1], [0, 0]]
         1.414214
     """
+    difference, scale = commutator_norms(covariance, hessian).tolist()
+    return difference / scale if scale else math.nan
+
+
+@checked(covariance=_MATRIX, hessian=_MATRIX)
+def commutator_norms(covariance: Tensor, hessian: Tensor) -> Tensor:
+    r"""Return :math:`\lVert CH - HC\rVert_F` and :math:`\lVert CH\rVert_F`, (2,) float64, by one product.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> c, h = torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> commutator_norms(c, h)  # [[0, 1], [−1, 0]] and [[0, 1], [0, 0]]
+        tensor([1.4142, 1.0000], dtype=torch.float64)
+    """
     product = covariance.double() @ hessian.double()
-    scale = float(product.norm())
-    return float((product - product.mT).norm()) / scale if scale else math.nan
+    return torch.stack([(product - product.mT).norm(), product.norm()])
 
 
 @checked(covariance=_MATRIX, hessian=_MATRIX)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_curvature.functional import noise as formulas
 from lightning_curvature.metrics import NoiseCovariance, NoiseCurvatureRelation
 from lightning_curvature.noise.options import NoiseOptions
+from tests.helpers.noise import coupling_by_chance
 from tests.oracles.noise import Samples, samples_of
 from tests.testers.metric_case import MetricCase, Mistake
 from tests.testers.metric_cases.directional import NO_MODEL
@@ -69,7 +70,6 @@ def relation(updates: Sequence[Any]) -> dict[str, float]:
     law = formulas.power_law(curvatures, within.diagonal())
     duality = formulas.power_law(curvatures, (vectors @ samples.second_moment() @ vectors.T).diagonal())
     coupling = formulas.mean_coupling(formulas.coupling_matrix(within))
-    rotated = torch.Generator().manual_seed(NoiseOptions.seed)
     product = c @ h - h @ c
     return {
         "noise_gamma": law.exponent,
@@ -82,7 +82,9 @@ def relation(updates: Sequence[Any]) -> dict[str, float]:
         "noise_alignment": float(within.diagonal().square().sum() / within.square().sum()),
         "noise_spearman": formulas.spearman_correlation(curvatures, within.diagonal()),
         "noise_coupling": coupling,
-        "noise_coupling_random": float(formulas.haar_coupling(c, len(within), NoiseOptions.haar_draws, rotated).mean()),
+        "noise_coupling_random": coupling_by_chance(
+            c, len(vectors), len(within), NoiseOptions.seed, NoiseOptions.haar_draws
+        ),
         "noise_coupling_z": formulas.coupling_test(coupling, formulas.effective_spikes(c), len(within)).z,
     }
 
