@@ -83,8 +83,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         density_steps: products for each of them: how fine it is.
         products: "exact" by double backward, "difference" of two gradients, or "auto": exact where parameters are whole
             and the model can be differentiated twice. The change is told once.
-        keep_graph: keep gradient graphs from product to product: True, False, or "auto": those that fit into half of the
-            free memory, which is logged once where some do not.
+        keep_graph: keep gradient graphs from product to product: True, False, or "auto": those that fit into half
+            of the free memory; a line of the log says once if some do not.
         parameters: measure the diagonal block of the parameters whose names match one of these patterns ("encoder.*"),
             by products restricted to it; thresholds stay those of the optimizer. None: all that the optimizer moves.
         by_module: also give values by module: True for each module that holds parameters, a number for the modules at
