@@ -21,7 +21,7 @@ class Draws:
     """Draws pairs on every rank until the quantities are known well enough.
 
     Args:
-        count: number of pairs that each rank draws between two exchanges.
+        count: number of pairs that each rank measures at once.
         whole: the whole probe set, shared out over the ranks, for exact products.
         lose: called with quantities that cannot be measured, and the error.
     """
@@ -43,7 +43,7 @@ class Draws:
         """Draw until every quantity is known well enough, or as many batches are drawn as the options allow."""
         while not self._is_done():
             left = math.ceil((self._options.num_batches - self._drawn) / PAIR / self._ranks)
-            count = min(self._count, left)
+            count = min(self._before_exchange(), left)
             numbers = [self._begun + index * self._ranks + self._rank for index in range(count)]
             self._begun += count * self._ranks
             for row in self._exchange(*self._observe(numbers)):
@@ -57,6 +57,15 @@ class Draws:
     def _is_done(self) -> bool:
         return not self._open or self._drawn >= self._options.num_batches
 
+    def _before_exchange(self) -> int:
+        """Return how many pairs each rank draws before the next exchange, for which the fastest waits.
+
+        No quantity is known well enough before ``min_batches``. Exact products are made by all ranks, pair by pair.
+        """
+        if self._ranks == 1 or self._options.exact:
+            return self._count
+        return max(self._count, (self._options.min_batches - self._drawn) // PAIR // self._ranks)
+
     def _drop(self, quantities: Sequence[Quantity], error: Exception) -> None:
         for quantity in quantities:
             self._open.remove(quantity)
@@ -67,7 +76,9 @@ class Draws:
         """Measure this rank's pairs; return them, and the error where this rank failed."""
         failure = None
         try:
-            pairs = self._pairs.observe(numbers, self._open)
+            pairs = []
+            for first in range(0, len(numbers), self._count):
+                pairs += self._pairs.observe(numbers[first : first + self._count], self._open)
         except Exception as error:
             failure, pairs = error.with_traceback(None), [PairMoments() for _ in numbers]
         if self._options.exact and not (failure and self._problem.sharded):

@@ -61,6 +61,9 @@ counted["counted_exact"] = replace(
 counted["counted_at_once"] = replace(
     counted["counted_alone"], monitor=counted["counted_alone"].monitor | {"batches_at_once": 4}
 )
+counted["counted_fewest"] = replace(
+    counted["counted_alone"], monitor=counted["counted_alone"].monitor | {"num_batches": 16, "min_batches": 12}
+)
 globals().update(counted)
 
 

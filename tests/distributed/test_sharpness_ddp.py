@@ -42,6 +42,7 @@ def results() -> Any:
         "dropout",
         "exact",
         "in_turn_on_one_rank",
+        "counted_fewest",
     ],
 )
 def test_values_are_those_of_one_process(results: Results, name: str) -> None:
@@ -105,6 +106,9 @@ def test_one_collective_a_pair(results: Results) -> None:
     # All pairs at once; the first time ranks agree to do so.
     for outcome in results["counted_at_once"]:
         assert outcome.collectives == [4, 2]
+    # Below ``min_batches`` nothing is decided: three pairs on each rank for one exchange, then the fourth.
+    for outcome in results["counted_fewest"]:
+        assert outcome.collectives == [4, 3]
     # The gradient and the product of the step's own batch; nothing is read.
     for outcome in results["counted_step"]:
         # The reading is of nothing, and all ranks must be ready for it.
