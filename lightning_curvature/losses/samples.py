@@ -257,11 +257,13 @@ class BlockSamples(SampleBatch):
             whole = self.whole() if whole is None else whole
             return equal_up_to_rounding(whole, self.losses(batched).mean())
 
-    def can_be_batched(self, parameter: Tensor) -> bool:
-        """Return whether ``torch.vmap`` can follow the step, differentiated twice, and gives what the step gives."""
+    def losses_can_be_batched(self) -> bool:
+        """Return whether ``torch.vmap`` can follow the step, and gives what the step gives."""
         with torch.no_grad():
-            if self.batched_losses() is None:
-                return False
+            return self.batched_losses() is not None
+
+    def graphs_can_be_batched(self, parameter: Tensor) -> bool:
+        """Return whether it can also follow the step where that is differentiated twice."""
         try:
             (graphs,) = self.graphs(parameter, batched=True)
             graphs.products(torch.zeros(1, parameter.numel(), device=parameter.device))

@@ -157,7 +157,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         if trainer.world_size > 1:
             with torch.no_grad(), ForbidCollectives():
                 first.whole()
-        layer, batched = routes.linear_layer(module, name), first.can_be_batched(parameter)
+        layer, batched = routes.linear_layer(module, name), first.losses_can_be_batched()
         why_general = routes.why_not_kronecker(layer, first, batched, trainer.num_devices)
         pairing, why_unpaired = routes.pairing_of(options, first.batch)
         # As it is now: the number of accumulated batches may follow a schedule.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.data.probe_set import ProbeSet
 from lightning_curvature.losses.fixed import ProbeLoss
+from lightning_curvature.losses.samples import BlockSamples
 from lightning_curvature.noise.options import Pairing
 
 Route = Literal["kronecker", "general"]
@@ -24,7 +25,7 @@ class NoiseProblem:
         parameter: the block, of D entries.
         device: device of the sums over samples.
         batch_size: b, samples of an optimizer step.
-        batched: whether ``torch.vmap`` can follow the step.
+        batched: whether ``torch.vmap`` can follow the step; on the general route, differentiated twice.
         on_batch: called after every micro-batch.
         layer: the linear layer whose weight the block is, on the Kronecker route; None on the general route.
         why_general: why the block cannot take the Kronecker route; empty if it can.
@@ -52,7 +53,9 @@ class NoiseProblem:
 
     def general(self, why: str) -> "NoiseProblem":
         """Return the same inputs for the general route, on which samples are not paired."""
-        return replace(self, layer=None, why_general=why, pairing=None, why_unpaired="")
+        first = BlockSamples(self.loss, self.probe_set.batches[0])
+        batched = self.batched and first.graphs_can_be_batched(self.parameter)
+        return replace(self, batched=batched, layer=None, why_general=why, pairing=None, why_unpaired="")
 
     def as_all_ranks_can(self, capacities: Mapping[str, float]) -> "NoiseProblem":
         """Return the same inputs for the route that all ranks can take, paired if all ranks can pair."""

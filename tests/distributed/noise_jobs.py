@@ -149,12 +149,12 @@ def communication(rank: int, world_size: int) -> tuple[str, Outcome]:
 
 def unequal(rank: int, world_size: int) -> Outcome:
     """``torch.vmap`` can follow the step on one rank alone."""
-    own = noise_block.BlockSamples.can_be_batched
-    noise_block.BlockSamples.can_be_batched = lambda self, p: rank == 0 and own(self, p)  # type: ignore[method-assign]
+    own = noise_block.BlockSamples.graphs_can_be_batched
+    noise_block.BlockSamples.graphs_can_be_batched = lambda self, p: rank == 0 and own(self, p)  # type: ignore[method-assign]
     try:
         return general(rank, world_size)
     finally:
-        noise_block.BlockSamples.can_be_batched = own  # type: ignore[method-assign]
+        noise_block.BlockSamples.graphs_can_be_batched = own  # type: ignore[method-assign]
 
 
 def by_hand(rank: int, world_size: int) -> NoiseCurvature:

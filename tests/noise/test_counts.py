@@ -50,8 +50,8 @@ def test_forwards() -> None:
     found = measured("0.weight")
     assert found["with graph"] == MICRO + 1
     assert found["without"] == 1
-    # Two of all samples at once, with and without gradients, one of a sample alone, and the mean.
-    assert found["single"] == MICRO + 4 + 2
+    # All samples at once without gradients, one of a sample alone, and the mean.
+    assert found["single"] == MICRO + 3 + 2
     assert measured("0.weight", quantities=QUANTITIES, micro_batch_size=BATCH) == found
     general = measured("0.bias", quantities=("noise_gamma",))
     # Gradients of the samples, and the mean with its graph; whether it is the mean of theirs.
@@ -78,9 +78,8 @@ def test_backwards_through_what_comes_after_the_layer(name: str, outputs: int, m
     loader = DataLoader(samples(), batch_size=BATCH)
     monkeypatch.setattr(torch.autograd, "grad", counted)
     follow.evaluate(module, loader, make_trainer())
-    # The first batch is differentiated once more to compare, with a gradient and a product; before, whether samples
-    # can be stacked: a gradient and a product.
-    assert sum(rows) == (MICRO + 1) * (1 + outputs) + 2 + 2
+    # The first batch is differentiated once more to compare, with a gradient and a product.
+    assert sum(rows) == (MICRO + 1) * (1 + outputs) + 2
 
 
 def test_eigenvalue_problems(monkeypatch: pytest.MonkeyPatch) -> None:
