@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -106,23 +107,21 @@ class Tensors:
                 memories.append(self._memories[place])
         moves = not (exactly or memories or not pieces)  # a measurement moves it
         gradient = value.grad if exactly and value.is_leaf else None
-        view, version = None if moves else value.data, 0 if value.is_inference() else value._version
-        self._saved.append(_Saved(value, view, tuple(memories), value.is_leaf, value.requires_grad, gradient, version))
+        counted, view = exactly and not value.is_inference(), None if moves else value.data
+        count = _unsafe_preserve_version_counter(value).__exit__ if counted else None
+        self._saved.append(_Saved(value, view, tuple(memories), value.is_leaf, value.requires_grad, gradient, count))
 
     def restorers(self) -> list[Restore]:
         """Return functions that put the tensors back, to be called in their order."""
-        leaves = [one for one in self._saved if one.is_leaf]
-        counted = [one for one in self._saved if self._exactly and not one.value.is_inference()]
-        values, versions = tuple(one.value for one in counted), tuple(one.version for one in counted)
         return [
             *(functools.partial(_restore, one, self._exactly) for one in self._saved if one.view is not None),
-            *(functools.partial(_restore_leaf, one, self._exactly) for one in leaves),
-            lambda: torch._C._autograd._unsafe_set_version_counter(values, versions),
+            *(functools.partial(_restore_leaf, one, self._exactly) for one in self._saved if one.is_leaf),
+            *(one.count_back for one in self._saved if one.count_back is not None),
         ]
 
 
 class _Saved(NamedTuple):
-    """A tensor as it was; ``view`` is None where it stands elsewhere in the meantime."""
+    """A tensor as it was; ``view`` is None where it stands elsewhere, ``count_back`` sets its version counter back."""
 
     value: Tensor
     view: Tensor | None
@@ -130,7 +129,7 @@ class _Saved(NamedTuple):
     is_leaf: bool
     requires_grad: bool
     gradient: Tensor | None
-    version: int
+    count_back: Restore | None
 
 
 def _restore(saved: _Saved, exactly: bool) -> None:

@@ -156,7 +156,8 @@ class Snapshot:
         """Put all back; what has not changed is not written."""
         with torch.no_grad():
             restorers = [*self._restorers, *(holder.clear for holder in self._empty if holder)]
-            for now, before in zip(self._namespaces, self._attributes, strict=True):
+            # A walk that failed may have left one without its copy.
+            for now, before in zip(self._namespaces, self._attributes, strict=False):
                 if not identical(now, before):
                     restorers.append(functools.partial(restore_entries, now, before, self._keep))
             put_back([*restorers, *self.tensors.restorers()])
