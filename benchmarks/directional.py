@@ -72,7 +72,8 @@ _LEGEND = """\
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["mlp", "resnet9", "gpt"], default=["mlp", "resnet9", "gpt"])
+    default = ["mlp", "resnet9", "gpt"]
+    parser.add_argument("--models", nargs="+", choices=[*default, "deep"], default=default)
     parser.add_argument("--large", action="store_true", help="also a GPT of 124 M parameters, bf16-mixed: for a GPU")
     parser.add_argument("--repeats", type=int, help="timed measured steps an estimator (10 to 30 by model)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (all cores)")

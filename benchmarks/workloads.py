@@ -1,4 +1,4 @@
-"""Networks that the benchmarks train: an MLP, ResNet-9, a GPT of about 2 M parameters and one of 124 M."""
+"""Networks that the benchmarks train: an MLP, ResNet-9, GPTs of about 2 M and of 124 M parameters, a chain of 1,000."""
 
 from __future__ import annotations
 
@@ -151,6 +151,19 @@ def gpt(npz: Path | None) -> Workload:
     )
 
 
+def deep(npz: Path | None) -> Workload:
+    """Chain of 1,000 tiny modules on noise: the cost of looking at them is all that there is to see."""
+    return Workload(
+        "1,000 submodules, batch 32",
+        lambda: Classifier(
+            nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(333))),
+            partial(torch.optim.SGD, lr=0.01),
+        ),
+        _random((32, 8), classes=8),
+        repeats=20,
+    )
+
+
 def large_gpt(npz: Path | None) -> Workload:
     """GPT-2's smallest size under bf16-mixed, on random tokens: for a GPU."""
     example = _example("char_transformer")
@@ -172,5 +185,6 @@ WORKLOADS: dict[str, Callable[[Path | None], Workload]] = {
     "mlp": mlp,
     "resnet9": resnet9,
     "gpt": gpt,
+    "deep": deep,
     "large": large_gpt,
 }

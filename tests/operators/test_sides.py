@@ -132,3 +132,11 @@ def test_bf16_stays_bf16() -> None:
             again = layer(x)
     assert again.dtype == y.dtype == torch.bfloat16
     assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_relu_on_a_side_is_a_choice_and_no_product(dtype: torch.dtype) -> None:
+    """What is beyond the kink passes as it is, what is below is 0, an infinity or NaN too."""
+    x = torch.tensor([1.0, -2.0, float("inf"), -float("inf"), float("nan"), 3.0, 0.0, -0.0], dtype=dtype)
+    number = torch.tensor([True, True, True, False, False, False, False, True])
+    assert torch.equal(KINKS["relu"].branch({"self": x}, number), torch.where(number, x, 0))

@@ -184,3 +184,19 @@ def test_an_index_of_constants_is_not_walked_over() -> None:
     assert len(visited(index)) == 1
     assert any(value == [1] for value, _ in visited(mixed))
     assert len(visited(index[:10])) == 11
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collector_is_left_as_it_was_after_an_error(enabled: bool) -> None:
+    def visit(value: Any, level: int) -> Any:
+        assert not gc.isenabled()
+        raise RuntimeError("inside a walk")
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(RuntimeError, match="inside a walk"):
+            objects.walk([[]], visit, {})
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()

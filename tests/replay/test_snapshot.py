@@ -250,3 +250,17 @@ def test_a_table_of_parameters_that_others_hold_too_stays_as_it_was_replaced() -
     state.restore()
     assert module._parameters["weight"] is replacement
     module._parameters["weight"] = before
+
+
+def test_empty_holders_of_a_module_are_emptied_in_the_state_of_a_step() -> None:
+    """All but tables of hooks, which a measurement replaces itself."""
+    module = nn.Identity()
+    module.seen, module.own_hooks, module.entries = {}, set(), OrderedDict()
+    state = Snapshot([module], whole=False)
+    handle = module.register_forward_hook(lambda *args: None)
+    module.seen["a"] = module.entries["a"] = 1
+    module.own_hooks.add(1)
+    module.weight = nn.Parameter(torch.ones(1))
+    state.restore()
+    assert not any([module.seen, module.own_hooks, module.entries, module._parameters])
+    assert handle.id in module._forward_hooks
