@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_curvature.batch_sharpness.options import CROSS_PRODUCT, CROSSED, PAIR, Quantity
+from lightning_curvature.batch_sharpness.options import CROSS_PRODUCT, CROSSED, PAIR, QUANTILES, Quantity
 from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
 from lightning_curvature.distributed.together import cause_together, together
 from lightning_curvature.functional import merge_moments, ratio_of_means, ratio_standard_error
@@ -37,6 +37,7 @@ class Draws:
         self._widths = [6 * len(quantities), self._terms.numel(), 3]
         # At η = 0 there is no update over η.
         self._open = [q for q in quantities if q != "lambda_gen" or self._problem.lr]
+        self._eigenvalues = list[float]()
         self._begun = self._drawn = self._zero_gradients = self._unconverged = self._skipped = 0
 
     def draw(self) -> None:
@@ -145,6 +146,8 @@ class Draws:
                 self._drop([quantity], error)
                 continue
             self._moments[quantity], self._batches[quantity] = moments, self._drawn
+            if quantity == "lambda_max_b":
+                self._eigenvalues += _both(draws)
             # Without those that have no gradient, of which there may be any number.
             batches = float(moments[0]) * (PAIR if quantity in CROSSED else 1)
             goal = self._options.relative_error * float(ratio_of_means(moments).abs())
@@ -152,8 +155,13 @@ class Draws:
             if batches >= self._options.min_batches and goal > 0.0 and float(ratio_standard_error(moments)) <= goal:
                 self._open.remove(quantity)
 
+    @property
+    def eigenvalues(self) -> tuple[float, ...]:
+        """λ_max of the mini-batches that were drawn for it, unless it is lost."""
+        return tuple(self._eigenvalues) if "lambda_max_b" in self._moments else ()
+
     def values(self) -> dict[str, float]:
-        """Return estimates, standard errors and numbers of batches of the quantities that are not lost."""
+        """Return estimates, quantiles, standard errors and numbers of batches of the quantities that are not lost."""
         if self._skipped:
             pairs = f"{self._skipped} of {self._drawn // PAIR} pairs"
             warn(f"training_step returns None for a mini-batch of {pairs} that were drawn: they are left out.")
@@ -165,6 +173,10 @@ class Draws:
         values = {"zero_gradient_batches": float(self._zero_gradients)} if self._moments else {}
         if "lambda_max_b" in self._moments:
             values["lambda_max_b_unconverged"] = float(self._unconverged)
+        if self.eigenvalues:
+            levels = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
+            found = torch.tensor(self.eigenvalues, dtype=torch.float64).quantile(levels).tolist()
+            values |= {f"lambda_max_b_{end}": value for end, value in zip(QUANTILES, found, strict=True)}
         for quantity, moments in self._moments.items():
             values[quantity] = float(ratio_of_means(moments))
             values[f"{quantity}_stderr"] = float(ratio_standard_error(moments))
@@ -184,6 +196,13 @@ class Draws:
         errors = ((squares - means.square()).clamp(min=0.0) / (count - 1.0)).sqrt()
         columns = {"batch_sharpness": means, "batch_sharpness_stderr": errors}
         return ModuleTable(modules.names, {key: tuple(column.tolist()) for key, column in columns.items()})
+
+
+def _both(moments: Tensor) -> list[float]:
+    """Return the numerators of two draws, which their mean and Sxx = (x₁ − x₂)²/2 tell; none where there are no two."""
+    count, mean, _, squares, *_ = moments.tolist()
+    half = math.sqrt(squares / 2.0)
+    return [mean - half, mean + half] if count == PAIR else []
 
 
 def not_finite(number: float) -> ArithmeticError | None:

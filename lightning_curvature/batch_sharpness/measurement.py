@@ -14,7 +14,6 @@ from lightning_curvature.batch_sharpness.pairs import Pairs
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem
 from lightning_curvature.batch_sharpness.result import BatchSharpnessResult
 from lightning_curvature.distributed.together import attempted, cause_together
-from lightning_curvature.monitors.modules import ModuleTable
 from lightning_curvature.operators.mini_batch import MiniBatch
 
 
@@ -40,7 +39,7 @@ class SharpnessMeasurement:
         A failure takes with it the quantities that need what failed, and no others. ``fail`` is called with its error,
         and returns where training goes on.
         """
-        values, reasons, table = dict.fromkeys(self._options.keys(), math.nan), dict[str, str](), None
+        values, reasons = dict.fromkeys(self._options.keys(), math.nan), dict[str, str]()
 
         def lose(quantities: Sequence[Quantity], error: Exception) -> None:
             reasons.update(dict.fromkeys(self._options.keys(quantities), str(error)))
@@ -49,10 +48,14 @@ class SharpnessMeasurement:
         if "step_sharpness" in self._options.quantities:
             lose_step = functools.partial(lose, ("step_sharpness",))
             values |= attempted(lambda: self._step_sharpness(problem), lose_step) or {}
-        if problem.population is not None:
-            drawn, table = self._drawn_batches(problem, lose)
-            values |= drawn
-        return BatchSharpnessResult(values, table, {key: reasons[key] for key in reasons if math.isnan(values[key])})
+        draws = None if problem.population is None else self._drawn_batches(problem, lose)
+        values |= draws.values() if draws else {}
+        return BatchSharpnessResult(
+            values,
+            draws.table() if draws else None,
+            draws.eigenvalues if draws else (),
+            {key: reasons[key] for key in reasons if math.isnan(values[key])},
+        )
 
     def _step_sharpness(self, problem: SharpnessProblem) -> dict[str, float]:
         """Return the sharpness of the data of the coming step, of all ranks together."""
@@ -62,7 +65,7 @@ class SharpnessMeasurement:
         _check_finite(problem, batch, curvature)
         return {"step_sharpness": curvature / square if square else math.nan}
 
-    def _drawn_batches(self, problem: SharpnessProblem, lose: Lose) -> tuple[dict[str, float], ModuleTable | None]:
+    def _drawn_batches(self, problem: SharpnessProblem, lose: Lose) -> Draws | None:
         options, quantities, full = self._options, self._options.drawn, None
         needing = [quantity for quantity in quantities if quantity in FULL_GRADIENT]
 
@@ -73,20 +76,20 @@ class SharpnessMeasurement:
 
         whole = attempted(whole_set, functools.partial(lose, quantities))
         if whole is None:
-            return {}, None
+            return None
         with contextlib.closing(whole):
             if needing:
                 full = attempted(lambda: _full_gradient(problem, whole), functools.partial(lose, needing))
                 quantities = quantities if full is not None else tuple(q for q in quantities if q not in needing)
             if not quantities:
-                return {}, None
+                return None
             at_once = PairsAtOnce(options, problem, full)
             if self.pairs_at_once is None:
                 self.pairs_at_once = pairs_at_once(at_once)
             pairs = at_once if self.pairs_at_once > 1 else Pairs(options, problem, full)
             draws = Draws(pairs, quantities, self.pairs_at_once, whole, lose)
             attempted(draws.draw, draws.give_up)
-        return draws.values(), draws.table()
+        return draws
 
 
 def _full_gradient(problem: SharpnessProblem, whole: MiniBatch) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_curvature.batch_sharpness.options import (
     Quantity,
 )
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem, check_shares
-from lightning_curvature.batch_sharpness.result import BatchSharpnessResult
+from lightning_curvature.batch_sharpness.result import BatchSharpnessResult, report_eigenvalues
 from lightning_curvature.data.population import Population, read_population
 from lightning_curvature.data.probe_set import step_size
 from lightning_curvature.distributed.shards import is_sharded
@@ -54,7 +54,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
       oscillates.
     * "lambda_gen": :math:`\operatorname{tr}(H\,E[\Delta\theta_B\Delta\theta_B^\top]) / (g^\top E[\Delta\theta_B])`,
       Δθ_B the update over η that the optimizer would make from its present state with g_B; GNI for plain SGD.
-    * "lambda_max_b": :math:`E_B[\lambda_{\max}(H_B)]`; between 2/η and 4/η.
+    * "lambda_max_b": :math:`E_B[\lambda_{\max}(H_B)]`; between 2/η and 4/η. With deciles and median over mini-batches,
+      ``lambda_max_b_q10``, ``_q50`` and ``_q90``, and a histogram on TensorBoard, ``lambda_max_b_distribution``.
 
     Each comes with ``<key>_stderr``, the standard error of the value over the draws, and ``<key>_batches``, the number
     of batches it took. Beside them stand ``two_over_lr`` (2/η); ``zero_gradient_batches``, the number of drawn batches
@@ -168,8 +169,10 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         return ["batch_sharpness"]
 
     def write_pictures(self, trainer: pl.Trainer, result: BatchSharpnessResult) -> None:
-        """Write the values by module."""
+        """Write the values by module, and the eigenvalues of mini-batches as a histogram."""
         self._write_modules(trainer, result.modules)
+        if result.eigenvalues:
+            report_eigenvalues(trainer, f"{self.options.prefix}/lambda_max_b_distribution", result.eigenvalues)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""

@@ -22,6 +22,8 @@ OWN_PRODUCT, CROSS_PRODUCT = ("batch_sharpness", "modified_batch_sharpness"), ("
 CROSSED, FULL_GRADIENT = (*CROSS_PRODUCT, "lambda_gen"), ("gni", "lambda_gen")
 # Mini-batches are drawn in pairs, in which each gives the curvature along the other's gradient.
 PAIR = 2
+# Quantiles of λ_max^b over mini-batches, by the end of their key.
+QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 _MOST = "it is the most, min_batches the fewest"
 
 
@@ -66,5 +68,6 @@ class BatchSharpnessOptions(ProbeSetOptions):
         keys: list[str] = []
         for name in names:
             keys += [name, f"{name}_stderr"] + ([f"{name}_batches"] if name in self.drawn else [])
-        keys += ["lambda_max_b_unconverged"] if "lambda_max_b" in names else []
+        if "lambda_max_b" in names:
+            keys += [f"lambda_max_b_{end}" for end in (*QUANTILES, "unconverged")]
         return keys + (["zero_gradient_batches"] if set(names) & set(self.drawn) else [])

@@ -220,10 +220,15 @@ class Run:
                 if quantity == "lambda_gen":
                     gradients = [dense.of(batch)[0] for batch in batches]
                     updates = self.beside.updates(step, gradients, lambda p: p.requires_grad)
-                value, error = estimate(dense.terms(quantity, batches, updates))
+                terms = dense.terms(quantity, batches, updates)
+                value, error = estimate(terms)
                 yield quantity, row[quantity], value, EXACT
                 # Deviations are differences of numbers a hundred times larger.
                 yield f"{quantity}_stderr", row[f"{quantity}_stderr"], error, 100 * EXACT
+                if quantity == "lambda_max_b":
+                    each = torch.stack([value for value, _ in terms])
+                    for end, share in (("q10", 0.1), ("q50", 0.5), ("q90", 0.9)):
+                        yield f"{quantity}_{end}", row[f"{quantity}_{end}"], float(each.quantile(share)), EXACT
 
     def check(self, kind: str = "hessian", **options: Any) -> None:
         """Every value and standard error of every measurement is what the draws give by definition."""

@@ -116,7 +116,9 @@ def keys(*quantities: str) -> set[str]:
     """Those written for some quantities."""
     found = {f"{name}{end}" for name in quantities for end in ("", "_stderr")} | {"two_over_lr"}
     drawn = set(quantities) & set(DRAWN)
-    found |= {"lambda_max_b_unconverged"} if "lambda_max_b" in drawn else set()
+    found |= (
+        {f"lambda_max_b_{end}" for end in ("q10", "q50", "q90", "unconverged")} if "lambda_max_b" in drawn else set()
+    )
     return found | {f"{name}_batches" for name in drawn} | ({"zero_gradient_batches"} if drawn else set())
 
 
