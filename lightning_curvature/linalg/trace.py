@@ -16,6 +16,9 @@ from lightning_curvature.linalg.space import VectorSpace
 
 # Two samples of a remainder with one large eigenvalue both miss it in 6 cases of 100, three in 2.
 _MIN_SAMPLES = 3
+# A basis begins where it promises to save two products for each of its own, as three samples tell k to a factor of two;
+# it goes on while k eigenvalues that are not equal still save one each.
+_BEGIN, _GO_ON = 2.0, 0.5
 # Products that a Krylov basis takes before it begins to follow the largest eigenvalue.
 _BEGINNING = 3
 # A remainder whose samples are all below this share of the allowed error is zero or rounding.
@@ -82,8 +85,8 @@ def trace(
 
     Q consists of the given eigenvectors, at no cost, and samples come first. Their products also tell how many large
     eigenvalues k make up the spread: the squared cosine between two of them is 1/k in the mean. Where more samples than
-    k would follow, Q grows by a Krylov basis from another random vector, in which d products give d columns (Hutch++
-    takes 2d), for as long as that remains so. The last min_samples samples follow it without a product, w as w − qqᵀw
+    2k would follow, Q grows by a Krylov basis from another random vector, in which d products give d columns (Hutch++
+    takes 2d), until no more than k/2 would. The last min_samples samples follow it without a product, w as w − qqᵀw
     and Aw as Aw − Aq qᵀw: they are independent of Q, as new ones would be. Where few dimensions are left, and samples
     would take more products than these, the basis goes on to the last, and the trace is exact: from max_matvecs = N + 3
     on. Unlike XTrace, whose samples share their Q, the estimate can be continued until its error is small enough.
@@ -148,8 +151,7 @@ def trace(
             break
         further = samples.count * ((error / allowed) ** 2 - 1.0) if allowed else math.inf
         length, allowance = krylov.done - given, max_matvecs - krylov.matvecs
-        # From three samples k is known to a factor of two.
-        least = max(_BEGINNING - length, 0) + samples.dominant * (1.0 if sketching else 2.0)
+        least = max(_BEGINNING - length, 0) + samples.dominant * (_GO_ON if sketching else _BEGIN)
         pays = may_sketch and length < sketch and min(further, allowance) > least
         if sketching and not (pays and krylov.done < len(krylov.basis)):
             krylov.drop_waiting()
