@@ -2,6 +2,7 @@
 
 import argparse
 import array
+import contextlib
 import copy
 import functools
 import gc
@@ -17,6 +18,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+
+from lightning_curvature.operators.differentiation import put_back_at_exit
 
 Restore = Callable[[], object]
 Keep = Callable[[Any, Any], bool]
@@ -44,8 +47,9 @@ def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen:
     Roots are on level 0. Constants are not visited, nor the objects in ``seen``, which receives the visited objects by
     ``id`` and keeps them alive, so that no other object has it.
     """
-    values, level, collecting = list(roots), 0, gc.isenabled()
-    try:
+    values, level = list(roots), 0
+    with contextlib.ExitStack() as stack:
+        put_back_at_exit(stack, gc.enable if gc.isenabled() else gc.disable)
         gc.disable()  # it would look again and again for garbage among what is being found
         while values:
             following: list[Any] = []
@@ -58,9 +62,6 @@ def walk(roots: Iterable[Any], visit: Callable[[Any, int], Iterable[Any]], seen:
                     seen[id(value)] = value
                     following += visit(value, level)
             values, level = following, level + 1
-    finally:
-        if collecting:
-            gc.enable()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -136,7 +136,7 @@ class Snapshot:
         self.tensors = Tensors(frozenset(spared), exactly=whole)
         self._whole, self._prepare, self._keep = whole, prepare, None if whole else _is_state
         self._restorers: list[Restore] = []
-        self._namespaces, self._attributes = list[dict[str, Any]](), list[dict[str, Any]]()  # now, and as they were
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []  # now, and as they were
         self._empty: list[Any] = []
         self._code: list[Any] = []  # whose surroundings are still to be looked at
         self._last: list[Any] = []
@@ -156,8 +156,7 @@ class Snapshot:
         """Put all back; what has not changed is not written."""
         with torch.no_grad():
             restorers = [*self._restorers, *(holder.clear for holder in self._empty if holder)]
-            # A walk that failed may have left one without its copy.
-            for now, before in zip(self._namespaces, self._attributes, strict=False):
+            for now, before in self._attributes:
                 if not identical(now, before):
                     restorers.append(functools.partial(restore_entries, now, before, self._keep))
             put_back([*restorers, *self.tensors.restorers()])
@@ -188,8 +187,7 @@ class Snapshot:
             self.tensors.save(value)
         kind: Any = type(value)
         if alone := has_attributes_alone(kind):
-            self._namespaces.append(vars(value))
-            self._attributes.append(dict(vars(value)))
+            self._attributes.append((vars(value), dict(vars(value))))
         else:
             self._restorers += contents(value, self._keep)
         self._prepare(value)
