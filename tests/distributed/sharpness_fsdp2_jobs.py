@@ -45,7 +45,7 @@ def dropping(kind: Any = Sharded) -> Any:
 
 
 # First dimensions of 5 and 3 over two processes.
-uneven = sharded(learner())
+uneven = sharded(learner(), monitor={"by_module": True})
 one_output = sharded(with_one_output, monitor={"quantities": ("batch_sharpness", "lambda_gen")})
 sharded_32 = sharded(learner(dtype=torch.float32), data=partial(dataset, dtype=torch.float32), steps=1)
 as_one = sharded(learner(kind=ShardedAsOne), monitor={"quantities": ("batch_sharpness", "step_sharpness")})

@@ -248,6 +248,9 @@ def with_one_output(kind: Any = Sharded) -> Any:
 uneven = sharded(partial(classifier, kind=Sharded))
 uneven.monitor["by_module"] = True
 as_one = sharded(partial(classifier, kind=ShardedAsOne), monitor={"quantities": ONE})
+# The block of one layer: the gradients of the other come with every backward, and are not looked at.
+block = sharded(partial(classifier, kind=Sharded))
+block.monitor = {"quantities": ONE, "parameters": "network.2.*", "by_module": 1, "tolerance": 1e-6}
 one_output = sharded(with_one_output, monitor={"quantities": ("lambda_min", "hessian_trace"), "tolerance": 0.1})
 sharded_32 = sharded(partial(classifier, kind=Sharded, dtype=torch.float32), data=partial(dataset, dtype=torch.float32))
 

@@ -28,7 +28,14 @@ def results() -> Any:
 # Across kinks the values of the last would be off by their own size.
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("uneven", 1e-6), ("as_one", 1e-6), ("one_output", 1e-6), ("sharded_32", 1e-3), ("sharded_kinked", 1e-3)],
+    [
+        ("uneven", 1e-6),
+        ("as_one", 1e-6),
+        ("block", 1e-6),
+        ("one_output", 1e-6),
+        ("sharded_32", 1e-3),
+        ("sharded_kinked", 1e-3),
+    ],
 )
 def test_values_are_those_of_exact_products_on_one_process(results: Results, name: str, tolerance: float) -> None:
     alone = getattr(jobs, name)()
