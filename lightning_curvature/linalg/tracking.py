@@ -75,6 +75,10 @@ class EigenTracker:
         self._before = replace(found, vectors=[v.to("cpu") for v in found.vectors])
         return found
 
+    def doubt(self) -> None:
+        """Let the next search begin anew: there is a sign of an eigenvalue that was overtaken unseen."""
+        self._age = self._every
+
     def state_dict(self) -> dict[str, Any]:
         """Return the last pairs, and how many searches have followed each other."""
         return {} if self._before is None else {"pairs": dict(vars(self._before)), "age": self._age}

@@ -25,6 +25,8 @@ from lightning_curvature.spectrum.result import Spectrum
 
 # Gradients of the same loss by two ways differ by rounding, 1e-6 in float32 and 1e-2 in half precision.
 _MISMATCH = 0.02
+# As much as counts as another eigenvalue; the nodes of clusters may lie a little beyond what was found of these.
+_BEYOND = 0.01
 
 
 @dataclass
@@ -162,11 +164,11 @@ class SpectrumMeasurement:
             problem.on_product()
             return product
 
-        pairs = None
         smallest = int("lambda_min" in wanted)
         largest = options.k if "lambda_max" in wanted else 0 if kind == "hessian" else 1
-        if largest + smallest:
-            tracker = self.trackers.setdefault(kind, EigenTracker(options.recheck_every))
+        tracker = self.trackers.setdefault(kind, EigenTracker(options.recheck_every)) if largest + smallest else None
+
+        def search(tracker: EigenTracker) -> Eigenpairs:
             pairs = tracker.search(
                 matvec,
                 space,
@@ -192,6 +194,9 @@ class SpectrumMeasurement:
                 for name, vector in zip(names, pairs.vectors, strict=False):
                     squares = space.dots_by_tensor(vector, vector)
                     numbers.by_module[name + SHARE] = problem.modules.sums(problem.parameters, squares)
+            return pairs
+
+        pairs = None if tracker is None else search(tracker)
         if "hessian_trace" in wanted:
             estimate = linalg.trace(
                 matvec,
@@ -214,6 +219,9 @@ class SpectrumMeasurement:
                 deflation=pairs,
                 generator=generator,
             )
+            if tracker is not None and pairs is not None and _contradicts(numbers.density, pairs, largest, smallest):
+                tracker.doubt()
+                search(tracker)
 
     def _add_eigenvalues(
         self, numbers: _Numbers, pairs: Eigenpairs, kind: str, names: Sequence[str], off: Sequence[float]
@@ -248,6 +256,13 @@ class SpectrumMeasurement:
                 "the Hessian is zero: the loss is flat, or piecewise linear in the parameters, whose second derivative "
                 "is 0 where it is defined and undefined at the kinks."
             )
+
+
+def _contradicts(density: SpectralDensity, pairs: Eigenpairs, largest: int, smallest: int) -> bool:
+    """Return whether the density has an eigenvalue, beside those that were found, beyond them: by more than 1 %."""
+    nodes, allowed = density.nodes[:, density.deflated :], pairs.errors + _BEYOND * pairs.values.abs()
+    above = largest and float(nodes.max()) > float((pairs.values + allowed)[largest - 1])
+    return bool(above or (smallest and float(nodes.min()) < float((pairs.values - allowed)[-1])))
 
 
 def _failure_of(problem: SpectrumProblem, own: Exception | None, error: Exception, between: bool) -> Outcome:
