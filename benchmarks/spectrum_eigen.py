@@ -41,11 +41,12 @@ def verdict(label: str, ratio: float, goal: float) -> str:
 
 
 COLD_LEGEND = f"""\
-λ_max from a random start, to a relative error of {TOLERANCE:g} (ours), to a residual ‖Hv−λv‖ ≤ {TOLERANCE:g}·λ (curvlinops
-with eigsh), or to PyHessian's own rule at its defaults (two consecutive values within 1e-3). *Seconds* from the network and its data to the value, median
-[quartiles] over starts; *error* is the largest relative difference from the reference: float64, plain double backward,
-residual {_REFERENCE:g}. *Residual*: of the vector that the tool returns (first start), in float64. *Limit*: the fewest
-products of any tool that reached that error, at the cost of the cheapest product (graph kept), without other work.
+λ_max from a random start, to a relative error of {TOLERANCE:g} (ours), to a residual ‖Hv−λv‖ ≤ {TOLERANCE:g}·λ
+(curvlinops with eigsh), or to PyHessian's own rule at its defaults (two consecutive values within 1e-3). *Seconds* from
+the network and its data to the value, median [quartiles] over starts; *error* is the largest relative difference from
+the reference: float64, plain double backward, residual {_REFERENCE:g}. *Residual*: of the vector that the tool returns
+(first start), in float64. *Limit*: the fewest products of any tool that reached that error, at the cost of the cheapest
+product (graph kept), without other work.
 """
 
 
@@ -176,8 +177,8 @@ TRACKING_LEGEND = f"""\
 λ_max every {{every}} steps of one training run, {{count}} times from step {{first}} on; each search begins with the
 vector of the one before, from step 0 on, whose cold search is not counted. `HessianSpectrumMonitor` at each tolerance
 inside the Trainer: all of its time before the step, including the isolation of the run. *Ours, cold each time*
-(relative error {TOLERANCE:g}) and PyHessian (its defaults; it has no warm start) run on a copy of the same parameters at the
-same steps. *× PyHessian*: median of the ratios at the same step. Errors are relative to float64, residual
+(relative error {TOLERANCE:g}) and PyHessian (its defaults; it has no warm start) run on a copy of the same parameters
+at the same steps. *× PyHessian*: median of the ratios at the same step. Errors are relative to float64, residual
 {_TRACKED_REFERENCE:g}.
 """
 

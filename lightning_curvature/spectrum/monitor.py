@@ -61,8 +61,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
     each product where the graphs fit into memory, three elsewhere. λ_max takes about nine products the first time: the
     search goes on until an eigenvalue that is larger by 10 % is excluded with 95 % probability. Later it goes on from
     the last eigenvector, with one to five products; every ``recheck_every`` measurements, where the value has fallen by
-    more than 10 %, and where the density has one beyond it, the search is made anew, should another have overtaken. ``lambda_max_upper`` is NaN where
-    it was not. Other steps cost nothing.
+    more than 10 %, and where the density has one beyond it, the search is made anew, should another have overtaken.
+    ``lambda_max_upper`` is NaN where it was not. Other steps cost nothing.
 
     BatchNorm in training mode couples the samples of a batch: then H is that of the mean over micro-batches of losses
     normalized by their own statistics, and depends on ``micro_batch_size``; ``probe_mode="eval"`` takes the running
