@@ -68,7 +68,7 @@ FAST_INTERVAL = 15
 SELDOM, FAST_SELDOM = 10, 3
 
 # Eigenvalues are off by the square of the residual, so that this is more than the eye can see.
-TOLERANCE = 1e-2
+TOLERANCE = 1e-3
 
 # The spectrum at the end: one eigenvalue for each class stands out.
 OUTLIERS = CLASSES

@@ -157,11 +157,10 @@ class Truth:
         own = self.probe * _size(matrix) * float(self.d @ self.d) / abs(quadratic)
         return quadratic / descent / LR, own + self.run * lengths / descent
 
-    def _largest(self, matrix: Tensor, residual: float) -> tuple[float, float]:
-        """λ_max: Weyl's bound for the rounding, and what the search leaves, its residual squared over the gap."""
-        values = torch.linalg.eigvalsh(matrix)
-        value, gap = float(values[-1]), float(values[-1] - values[-2])
-        return value, self.probe * _size(matrix) / value + residual**2 * value / gap
+    def _largest(self, matrix: Tensor, error: float) -> tuple[float, float]:
+        """λ_max: Weyl's bound for the rounding, and what the search says that it leaves."""
+        value = float(torch.linalg.eigvalsh(matrix)[-1])
+        return value, self.probe * _size(matrix) / value + error
 
     def _growth(self, key: str) -> tuple[float, float]:
         """Δ of three samples and each of two more, at σ = 1e-3: losses are off by their rounding.

@@ -322,7 +322,7 @@ SIZES, LABELS = [50, 60, 40], [0, 1, 0]
 @pytest.mark.parametrize("name", ["outliers and bulk", "cancelling", "bulk alone", "power law", "low rank"])
 @pytest.mark.thinned(3)
 def test_traces_of_blocks(name: str, deflated: int) -> None:
-    """Unbiased, also beside eigenvectors that have not converged; within two of their errors in nine of ten seeds."""
+    """Within two of their errors in nine of ten seeds, also beside eigenvectors that have not converged."""
     matrix = SPECTRA[name].matrix
     space = VectorSpace([torch.zeros(size, dtype=torch.float64) for size in SIZES])
     truth = torch.stack([matrix.diagonal()[:50].sum() + matrix.diagonal()[110:].sum(), matrix.diagonal()[50:110].sum()])
@@ -343,11 +343,26 @@ def test_traces_of_blocks(name: str, deflated: int) -> None:
     off = blocks - truth
     rounding = 1e-11 * float(matrix.abs().max()) * N
     assert ((off.abs() <= 2.0 * errors + rounding).double().mean(0) >= 0.9).all()
-    # The mean over the seeds is off by more than four of its standard deviations in one case of 16,000.
-    assert (off.mean(0).abs() <= 4.0 * blocks.std(0) / seeds**0.5 + rounding).all()
     # Errors are no mere bounds: without vectors that have not converged they have the size of the scatter.
     scatter = off.square().mean(0).sqrt()
     assert deflated or (errors.square().mean(0).sqrt() <= 3.0 * scatter + rounding).all()
+
+
+@pytest.mark.parametrize("name", ["outliers and bulk", "cancelling", "power law"])
+def test_traces_of_blocks_are_unbiased(name: str) -> None:
+    """Of six samples, however they come out, beside three vectors that are no eigenvectors."""
+    matrix, found, seeds = SPECTRA[name].matrix, [], 200
+    space = VectorSpace([torch.zeros(size, dtype=torch.float64) for size in SIZES])
+    pairs = eigenpairs(lambda v: matrix @ v, space, largest=3, max_matvecs=4, generator=_generator(999))
+    for seed in range(seeds):
+        options: dict[str, Any] = {"deflation": pairs, "max_matvecs": 6, "sketch": 0, "relative_error": 1e-9}
+        one = trace(lambda v: matrix @ v, space, blocks=LABELS, generator=_generator(seed), **options)
+        assert one.samples == 6
+        found.append(one.blocks)
+    blocks = torch.stack(found)  # type: ignore[arg-type]
+    truth = torch.stack([matrix.diagonal()[:50].sum() + matrix.diagonal()[110:].sum(), matrix.diagonal()[50:110].sum()])
+    # The mean over the seeds is off by more than four of its standard deviations in one case of 16,000.
+    assert ((blocks.mean(0) - truth).abs() <= 4.0 * blocks.std(0) / seeds**0.5).all()
 
 
 def test_traces_of_blocks_are_exact_where_all_is_deflated() -> None:

@@ -133,7 +133,7 @@ def test_eigenvectors_of_another_model_are_of_no_use() -> None:
 
 @pytest.mark.slow
 def test_state_of_an_older_or_emptier_monitor() -> None:
-    for state in ({}, {"vectors": {}}):
+    for state in ({}, {"eigenpairs": {}}):
         follow = monitor()
         follow.load_state_dict(state)
         assert str(fit(1, follow)[1]) == str(cold())

@@ -122,7 +122,7 @@ SPECTRUM = Family(
         "tolerance": 0.9,
         "every_n_train_steps": 2,
     },
-    few={"quantities": ("lambda_max",)},
+    few={"quantities": ("lambda_max",), "recheck_every": 1},  # what is overlooked is known each time
     numbers=tuple(name for name in QUANTITIES if name != "spectral_density"),
     always=False,
     watched="lambda_max",
