@@ -80,7 +80,7 @@ class PairsAtOnce(Pairs):
             for index, square in enumerate(norms):
                 pairs[index // PAIR].zero_gradients += square == 0.0
             if set(OWN_PRODUCT) & set(wanted):
-                for index, terms in enumerate(terms_along(gradients, squares)):
+                for index, terms in enumerate(terms_along(gradients, squares).cpu()):  # waits for the device once
                     pairs[index // PAIR].add_own(float(terms.sum()), norms[index], problem.by_module(terms))
             if set(CROSSED) & set(wanted):
                 rows = range(0, len(draws), PAIR)

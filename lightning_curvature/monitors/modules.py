@@ -136,10 +136,11 @@ def matching(module: nn.Module, parameters: Sequence[Tensor], patterns: str | Se
 
 def _named_parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the parameters by the names that they have without wrappers."""
-    return [(_unwrapped(name), p) for name, p in module.named_parameters()]
+    return [(unwrapped(name), p) for name, p in module.named_parameters()]
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """Return the name of a module or parameter as it is without the modules that wrap others."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
@@ -150,7 +151,7 @@ def _owner(module: nn.Module, by_module: bool | int | Sequence[str]) -> Callable
     if isinstance(by_module, int):  # so is True
         depth = None if by_module is True else by_module
         return lambda name: ".".join(name.split(".")[:-1][:depth]) or name
-    known = {_unwrapped(f"{name}.")[:-1] for name, _ in module.named_modules()} - {""}
+    known = {unwrapped(f"{name}.")[:-1] for name, _ in module.named_modules()} - {""}
     for name in by_module:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3, 0.0)

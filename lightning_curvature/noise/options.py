@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_curvature.arguments import MANY, Rule, whole
 from lightning_curvature.functional.noise import CHAIN
+from lightning_curvature.monitors.modules import unwrapped
 from lightning_curvature.monitors.options import OccasionalOptions, ProbeSamples
 
 Quantity = Literal[
@@ -60,7 +61,7 @@ class NoiseOptions(OccasionalOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         # Names of parameters are those of modules that are not compiled.
-        self._normalize(parameter=self.parameter.replace("_orig_mod.", ""))
+        self._normalize(parameter=unwrapped(self.parameter))
 
     @property
     def pairs(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.functional.noise.relation import FEWEST_POINTS
 from lightning_curvature.losses.samples import BlockSamples
+from lightning_curvature.monitors.modules import unwrapped
 from lightning_curvature.noise.options import NoiseOptions, Pairing
 from lightning_curvature.noise.sums import NOT_A_MEAN
 from lightning_curvature.operators import NotSeparableError, linear_statistics
@@ -31,7 +32,7 @@ Named = Mapping[str, tuple[str, nn.Parameter]]
 def named_parameters(module: nn.Module) -> Named:
     """Return full names and parameters, by the names that they have in a module that is not compiled."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name.replace("_orig_mod.", ""): (name, parameter) for name, parameter in named}
+    return {unwrapped(name): (name, parameter) for name, parameter in named}
 
 
 def find_block(name: str, named: Named) -> tuple[str, nn.Parameter]:
