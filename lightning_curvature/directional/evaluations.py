@@ -173,7 +173,7 @@ def exact(window: Window, estimators: Collection[str]) -> tuple[Values, dict[str
     if set(EXACT).isdisjoint(estimators):
         return values, errors
     try:
-        with window.update.direction() as direction, differentiable():
+        with window.line.direction() as direction, differentiable():
             for name, form, graph in (("gauss_newton", _gauss_newton, False), ("hvp", _hessian, True)):
                 if name in estimators:
                     note = functools.partial(errors.__setitem__, name)

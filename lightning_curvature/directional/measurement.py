@@ -9,11 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_curvature.directional import evaluations
+from lightning_curvature.directional import evaluations, oscillation
 from lightning_curvature.directional.estimates import checked_by_slope, estimate, estimate_again, loss_descent
 from lightning_curvature.directional.evaluations import Values
 from lightning_curvature.directional.line_search import CriticalStep, critical_step
-from lightning_curvature.directional.options import EXACT, KEYS, NEED_OUTPUTS, DirectionalOptions
+from lightning_curvature.directional.options import EXACT, KEYS, NEED_OUTPUTS, OSCILLATION, DirectionalOptions
+from lightning_curvature.directional.oscillation import AlongOscillation
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.reading import Reading
 from lightning_curvature.directional.result import DirectionalResult
@@ -75,7 +76,8 @@ class DirectionalMeasurement:
             fail(error)
 
         prepare = functools.partial(self._prepare, window, failure)
-        start = attempted(lambda: means_together(trainer, prepare, _START, "preparing the measurement"), failed)
+        names = _START + (oscillation.START if OSCILLATION in self.estimators else ())
+        start = attempted(lambda: means_together(trainer, prepare, names, "preparing the measurement"), failed)
         if start is None or window is None:
             if window is not None:
                 window.forget()
@@ -99,9 +101,11 @@ class DirectionalMeasurement:
             self._reading.take_head_together(trainer, window)
         # Not before all ranks have a model: the distance is remembered, and must be the same on all of them.
         epsilon = self._choose_epsilon(norm, start)
-        evaluated = attempted(lambda: self._evaluate(trainer, window, epsilon, start), failed)
+        flips = self._oscillation(window, start)
+        evaluated = attempted(lambda: self._evaluate(trainer, window, epsilon, start, flips), failed)
         if evaluated is None:
-            return self._lost(reasons[0], norm=norm, lr=lr, epsilon=epsilon)
+            lost = self._lost(reasons[0], norm=norm, lr=lr, epsilon=epsilon)
+            return lost if flips is None else lost.with_oscillation(flips.result)
         values, critical, exact_failures = evaluated
         result = DirectionalResult(self.estimators, critical=critical, norm=norm, lr=lr, epsilon=epsilon)
         for name, error in exact_failures.items():
@@ -110,6 +114,8 @@ class DirectionalMeasurement:
             failed(error)
         if window.modules is not None and "hvp_descent" in values:
             result = replace(result, terms=evaluations.table(values, window.modules))
+        if flips is not None:
+            result = result.with_oscillation(flips.concluded(values))
         result = self._conclude(result, start | values)
         return self.measure(trainer, window, failure, fail) if self._reading.look_again() else result
 
@@ -134,6 +140,7 @@ class DirectionalMeasurement:
         reading = self._reading
         flags = {"modelled": reading.have_outputs, "headed": reading.headed, "waiting": reading.waiting}
         flags |= {"unread": bool(reading.unread), "hidden": window.hidden}
+        size |= oscillation.numbers(window) if OSCILLATION in self.estimators else {}
         return values | size | {name: torch.tensor(float(flag)) for name, flag in flags.items()}
 
     def _choose_epsilon(self, norm: float, start: Numbers) -> float:
@@ -146,8 +153,14 @@ class DirectionalMeasurement:
             self._distance = norm * first_epsilon(start, rounding.worst, symmetric)
         return self._distance / norm
 
+    def _oscillation(self, window: Window, start: Numbers) -> AlongOscillation | None:
+        if OSCILLATION not in self.estimators:
+            return None
+        assert self._reading.rounding is not None
+        return AlongOscillation(start, window.unknown, self.estimators, self._reading.rounding)
+
     def _evaluate(
-        self, trainer: pl.Trainer, window: Window, epsilon: float, start: Numbers
+        self, trainer: pl.Trainer, window: Window, epsilon: float, start: Numbers, flips: AlongOscillation | None
     ) -> tuple[Numbers, CriticalStep | None, dict[str, Exception]]:
         """Return the numbers of the job, the line search's outcome, and the failures of exact products by estimator.
 
@@ -165,6 +178,8 @@ class DirectionalMeasurement:
         attempted(window.confirm, failures.append)
         window.find_hidden(start["hidden"] > 0.0, anywhere)
         forwards = attempted(lambda: evaluations.forwards(window, epsilon, self.estimators), failures.append) or {}
+        if flips is not None:
+            forwards |= attempted(lambda: flips.evaluated(window), failures.append) or {}
 
         def exchange(make: Callable[[], Values], names: tuple[str, ...]) -> Numbers:
             def made() -> Values:
@@ -192,11 +207,12 @@ class DirectionalMeasurement:
         flags = [f"{name}_{flag}" for name in wanted for flag in ("failed", "mistaken")]
         reading = self._reading
         names = [*flags, *evaluations.names(self.estimators, reading.have_outputs, reading.headed, window.modules)]
+        names += flips.names(reading.have_outputs, reading.headed) if flips is not None else []
         names += ["lost", "crossed"] if kinks.wanted is not None else []
         values = exchange(with_exact, tuple(names)) if names else {}
         kinks.repeated |= values.get("lost", 0.0) > 0.0  # from now on, on all ranks alike
-        if "positions" in values:
-            values["positions"] *= trainer.world_size
+        for name in (name for name in values if name.endswith("positions")):
+            values[name] *= trainer.world_size
         for name in wanted:
             if values[f"{name}_failed"] and name not in exact_failures:
                 mistake = values[f"{name}_mistaken"] > 0.0
@@ -219,7 +235,8 @@ class DirectionalMeasurement:
         assert rounding is not None
         if reason := self._reading.unread:
             result = result.with_reason([name for name in NEED_OUTPUTS if name in self.estimators], reason)
-        wanted = [name for name in self.estimators if KEYS[name] not in result.reasons]
+        of_step = [name for name in self.estimators if name != OSCILLATION]
+        wanted = [name for name in of_step if KEYS[name] not in result.reasons]
         estimates = estimate(wanted, values, epsilon, epsilon * result.norm, rounding)
         descent, trusted, same = loss_descent(values, epsilon, rounding, estimates.get("finite_difference"))
         if not trusted:
@@ -243,7 +260,7 @@ class DirectionalMeasurement:
             result = result.with_reason(["finite_difference"], f"{reason}has no gradient depends on them too")
         result = replace(result, estimates=estimates, descent=descent)
         if descent <= 0.0:
-            return result.with_reason(self.estimators, "the step goes uphill: gᵀd ≤ 0")
+            return result.with_reason(of_step, "the step goes uphill: gᵀd ≤ 0")
         if result.critical is not None and math.isnan(result.critical.factor):
             result = result.with_reason(["critical"], "critical_max_forwards came before the search had a bracket")
         hidden = [name for name, one in estimates.items() if math.isnan(one.quadratic)]

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.directional.measurement import DirectionalMeasurement
-from lightning_curvature.directional.options import EXACT, KEYS, DirectionalOptions, Estimator
+from lightning_curvature.directional.options import EXACT, KEYS, OSCILLATION, DirectionalOptions, Estimator
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.directional.result import DirectionalResult
 from lightning_curvature.directional.update_monitor import UpdateMonitor
@@ -16,6 +16,7 @@ from lightning_curvature.distributed.shards import is_sharded
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.monitors.checks import check_real
 from lightning_curvature.monitors.options import OnError
+from lightning_curvature.optimizers.oscillation import Trail
 from lightning_curvature.replay.objective import ObjectiveFunction
 
 
@@ -33,16 +34,22 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     * ``lambda_dir`` ("hvp"), ``lambda_fd`` ("finite_difference"), ``lambda_kl`` ("kl"), ``lambda_gn``
       ("gauss_newton"), ``critical_sharpness`` ("critical"), in units of 1/η, each with ``<key>_error``, its estimated
       relative error. A value is NaN where rounding hides it, and where gᵀd ≤ 0; there ``<key>_numerator`` is ΔθᵀHΔθ.
-    * ``two_over_lr`` (the edge), ``headroom`` ((2/η)/λ of the best estimator at hand; 1 is the edge), ``descent``
-      (gᵀΔθ), ``update_norm`` (‖Δθ‖), ``epsilon``.
+    * ``two_over_lr`` (2/η), ``headroom`` ((2/η)/λ of the best estimator at hand; at 1 this step stops descending),
+      ``descent`` (gᵀΔθ), ``update_norm`` (‖Δθ‖), ``epsilon``.
+    * ``lambda_osc`` ("oscillation") = sᵀHs/sᵀPs with its ``_error``, s_t = d_t − 2d_{t−1} + d_{t−2} and P the
+      optimizer's diagonal preconditioner: for full batches, where the path flips its sign at each step, a lower bound
+      of λ_max(P^{-1/2}HP^{-1/2}). ``oscillation_edge`` is the threshold of that, ``oscillation_ratio`` their ratio, 1
+      at the edge of stability; ``oscillation_cosine`` between s_t and s_{t−1} in P, ``oscillation_growth``
+      ‖s_t‖_P/‖s_{t−1}‖_P. λ_osc is NaN unless the cosine is below −0.9, and where P is not known.
 
     With ``by_module`` and "hvp", at no pass more: ``<prefix>_by_module/lambda_dir/<module>``, the terms
     ΔθᵢᵀΣⱼHᵢⱼΔθⱼ/gᵀΔθ of its parameters, which add up to λ_dir, each with half of the cross terms between its module
     and others (so that it may be negative), and ``descent``, gᵢᵀΔθᵢ; also in ``result.modules``.
 
     Extra forwards on a measured step: kl 1, finite_difference 2, both 2 (KL is then taken from the symmetric pair,
-    O(ε²)), gauss_newton one forward-mode pass, hvp a forward and two backwards, critical 3 to 8. One more where the
-    step's own loss is computed otherwise than theirs: with ``objective=``, ``probe_precision="32-true"``, or a module
+    O(ε²)), gauss_newton one forward-mode pass, hvp a forward and two backwards, critical 3 to 8, oscillation 2 where
+    the path flips (with hvp a forward and two backwards), else none. One more where the step's own loss is computed
+    otherwise than theirs: with ``objective=``, ``probe_precision="32-true"``, or a module
     compiled as a whole; and one on the first measured step of a fit, which checks that the step can be repeated (see
     docs/effect.md). For a loss of no known likelihood two more once a fit, which find its outputs. One more for kinks
     that the graph of the step does not show (see docs/directional.md). None on other steps.
@@ -53,8 +60,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     distance is part of the checkpoint. docs/directional.md has the details.
 
     Args:
-        estimators: which of "kl", "finite_difference", "hvp", "gauss_newton", "critical". Those that need
-            outputs are left out, with one warning, where the step has none; it raises if there are no others.
+        estimators: which of "kl", "finite_difference", "hvp", "gauss_newton", "critical", "oscillation". Those that
+            need outputs are left out, with one warning, where the step has none; it raises if there are no others.
         every_n_train_steps: measure optimizer steps 0, n, 2n, …
         epsilon: how far along the step to evaluate, in steps (1 reaches θ_{t+1}), or "auto".
         likelihood: "auto" (the one that reproduces the loss; for any other loss its second derivative by the outputs,
@@ -122,8 +129,12 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
 
     def charted(self) -> dict[str, list[str]]:
         """Chart every λ with the edge, and the headroom."""
-        curvatures = [KEYS[name] for name in self.options.estimators]
-        return {"λ and 2/η": [*curvatures, "two_over_lr"], "headroom": ["headroom"]}
+        curvatures = [KEYS[name] for name in self.options.estimators if name != OSCILLATION]
+        charts = {"λ and 2/η": [*curvatures, "two_over_lr"], "headroom": ["headroom"]} if curvatures else {}
+        if OSCILLATION in self.options.estimators:
+            charts["λ_osc and its threshold"] = ["lambda_osc", "oscillation_edge"]
+            charts["λ_osc over its threshold"] = ["oscillation_ratio"]
+        return charts
 
     def charted_by_module(self) -> Sequence[str]:
         """Chart the terms of λ_dir."""
@@ -133,8 +144,10 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         """Check strategy and precision against the estimators."""
         super().on_fit_start(trainer, pl_module)
         self._measurement.begin()
-        if self._objective is not None and {"kl", "finite_difference"} & set(self.options.estimators):
+        if self._objective is not None and {"kl", "finite_difference", OSCILLATION} & set(self.options.estimators):
             self._objective.kinks.wanted = self.options.kinks
+        if OSCILLATION in self.options.estimators:
+            self._trail = Trail(self.options.every_n_train_steps, len(trainer.optimizers))
         check_real(type(self).__name__, self._parameters(trainer))
         derivatives = [name for name in self.options.estimators if name in EXACT]
         parameters = list(pl_module.parameters())
@@ -159,7 +172,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
     def numbers(self) -> list[float]:
         """Return the curvatures of the step."""
         result = self.result or DirectionalResult(())
-        return [value for key, value in result.values().items() if key in map(KEYS.get, result.estimators)]
+        wanted = {*map(KEYS.get, result.estimators), "oscillation_cosine"}  # there is not always an oscillation
+        return [value for key, value in result.values().items() if key in wanted]
 
     def report(self, trainer: pl.Trainer) -> None:
         """Write the values of the step."""

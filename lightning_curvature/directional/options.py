@@ -8,7 +8,7 @@ from lightning_curvature.arguments import MANY, Rule, positive, sentence, whole
 from lightning_curvature.functional import Likelihood
 from lightning_curvature.monitors.options import MonitorOptions, Period
 
-Estimator = Literal["kl", "finite_difference", "hvp", "gauss_newton", "critical"]
+Estimator = Literal["kl", "finite_difference", "hvp", "gauss_newton", "critical", "oscillation"]
 
 KEYS: dict[str, str] = {
     "hvp": "lambda_dir",
@@ -16,7 +16,9 @@ KEYS: dict[str, str] = {
     "kl": "lambda_kl",
     "gauss_newton": "lambda_gn",
     "critical": "critical_sharpness",
+    "oscillation": "lambda_osc",
 }
+OSCILLATION: Estimator = "oscillation"
 # Estimators that differentiate the model along the step, and those that cannot be computed without outputs.
 EXACT, NEED_OUTPUTS = ("hvp", "gauss_newton"), ("kl", "gauss_newton")
 

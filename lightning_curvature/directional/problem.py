@@ -16,6 +16,8 @@ from lightning_curvature.distributed.together import attempted
 from lightning_curvature.monitors.modules import Modules
 from lightning_curvature.operators.differentiation import same_attention
 from lightning_curvature.operators.micro_batches import Evaluation
+from lightning_curvature.optimizers.line import Line
+from lightning_curvature.optimizers.oscillation import Oscillation
 from lightning_curvature.optimizers.update import ParameterUpdate
 from lightning_curvature.replay.check import other_loss
 from lightning_curvature.replay.frozen import Spoiled
@@ -41,6 +43,8 @@ class Window:
         headed: whether its dependence is that of the head of the loss, which is evaluated by itself.
         base: loss and outputs of each record at θ_t.
         beside: copies at θ_t of the parameters that the loss reaches beside the outputs.
+        oscillation: the part of the path that flips at each step, where it is wanted.
+        unknown: why there is none.
         failure: where ranks gather parameters for each forward, the first error of an evaluation on this rank: it goes
             on with them, lest the others wait for it, and the results are NaN.
     """
@@ -56,7 +60,10 @@ class Window:
     headed: bool = False
     base: list[Evaluation] = field(default_factory=list)
     beside: list[Tensor] = field(default_factory=list)
+    oscillation: Oscillation | None = None
+    unknown: str = ""
     failure: Exception | None = None
+    _line: Line | None = None
     _repeated: bool = False
     _rehearsed: bool = False
     _checked: Tensor | None = None
@@ -228,10 +235,24 @@ class Window:
         # In manual optimization every earlier batch of the window ended without a step: segment 0.
         return self.segment if index == len(self.records) - 1 else 0
 
+    @property
+    def line(self) -> Line:
+        """The line along which evaluations are made: that of the update, unless another is in force."""
+        return self._line or self.update
+
+    @contextlib.contextmanager
+    def along(self, line: Line) -> Generator[None, None, None]:
+        """Evaluate along another line through θ_t inside the block."""
+        self._line = line
+        try:
+            yield
+        finally:
+            self._line = None
+
     @contextlib.contextmanager
     def at(self, position: float) -> Generator[None, None, None]:
-        """Set the parameters to θ_t − position·d, without gradients."""
-        with self.update.at(position), fresh_shards(self.objective.module), torch.no_grad():
+        """Set the parameters to θ_t − position·d, or on the line in force, without gradients."""
+        with self.line.at(position), fresh_shards(self.objective.module), torch.no_grad():
             yield
 
     def loss_at(self, position: float) -> Tensor:

@@ -59,7 +59,7 @@ class Reading:
         first = self.rounding is None
         if first:
             # The finite difference can do without outputs, but knows its own error better with them.
-            if base.outputs is not None and {*NEED_OUTPUTS, "finite_difference"} & set(self.estimators):
+            if base.outputs is not None and {*NEED_OUTPUTS, "finite_difference", "oscillation"} & set(self.estimators):
                 self.model = identify(base.outputs, record.batch, base.loss, likelihood, base.mask)
             dtype = record.forward_dtype if self._options.probe_precision is None else torch.float32
             roundoff = forward_roundoff(window.objective.module, window.objective.device, dtype)

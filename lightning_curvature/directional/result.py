@@ -8,7 +8,8 @@ import torch
 
 from lightning_curvature.directional.estimates import Estimate
 from lightning_curvature.directional.line_search import CriticalStep
-from lightning_curvature.directional.options import KEYS
+from lightning_curvature.directional.options import KEYS, OSCILLATION
+from lightning_curvature.directional.oscillation import UNKNOWN, OscillationResult
 from lightning_curvature.functional import critical_sharpness, directional_curvature, headroom
 from lightning_curvature.monitors.modules import ModuleTable
 
@@ -29,6 +30,7 @@ class DirectionalResult:
         norm: ‖d‖.
         lr: η of the step.
         epsilon: ε, in steps.
+        oscillation: the oscillation of the last steps, where it is wanted.
         terms: terms of gᵀd and dᵀHd by module, where they are wanted, as "descent" and "quadratic".
         reasons: why values are NaN, by key.
     """
@@ -40,12 +42,18 @@ class DirectionalResult:
     norm: float = math.nan
     lr: float = math.nan
     epsilon: float = math.nan
+    oscillation: OscillationResult = UNKNOWN
     terms: ModuleTable | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def with_reason(self, estimators: Sequence[str], reason: str) -> "DirectionalResult":
         """Return this result with the reason why some estimators have no values, unless it has one already."""
         return replace(self, reasons={**{KEYS[name]: reason for name in estimators}, **self.reasons})
+
+    def with_oscillation(self, oscillation: OscillationResult) -> "DirectionalResult":
+        """Return this result with the oscillation, and why there is no λ_osc."""
+        whole = replace(self, oscillation=oscillation)
+        return whole.with_reason([OSCILLATION], oscillation.reason) if oscillation.reason else whole
 
     @property
     def modules(self) -> ModuleTable | None:
@@ -65,7 +73,7 @@ class DirectionalResult:
         """Return all values with their errors by key, in units of 1/η; NaN where one could not be measured."""
         lr = self.lr or math.nan  # without a learning rate there is no such unit
         values, room = {}, math.nan
-        for name in sorted(self.estimators, key=_HEADROOM_ORDER.index):
+        for name in sorted(set(self.estimators) - {OSCILLATION}, key=_HEADROOM_ORDER.index):
             key = KEYS[name]
             if name == "critical":
                 search = self.critical if self.descent > 0.0 else None
@@ -82,6 +90,8 @@ class DirectionalResult:
             values |= {key: float(curvature), f"{key}_error": error}
             if error <= _HEADROOM_ERROR and math.isnan(room):
                 room = float(length)
+        if OSCILLATION in self.estimators:
+            values |= self.oscillation.values()
         if {"kl", "finite_difference"} & set(self.estimators):
             values["epsilon"] = self.epsilon
         values["headroom"] = room

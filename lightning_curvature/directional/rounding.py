@@ -159,3 +159,8 @@ def first_epsilon(values: Numbers, unit: float, symmetric: bool) -> float:
     slope = descent if descent > 0.0 else loss or 1.0
     noise = math.sqrt(6.0) * unit * max(loss, slope) / (_FIRST_RATIO * slope)
     return math.sqrt(reach * math.sqrt(noise)) if symmetric else (reach * noise) ** (1.0 / 3.0)
+
+
+def balanced_epsilon(noise: float, size: float) -> float:
+    """Return ε at which ``noise``/ε², the rounding of a second difference, meets (ε/ε_T)², ε_T a tenth of ``size``."""
+    return math.sqrt(_FIRST_REACH * size * math.sqrt(noise))

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.distributed.shards import fresh_shards, local
+from lightning_curvature.distributed.together import attempted
 from lightning_curvature.monitors.base import Monitor
+from lightning_curvature.optimizers.oscillation import Oscillation, Stepping, Trail, oscillation_of
 from lightning_curvature.optimizers.update import ParameterUpdate, dense_copy
 from lightning_curvature.replay.objective import StepObjective
 
@@ -23,6 +25,7 @@ class _Step:
 
     number: int = -1  # optimizer steps before it; -1 until the optimizer is about to step
     update: ParameterUpdate | None = None
+    stepping: Stepping | None = None  # the optimizer as it was, where the steps before are followed
     segment: int = 0  # manual optimization: which of the optimizer steps of the last batch it is
     gradients: dict[int, Tensor] = field(default_factory=dict)  # after the last backward, by id of the parameter
     differentiated: bool = False
@@ -45,6 +48,7 @@ class UpdateMonitor(Monitor):
         self._recording = contextlib.ExitStack()
         self._armed = False
         self._step = _Step()
+        self._trail: Trail | None = None  # where the steps before a measured one are wanted
 
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
         """Measure a step on every rank; where one did not record it, ``window`` is None, the reason in ``failure``."""
@@ -96,10 +100,12 @@ class UpdateMonitor(Monitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Keep θ_t and η, once a step: LBFGS comes here for each of its closures, at the same ``global_step``."""
-        if not self._armed or self._objective is None:
+        if self._objective is None or optimizer is not trainer.optimizers[self.options.optimizer_index]:
             return
+        if self._trail is not None:
+            self._trail.pass_by(trainer.global_step, self._parameters(trainer))
         step = self._step
-        if step.number == trainer.global_step or optimizer is not trainer.optimizers[self.options.optimizer_index]:
+        if not self._armed or step.number == trainer.global_step:
             return
         step.number, step.update = trainer.global_step, None
         records = self._objective.records
@@ -115,6 +121,7 @@ class UpdateMonitor(Monitor):
         try:
             step.update = ParameterUpdate(optimizer, share / step.loss_scale, step.gradients)
             step.others = _other_parameters(trainer, optimizer)
+            step.stepping = Stepping(optimizer) if self._trail is not None else None
         except Exception as error:
             self._note_failure(error)
         step.gradients = {}
@@ -144,6 +151,7 @@ class UpdateMonitor(Monitor):
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(objective.untouched(update.parameters, objective.rewrites.spared()))
+                oscillation, unknown = self._oscillation(update)
                 update.complete()
                 # A discriminator's step was made before the generator's, on the generator as it was then.
                 for p, before in self._step.others:
@@ -156,7 +164,17 @@ class UpdateMonitor(Monitor):
             averaged = module.automatic_optimization or objective.function is not None
             modules = self._modules(trainer)
             window = Window(objective, update, objective.records, precision, segment, averaged, modules)
+            window.oscillation, window.unknown = oscillation, unknown
             self.measure(trainer, window, None)
+
+    def _oscillation(self, update: ParameterUpdate) -> tuple[Oscillation | None, str]:
+        """Return the oscillation of the step, or why there is none."""
+        trail, stepping, reasons = self._trail, self._step.stepping, list[str]()
+        before = trail.before(update.parameters) if trail is not None else None
+        if before is None or stepping is None:
+            return None, "it needs the three steps before the measured one"
+        found = attempted(lambda: oscillation_of(update, before, stepping), lambda error: reasons.append(str(error)))
+        return found, "".join(reasons)
 
     def _miss_step(self, trainer: pl.Trainer, objective: StepObjective, failure: Exception) -> None:
         """Take part in a measurement of which this rank has nothing to measure."""

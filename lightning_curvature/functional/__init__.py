@@ -21,6 +21,12 @@ from lightning_curvature.functional.likelihoods import (
 )
 from lightning_curvature.functional.line_fit import DecaySlope, decay_slope
 from lightning_curvature.functional.model_error import relative_model_error, validated_sigma
+from lightning_curvature.functional.oscillation import (
+    oscillation,
+    oscillation_cosine,
+    oscillation_curvature,
+    oscillation_secant,
+)
 from lightning_curvature.functional.pairs import PairStatistics, pair_statistics
 from lightning_curvature.functional.products import hessian_quadratic_form
 from lightning_curvature.functional.sharpness import (
@@ -70,6 +76,10 @@ __all__ = [
     "kl_divergence",
     "merge_moments",
     "momentum_threshold",
+    "oscillation",
+    "oscillation_cosine",
+    "oscillation_curvature",
+    "oscillation_secant",
     "output_noise_gain",
     "output_quadratic_form",
     "pair_statistics",

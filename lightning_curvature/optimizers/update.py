@@ -1,7 +1,6 @@
 """The true update of an optimizer step: d = θ_t − θ_{t+1}, its learning rate, its dot product with the gradient."""
 
 import contextlib
-import functools
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,12 +10,10 @@ from torch._utils import _flatten_dense_tensors
 
 from lightning_curvature.arguments import Rule, checked, positive
 from lightning_curvature.distributed.shards import local, shard_count
-from lightning_curvature.operators.differentiation import put_back_at_exit
+from lightning_curvature.optimizers.line import SMALL, Line
 
 # Numbers in a piece of a parameter: it fits a CPU's cache, is worth an accelerator's launch, and bounds temporaries.
 _PIECE, _ACCELERATOR_PIECE = 2**16, 2**24
-# Parameters of fewer numbers are joined: a call for each would take longer than its work.
-_SMALL = 2**12
 
 
 @runtime_checkable
@@ -26,7 +23,7 @@ class HasParameterGroups(Protocol):
     param_groups: list[dict[str, Any]]
 
 
-class ParameterUpdate:
+class ParameterUpdate(Line):
     r"""One optimizer step, seen from outside.
 
     Create it after ``backward`` and before ``step``; call :meth:`complete` after ``step``. It then knows
@@ -44,6 +41,7 @@ class ParameterUpdate:
 
     Attributes:
         parameters: the parameters that take part.
+        gradient_scale: as given.
         lr: η of the step: the learning rate of the first group that has a non-zero one and parameters that take part.
         uniform_lr: whether all groups that take part share that η. Where not, trust the unit-free s = λη.
 
@@ -81,34 +79,42 @@ class ParameterUpdate:
             )
         rates = [rate for group, active in groups if active and (rate := float(group.get("lr") or 0.0))]
         self.lr, self.uniform_lr = rates[0] if rates else 0.0, len(set(rates)) <= 1
-        self._scale, kept = gradient_scale, gradients or {}
+        self.gradient_scale, kept = gradient_scale, gradients or {}
         with torch.no_grad():
-            self._before = [local(p).detach().clone() for p in self.parameters]
+            self._start = [local(p).detach().clone() for p in self.parameters]
             self._gradients: list[Tensor] | None = [
                 kept[id(p)] if id(p) in kept else dense_copy(p.grad) for p in self.parameters
             ]
-        self._after: list[Tensor] = []
+        self._end = self._home = []  # filled by :meth:`complete`; other lines come back there too
         self._moments: Tensor | None = None
 
     @torch.no_grad()
     def complete(self) -> None:
         """Take θ_{t+1} from the parameters as they are now."""
-        if self._gradients is None:
-            raise RuntimeError("complete() must be called once, got a second call: create one update for each step.")
-        now = [local(p).detach() for p in self.parameters]
-        rows = list(zip(self._gradients, self._before, now, map(shard_count, self.parameters), strict=True))
+        rows = self.rows()
         self._moments = _moments(rows)
-        self._after = [
+        self._end[:] = [
             g if g.dtype == after.dtype and g.shape == after.shape else torch.empty_like(after)
             for g, _, after, _ in rows
         ]
         self._gradients = None
-        torch._foreach_copy_(self._after, now)
+        torch._foreach_copy_(self._end, [after for _, _, after, _ in rows])
+
+    def rows(self) -> list["Row"]:
+        """Return g, θ_t, θ_{t+1} and the number of shards of each parameter: after ``step``, before ``complete``."""
+        if self._gradients is None:
+            raise RuntimeError("complete() must be called once, got a second call: create one update for each step.")
+        now = [local(p).detach() for p in self.parameters]
+        return list(zip(self._gradients, self._start, now, map(shard_count, self.parameters), strict=True))
+
+    def line_to(self, ends: list[Tensor]) -> Line:
+        """Return the line from θ_t to other ends; the parameters come back to θ_{t+1}, as after :meth:`at`."""
+        return Line(self.parameters, self._start, ends, self._home)
 
     @property
     def descent(self) -> Tensor:
         """gᵀd, float64 scalar whose mean over all ranks is the value of the job."""
-        return self._completed()[0] * self._scale
+        return self._completed()[0] * self.gradient_scale
 
     @property
     def squared_norm(self) -> Tensor:
@@ -117,7 +123,7 @@ class ParameterUpdate:
 
     def squared_size(self) -> Tensor:
         """‖θ_t‖², float64 scalar whose mean over all ranks is the value of the job; one pass over the parameters."""
-        pairs = zip(self.parameters, torch._foreach_norm(self._before), strict=True)
+        pairs = zip(self.parameters, torch._foreach_norm(self._start), strict=True)
         return torch.stack([norm.double() ** 2 * shard_count(p) for p, norm in pairs]).sum()
 
     def _completed(self) -> Tensor:
@@ -125,52 +131,11 @@ class ParameterUpdate:
             raise RuntimeError("the update is not complete: call complete() after optimizer.step().")
         return self._moments
 
-    @checked(position=Rule("1.0 is the end of the step"))
-    @contextlib.contextmanager
-    def at(self, position: float) -> Generator[None, None, None]:
-        """Set the parameters to θ_t − ``position``·d inside the block (1 is θ_{t+1}, −1 the mirror image).
-
-        They come back as copies of θ_{t+1}, bit for bit, also after an error.
-        """
-        with self._moved() as targets:
-            with torch.no_grad():
-                _interpolate(targets, self._before, self._after, position)
-            yield
-
-    @contextlib.contextmanager
-    def direction(self) -> Generator[list[Tensor], None, None]:
-        """Set the parameters to θ_t inside the block, which receives d in the memory of their copy, once only."""
-        with self._moved() as targets:
-            before, self._before = self._before, []
-            with torch.no_grad():
-                torch._foreach_copy_(targets, before)
-                torch._foreach_sub_(before, self._after)
-            yield before
-
     @contextlib.contextmanager
     def _moved(self) -> Generator[list[Tensor], None, None]:
         self._completed()
-        targets = [local(p).detach() for p in self.parameters]
-        with contextlib.ExitStack() as stack:
-            put_back_at_exit(stack, functools.partial(self._put_back, targets))
+        with super()._moved() as targets:
             yield targets
-
-    @torch.no_grad()
-    def _put_back(self, targets: list[Tensor]) -> None:
-        torch._foreach_copy_(targets, self._after)
-
-
-def _interpolate(targets: list[Tensor], before: list[Tensor], after: list[Tensor], position: float) -> None:
-    """Set tensors between two others in place, with no third copy; large ones on a CPU in one pass over its memory."""
-    rows: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
-    for row in zip(targets, before, after, strict=True):
-        rows[row[0].is_cpu and row[0].numel() >= _SMALL].append(row)
-    for target, start, end in rows[True]:
-        torch.lerp(start, end, position, out=target)
-    if rows[False]:
-        others, starts, ends = zip(*rows[False], strict=True)
-        torch._foreach_copy_(others, starts)
-        torch._foreach_lerp_(others, ends, position)
 
 
 def dense_copy(gradient: Tensor | None) -> Tensor:
@@ -181,10 +146,10 @@ def dense_copy(gradient: Tensor | None) -> Tensor:
 
 
 # Of one parameter on this rank: g, θ_t, θ_{t+1}, and into how many parts it is cut.
-_Row = tuple[Tensor, Tensor, Tensor, int]
+Row = tuple[Tensor, Tensor, Tensor, int]
 
 
-def _moments(rows: Iterable[_Row]) -> Tensor:
+def _moments(rows: Iterable[Row]) -> Tensor:
     """Return Σ g d and Σ d²: dot products of pieces in float32 or wider, their sum in float64."""
     dots, counts = list[Tensor](), list[int]()
     for g, d, count in _pieces(rows):
@@ -197,19 +162,19 @@ def _moments(rows: Iterable[_Row]) -> Tensor:
     return torch.tensor(counts, dtype=torch.float64, device=device) @ sums
 
 
-def _pieces(rows: Iterable[_Row]) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _pieces(rows: Iterable[Row]) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield g and d, flat, in pieces: of large parameters, or of many small ones of a kind, these in float64."""
     small: dict[Any, list[tuple[Tensor, ...]]] = {}
     for *row, count in rows:
         device = row[0].device
-        if row[0].numel() < _SMALL:
+        if row[0].numel() < SMALL:
             small.setdefault((count, device, *(t.dtype for t in row)), []).append(tuple(row))
             continue
         size = _PIECE if device.type == "cpu" else _ACCELERATOR_PIECE
         for g, before, after in zip(*(t.reshape(-1).split(size) for t in row), strict=True):
             yield g, before - after, count
     for (count, *_), kind in small.items():
-        for start in range(0, len(kind), _PIECE // _SMALL):
-            many = zip(*kind[start : start + _PIECE // _SMALL], strict=True)
+        for start in range(0, len(kind), _PIECE // SMALL):
+            many = zip(*kind[start : start + _PIECE // SMALL], strict=True)
             g, before, after = map(_flatten_dense_tensors, many)
             yield g.double(), (before - after).double(), count

@@ -39,6 +39,16 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=0.05, weight_decay=0.1)
 
 
+def one_batch(count: int = 16) -> list[Batch]:
+    """The same global batch again and again."""
+    return batches(1) * count
+
+
+def beyond_the_edge(module: nn.Module) -> torch.optim.Optimizer:
+    """Gradient descent whose path flips at each step, on one batch."""
+    return torch.optim.SGD(module.parameters(), lr=6.0)
+
+
 @dataclass
 class Outcome:
     """What a process has after a run.

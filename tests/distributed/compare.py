@@ -43,6 +43,23 @@ def _assert_same_row(row: dict[str, float], expected: dict[str, float], dtype: t
             assert row[measured[name]] == pytest.approx(expected[measured[name]], rel=4 * torch.finfo(dtype).eps), name
 
 
+def assert_same_oscillation(together: Sequence[Outcome], alone: Outcome) -> None:
+    """The oscillation of every step is that of one process with the union of the data, in float64."""
+    flips = [row["curvature/oscillation_cosine"] < -0.9 for row in alone.rows.values()]
+    assert 2 <= sum(flips) < len(flips)
+    for outcome in together:
+        assert outcome.rows.keys() == alone.rows.keys()
+        for step, expected in alone.rows.items():
+            row = outcome.rows[step]
+            # A rounding, and the path beyond the edge multiplies what differs by two or so at each of its steps.
+            for name in ("oscillation_cosine", "oscillation_growth", "oscillation_edge"):
+                assert row[f"curvature/{name}"] == pytest.approx(expected[f"curvature/{name}"], rel=1e-9, nan_ok=True)
+            # A pair of losses has seven digits where rounding and truncation meet.
+            key = "curvature/lambda_osc"
+            assert row[key] == pytest.approx(expected[key], rel=1e-5, nan_ok=True)
+        assert [math.isfinite(row["curvature/lambda_osc"]) for row in outcome.rows.values()] == flips
+
+
 def second_difference_tolerance(row: dict[str, float], dtype: torch.dtype) -> float:
     """Relative difference that the rounding of three losses makes in their second difference.
 

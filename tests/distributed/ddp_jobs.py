@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.distributed.cases import BATCHES, Case, adamw, batches, momentum
+from tests.distributed.cases import BATCHES, Case, adamw, batches, beyond_the_edge, momentum, one_batch
 from tests.helpers.runs import Batch, Classifier, MakeOptimizer, mlp
 
 
@@ -171,6 +171,9 @@ seldom = Case(classifier, estimators=("kl", "finite_difference"), monitor={"ever
 seldom_deep = replace(seldom, module=partial(classifier, momentum, 6, 6, 6))
 exact = replace(seldom, estimators=("hvp", "gauss_newton", "kl", "finite_difference"))
 exact_by_module = replace(exact, monitor=exact.monitor | {"by_module": True})
+flipping = Case(partial(classifier, beyond_the_edge), one_batch, ("oscillation", "kl"))
+flipping_exact = replace(flipping, estimators=("oscillation", "hvp"))
+flipping_unwatched = flipping.unwatched()
 searching = replace(seldom, estimators=("critical",))
 unwatched = seldom.unwatched()
 unwatched_deep = seldom_deep.unwatched()

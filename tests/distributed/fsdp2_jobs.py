@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
 from lightning_curvature.distributed.shards import fresh_shards
-from tests.distributed.cases import Case, adamw, batches, momentum
+from tests.distributed.cases import Case, adamw, batches, beyond_the_edge, momentum, one_batch
 from tests.helpers.runs import Batch, Classifier, MakeOptimizer, loader, make_trainer, mlp
 
 FORWARD_ONLY = ("kl", "finite_difference", "critical")
@@ -94,6 +94,8 @@ class Penalized(Sharded):
 
 sgd = case(partial(classifier, momentum))
 adam = case(partial(classifier, adamw))
+flipping = case(partial(classifier, beyond_the_edge), batches=one_batch, estimators=("oscillation", "kl"))
+flipping_unwatched = flipping.unwatched()
 as_one = case(partial(classifier, momentum, kind=ShardedAsOne))
 squared_error = case(regressor, batches=regression)
 one_sided = case(classifier, estimators=("kl",))

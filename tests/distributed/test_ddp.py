@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed import ddp_jobs as jobs
 from tests.distributed.cases import Outcome
-from tests.distributed.compare import assert_same_state, assert_same_values
+from tests.distributed.compare import assert_same_oscillation, assert_same_state, assert_same_values
 from tests.helpers.processes import run_on_ranks
 
 Results = dict[str, list[Outcome]]
@@ -106,6 +106,15 @@ def _collectives(results: Results, watched: str, unwatched: str) -> list[tuple[l
 )
 def test_a_measured_step_takes_two_reductions(results: Results, watched: str, unwatched: str) -> None:
     assert extra(results, watched, unwatched) == [2 * measured for measured in jobs.MEASURED]
+
+
+@pytest.mark.parametrize("name", ["flipping", "flipping_exact"])
+def test_the_oscillation_is_that_of_the_union(results: Results, name: str) -> None:
+    alone = getattr(jobs, name)()
+    assert_same_oscillation(results[name], alone)
+    assert extra(results, name, "flipping_unwatched") == [2] * len(alone.rows)
+    for watched, plain in zip(results[name], results["flipping_unwatched"], strict=True):
+        assert_same_state(watched, plain)
 
 
 def test_the_search_takes_one_reduction_a_forward(results: Results) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tests.distributed import fsdp2_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
-from tests.distributed.compare import assert_same_state, assert_same_values
+from tests.distributed.compare import assert_same_oscillation, assert_same_state, assert_same_values
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
 
 pytestmark = needs_fsdp2
@@ -82,6 +82,17 @@ def test_nothing_is_gathered_but_by_the_forwards(results: Results, watched: str,
         # Once in a fit one more forward, which checks the step.
         assert extra == [2 + 3 * units, 0, 2 + 2 * units, 0]
         assert [a - b for a, b in zip(with_monitor.forwards, without.forwards, strict=True)] == [3, 0, 2, 0]
+
+
+def test_the_oscillation_is_that_of_the_union(results: Results) -> None:
+    alone, units = jobs.flipping(), 2
+    assert_same_oscillation(results["flipping"], alone)
+    flips = [row["curvature/oscillation_cosine"] < -0.9 for row in alone.rows.values()]
+    for watched, plain in zip(results["flipping"], results["flipping_unwatched"], strict=True):
+        assert_same_state(watched, plain)
+        extra = [a - b for a, b in zip(watched.collectives, plain.collectives, strict=True)]
+        # Two reductions, and the gatherings of the forwards: one of λ_KL, two more where the path flips.
+        assert extra[1:] == [2 + units * (1 + 2 * flipped) for flipped in flips[1:]]
 
 
 @pytest.mark.parametrize(("name", "units"), [("headed_seldom", 2), ("headed_seldom_deep", 4)])

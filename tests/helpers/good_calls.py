@@ -22,6 +22,7 @@ NOT_NEGATIVE = frozenset({"zero", "huge"})
 POSITIVE = frozenset({"huge"})
 ANY_SIGN = frozenset({"zero", "huge", "negative"})
 # Shapes that broadcast, or that give an empty result.
+_MEASURED_SQUARE = frozenset({"NaN", "infinity", "zero", "huge"})
 SHAPES = frozenset({"scalar", "empty", "one row more", "one column more", "one dimension more"})
 WIDER, ROWS = frozenset({"one dimension more"}), frozenset({"one row more", "empty"})
 ITEMS = frozenset({"a negative item", "a list of NaN", "a list of infinity", "a zero item"})
@@ -168,6 +169,25 @@ FUNCTIONAL: dict[str, Good] = {
         f.directional_curvature, lambda: {"quadratic": 0.5, "descent": 1.0, "lr": 0.1}, {"quadratic": ANY, **_STEP}
     ),
     "headroom": Good(f.headroom, lambda: {"quadratic": 0.5, "descent": 1.0}, {"quadratic": ANY, "descent": ANY}),
+    "oscillation": Good(
+        f.oscillation,
+        lambda: {"update": torch.ones(3), "before": -torch.ones(3), "earlier": torch.ones(3)},
+        dict.fromkeys(("update", "before", "earlier"), SHAPES),
+    ),
+    "oscillation_cosine": Good(
+        f.oscillation_cosine,
+        lambda: {"product": -1.0, "square": 1.0, "square_before": 2.0},
+        {"product": ANY, **dict.fromkeys(("square", "square_before"), _MEASURED_SQUARE)},
+    ),
+    "oscillation_curvature": Good(
+        f.oscillation_curvature,
+        lambda: {"quadratic": 3.0, "square": 1.0, "cosine": -0.95},
+        {"quadratic": ANY, "square": _MEASURED_SQUARE, "cosine": ANY},
+    ),
+    "oscillation_secant": Good(
+        f.oscillation_secant,
+        lambda: {"parameters": torch.eye(3), "gradients": torch.eye(3), "diagonal": torch.ones(3)},
+    ),
     "finite_difference_quadratic": Good(f.finite_difference_quadratic, lambda: dict(_LOSSLESS), _LOSSES),
     "finite_difference_descent": Good(
         f.finite_difference_descent, lambda: {"loss_plus": 1.5, "loss_minus": 0.75, "epsilon": 0.5}, _LOSSES

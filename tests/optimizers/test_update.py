@@ -108,7 +108,7 @@ def test_an_error_while_the_parameters_are_being_set_puts_them_back_too() -> Non
     network, x = _network()
     update, _, _ = _step(network, x, OPTIMIZERS["sgd"](network.parameters()))
     after = _flat(network.parameters())
-    update._before[2] = torch.zeros(7, 7).double()  # the third of four cannot be copied
+    update._start[2] = torch.zeros(7, 7).double()  # the third of four cannot be copied
     with pytest.raises(RuntimeError), update.at(0.5):
         pass
     assert torch.equal(_flat(network.parameters()), after)
@@ -221,7 +221,7 @@ def test_two_copies_of_the_parameters_at_most() -> None:
     optimizer.step()
     update.complete()
     assert extra() - start == 2
-    assert update._after[0].data_ptr() == gradient_memory
+    assert update._end[0].data_ptr() == gradient_memory
     with update.at(-1.0):
         assert extra() - start == 2
     with update.direction() as direction:

@@ -92,6 +92,12 @@ def keys(*estimators: str) -> set[str]:
     return BESIDE | epsilon | {f"{LAMBDAS[name]}{end}" for name in estimators for end in ("", "_error")}
 
 
+OSCILLATION = {f"oscillation_{name}" for name in ("ratio", "edge", "cosine", "growth")} | {
+    "lambda_osc",
+    "lambda_osc_error",
+}
+
+
 def every_step(name: str, plain: Any = None) -> dict[str, Any]:
     """All estimators: the exact ones come last and repeat the step at θ_t, which may leave things as the step did."""
     return {"on_error": "warn"}
@@ -140,7 +146,7 @@ def compared() -> Iterable[tuple[str, float, float, float]]:
 
 
 COMMAND = {
-    "estimators": ["kl", "finite_difference", "hvp", "gauss_newton", "critical"],
+    "estimators": ["kl", "finite_difference", "hvp", "gauss_newton", "critical", "oscillation"],
     "every_n_train_steps": 1,
     "epsilon": 0.5,
     "likelihood": "categorical",
@@ -160,22 +166,34 @@ DIRECTIONAL = Family(
     always=False,
     measured=lambda monitor: {LAMBDAS[name] for name in monitor.estimators},
     watched="headroom",
+    undefined=frozenset(OSCILLATION),
     shown=("lambda_kl", "lambda_fd", "headroom"),
     selections=[
         ({}, keys("kl", "finite_difference")),
         *(({"estimators": (name,)}, keys(name)) for name in ALL),
         ({"estimators": ALL}, keys(*ALL)),
+        ({"estimators": ("oscillation",)}, BESIDE | OSCILLATION),
     ],
     charts=[
         (
             {"estimators": ("hvp", "kl")},
             {"λ and 2/η": ["lambda_dir", "lambda_kl", "two_over_lr"], "headroom": ["headroom"]},
         ),
+        (
+            {"estimators": ("oscillation",)},
+            {
+                "λ_osc and its threshold": ["lambda_osc", "oscillation_edge"],
+                "λ_osc over its threshold": ["oscillation_ratio"],
+            },
+        ),
         ({"estimators": ("critical",)}, {"λ and 2/η": ["critical_sharpness", "two_over_lr"], "headroom": ["headroom"]}),
     ],
     bad_arguments=BAD_ARGUMENTS,
     misfits=MISFITS,
-    commands=[(COMMAND, keys(*ALL)), (COMMAND | {"epsilon": "auto", "probe_precision": None}, keys(*ALL))],
+    commands=[
+        (COMMAND, keys(*ALL) | OSCILLATION),
+        (COMMAND | {"epsilon": "auto", "probe_precision": None}, keys(*ALL) | OSCILLATION),
+    ],
     variants={"all": every_step, "forward-only": forward_only},
     habits={
         "all": lambda name: {"every_n_train_steps": 2, "on_error": "warn" if name in MOVING else "raise"},
