@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS ?= directional spectrum batch_sharpness stabilization noise
+BENCHMARKS ?= directional spectrum batch_sharpness stabilization noise edge
 
 # Test processes: each has one thread, and two more where ranks are tested.
 WORKERS ?= 2

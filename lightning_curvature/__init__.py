@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         DirectionalCurvatureMonitor,
         HessianSpectrumMonitor,
         NoiseCovarianceMonitor,
+        StabilityMonitor,
         StabilizationMonitor,
     )
     from lightning_curvature.noise.result import NoiseCurvature
@@ -26,6 +27,7 @@ _HOMES = {
     "NoiseCurvature": "noise.result",
     "ParameterUpdate": "optimizers.update",
     "SampleGrowth": "stabilization.result",
+    "StabilityMonitor": "stability.monitor",
     "StabilizationMonitor": "stabilization.monitor",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "NoiseCurvature",
     "ParameterUpdate",
     "SampleGrowth",
+    "StabilityMonitor",
     "StabilizationMonitor",
 ]
 

@@ -15,6 +15,7 @@ NAMES = {
     "directional": "DirectionalCurvatureMonitor",
     "spectrum": "HessianSpectrumMonitor",
     "batch_sharpness": "BatchSharpnessMonitor",
+    "stability": "StabilityMonitor",
     "stabilization": "StabilizationMonitor",
     "noise": "NoiseCovarianceMonitor",
 }
@@ -25,7 +26,7 @@ _OF_PARAMETER = ("noise",)
 def monitors() -> "list[Monitor]":
     """Return the monitors that ``LIGHTNING_CURVATURE`` names, none where it is not set or empty.
 
-    Names are separated by commas: "directional", "spectrum", "batch_sharpness", "stabilization" or
+    Names are separated by commas: "directional", "spectrum", "batch_sharpness", "stability", "stabilization" or
     "noise=<parameter>". ``@n`` after a name sets ``every_n_train_steps=n``; everything else has its default. Keys of a
     second "noise" begin with ``curvature/<parameter>/``.
 

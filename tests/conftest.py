@@ -25,7 +25,7 @@ CHECKED = (
     "operators/test_linear_layer.py",
     "test_architecture.py",
 )
-FAMILIES = ("batch_sharpness", "directional", "noise", "spectrum", "stabilization")
+FAMILIES = ("batch_sharpness", "directional", "noise", "spectrum", "stabilization", "stability")
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,12 @@ from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.monitors.options import OnError
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor
 from lightning_curvature.monitors.protocol import Prepared
+from lightning_curvature.monitors.step_calls import StepCalls
 from lightning_curvature.operators import Curvature, operator_type
 from lightning_curvature.operators.sharding import WHERE_SHARDED
 from lightning_curvature.optimizers.stability import stability_rule
 from lightning_curvature.optimizers.trial_steps import TrialSteps
-from lightning_curvature.replay.batches import copied
 from lightning_curvature.replay.objective import ObjectiveFunction
-from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.reporting.loggers import warn
 from lightning_curvature.reporting.progress import Progress
 
@@ -155,9 +154,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     def _begin(self) -> None:
         super()._begin()
         self._sharded = False
-        self._calls: list[tuple[Any, int, RandomState]] = []
-        self._failure: Exception | None = None
-        self._calls_step = -1
+        self._calls = StepCalls()
         self._step_size: tuple[int | None, int] | None = None
 
     def charted(self) -> dict[str, list[str]]:
@@ -199,17 +196,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         if size != self._step_size:
             # Steps of another size from here on: mini-batches are drawn anew, of that size.
             self._step_size, self._has_read = size, False
-        if "step_sharpness" not in self.options.quantities:
-            return True
-        if self._calls_step != trainer.global_step:
-            self._calls, self._failure, self._calls_step = [], None, trainer.global_step
-        try:
-            # A copy, as a step may write into its batch.
-            self._calls.append((copied(batch), batch_idx, RandomState(trainer.strategy.root_device)))
-        except Exception as error:
-            self._failure = error.with_traceback(None)  # the other ranks learn of it when all prepare
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        return "step_sharpness" not in self.options.quantities or self._calls.add(trainer, batch, batch_idx)
 
     def _read(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Population | None:
         options = self.options
@@ -242,9 +229,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Population | None) -> Prepared[SharpnessProblem]:
         """Return the population, the micro-batches of the coming step, the parameters and what makes their updates."""
         optimizer, parameters = trainer.optimizers[self.options.optimizer_index], self._parameters(trainer)
-        (calls, failure), self._calls, self._failure = (self._calls, self._failure), [], None
-        if failure is not None:
-            raise failure
+        calls = self._calls.take()
         progress = Progress(trainer, "mini-batch sharpness")
         problem = SharpnessProblem(
             trainer=trainer,
@@ -277,4 +262,4 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
 
     def _let_go(self) -> None:
         super()._let_go()
-        self._calls, self._failure = [], None
+        self._calls.forget()

@@ -20,6 +20,7 @@ from lightning_curvature.functional.likelihoods import (
     output_quadratic_form,
 )
 from lightning_curvature.functional.line_fit import DecaySlope, decay_slope
+from lightning_curvature.functional.mean_square import mean_square_index
 from lightning_curvature.functional.model_error import relative_model_error, validated_sigma
 from lightning_curvature.functional.oscillation import (
     oscillation,
@@ -74,6 +75,7 @@ __all__ = [
     "increment",
     "kl_curvature",
     "kl_divergence",
+    "mean_square_index",
     "merge_moments",
     "momentum_threshold",
     "oscillation",

@@ -1,7 +1,8 @@
-"""A batch cut into its samples, each a batch of one."""
+"""A batch cut into its samples, each a batch of one, or into parts of several."""
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_curvature.replay.calls import rebuilt
 
-# What all samples share: None, or one part for each sample.
+# What all parts share: None, or what each has of it.
 _Parts = Sequence[Any] | None
 
 
@@ -23,38 +24,50 @@ def cut_samples(batch: Any, size: int) -> list[Any]:
     Raises:
         ValueError: if nothing can be cut, or a member holds tensors of which nobody knows how.
     """
-    parts = _cut(batch, size)
+    return cut_parts(batch, [1] * size)
+
+
+def cut_parts(batch: Any, sizes: Sequence[int]) -> list[Any]:
+    """Return parts of a batch of so many samples each, cut as :func:`cut_samples` cuts it."""
+    parts = _cut(batch, sizes)
     if parts is None:
-        raise ValueError(f"a batch must hold a tensor with a row for each of its {size} samples, got none")
+        raise ValueError(f"a batch must hold a tensor with a row for each of its {sum(sizes)} samples, got none")
     return list(parts)
 
 
-def _cut(value: Any, size: int) -> _Parts:
+def _cut(value: Any, sizes: Sequence[int]) -> _Parts:
+    size = sum(sizes)
     if isinstance(value, Tensor):
-        return value.split(1) if value.ndim and len(value) == size else None
+        return value.split(list(sizes)) if value.ndim and len(value) == size else None
     if hasattr(value, "to_data_list") and hasattr(type(value), "from_data_list"):
         samples = value.to_data_list()
-        return [type(value).from_data_list([one]) for one in samples] if len(samples) == size else None
+        return [type(value).from_data_list(some) for some in _runs(samples, sizes)] if len(samples) == size else None
     if isinstance(value, (list, tuple)):
-        inside = [_cut(one, size) for one in value]
+        inside = [_cut(one, sizes) for one in value]
         # A pair of inputs and targets is no batch of two.
         if len(value) == size and _are_alike(value) and None in inside:
-            return [_like(value, [one]) for one in value]
-        return _together(inside, value, lambda items: _like(value, items), size)
+            return [_like(value, list(some)) for some in _runs(value, sizes)]
+        return _together(inside, value, lambda items: _like(value, items), len(sizes))
     if isinstance(value, Mapping):
-        inside = [_cut(one, size) for one in value.values()]
-        return _together(inside, value.values(), lambda items: _mapping(value, items), size)
+        inside = [_cut(one, sizes) for one in value.values()]
+        return _together(inside, value.values(), lambda items: _mapping(value, items), len(sizes))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         members = [getattr(value, name) for name in names]
-        inside = [_cut(one, size) for one in members]
-        return _together(inside, members, lambda items: _fields(value, names, items), size)
+        inside = [_cut(one, sizes) for one in members]
+        return _together(inside, members, lambda items: _fields(value, names, items), len(sizes))
     if _holds_tensors(value):
         raise ValueError(
             f"a batch must be cut into its samples, got a {type(value).__name__} that holds tensors: make batches of "
             "tensors, lists, dicts and dataclasses, or give it to_data_list and from_data_list"
         )
     return None
+
+
+def _runs(items: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+    """Return runs of items, of so many each."""
+    ends = list(itertools.accumulate(sizes))
+    return [items[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _are_alike(items: Sequence[Any]) -> bool:
@@ -68,12 +81,12 @@ def _are_alike(items: Sequence[Any]) -> bool:
     return len({form(item) for item in items}) == 1 and _holds_tensors(items)
 
 
-def _together(inside: list[_Parts], members: Iterable[Any], make: Any, size: int) -> _Parts:
-    """Return what a container has for each sample, None where its members have nothing."""
+def _together(inside: list[_Parts], members: Iterable[Any], make: Any, count: int) -> _Parts:
+    """Return what a container has for each part, None where its members have nothing."""
     if all(parts is None for parts in inside):
         return None
     pairs = list(zip(inside, members, strict=True))
-    return [make([whole if parts is None else parts[index] for parts, whole in pairs]) for index in range(size)]
+    return [make([whole if parts is None else parts[index] for parts, whole in pairs]) for index in range(count)]
 
 
 def _like(value: Any, items: list[Any]) -> Any:

@@ -78,7 +78,7 @@ class ProbeLoss:
 
         def evaluate(probe: ProbeBatch, index: int) -> Evaluation:
             (batch,) = self.moved([probe])
-            return self._repeat(batch, index, self._seeded(probe.seed))
+            return self._repeat(batch, index, self.seeded(probe.seed))
 
         calls = [(functools.partial(evaluate, one, i), one.size / total) for i, one in enumerate(batches)]
         return [self.micro_batch(*call) for call in calls]
@@ -148,7 +148,7 @@ class ProbeLoss:
         self, stacked: Stacked, index: int, seed: int, parameters: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Losses, (batches,), and outputs, (batches, B, …), or None."""
-        objective, randomness, (tensors, rebuild) = self._objective, self._seeded(seed), stacked
+        objective, randomness, (tensors, rebuild) = self._objective, self.seeded(seed), stacked
         self.check(MicroBatch(lambda: self._repeat(rebuild([t[0] for t in tensors]), index, randomness), 1.0))
 
         def evaluate(copy: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -170,7 +170,7 @@ class ProbeLoss:
 
     def loss_of(self, batch: Any, seed: int) -> Tensor:
         """Return the loss of one batch that was moved, at the parameters as they are."""
-        return self._repeat(batch, 0, self._seeded(seed)).loss
+        return self._repeat(batch, 0, self.seeded(seed)).loss
 
     def parts_of_step(self, calls: Sequence[tuple[Any, int, RandomState]], ranks: int) -> list[MicroBatch]:
         """Return micro-batches of a step about to be made, weighted as Lightning averages their gradients: equally.
@@ -188,7 +188,8 @@ class ProbeLoss:
         self._objective.confirm(expected, evaluation.loss)
         return evaluation
 
-    def _seeded(self, seed: int) -> RandomState:
+    def seeded(self, seed: int) -> RandomState:
+        """Return the state of random generators that a seed makes."""
         randomness = DataRandomness(self._objective.device)
         with randomness.kept():
             randomness.seed(seed)

@@ -93,6 +93,24 @@ def stability_rule(optimizer: HasParameterGroups) -> StabilityRule:
     return StabilityRule(lr, math.nan, threshold, _joined(_inequality(groups, kind), decay))
 
 
+def momenta(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) -> list[tuple[float, bool]]:
+    """Return β of each parameter, of a heavy ball or of a first moment, and whether it is Nesterov's.
+
+    Raises:
+        ValueError: for an optimizer that is not known.
+    """
+    bare = _unwrapped(optimizer)
+    kind = _known_kind(bare)
+    group_of = {id(p): group for group in bare.param_groups for p in group["params"]}
+    groups = [group_of.get(id(p), {}) for p in parameters]
+    first = "betas" if kind in (Adam, AdamW, Adamax) else "momentum"
+    betas = [group.get(first) or 0.0 for group in groups]
+    return [
+        (float(beta[0] if isinstance(beta, tuple | list) else beta), bool(group.get("nesterov", False)))
+        for beta, group in zip(betas, groups, strict=True)
+    ]
+
+
 @torch.no_grad()
 def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) -> list[Tensor]:
     r"""Return the diagonal P by which the last step divided each coordinate, from the optimizer's state.
@@ -131,12 +149,7 @@ def preconditioner(optimizer: HasParameterGroups, parameters: Sequence[Tensor]) 
         [tensor([2.5000, 4.5000])]
     """
     bare = _unwrapped(optimizer)
-    kind, name = _kind(bare), type(bare).__name__
-    if kind is None:
-        known = ", ".join(cls.__name__ for cls in _KNOWN)
-        raise ValueError(
-            f"optimizer must be one of torch.optim's {known}, got {name}: its preconditioner is not known."
-        )
+    kind, name = _known_kind(bare), type(bare).__name__
     group_of = {id(p): group for group in bare.param_groups for p in group["params"]}
     steps = _steps_made(bare, parameters) if kind is not SGD else [1.0] * len(parameters)
     moved = [p.requires_grad and id(p) in group_of and t > 0 for p, t in zip(parameters, steps, strict=True)]
@@ -219,6 +232,16 @@ def _kind(optimizer: Any) -> type[Optimizer] | None:
     # torch puts a profiling wrapper around the step of each class that is instantiated.
     step = inspect.unwrap(type(optimizer).step)
     return next((c for c in _KNOWN if isinstance(optimizer, c) and inspect.unwrap(c.step) is step), None)
+
+
+def _known_kind(optimizer: Any) -> type[Optimizer]:
+    kind = _kind(optimizer)
+    if kind is None:
+        known, name = ", ".join(cls.__name__ for cls in _KNOWN), type(optimizer).__name__
+        raise ValueError(
+            f"optimizer must be one of torch.optim's {known}, got {name}: its preconditioner is not known."
+        )
+    return kind
 
 
 def _moving_groups(optimizer: Any) -> list[Group]:

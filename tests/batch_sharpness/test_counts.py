@@ -98,13 +98,13 @@ def test_samples_are_read_once_a_fit(subset: int | None) -> None:
 
 def test_nothing_happens_on_other_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """No state is saved, no batch is kept, nothing is written."""
-    from lightning_curvature.batch_sharpness import monitor as batch_sharpness
+    from lightning_curvature.monitors import step_calls
 
     entered: list[int] = []
     kept: list[int] = []
-    untouched, copied = StepObjective.untouched, batch_sharpness.copied
+    untouched, copied = StepObjective.untouched, step_calls.copied
     monkeypatch.setattr(StepObjective, "untouched", lambda *args: entered.append(1) or untouched(*args))
-    monkeypatch.setattr(batch_sharpness, "copied", lambda batch: kept.append(1) or copied(batch))
+    monkeypatch.setattr(step_calls, "copied", lambda batch: kept.append(1) or copied(batch))
     capture = fit(monitor("step_sharpness", "batch_sharpness"), accumulate_grad_batches=2, max_epochs=4)
     assert len(entered) == len(MEASURED)
     assert len(kept) == 2 * len(MEASURED)

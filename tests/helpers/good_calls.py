@@ -169,6 +169,12 @@ FUNCTIONAL: dict[str, Good] = {
         f.directional_curvature, lambda: {"quadratic": 0.5, "descent": 1.0, "lr": 0.1}, {"quadratic": ANY, **_STEP}
     ),
     "headroom": Good(f.headroom, lambda: {"quadratic": 0.5, "descent": 1.0}, {"quadratic": ANY, "descent": ANY}),
+    "mean_square_index": Good(
+        f.mean_square_index,
+        lambda: {"curvature": 0.1, "variance": 0.02, "lr": 0.5, "momentum": 0.9},
+        {"curvature": ANY, "variance": _MEASURED_SQUARE, "lr": frozenset({"zero", "huge"}),
+         "momentum": frozenset({"zero"})},
+    ),
     "oscillation": Good(
         f.oscillation,
         lambda: {"update": torch.ones(3), "before": -torch.ones(3), "earlier": torch.ones(3)},
@@ -593,6 +599,7 @@ MONITORS: dict[str, Good] = {
         lc.DirectionalCurvatureMonitor,
         lc.HessianSpectrumMonitor,
         lc.NoiseCovarianceMonitor,
+        lc.StabilityMonitor,
         lc.StabilizationMonitor,
     )
 }
