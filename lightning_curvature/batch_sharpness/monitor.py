@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -255,7 +255,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         """Return the keys that the progress bar shows."""
         return self.options.quantities if self.options.progress_bar else ()
 
-    def beside(self, trainer: pl.Trainer) -> dict[str, float]:
+    def beside(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
         """Return 2/η, with η as it is now."""
         lr = stability_rule(trainer.optimizers[self.options.optimizer_index]).lr
         return {"two_over_lr": 2.0 / lr if lr else math.inf}

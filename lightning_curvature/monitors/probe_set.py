@@ -73,8 +73,8 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         """Return the keys of all values, the same for every measurement."""
         return self.options.keys()
 
-    def beside(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return the values that need no measurement, such as thresholds, as they are now."""
+    def beside(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the values that need no measurement, such as thresholds as they are now, or make do with others."""
         return {}
 
     def shown(self) -> Iterable[str]:
@@ -181,7 +181,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     def _report(self, trainer: pl.Trainer, result: ResultT | None) -> None:
         """Write a result; NaN for all its keys where there is none."""
         values = dict.fromkeys(self.keys(), math.nan) if result is None else result.values()
-        self._write(trainer, values | self.beside(trainer), self.shown())
+        self._write(trainer, values | self.beside(trainer, values), self.shown())
         if result is not None:
             self.write_pictures(trainer, result)
 

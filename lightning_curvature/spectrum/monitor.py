@@ -40,6 +40,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
     * "preconditioned_lambda_max": λ_max(P^{-1/2} H P^{-1/2}), P from the optimizer's own state (Adam's √v̂ + ε), with
       ``preconditioned_lambda_max_threshold``: Adam (2+2β₁)/((1−β₁)η), with bias correction and decoupled decay,
       RMSprop (2+2μ)/η. NaN before the first step.
+    * with either of both: ``stability_headroom``, threshold over λ_max, of the second where both are measured: by what
+      factor η could grow before full-batch training turns unstable, at the curvature as it is. 1 is the edge.
     * "gauss_newton_lambda_max": λ_max of the Gauss–Newton matrix G = E[Jᵀ∇²_zℓ J]; needs the outputs z.
     * "second_moment_contraction": ``second_moment_contraction`` = λ_max(E_B[(I−ηH_B)²]), stable up to 1, and
       ``second_moment_excess`` = λ_max(−2ηH + η²E_B[H_B²]), stable up to 0. Mini-batches B are as large as the data of
@@ -249,17 +251,25 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         shown = [key for key in self.keys() if key.endswith(("lambda_max", "lambda_min"))]
         return shown if self.options.progress_bar else []
 
-    def beside(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return the thresholds of the optimizer as it is now."""
+    def beside(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the thresholds of the optimizer as it is now, and how far the larger eigenvalue is below its own."""
         rule = stability_rule(trainer.optimizers[self.options.optimizer_index])
         if rule.note is not None:
             warn(rule.note)
         thresholds = {"lambda_max": rule.hessian, "preconditioned_lambda_max": rule.preconditioned}
         wanted = self.options.quantities
-        return {f"{q}_threshold": edge for q, edge in thresholds.items() if q in wanted and not math.isnan(edge)}
+        edges = {q: edge for q, edge in thresholds.items() if q in wanted and not math.isnan(edge)}
+        # That of P^{-1/2}HP^{-1/2} where both are at hand: it holds for all groups.
+        rooms = {"stability_headroom": _room(edge, values[q]) for q, edge in edges.items()}
+        return {f"{q}_threshold": edge for q, edge in edges.items()} | rooms
 
     def write_pictures(self, trainer: pl.Trainer, result: Spectrum) -> None:
         """Write the density as a histogram and a picture, and the values by module."""
         if result.density is not None:
             report_density(trainer, f"{self.options.prefix}/spectral_density", result.density)
         self._write_modules(trainer, result.modules)
+
+
+def _room(edge: float, eigenvalue: float) -> float:
+    """Return threshold over eigenvalue; infinite where nothing curves up."""
+    return edge / eigenvalue if eigenvalue > 0.0 else math.nan if math.isnan(eigenvalue) else math.inf

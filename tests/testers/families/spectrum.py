@@ -25,12 +25,12 @@ def with_error(*keys: str) -> set[str]:
 
 
 KEYS: dict[str, set[str]] = {
-    "lambda_max": with_error("lambda_max") | {"lambda_max_upper", "lambda_max_threshold"},
+    "lambda_max": with_error("lambda_max") | {"lambda_max_upper", "lambda_max_threshold", "stability_headroom"},
     "lambda_min": with_error("lambda_min"),
     "hessian_trace": {"hessian_trace", "hessian_trace_stderr"},
     "spectral_density": set(),
     "gauss_newton_lambda_max": with_error("gauss_newton_lambda_max"),
-    "preconditioned_lambda_max": with_error("preconditioned_lambda_max") | {"preconditioned_lambda_max_threshold"},
+    "preconditioned_lambda_max": with_error("preconditioned_lambda_max") | {"preconditioned_lambda_max_threshold", "stability_headroom"},
     "second_moment_contraction": with_error("second_moment_contraction") | {"second_moment_excess"},
 }
 QUANTITIES = tuple(KEYS)
