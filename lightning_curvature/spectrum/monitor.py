@@ -259,9 +259,10 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         thresholds = {"lambda_max": rule.hessian, "preconditioned_lambda_max": rule.preconditioned}
         wanted = self.options.quantities
         edges = {q: edge for q, edge in thresholds.items() if q in wanted and not math.isnan(edge)}
-        # That of P^{-1/2}HP^{-1/2} where both are at hand: it holds for all groups.
-        rooms = {"stability_headroom": _room(edge, values[q]) for q, edge in edges.items()}
-        return {f"{q}_threshold": edge for q, edge in edges.items()} | rooms
+        found = {f"{q}_threshold": edge for q, edge in edges.items()}
+        for q, edge in edges.items():  # the last is that of P^{-1/2}HP^{-1/2}, which holds for all groups
+            found["stability_headroom"] = _room(edge, values[q])
+        return found
 
     def write_pictures(self, trainer: pl.Trainer, result: Spectrum) -> None:
         """Write the density as a histogram and a picture, and the values by module."""

@@ -30,7 +30,8 @@ KEYS: dict[str, set[str]] = {
     "hessian_trace": {"hessian_trace", "hessian_trace_stderr"},
     "spectral_density": set(),
     "gauss_newton_lambda_max": with_error("gauss_newton_lambda_max"),
-    "preconditioned_lambda_max": with_error("preconditioned_lambda_max") | {"preconditioned_lambda_max_threshold", "stability_headroom"},
+    "preconditioned_lambda_max": with_error("preconditioned_lambda_max")
+    | {"preconditioned_lambda_max_threshold", "stability_headroom"},
     "second_moment_contraction": with_error("second_moment_contraction") | {"second_moment_excess"},
 }
 QUANTITIES = tuple(KEYS)
