@@ -156,7 +156,7 @@ class Notes(pl.Callback):
 
 def rate(network: str, optimizer: str, data: TensorDataset) -> float:
     """Return the learning rate of a run."""
-    for lr in RATES:
+    for lr in RATES[8:] if optimizer in ("Adam", "RMSprop") else RATES:
         module = Learner(network, optimizer, lr)
         steps, losses = module.configure_optimizers(), []
         for _ in range(TRIAL_STEPS):
@@ -165,7 +165,8 @@ def rate(network: str, optimizer: str, data: TensorDataset) -> float:
             loss.backward()
             steps.step()
             losses.append(loss.item())
-        if math.isfinite(losses[-1]) and losses[-1] < 0.8 * losses[0]:
+        late = losses[-TRIAL_STEPS // 3 :]
+        if math.isfinite(late[-1]) and median(late) < 0.8 * losses[0] and max(late) < 1.2 * losses[0]:
             return lr / 2.0
     raise RuntimeError(f"no learning rate for {network}, {optimizer}")
 
