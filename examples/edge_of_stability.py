@@ -9,6 +9,7 @@ left when its labels are fitted, which takes a small network a few hundred steps
 edge. It stays longer where the labels are hard to fit, as with --label-noise 0.7.
 
     python examples/edge_of_stability.py                                       # scikit-learn's digits, on a CPU
+    python examples/edge_of_stability.py --oscillation                         # with momentum: λ_osc beside λ_max
     python examples/edge_of_stability.py --model resnet9 --dataset cifar10     # the papers' setting, on a GPU
 """
 
@@ -28,9 +29,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from models import build_network
 from plotting import Run, draw, table
+from plotting_oscillation import Shares, draw_shares, shares_table
 from torch import Tensor, nn
 
-from lightning_curvature import DirectionalCurvatureMonitor
+from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
 
 KEYS = {
     "hvp": "lambda_dir",
@@ -39,24 +41,32 @@ KEYS = {
     "gauss_newton": "lambda_gn",
     "critical": "critical_sharpness",
 }
-TITLES = {"gd": "GD", "adamw": "AdamW"}
+TITLES = {"gd": "GD", "momentum": "heavy ball 0.9", "adamw": "AdamW"}
+BOTH = ("gd", "adamw")
 NETWORKS = {"mlp": "MLP", "resnet9": "ResNet-9", "vgg11": "VGG-11"}
 DATASETS = {"digits": "digits", "cifar10": "CIFAR-10 images"}
 
 # Learning rates at which 2/η lies within reach of the curvature. Too small, and the run has fitted its data before
 # it gets there; too large, and it is there from the first step. Those of CIFAR-10 are the papers'.
 LEARNING_RATES = {
-    ("digits", "squared_error"): {"gd": [1.0], "adamw": [3e-2]},
-    ("digits", "cross_entropy"): {"gd": [0.4], "adamw": [3e-3]},
-    ("cifar10", "cross_entropy"): {"gd": [2 / 50, 2 / 100, 2 / 200], "adamw": [6e-5, 2e-4, 6e-4]},
+    ("digits", "squared_error"): {"gd": [1.0], "momentum": [1.0], "adamw": [3e-2]},
+    ("digits", "cross_entropy"): {"gd": [0.4], "momentum": [0.2], "adamw": [3e-3]},
+    ("cifar10", "cross_entropy"): {
+        "gd": [2 / 50, 2 / 100, 2 / 200],
+        "momentum": [2 / 100],
+        "adamw": [6e-5, 2e-4, 6e-4],
+    },
 }
 DEFAULT_LOSS = {"digits": "squared_error", "cifar10": "cross_entropy"}
 
 # Steps after which the picture is complete.
-MAX_STEPS = {"digits": {"gd": 1000, "adamw": 600}, "cifar10": {"gd": 2000, "adamw": 1000}}
+MAX_STEPS = {
+    "digits": {"gd": 1000, "momentum": 600, "adamw": 600},
+    "cifar10": {"gd": 2000, "momentum": 1000, "adamw": 1000},
+}
 
 # The short form: enough steps to get to the edge, fewer measurements.
-FAST_STEPS = {"gd": 600, "adamw": 300}
+FAST_STEPS = {"gd": 600, "momentum": 300, "adamw": 300}
 INTERVAL, FAST_INTERVAL = 5, 10
 
 LOSSES = {"squared_error": F.mse_loss, "cross_entropy": F.cross_entropy}
@@ -68,7 +78,7 @@ class FullBatchClassifier(pl.LightningModule):
 
     Args:
         network: module from inputs to logits.
-        optimizer: "gd" (no momentum) or "adamw" (β = (0.9, 0.999)).
+        optimizer: "gd" (no momentum), "momentum" (a heavy ball, β = 0.9) or "adamw" (β = (0.9, 0.999)).
         learning_rate: η, constant.
         loss: "squared_error" (targets are one-hot vectors) or "cross_entropy" (class indices).
     """
@@ -95,20 +105,26 @@ class FullBatchClassifier(pl.LightningModule):
         """Constant learning rate: 2/η is a horizontal line."""
         if self.optimizer_name == "gd":
             return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+        if self.optimizer_name == "momentum":
+            return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.999))
 
 
-def train(optimizer: str, learning_rate: float, data: FullBatchData, args: argparse.Namespace) -> Run:
+def train(
+    optimizer: str, learning_rate: float, data: FullBatchData, args: argparse.Namespace
+) -> tuple[Run, Shares | None]:
     """Train once, always from the same initialization, and return the curves."""
     pl.seed_everything(args.seed, verbose=False)
     max_steps = args.max_steps or (FAST_STEPS if args.fast else MAX_STEPS[args.dataset])[optimizer]
     network = build_network(args.model, input_shape=data.input_shape)
     model = FullBatchClassifier(network, optimizer=optimizer, learning_rate=learning_rate, loss=args.loss)
 
-    curves = CurveLogger()
-    callbacks: list[Callback] = [
-        DirectionalCurvatureMonitor(estimators=args.estimators, every_n_train_steps=args.every_n_train_steps)
-    ]
+    curves, every = CurveLogger(), args.every_n_train_steps
+    estimators = (*args.estimators, "oscillation") if args.oscillation else args.estimators
+    callbacks: list[Callback] = [DirectionalCurvatureMonitor(estimators=estimators, every_n_train_steps=every)]
+    if args.oscillation:
+        largest = "preconditioned_lambda_max" if optimizer == "adamw" else "lambda_max"
+        callbacks.append(HessianSpectrumMonitor(quantities=[largest], every_n_train_steps=every))
     if args.target_loss is not None:
         # Patience is no part of the rule; it must only never be the reason to stop.
         callbacks.append(EarlyStopping("train_loss", stopping_threshold=args.target_loss, patience=max_steps))
@@ -133,7 +149,11 @@ def train(optimizer: str, learning_rate: float, data: FullBatchData, args: argpa
         flush=True,
     )
     curvature = {KEYS[estimator]: curves.curve(f"curvature/{KEYS[estimator]}") for estimator in args.estimators}
-    return Run(TITLES[optimizer], learning_rate, curves.curve("train_loss"), curvature)
+    run = Run(TITLES[optimizer], learning_rate, curves.curve("train_loss"), curvature)
+    if not args.oscillation:
+        return run, None
+    keys = ("stability_headroom", "oscillation_ratio", "oscillation_cosine", "headroom")
+    return run, Shares(run, *(curves.curve(f"curvature/{key}") for key in keys))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -144,7 +164,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="The papers' setting: ResNet-9 and VGG-11 without BatchNorm on the first 5,000 images of CIFAR-10, full "
         "batch,\nGD with η = 2/50, 2/100, 2/200, AdamW with η = 6e-5, 2e-4, 6e-4, each run until --target-loss.",
     )
-    parser.add_argument("--optimizer", choices=[*TITLES, "both"], default="both")
+    parser.add_argument(
+        "--optimizer", choices=[*TITLES, "both", "all"], help="(both: GD and AdamW; all with --oscillation)"
+    )
+    parser.add_argument("--oscillation", action="store_true", help="measure λ_osc and λ_max as shares of the edge too")
     parser.add_argument(
         "--lr", type=float, nargs="+", help="η, one run each (digits: 1 for GD, 0.03 for AdamW; cifar10: the papers')"
     )
@@ -172,7 +195,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--model {args.model} reads 32×32 images: add --dataset cifar10")
     if args.fast and args.dataset != "digits":
         parser.error("--fast is a short form of the run on digits: use --max-steps")
-    if args.lr and args.optimizer == "both":
+    args.optimizer = args.optimizer or ("all" if args.oscillation else "both")
+    if args.lr and args.optimizer in ("both", "all"):
         parser.error("--lr belongs to one optimizer: add --optimizer gd or --optimizer adamw")
     if not args.lr and (args.dataset, args.loss) not in LEARNING_RATES:
         parser.error(f"--loss {args.loss} on {args.dataset} has no learning rate of its own: add --lr and --optimizer")
@@ -210,15 +234,19 @@ def main(arguments: list[str] | None = None) -> None:
     setting = f"{NETWORKS[args.model]} on {data.samples} {DATASETS[args.dataset]}{noise}"
     subject = f"{setting}, full batch, {LOSS_TITLES[args.loss]}"
     print(subject, flush=True)
-    runs = [
+    trained = [
         train(optimizer, learning_rate, data, args)
-        for optimizer in (TITLES if args.optimizer == "both" else [args.optimizer])
+        for optimizer in {"all": tuple(TITLES), "both": BOTH}.get(args.optimizer, (args.optimizer,))
         for learning_rate in args.lr or LEARNING_RATES[args.dataset, args.loss][optimizer]
     ]
 
-    picture = args.out / "edge_of_stability.png"
+    runs, picture = [run for run, _ in trained], args.out / "edge_of_stability.png"
     draw(runs, picture, subject=subject, loss_label="training loss", log_loss=args.loss == "squared_error")
-    print(f"\n{table(runs)}\n\npicture: {picture}\ntensorboard --logdir {args.out}")
+    print(f"\n{table(runs)}\n\npicture: {picture}")
+    if shares := [one for _, one in trained if one is not None]:
+        draw_shares(shares, args.out / "oscillation.png", subject=subject, log_loss=args.loss == "squared_error")
+        print(f"\n{shares_table(shares)}\n\npicture: {args.out / 'oscillation.png'}")
+    print(f"tensorboard --logdir {args.out}")
 
 
 if __name__ == "__main__":
