@@ -30,6 +30,7 @@ from lightning_curvature.functional.oscillation import (
 )
 from lightning_curvature.functional.pairs import PairStatistics, pair_statistics
 from lightning_curvature.functional.products import hessian_quadratic_form
+from lightning_curvature.functional.regime import REGIMES, EdgeRatio, catapult_alarm, edge_ratio, regime
 from lightning_curvature.functional.sharpness import (
     NoiseTerms,
     add_to_moments,
@@ -50,8 +51,10 @@ from lightning_curvature.functional.thresholds import adaptive_threshold, moment
 
 __all__ = [
     "LIKELIHOODS",
+    "REGIMES",
     "DecaySlope",
     "DivergenceStatistics",
+    "EdgeRatio",
     "ErrorModel",
     "Likelihood",
     "NoiseTerms",
@@ -60,11 +63,13 @@ __all__ = [
     "adaptive_threshold",
     "add_to_moments",
     "batch_factor",
+    "catapult_alarm",
     "choose_epsilon",
     "critical_sharpness",
     "decay_slope",
     "directional_curvature",
     "divergence_statistics",
+    "edge_ratio",
     "finite_difference_curvature",
     "finite_difference_descent",
     "finite_difference_quadratic",
@@ -88,6 +93,7 @@ __all__ = [
     "rate_bound",
     "ratio_of_means",
     "ratio_standard_error",
+    "regime",
     "relative_model_error",
     "sampled_gaussian_moment",
     "validated_sigma",

@@ -144,6 +144,23 @@ FUNCTIONAL: dict[str, Good] = {
         {"lr": NOT_NEGATIVE, "momentum": frozenset({"zero"}), "weight_decay": NOT_NEGATIVE}
         | {"dampening": frozenset({"zero", "negative"})},
     ),
+    "catapult_alarm": Good(
+        f.catapult_alarm,
+        lambda: {"loss": torch.ones(3), "cosine": -torch.ones(3), "growth": torch.ones(3)}
+        | {"steps": 2, "horizon": 2, "window": 20},
+        {"horizon": frozenset({"zero"})},
+    ),
+    "edge_ratio": Good(
+        f.edge_ratio,
+        lambda: {"full_batch": True, "lambda_osc": 19.0, "cosine": -0.95, "lambda_max": 18.0, "threshold": 20.0}
+        | {"stability_index": 0.5},
+        dict.fromkeys(("lambda_osc", "cosine", "lambda_max", "threshold", "stability_index"), ANY),
+    ),
+    "regime": Good(
+        f.regime,
+        lambda: dict.fromkeys(("loss", "edge_ratio", "sharpness", "threshold", "cosine"), torch.ones(3))
+        | {"window": 20},
+    ),
     "add_to_moments": Good(
         f.add_to_moments,
         lambda: {"moments": MOMENTS, "numerator": 1.0, "denominator": 2.0},
@@ -635,6 +652,7 @@ STEPS["ParameterUpdate.at"].function.__annotations__ = {"position": float}
 CALLS: dict[str, Good] = {**FUNCTIONAL, **NOISE, **LINALG, **OPERATORS, **METRICS, **MONITORS, **STEPS}
 # Made by the package and read by its users: results, errors, and names of types.
 NOT_CALLED = {
+    "REGIMES", "EdgeRatio",
     "DecaySlope", "DivergenceStatistics", "PairStatistics", "Likelihood", "LIKELIHOODS", "CHAIN", "CouplingTest",
     "CurvatureBasis", "DualityTerms", "PowerLaw", "SampleSpectra", "Suppressed", "Eigenpairs", "MatVec",
     "NonFiniteProductError", "SpectralDensity", "TraceEstimate", "Curvature", "LinearStatistics", "NotSeparableError",
