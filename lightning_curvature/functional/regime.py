@@ -91,13 +91,30 @@ def regime(
     return torch.tensor([tracker.update(*row) for row in rows], dtype=torch.int64)
 
 
-@checked(loss=_SERIES, cosine=_SERIES, growth=_SERIES, steps=STEPS, horizon=HORIZON, window=WINDOW)
+@checked(
+    loss=_SERIES,
+    cosine=_SERIES,
+    growth=_SERIES,
+    stability_index=_SERIES,
+    stability_index_stderr=_SERIES,
+    steps=STEPS,
+    horizon=HORIZON,
+    window=WINDOW,
+)
 def catapult_alarm(
-    loss: Tensor, cosine: Tensor, growth: Tensor, *, steps: int = 2, horizon: int = 2, window: int = 20
+    loss: Tensor,
+    *,
+    cosine: Tensor | None = None,
+    growth: Tensor | None = None,
+    stability_index: Tensor | None = None,
+    stability_index_stderr: Tensor | None = None,
+    steps: int = 2,
+    horizon: int = 2,
+    window: int = 20,
 ) -> Tensor:
-    r"""Return at which steps a catapult is announced, full batch.
+    r"""Return at which steps a catapult is announced.
 
-    With :math:`s_t` the second difference of the steps, :math:`c_t = \cos(s_t, s_{t-1})` and
+    Full batch: with :math:`s_t` the second difference of the steps, :math:`c_t = \cos(s_t, s_{t-1})` and
     :math:`\rho_t = \|s_t\| / \|s_{t-1}\|`, the alarm of step t is
 
     .. math:: c < -0.9 \text{ and } \rho > 1 \text{ in the last measured steps}, \qquad
@@ -105,13 +122,18 @@ def catapult_alarm(
 
     An oscillation of amplitude x adds ½λx² to the loss and grows by ρ a step: by the second condition the loss doubles
     within h steps. Without it, each cycle of self-stabilization at the edge of stability would give the alarm, in which
-    the oscillation grows for some steps and shrinks again. A loss that is not finite gives the alarm, too. Causal.
+    the oscillation grows for some steps and shrinks again.
+
+    Mini-batches: the stability index is above 1 by two standard errors in the last measured steps. A loss that is not
+    finite gives the alarm in any case. Causal; NaN stands for what was not measured.
 
     Args:
         loss: training loss of each step, before it is made, (steps,).
-        cosine: c_t of each step, NaN where it was not measured, (steps,).
+        cosine: c_t of each step, (steps,).
         growth: ρ_t, (steps,).
-        steps: number of measured steps in a row, at least 1, that must oscillate and grow.
+        stability_index: 1 at the edge in mean square, (steps,).
+        stability_index_stderr: its standard error, (steps,); default: 0.
+        steps: number of measured steps in a row that must oscillate and grow, or of indices above 1.
         horizon: h.
         window: number of losses before t.
 
@@ -124,12 +146,15 @@ def catapult_alarm(
     Example:
         >>> x = 1.2 ** torch.arange(12)  # grows by 1.2 a step
         >>> loss = 1.0 + 0.01 * x**2
-        >>> alarm = catapult_alarm(loss, torch.full((12,), -1.0), torch.full((12,), 1.2))
+        >>> alarm = catapult_alarm(loss, cosine=torch.full((12,), -1.0), growth=torch.full((12,), 1.2))
         >>> int(alarm.nonzero()[0]), bool(loss[-1] < 2.0)
         (11, True)
     """
     tracker = AlarmTracker(steps, horizon, window)
-    rows = zip(loss.tolist(), cosine.tolist(), growth.tolist(), strict=True)
+    if stability_index is not None and stability_index_stderr is None:
+        stability_index_stderr = torch.zeros_like(stability_index)
+    known = (loss, cosine, growth, stability_index, stability_index_stderr)
+    rows = zip(*(_listed(one, loss) for one in known), strict=True)
     return torch.tensor([tracker.update(*row) for row in rows], dtype=torch.bool)
 
 

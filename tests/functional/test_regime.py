@@ -86,7 +86,7 @@ def test_quadratics_below_their_threshold(name: str, ratio: float, expected: str
     assert set(found[8:]) <= {expected, "flat", "catapult"}
     assert found[10] == expected
     if run.loss.max() == run.loss[0]:
-        assert not catapult_alarm(run.loss, run.cosine, run.growth).any()
+        assert not catapult_alarm(run.loss, cosine=run.cosine, growth=run.growth).any()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -99,7 +99,7 @@ def test_quadratics_beyond_their_threshold(name: str) -> None:
     slow = {"catapult"} if name == "gradient descent" else set()
     assert set(found) == {"edge of stability", "diverging"} | slow
     assert set(found[20:]) == {"diverging"}
-    alarm = catapult_alarm(run.loss, run.cosine, run.growth)
+    alarm = catapult_alarm(run.loss, cosine=run.cosine, growth=run.growth)
     assert alarm[8:].all()
 
 
@@ -110,7 +110,7 @@ def test_the_alarm_of_a_quadratic_whose_learning_rate_is_raised() -> None:
     loss = 1.0 + x**2
     cosine = torch.cat([constant(0.99, 31), constant(-1.0, 59)])
     factor = torch.cat([constant(1.0, 31), constant(growth, 59)])
-    alarm = catapult_alarm(loss, cosine, factor)
+    alarm = catapult_alarm(loss, cosine=cosine, growth=factor)
     first, doubled = int(alarm.nonzero()[0]), int((loss > 2.0).nonzero()[0])
     # With h = 2 the first step at which x² > 1.4⁻⁴, which is two steps before x² > 1, or three by rounding to steps.
     assert doubled - first in (2, 3)
@@ -120,24 +120,33 @@ def test_the_alarm_of_a_quadratic_whose_learning_rate_is_raised() -> None:
 def test_the_alarm_needs_oscillation_growth_and_a_loss_that_would_double() -> None:
     loss = torch.cat([constant(1.0, 20), constant(1.5, 3)])
     cosine, growth = constant(-1.0, 23), constant(1.5, 23)
-    assert catapult_alarm(loss, cosine, growth).nonzero().flatten().tolist() == [20, 21, 22]
-    assert not catapult_alarm(loss, constant(-0.89, 23), growth).any()
-    assert not catapult_alarm(loss, cosine, constant(1.0, 23)).any()
+    assert catapult_alarm(loss, cosine=cosine, growth=growth).nonzero().flatten().tolist() == [20, 21, 22]
+    assert not catapult_alarm(loss, cosine=constant(-0.89, 23), growth=growth).any()
+    assert not catapult_alarm(loss, cosine=cosine, growth=constant(1.0, 23)).any()
     # 0.5 ρ⁴ < 1 for ρ < 2^¼ = 1.189.
-    assert not catapult_alarm(loss, cosine, constant(1.18, 23)).any()
-    assert catapult_alarm(loss, cosine, constant(1.2, 23)).any()
+    assert not catapult_alarm(loss, cosine=cosine, growth=constant(1.18, 23)).any()
+    assert catapult_alarm(loss, cosine=cosine, growth=constant(1.2, 23)).any()
     # Two measured steps in a row, or as many as asked for; steps between them that were not measured do not count.
     late = torch.cat([constant(NAN, 20), torch.tensor([1.5, NAN, 1.5], dtype=torch.float64)])
-    assert catapult_alarm(loss, cosine, late).nonzero().flatten().tolist() == [22]
-    assert catapult_alarm(loss, cosine, late, steps=1).nonzero().flatten().tolist() == [20, 22]
-    assert not catapult_alarm(loss, cosine, late, steps=3).any()
+    assert catapult_alarm(loss, cosine=cosine, growth=late).nonzero().flatten().tolist() == [22]
+    assert catapult_alarm(loss, cosine=cosine, growth=late, steps=1).nonzero().flatten().tolist() == [20, 22]
+    assert not catapult_alarm(loss, cosine=cosine, growth=late, steps=3).any()
+
+
+def test_the_alarm_of_mini_batches_needs_indices_above_one() -> None:
+    index = torch.tensor([1.3, 1.3, 0.9, NAN, 1.3, NAN, 1.1, 1.3], dtype=torch.float64)
+    loss, error = constant(1.0, 8), constant(0.1, 8)
+    assert catapult_alarm(loss, stability_index=index).nonzero().flatten().tolist() == [1, 6, 7]
+    # 1.1 is not above 1 by two standard errors.
+    found = catapult_alarm(loss, stability_index=index, stability_index_stderr=error)
+    assert found.nonzero().flatten().tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite(bad: float) -> None:
     loss = torch.cat([constant(1.0, 20), constant(bad, 2)])
     assert named(loss)[-2:] == ["diverging"] * 2
-    assert catapult_alarm(loss, constant(NAN, 22), constant(NAN, 22)).tolist() == [False] * 20 + [True] * 2
+    assert catapult_alarm(loss).tolist() == [False] * 20 + [True] * 2
 
 
 def test_regimes_by_loss_and_sharpness() -> None:
@@ -197,15 +206,14 @@ def test_causal() -> None:
         "cosine": jumps.cos(),
     }
     whole = regime(loss, **values)
-    alarm = catapult_alarm(loss, -values["cosine"].abs(), 1.0 + jumps.abs())
+    alarm = catapult_alarm(loss, cosine=-values["cosine"].abs(), growth=1.0 + jumps.abs())
     assert len(set(whole.tolist())) >= 5
     assert alarm.any()
     for length in range(1, 300, 7):
         cut = {name: one[:length] for name, one in values.items()}
         assert torch.equal(regime(loss[:length], **cut), whole[:length])
-        assert torch.equal(
-            catapult_alarm(loss[:length], -cut["cosine"].abs(), 1.0 + jumps[:length].abs()), alarm[:length]
-        )
+        found = catapult_alarm(loss[:length], cosine=-cut["cosine"].abs(), growth=1.0 + jumps[:length].abs())
+        assert torch.equal(found, alarm[:length])
 
 
 def test_a_loss_in_other_units_has_the_same_regimes() -> None:
@@ -279,4 +287,4 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"^window must be a whole number of at least 8, got 7: 20 losses tell"):
         regime(loss, window=7)
     with pytest.raises(ValueError, match=r"^steps must be a whole number of at least 1, got 0: 2 measured steps"):
-        catapult_alarm(loss, loss, loss, steps=0)
+        catapult_alarm(loss, steps=0)
