@@ -9,11 +9,13 @@ if TYPE_CHECKING:
         DirectionalCurvatureMonitor,
         HessianSpectrumMonitor,
         NoiseCovarianceMonitor,
+        RegimeMonitor,
         StabilityMonitor,
         StabilizationMonitor,
     )
     from lightning_curvature.noise.result import NoiseCurvature
     from lightning_curvature.optimizers.update import ParameterUpdate
+    from lightning_curvature.regimes.result import RegimeChange
     from lightning_curvature.reporting.loggers import CurvatureWarning
     from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
 
@@ -26,6 +28,8 @@ _HOMES = {
     "NoiseCovarianceMonitor": "noise.monitor",
     "NoiseCurvature": "noise.result",
     "ParameterUpdate": "optimizers.update",
+    "RegimeChange": "regimes.result",
+    "RegimeMonitor": "regimes.monitor",
     "SampleGrowth": "stabilization.result",
     "StabilityMonitor": "stability.monitor",
     "StabilizationMonitor": "stabilization.monitor",
@@ -40,6 +44,8 @@ __all__ = [
     "NoiseCovarianceMonitor",
     "NoiseCurvature",
     "ParameterUpdate",
+    "RegimeChange",
+    "RegimeMonitor",
     "SampleGrowth",
     "StabilityMonitor",
     "StabilizationMonitor",

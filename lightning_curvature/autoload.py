@@ -18,6 +18,7 @@ NAMES = {
     "stability": "StabilityMonitor",
     "stabilization": "StabilizationMonitor",
     "noise": "NoiseCovarianceMonitor",
+    "regimes": "RegimeMonitor",
 }
 # Monitors that need the name of a parameter.
 _OF_PARAMETER = ("noise",)
@@ -26,9 +27,9 @@ _OF_PARAMETER = ("noise",)
 def monitors() -> "list[Monitor]":
     """Return the monitors that ``LIGHTNING_CURVATURE`` names, none where it is not set or empty.
 
-    Names are separated by commas: "directional", "spectrum", "batch_sharpness", "stability", "stabilization" or
-    "noise=<parameter>". ``@n`` after a name sets ``every_n_train_steps=n``; everything else has its default. Keys of a
-    second "noise" begin with ``curvature/<parameter>/``.
+    Names are separated by commas: "directional", "spectrum", "batch_sharpness", "stability", "stabilization",
+    "regimes" or "noise=<parameter>". ``@n`` after a name sets ``every_n_train_steps=n``; everything else has its
+    default. Keys of a second "noise" begin with ``curvature/<parameter>/``.
 
     Raises:
         ValueError: for an unknown name or an invalid number.

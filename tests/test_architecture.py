@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_curvature"
 
-FAMILIES = ("directional", "spectrum", "batch_sharpness", "stability", "stabilization", "noise")
+FAMILIES = ("directional", "spectrum", "batch_sharpness", "stability", "stabilization", "noise", "regimes")
 GROUND = ("functional", "linalg", "distributed", "reporting")
 # From the roof down: a room imports from lower floors only. Rooms of the ground floor may import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (

@@ -18,6 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 # TensorBoard keeps one layout a run: it is written once for all monitors of a Trainer.
 _laid_out: "weakref.WeakSet[Logger]" = weakref.WeakSet()
 
+# What monitors have written last, finite or not, and at which step: callback_metrics do not tell new from old.
+_latest: "weakref.WeakKeyDictionary[pl.Trainer, dict[str, tuple[int, float]]]" = weakref.WeakKeyDictionary()
+
 LAYOUT_TITLE = "Curvature"
 
 
@@ -44,14 +47,22 @@ def report(trainer: pl.Trainer, values: Mapping[str, float], progress_bar: Seque
     ``callback_metrics`` keeps the last finite value of a key, since EarlyStopping ends training at a NaN, and one step
     uphill is no reason to. The loggers get the measured values.
     """
+    step = logged_step(trainer)
+    _latest.setdefault(trainer, {}).update({key: (step, value) for key, value in values.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=logged_step(trainer))
+        logger.log_metrics(dict(values), step=step)
     for key, value in values.items():
         if math.isfinite(value) or key not in trainer.callback_metrics:
             # The properties return the connector's own dicts; LearningRateMonitor relies on this too.
             tensor = torch.tensor(value, dtype=torch.float32, device=trainer.strategy.root_device)
             trainer.callback_metrics[key] = tensor
     trainer.progress_bar_metrics.update({key: values[key] for key in progress_bar if key in values})
+
+
+def written_now(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the values that monitors have written at this step, as they were measured; on every rank."""
+    step = logged_step(trainer)
+    return {key: value for key, (at, value) in _latest.get(trainer, {}).items() if at == step}
 
 
 def add_layout(trainer: pl.Trainer) -> None:

@@ -586,6 +586,9 @@ _OPTIONS: dict[str, frozenset[str]] = {
     "parameters": frozenset({"text"}),
     "by_module": frozenset({"text", "True", "a number"}),
     "seed": frozenset({"zero"}),
+    "horizon": frozenset({"zero"}),
+    "on_alarm": frozenset({"empty"}),
+    "dirpath": frozenset({"text"}),
     "optimizer_index": frozenset({"zero"}),
     "validation_draws": frozenset({"zero"}),
     "at_steps": frozenset({"empty", "a zero item", "a number"}),
@@ -617,6 +620,7 @@ MONITORS: dict[str, Good] = {
         lc.DirectionalCurvatureMonitor,
         lc.HessianSpectrumMonitor,
         lc.NoiseCovarianceMonitor,
+        lc.RegimeMonitor,
         lc.StabilityMonitor,
         lc.StabilizationMonitor,
     )
@@ -653,7 +657,7 @@ STEPS["ParameterUpdate.at"].function.__annotations__ = {"position": float}
 CALLS: dict[str, Good] = {**FUNCTIONAL, **NOISE, **LINALG, **OPERATORS, **METRICS, **MONITORS, **STEPS}
 # Made by the package and read by its users: results, errors, and names of types.
 NOT_CALLED = {
-    "REGIMES", "EdgeRatio",
+    "REGIMES", "EdgeRatio", "RegimeChange",
     "DecaySlope", "DivergenceStatistics", "PairStatistics", "Likelihood", "LIKELIHOODS", "CHAIN", "CouplingTest",
     "CurvatureBasis", "DualityTerms", "PowerLaw", "SampleSpectra", "Suppressed", "Eigenpairs", "MatVec",
     "NonFiniteProductError", "SpectralDensity", "TraceEstimate", "Curvature", "LinearStatistics", "NotSeparableError",

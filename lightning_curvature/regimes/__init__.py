@@ -1,0 +1,1 @@
+"""Regimes of training, from what the other monitors log, and what is done on an alarm."""
