@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.arguments import MANY, Rule, checked, sentence, shaped, whole
+from lightning_curvature.functional.oscillation import COSINE_LIMIT
 from lightning_curvature.functional.regime_tracker import (
-    OPPOSITE,
     REGIMES,
     AlarmTracker,
     RegimeTracker,
@@ -207,7 +207,7 @@ def edge_ratio(
     """
     if not full_batch and not math.isnan(stability_index):
         return EdgeRatio(stability_index, "stability_index", "")
-    oscillates = cosine < OPPOSITE and not math.isnan(lambda_osc)
+    oscillates = cosine < COSINE_LIMIT and not math.isnan(lambda_osc)
     if not full_batch and not oscillates:
         return _no_ratio("mini-batches leave the edge below λ_max = threshold, and no stability index was measured")
     if math.isnan(threshold) or threshold <= 0.0:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lightning_curvature.functional.oscillation import COSINE_LIMIT
+
 REGIMES: tuple[str, ...] = (
     "unknown",
     "flat",
@@ -19,8 +21,6 @@ REGIMES: tuple[str, ...] = (
 )
 UNKNOWN, FLAT, DESCENT, SHARPENING, NOISE, EDGE, CATAPULT, DIVERGING = range(len(REGIMES))
 
-# The cosine of successive second differences of the path: −1 for an oscillation of period two, −2/3 for white noise.
-OPPOSITE = -0.9
 # A loss of this many times its least one in the window is a spike; back below the second factor, the spike is over.
 DOUBLED, OVER = 2.0, 1.5
 # Beyond the first factor a spike is a divergence where the sharpness has not fallen, beyond the second in any case:
@@ -154,7 +154,7 @@ class RegimeTracker(_Kept):
         if scatter <= still and abs(change) <= still:
             return FLAT
         # Away from the edge, as far as is known: by a ratio, or by a path that does not oscillate with period two.
-        away = self.ratio < _ENTER or self.cosine > OPPOSITE
+        away = self.ratio < _ENTER or self.cosine > COSINE_LIMIT
         return NOISE if away and change <= max(_SIGNIFICANT * error, still) else UNKNOWN
 
 
@@ -193,7 +193,7 @@ class AlarmTracker(_Kept):
         if not math.isnan(index):
             self.beyond = self.beyond + 1 if index - _ERRORS * error > 1.0 else 0
         if not math.isnan(cosine) and not math.isnan(growth):
-            self.streak = self.streak + 1 if cosine < OPPOSITE and growth > 1.0 else 0
+            self.streak = self.streak + 1 if cosine < COSINE_LIMIT and growth > 1.0 else 0
             if self.streak >= self.steps and self._doubles(loss, least, growth):
                 return True
         return not math.isfinite(loss) or (not math.isnan(index) and self.beyond >= self.steps)
