@@ -166,3 +166,16 @@ def test_links_lead_somewhere() -> None:
     for page in (README, *sorted((README.parent / "docs").glob("*.md"))):
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_regimes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(blocks(README.parent / "docs" / "regimes.md")[0], scope)
+    trainer = scope["trainer"]
+    assert isinstance(trainer, pl.Trainer)
+    module = Classifier(mlp(4, 6, 3, dtype=torch.float32), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    trainer.fit(module, loader(classification(1, dtype=torch.float32)))
+    assert trainer.global_step == 10
+    assert trainer.callback_metrics["curvature/regime"] > 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["curvature-step=1.ckpt"]

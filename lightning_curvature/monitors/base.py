@@ -119,17 +119,14 @@ class Monitor(pl.Callback):
         """Check module and optimizers, and the parameters as the strategy has left them, and lay out TensorBoard."""
         check_not_quantized(type(self).__name__, pl_module)
         check_strategy(trainer, pl_module, type(self).__name__)
-        count, index = len(trainer.optimizers), self.options.optimizer_index
+        count = len(trainer.optimizers)
         if count > 1 and self.options.objective is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} needs objective= where several optimizers have losses of their own, got "
                 f"{count} optimizers: give a callable (module, batch) -> loss, and optimizer_index= for the optimizer "
                 "it belongs to."
             )
-        if count and index >= count:
-            raise MisconfigurationException(
-                f"optimizer_index must be below the number of optimizers, got {index} of {count}: count from 0."
-            )
+        self._check_optimizer_index(trainer)
         if not self._parameters(trainer):
             raise MisconfigurationException(
                 f"{type(self).__name__} must find trainable parameters in the optimizer, got none: return it from "
@@ -142,6 +139,13 @@ class Monitor(pl.Callback):
         device = trainer.strategy.root_device
         self._objective = StepObjective(pl_module, device, self.options.outputs, self.options.objective)
         add_layout(trainer)
+
+    def _check_optimizer_index(self, trainer: pl.Trainer) -> None:
+        count, index = len(trainer.optimizers), self.options.optimizer_index
+        if count and index >= count:
+            raise MisconfigurationException(
+                f"optimizer_index must be below the number of optimizers, got {index} of {count}: count from 0."
+            )
 
     def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
         """Return the parameters that the followed optimizer moves; by hand there is one optimizer, of all of them."""

@@ -41,8 +41,8 @@ class QuietCheckpoints:
     def keep(self, trainer: pl.Trainer) -> str | None:
         """Keep the newest from now on, and return its path; without one keep what was kept before."""
         if self.newest is not None:
-            self._remove(trainer, self.kept)
-            self.kept, self.newest, self.step = self.newest, None, -1
+            before, self.kept, self.newest, self.step = self.kept, self.newest, None, -1
+            self._remove(trainer, before)
         return self.kept
 
     def _remove(self, trainer: pl.Trainer, path: str | None) -> None:

@@ -146,6 +146,7 @@ class RegimeMonitor(Monitor):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the place behind the monitors that it listens to."""
+        self._check_optimizer_index(trainer)
         self._begin()
         if not self._resumes:
             self._start_afresh()

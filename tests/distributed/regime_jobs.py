@@ -45,7 +45,8 @@ def run(rank: int, world_size: int, watched: bool, actions: tuple[str, ...] = ()
     module = Uneven(sgd(0.95))
     spy._forwards = 0
     trainer.fit(module, steps(COUNT))
-    return Outcome(capture.rows, spy.collectives, [], spy.metrics, state_of(module, trainer), trainer.global_step)
+    losses = [{"loss": loss} for one in follow for loss in one._history.losses]
+    return Outcome(capture.rows, spy.collectives, [], losses, state_of(module, trainer), trainer.global_step)
 
 
 def lowered(rank: int = 0, world_size: int = 1) -> Outcome:

@@ -30,6 +30,9 @@ def test_regimes_and_alarms_are_those_of_one_process(results: Results, name: str
     first, second = results[name]
     assert [row["train_loss"] for row in first.rows.values()] == [row["train_loss"] for row in second.rows.values()]
     assert str(own(first)) == str(own(second)) == str(own(alone))
+    # The mean over the ranks, to the rounding of one sum; regimes alone would not tell it from the sum.
+    means = [[row["loss"] for row in outcome.metrics] for outcome in (first, second, alone)]
+    assert means[0] == means[1] == pytest.approx(means[2], rel=1e-15)
     if name != "watched":
         assert any(row["curvature/regime_alarm"] for row in own(alone).values())
     assert first.global_step == second.global_step == alone.global_step

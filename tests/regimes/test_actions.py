@@ -130,17 +130,34 @@ def test_quiet_again_after_an_alarm(tmp_path: Path) -> None:
     assert [one.name for one in (tmp_path / "quiet").iterdir()] == ["curvature-step=51.ckpt"]
 
 
-def test_a_loss_that_is_not_finite_is_an_alarm() -> None:
+def test_a_second_alarm_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    follow = monitor(
+        on_alarm=("lower_lr", "checkpoint"), dirpath=str(tmp_path), lr_factor=0.8, checkpoint_every_n_steps=5
+    )
+    _, found, _ = run(follow, Raise(90, 1.3), count=160)
+    first, second, *later = alarms(found)
+    assert first < 90 < second
+    assert not later
+    steps = sorted(int(one.name.split("=")[1].split(".")[0]) for one in tmp_path.iterdir())
+    kept, newest = steps
+    assert first + 20 <= kept <= second < newest
+    assert follow.result.last_good.endswith(f"={kept}.ckpt")
+
+
+@pytest.mark.parametrize(("every", "step"), [(1, 12), (10, 20)])
+def test_a_loss_that_is_not_finite_is_an_alarm(every: int, step: int) -> None:
+    """Also where the step itself is not judged."""
+
     class Broken(Quadratic):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
-            return loss * math.nan if batch_idx == 12 else loss
+            return loss + math.nan if batch_idx == 12 else loss  # the gradient is as before
 
-    follow = monitor(on_alarm=("stop",))
+    follow = monitor(on_alarm=("stop",), every_n_train_steps=every)
     trainer, found = fit(follow, module=Broken(sgd(0.5)), count=30)
-    assert alarms(found) == [12]
-    assert follow.result.name == "diverging"
-    assert trainer.global_step == 13
+    assert alarms(found) == [step]
+    assert (follow.result.name == "diverging") == (every == 1)
+    assert trainer.global_step == step + 1
 
 
 def test_a_run_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
@@ -164,3 +181,5 @@ def test_a_run_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert again == judged
     assert str(vars(third._history)) == str(vars(follow._history))  # with NaN
     assert follow._history.alarms
+    assert third._tracker.state_dict() == follow._tracker.state_dict()
+    assert third._alarms.state_dict() == follow._alarms.state_dict()

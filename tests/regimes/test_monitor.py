@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -253,3 +254,9 @@ def test_bad_arguments(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}") as caught:
         RegimeMonitor(**options)
     assert str(caught.value).endswith(".")
+
+
+def test_an_optimizer_that_is_not_there() -> None:
+    sentence = "optimizer_index must be below the number of optimizers, got 1 of 1: count from 0"
+    with pytest.raises(MisconfigurationException, match=sentence):
+        fit(monitor(optimizer_index=1, on_error="warn"))
