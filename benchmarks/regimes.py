@@ -8,262 +8,24 @@ Replaces what follows the heading "Measured" of the page. ``--seeds 0 9`` gives 
 from __future__ import annotations
 
 import argparse
-import bisect
 import itertools
 import math
 import platform
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.func import functional_call
+from regimes_runs import AFTER, SETTINGS, STEPS, Series, known_regimes, quadratic, train
 
-from lightning_curvature.functional import (
-    REGIMES,
-    adaptive_threshold,
-    catapult_alarm,
-    momentum_threshold,
-    oscillation_cosine,
-    regime,
-)
+from lightning_curvature.functional import REGIMES
 
-SAMPLES, STEPS, AFTER, EVERY = 300, 600, 100, 10
 FACTORS = (1.3, 1.5, 2.0, 3.0)
-NAN = math.nan
 TIMES = {"within 2 steps": 2, "within 3 to 5": 5, "later, or never": AFTER}
 HEADING = "## Measured"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A network on digits under full-batch training."""
-
-    name: str
-    optimizer: str
-    lr: float
-    width: int = 16
-    depth: int = 1
-    activation: Callable[[], nn.Module] = nn.Tanh
-    tuned: bool = True
-
-
-SETTINGS = (
-    Setting("GD, tanh", "gd", 0.3),
-    Setting("GD, two layers of GELU", "gd", 0.15, 24, 2, nn.GELU),
-    Setting("heavy ball, tanh", "heavy ball", 0.16),
-    Setting("Adam, tanh", "adam", 0.01),
-    Setting("Adam, two layers of GELU", "adam", 0.005, 24, 2, nn.GELU),
-    # None of these was looked at while limits were chosen.
-    Setting("GD, ReLU", "gd", 0.2, 32, 1, nn.ReLU, tuned=False),
-    Setting("heavy ball, two layers of SiLU", "heavy ball", 0.2, 24, 2, nn.SiLU, tuned=False),
-    Setting("Adam, ReLU", "adam", 0.008, 32, 1, nn.ReLU, tuned=False),
-)
-
-
-@dataclass
-class Series:
-    """What is logged of a run, one row a step."""
-
-    loss: list[float] = field(default_factory=list)
-    sharpness: list[float] = field(default_factory=list)
-    ratio: list[float] = field(default_factory=list)
-    cosine: list[float] = field(default_factory=list)
-    growth: list[float] = field(default_factory=list)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a column."""
-        return torch.tensor(getattr(self, name), dtype=torch.float64)
-
-    def regimes(self) -> list[str]:
-        """Return the regime of each step."""
-        known = {"edge_ratio": self.tensor("ratio"), "sharpness": self.tensor("sharpness")}
-        return [REGIMES[int(i)] for i in regime(self.tensor("loss"), cosine=self.tensor("cosine"), **known)]
-
-    def alarms(self, rule: str = "default") -> list[bool]:
-        """Return the alarm of each step; by "three steps": cosine below −0.9 and growth above 1 in three steps."""
-        cosine, growth = self.tensor("cosine"), self.tensor("growth")
-        if rule == "default":
-            return catapult_alarm(self.tensor("loss"), cosine=cosine, growth=growth).tolist()
-        holds = ((cosine < -0.9) & (growth > 1.0)).tolist()
-        return [i >= 2 and all(holds[i - 2 : i + 1]) for i in range(len(holds))]
-
-    def doubles(self, step: int) -> bool:
-        """Whether the loss is twice the least of the twenty before, or not finite."""
-        return not self.loss[step] < 2.0 * min(self.loss[max(0, step - 20) : step], default=math.inf)
-
-
-def train(setting: Setting, seed: int, steps: int, at: int = -1, factor: float = 1.0) -> Series:
-    """Train in float64, and raise the learning rate before step ``at``."""
-    digits, generator = load_digits(), torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(digits.data), generator=generator)[:SAMPLES]
-    x = torch.tensor(digits.data)[chosen] / 16.0
-    y = F.one_hot(torch.tensor(digits.target)[chosen], 10).double()
-    torch.manual_seed(seed)
-    sizes = [64, *[setting.width] * setting.depth]
-    layers = [one for pair in itertools.pairwise(sizes) for one in (nn.Linear(*pair), setting.activation())]
-    net = nn.Sequential(*layers, nn.Linear(setting.width, 10)).double()
-    parameters = list(net.parameters())
-    names = [name for name, _ in net.named_parameters()]
-
-    def loss_at(flat: Tensor) -> Tensor:
-        parts = flat.split([p.numel() for p in parameters])
-        own = {name: part.view_as(p) for name, part, p in zip(names, parts, parameters, strict=True)}
-        return 0.5 * (functional_call(net, own, (x,)) - y).square().sum(1).mean()
-
-    theta = nn.utils.parameters_to_vector(parameters).detach().requires_grad_()
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.Adam([theta], lr=setting.lr)
-        if setting.optimizer == "adam"
-        else torch.optim.SGD([theta], lr=setting.lr, momentum=0.9 * (setting.optimizer == "heavy ball"))
-    )
-    found, follow = Series(), Oscillation()
-    vector = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
-    for step in range(steps):
-        group = optimizer.param_groups[0]
-        group["lr"] *= factor if step == at else 1.0
-        diagonal = _preconditioner(optimizer, theta)
-        loss = loss_at(theta)
-        found.loss.append(loss.item())
-        sharpness = NAN
-        if step % EVERY == 0 and diagonal is not None and math.isfinite(loss.item()):
-            sharpness, vector = _lambda_max(loss_at, theta, diagonal, vector)
-        found.sharpness.append(sharpness)
-        found.ratio.append(sharpness / _threshold(group))
-        optimizer.zero_grad()
-        loss.backward()
-        before = theta.detach().clone()
-        optimizer.step()
-        cosine, growth = follow.add(before - theta.detach(), diagonal)
-        found.cosine.append(cosine)
-        found.growth.append(growth)
-        if not found.loss[-1] < 1e8:
-            break
-    return found
-
-
-class Oscillation:
-    """Cosine and growth of second differences of steps."""
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def add(self, step: Tensor, diagonal: Tensor | None) -> tuple[float, float]:
-        """Add d_t; return the cosine and the growth, NaN before the fourth step."""
-        self.steps = [*self.steps[-3:], step]
-        if len(self.steps) < 4 or diagonal is None:
-            return NAN, NAN
-        a, b, c, d = self.steps
-        now, last = d - 2.0 * c + b, c - 2.0 * b + a
-        product, square, square_before = (
-            (p * diagonal * q).sum().item() for p, q in ((now, last), (now, now), (last, last))
-        )
-        growth = math.sqrt(square / square_before) if square_before else NAN
-        return oscillation_cosine(product, square, square_before), growth
-
-
-def _preconditioner(optimizer: torch.optim.Optimizer, theta: Tensor) -> Tensor | None:
-    """Return the diagonal of the last step; None before the first step of Adam."""
-    if isinstance(optimizer, torch.optim.SGD):
-        return torch.ones_like(theta)
-    state, group = optimizer.state[theta], optimizer.param_groups[0]
-    if not state:
-        return None
-    return (state["exp_avg_sq"] / (1.0 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
-
-
-def _threshold(group: dict[str, Any]) -> float:
-    if "betas" in group:
-        return adaptive_threshold(group["lr"], group["betas"][0])
-    return momentum_threshold(group["lr"], group["momentum"])
-
-
-def _lambda_max(
-    loss_at: Callable[[Tensor], Tensor], theta: Tensor, diagonal: Tensor, vector: Tensor
-) -> tuple[float, Tensor]:
-    """Return λ_max(P^{-1/2}HP^{-1/2}) and its vector, by ten power iterations from the last vector, shifted."""
-    (gradient,) = torch.autograd.grad(loss_at(theta), theta, create_graph=True)
-    root, value = diagonal.rsqrt(), 0.0
-    for _ in range(10):
-        vector = vector / vector.norm()
-        (product,) = torch.autograd.grad(gradient, theta, root * vector, retain_graph=True)
-        product = root * product
-        value = float(vector @ product)
-        vector = product + 0.3 * abs(value) * vector
-    return value, vector
-
-
-def quadratic(seed: int, kind: str) -> tuple[Series, list[str | None]]:
-    """Steps of gradient descent on a quadratic of twenty dimensions, with or without noise, and their regimes."""
-    g = torch.Generator().manual_seed(seed)
-    a = torch.rand(20, generator=g, dtype=torch.float64) + 0.01
-    a /= a.max()
-    low, high = {"noise": (0.2, 0.8), "stable": (0.1, 0.85), "unstable": (1.02, 1.5)}[kind]
-    ratio = low + (high - low) * torch.rand((), generator=g, dtype=torch.float64).item()
-    x = torch.randn(20, generator=g, dtype=torch.float64)
-    found, follow, truth = Series(), Oscillation(), list[str | None]()
-    for step in range(300):
-        excess = 0.5 * (a * x * x).sum().item()
-        noise = torch.randn(20, generator=g, dtype=torch.float64) * (kind == "noise")
-        d = 2.0 * ratio * (a * x + 0.3 * noise)
-        x = x - d
-        cosine, growth = follow.add(d, torch.ones_like(d))
-        row = (1.0 + excess, 1.0, ratio, cosine, growth)
-        for name, value in zip(("loss", "sharpness", "ratio", "cosine", "growth"), row, strict=True):
-            getattr(found, name).append(value if step % EVERY == 0 or name not in ("sharpness", "ratio") else NAN)
-        if kind == "noise":
-            truth.append("noise-driven oscillation" if step >= 100 else None)
-        elif kind == "stable":
-            # Within a window of twenty the loss still falls by more than 1 %, or by less than 0.01 %.
-            truth.append("descent" if excess > 1e-2 else "flat" if max(found.loss[-20:]) < 1.0 + 1e-4 else None)
-        else:
-            truth.append("diverging" if found.loss[-1] > 10.0 * min(found.loss) else "edge of stability")
-    return found, [None] * 20 + truth[20:]
-
-
-def known_regimes(run: Series) -> list[str | None]:
-    """Return the regimes of a run of a network, from all its steps, those that come later too; None at transitions."""
-    loss, count = run.loss, len(run.loss)
-    measured = [step for step in range(count) if not math.isnan(run.ratio[step])]
-
-    def around(column: list[float], step: int) -> list[float]:
-        place = bisect.bisect(measured, step)
-        return [column[one] for one in measured[max(0, place - 3) : place + 2]]
-
-    truth: list[str | None] = []
-    for step in range(count):
-        ratios, values = around(run.ratio, step), around(run.sharpness, step)
-        if step < 30 or len(values) < 5:
-            truth.append(None)
-        elif median(ratios) >= 0.97:
-            truth.append("edge of stability")
-        elif median(ratios) <= 0.9 and max(ratios) < 0.95:
-            rises = values[-1] > 1.01 * values[0] and values == sorted(values)
-            falls = values[-1] < values[0] and loss[min(step + 10, count - 1)] < loss[max(0, step - 10)]
-            truth.append("progressive sharpening" if rises else "descent" if falls else None)
-        else:
-            truth.append(None)
-    step = 30
-    while step < count:
-        if not run.doubles(step):
-            step += 1
-            continue
-        base = min(loss[step - 20 : step])
-        end = next((later for later in range(step, count) if loss[later] < 1.5 * base), count)
-        lost = end == count and (len(loss) < STEPS and not loss[-1] < 1e8)
-        if end < count or lost:  # of the others nobody knows how they end
-            truth[step:end] = ["diverging" if lost else "catapult"] * (end - step)
-        else:
-            truth[step:end] = [None] * (end - step)
-        step = end
-    return truth
 
 
 @dataclass
@@ -312,19 +74,28 @@ class Detection:
         return f"{announced} | {early} | {false} | {needless} |"
 
 
+def peak(run: Series, at: int) -> float:
+    """Return how large the loss gets after an intervention, in units of the least before; infinite if it is lost."""
+    largest = max(loss if math.isfinite(loss) else math.inf for loss in run.loss[at:])
+    return largest / min(run.loss[at - 20 : at]) if largest < 1e8 else math.inf
+
+
 def lines(seeds: Sequence[int], tuned_only: bool) -> Iterator[str]:
     """Yield the lines of the page."""
     confusion: Counter[tuple[str, str]] = Counter()
     by_setting: dict[str, Detection] = {}
     by_factor: dict[str, Detection] = {}
     by_time = {name: Detection() for name in TIMES}
+    peaks: list[tuple[float, float]] = []
+    rises: list[float] = []
+    at_edge = 0
     by_rule: dict[str, Detection] = {"default": Detection(), "three steps": Detection()}
     for (place, setting), seed in itertools.product(enumerate(SETTINGS), seeds):
         if tuned_only and not setting.tuned:
             continue
         rng = random.Random(1000 * place + seed)
         factor, at = rng.choice(FACTORS), rng.randrange(150, 450)
-        quiet, raised = train(setting, seed, STEPS), train(setting, seed, at + AFTER, at, factor)
+        quiet, raised = train(setting, seed, STEPS), train(setting, seed, at + AFTER, {at: factor})
         for run in (quiet, raised):
             confusion.update((t, f) for t, f in zip(known_regimes(run), run.regimes(), strict=True) if t is not None)
         by_setting.setdefault(setting.name, Detection()).add(quiet, raised, at, "default")
@@ -332,6 +103,14 @@ def lines(seeds: Sequence[int], tuned_only: bool) -> Iterator[str]:
         until = next((step - at for step in range(at, len(raised.loss)) if raised.doubles(step)), AFTER)
         time = next(name for name, most in TIMES.items() if until <= most)
         by_time[time].add(quiet, raised, at, "default")
+        alarm = next((step for step in range(at, at + until) if raised.alarms()[step]), None)
+        if alarm is not None and until < AFTER:
+            lowered = train(setting, seed, at + AFTER, {at: factor, alarm + 1: 0.5})
+            peaks.append((peak(raised, at), peak(lowered, at)))
+        if not any(map(quiet.doubles, range(30, STEPS))):
+            at_edge += any(ratio > 0.95 for ratio in quiet.ratio[30:])
+            if any(quiet.alarms()[30:]):
+                rises.append(max(quiet.loss[i] / min(quiet.loss[i - 20 : i]) for i in range(30, STEPS)))
         for rule, detection in by_rule.items():
             detection.add(quiet, raised, at, rule)
     for seed, kind in itertools.product(seeds, ("stable", "noise", "unstable")):
@@ -349,7 +128,21 @@ def lines(seeds: Sequence[int], tuned_only: bool) -> Iterator[str]:
         for name, detection in table.items():
             yield f"| {name} | {detection.row()}"
         yield ""
-    yield from ("### Regimes", "", f"| known, of steps | {' | '.join(REGIMES)} |", "|---" * (len(REGIMES) + 1) + "|")
+    plain, halved = ([pair[i] for pair in peaks] for i in (0, 1))
+    lower, higher = sum(b < a for a, b in peaks), sum(b > a for a, b in peaks)
+    lost, lost_plain = (sum(map(math.isinf, one)) for one in (halved, plain))
+    yield f"* Learning rate halved at the alarm, {len(peaks)} interventions: in the median the loss rises to"
+    yield f"  {median(halved):.3g} times the one before, otherwise to {median(plain):.3g}; {lost} runs are lost,"
+    yield f"  otherwise {lost_plain}; the peak is lower in {lower}, higher in {higher}."
+    yield f"* Of the quiet runs {at_edge} reach the edge of stability. In those with a false alarm, the loss rises at"
+    yield f"  most to {', '.join(f'{one:.2f}' for one in sorted(rises))} times the least one of twenty steps."
+    yield from (
+        "",
+        "### Regimes",
+        "",
+        f"| known, of steps | {' | '.join(REGIMES)} |",
+        "|---" * (len(REGIMES) + 1) + "|",
+    )
     for truth in REGIMES:
         total = sum(confusion[truth, found] for found in REGIMES)
         if total:
