@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -40,7 +41,7 @@ class RegimeMonitor(Monitor):
     or for mini-batches the stability index. Other steps keep their loss on the device. A judged step takes one
     synchronization, and one all-reduce of the losses where there are several ranks, which so judge and act alike.
 
-    Actions on an alarm, in this order, on all ranks:
+    Actions on an alarm, on all ranks:
 
     * "warn".
     * "checkpoint": quiet steps are saved to ``dirpath``, each file in place of the one before it; the last one from
@@ -207,52 +208,55 @@ class RegimeMonitor(Monitor):
             heard.stability_index_stderr,
         )
         alarm = fired and step - self._last_alarm >= self.options.rearm_after
-        last_good = self._checkpoints.keep(trainer) if alarm else self._checkpoints.last_good
-        self.result = RegimeResult(regime, edge, alarm, last_good)
-        self._history.add(step, loss, self.result)
-        self._write(trainer, self.result.values())
-        if regime != self._regime:
-            change = RegimeChange(step, REGIMES[self._regime], REGIMES[regime], edge)
-            self._regime = regime
-            self._tell(trainer, change)
+        change = RegimeChange(step, REGIMES[self._regime], REGIMES[regime], edge) if regime != self._regime else None
+        self._regime, self._last_alarm = regime, step if alarm else self._last_alarm
         if alarm:
-            self._last_alarm = step
-            self._act(trainer, step)
+            self._checkpoints.keep(trainer)
+        self.result = RegimeResult(regime, edge, alarm, self._checkpoints.last_good)
+        self._history.add(step, loss, self.result)
+        # First what all ranks must do alike; then what may fail on one of them, its loggers or the user's function.
+        if alarm:
+            self._act(trainer)
         quiet = not fired and not self._alarms.streak and regime < CATAPULT
         if "checkpoint" in self.options.on_alarm and quiet and step - self._last_alarm >= self.options.rearm_after:
             self._checkpoints.save_when_due(trainer)
+            self.result = replace(self.result, last_good=self._checkpoints.last_good)
+        self._tell(trainer, self.result, change)
 
     def _full_batch(self, trainer: pl.Trainer) -> bool:
         if self.options.batches == "auto":
             return trainer.num_training_batches <= trainer.accumulate_grad_batches
         return self.options.batches == "full"
 
-    def _tell(self, trainer: pl.Trainer, change: RegimeChange) -> None:
-        """Write a change of the regime as a text, and hand it on."""
-        if trainer.is_global_zero:
-            for logger in tensorboards(trainer):
-                logger.experiment.add_text(f"{self.options.prefix}/regime", str(change), change.step)
-        if self.options.on_change is not None:
-            self.options.on_change(change)
-
-    def _act(self, trainer: pl.Trainer, step: int) -> None:
-        """Do what is asked for on an alarm; on all ranks."""
-        options, result = self.options, self.result
-        assert result is not None
-        if "warn" in options.on_alarm:
-            kept = f" Last good checkpoint: {result.last_good}." if result.last_good else ""
-            warn(
-                f"RegimeMonitor gives an alarm at step {step}: the loss is about to double or not finite, or the "
-                f"stability index is above 1; edge ratio {result.edge.value:.3g}.{kept}"
-            )
+    def _act(self, trainer: pl.Trainer) -> None:
+        """Change the run as it is asked for on an alarm."""
+        options = self.options
         if "lower_lr" in options.on_alarm:
             optimizer = trainer.optimizers[options.optimizer_index]
+            bare = getattr(optimizer, "optimizer", optimizer)
             configured = [config.scheduler for config in trainer.lr_scheduler_configs]
-            schedulers = [one for one in configured if one.optimizer is getattr(optimizer, "optimizer", optimizer)]
+            schedulers = [one for one in configured if getattr(one, "optimizer", bare) is bare]
             lower_learning_rate(optimizer, schedulers, options.lr_factor)
         if "stop" in options.on_alarm:
             trainer.should_stop = True
-        report_history(trainer, f"{options.prefix}/regime_picture", self._history)
+
+    def _tell(self, trainer: pl.Trainer, result: RegimeResult, change: RegimeChange | None) -> None:
+        """Write the values of a step, say what has changed, and warn of an alarm."""
+        options = self.options
+        self._write(trainer, result.values())
+        if change is not None and trainer.is_global_zero:
+            for logger in tensorboards(trainer):
+                logger.experiment.add_text(f"{options.prefix}/regime", str(change), change.step)
+        if result.alarm:
+            report_history(trainer, f"{options.prefix}/regime_picture", self._history)
+            if "warn" in options.on_alarm:
+                kept = f" Last good checkpoint: {result.last_good}." if result.last_good else ""
+                warn(
+                    f"RegimeMonitor gives an alarm at step {self._last_alarm}: the loss is about to double or not "
+                    f"finite, or the stability index is above 1; edge ratio {result.edge.value:.3g}.{kept}"
+                )
+        if change is not None and options.on_change is not None:
+            options.on_change(change)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the picture, and say where no alarm could be given."""

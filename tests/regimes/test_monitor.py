@@ -231,7 +231,10 @@ def test_an_error_in_on_change_ends_nothing() -> None:
     def change(one: RegimeChange) -> None:
         raise ZeroDivisionError("of the user")
 
-    said = warned(lambda: fit(monitor(on_change=change, on_error="warn"), Oscillation(), ratio=0.98))
+    follow = monitor(on_change=change, on_error="warn")
+    said = warned(lambda: fit(follow, Oscillation(), ratio=0.98))
+    # Said once, and the steps are judged all the same.
+    assert follow.result.name == "edge of stability"
     assert said[0] == "RegimeMonitor logs NaN: ZeroDivisionError: of the user"
     with pytest.raises(ZeroDivisionError):
         fit(monitor(on_change=change), Oscillation(), ratio=0.98)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
+from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor, StabilityMonitor
 from lightning_curvature.functional import REGIMES
 from tests.helpers.digits import digits
 from tests.helpers.regimes import Oscillation, Raise, fit, monitor
-from tests.helpers.runs import Capture, Classifier, loader, make_trainer, mlp, rows
+from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, mlp, rows
 
 AT = 20
 
@@ -73,3 +74,17 @@ def test_an_index_of_mini_batches() -> None:
     assert follow.result.edge.source == "stability_index"
     assert trainer.global_step == AT + 2
     assert found[AT + 1]["regime_alarm"] == 1.0
+
+
+def test_the_index_of_the_package() -> None:
+    """SGD far below the edge; the index needs eight measured steps."""
+    capture, follow = Capture(), monitor(batches="auto")
+    stability = StabilityMonitor(every_n_train_steps=1, decay=0.5, on_error="raise")
+    module = Classifier(mlp(4, 6, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.01))
+    make_trainer(follow, stability, logger=capture, max_epochs=10).fit(module, loader(classification(4)))
+    found = rows(capture)
+    compared = [(row["edge_ratio"], row["stability_index"]) for row in found.values() if "stability_index" in row]
+    assert sum(not math.isnan(index) for _, index in compared) > 20
+    assert all(ratio == index or math.isnan(index) for ratio, index in compared)
+    assert follow.result.edge.source == "stability_index"
+    assert not any(row["regime_alarm"] for row in found.values())
