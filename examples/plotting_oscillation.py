@@ -8,8 +8,8 @@ import numpy as np
 from curves import Curve
 from plotting import Run, share_steps, tidy
 
-from lightning_curvature.functional.oscillation import COSINE_LIMIT
-
+# Above this the path does not flip at each step.
+COSINE_LIMIT = -0.9
 # A share at which an indicator counts as saying that the run is at the edge.
 AT_EDGE = 0.9
 

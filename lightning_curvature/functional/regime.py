@@ -95,8 +95,6 @@ def regime(
     loss=_SERIES,
     cosine=_SERIES,
     growth=_SERIES,
-    stability_index=_SERIES,
-    stability_index_stderr=_SERIES,
     steps=STEPS,
     horizon=HORIZON,
     window=WINDOW,
@@ -106,8 +104,6 @@ def catapult_alarm(
     *,
     cosine: Tensor | None = None,
     growth: Tensor | None = None,
-    stability_index: Tensor | None = None,
-    stability_index_stderr: Tensor | None = None,
     steps: int = 2,
     horizon: int = 2,
     window: int = 20,
@@ -124,16 +120,14 @@ def catapult_alarm(
     within h steps. Without it, each cycle of self-stabilization at the edge of stability would give the alarm, in which
     the oscillation grows for some steps and shrinks again.
 
-    Mini-batches: the stability index is above 1 by two standard errors in the last measured steps. A loss that is not
-    finite gives the alarm in any case. Causal; NaN stands for what was not measured.
+    A loss that is not finite gives the alarm in any case. Of mini-batches it is the only one: their path does not flip,
+    and the stability index does not tell a catapult (docs/edge.md). Causal; NaN stands for what was not measured.
 
     Args:
         loss: training loss of each step, before it is made, (steps,).
         cosine: c_t of each step, (steps,).
         growth: ρ_t, (steps,).
-        stability_index: 1 at the edge in mean square, (steps,).
-        stability_index_stderr: its standard error, (steps,); default: 0.
-        steps: number of measured steps in a row that must oscillate and grow, or of indices above 1.
+        steps: number of measured steps in a row that must oscillate and grow.
         horizon: h.
         window: number of losses before t.
 
@@ -151,10 +145,7 @@ def catapult_alarm(
         (11, True)
     """
     tracker = AlarmTracker(steps, horizon, window)
-    if stability_index is not None and stability_index_stderr is None:
-        stability_index_stderr = torch.zeros_like(stability_index)
-    known = (loss, cosine, growth, stability_index, stability_index_stderr)
-    rows = zip(*(_listed(one, loss) for one in known), strict=True)
+    rows = zip(*(_listed(one, loss) for one in (loss, cosine, growth)), strict=True)
     return torch.tensor([tracker.update(*row) for row in rows], dtype=torch.bool)
 
 

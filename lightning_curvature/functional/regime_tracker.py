@@ -39,8 +39,6 @@ _FALLEN = 0.98
 _STILL = 1e-3
 # Fewer losses have no trend, and one within three standard errors of zero is none.
 _FEWEST, _SIGNIFICANT = 8, 3.0
-# A stability index is above 1 where it is by so many standard errors.
-_ERRORS = 2.0
 # The median distance from the median, times this, is the standard deviation of normal numbers.
 _NORMAL = 1.4826
 # A level to which the loss has jumped counts as a level of its own after so many windows, the last without a rise.
@@ -166,7 +164,6 @@ class AlarmTracker(_Kept):
         steps, horizon, window: arguments of that function.
         losses: those before the step.
         streak: measured steps in a row that oscillate and grow.
-        beyond: measured stability indices in a row that are above 1.
     """
 
     steps: int = 2
@@ -174,29 +171,19 @@ class AlarmTracker(_Kept):
     window: int = 20
     losses: deque[float] = field(default_factory=deque)
     streak: int = 0
-    beyond: int = 0
 
     def __post_init__(self) -> None:
         self.losses = deque(self.losses, self.window)
 
-    def update(
-        self,
-        loss: float,
-        cosine: float = math.nan,
-        growth: float = math.nan,
-        index: float = math.nan,
-        error: float = math.nan,
-    ) -> bool:
+    def update(self, loss: float, cosine: float = math.nan, growth: float = math.nan) -> bool:
         """Return whether a step gives the alarm; NaN stands for what was not measured at it."""
         least = min(self.losses, default=math.inf)
         self.losses.append(loss)
-        if not math.isnan(index):
-            self.beyond = self.beyond + 1 if index - _ERRORS * error > 1.0 else 0
         if not math.isnan(cosine) and not math.isnan(growth):
             self.streak = self.streak + 1 if cosine < COSINE_LIMIT and growth > 1.0 else 0
             if self.streak >= self.steps and self._doubles(loss, least, growth):
                 return True
-        return not math.isfinite(loss) or (not math.isnan(index) and self.beyond >= self.steps)
+        return not math.isfinite(loss)
 
     def _doubles(self, loss: float, least: float, growth: float) -> bool:
         """Whether what the loss has risen by doubles the least one within the horizon, growing as the oscillation."""

@@ -25,7 +25,6 @@ class Heard:
     oscillation_cosine: float = math.nan
     oscillation_growth: float = math.nan
     stability_index: float = math.nan
-    stability_index_stderr: float = math.nan
 
     @classmethod
     def now(cls, trainer: pl.Trainer, prefix: str) -> "Heard | None":

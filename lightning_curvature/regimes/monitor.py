@@ -38,8 +38,9 @@ class RegimeMonitor(Monitor):
 
     A step is judged where it is due, and where something was heard. An alarm needs the cosine and growth of the
     oscillation at every step, from ``DirectionalCurvatureMonitor(estimators=("oscillation",), every_n_train_steps=1)``,
-    or for mini-batches the stability index. Other steps keep their loss on the device. A judged step takes one
-    synchronization, and one all-reduce of the losses where there are several ranks, which so judge and act alike.
+    which full batches have; of mini-batches a loss that is not finite is the only alarm. Other steps keep their loss on
+    the device. A judged step takes one synchronization, and one all-reduce of the losses where there are several ranks,
+    which so judge and act alike.
 
     Actions on an alarm, on all ranks:
 
@@ -198,15 +199,9 @@ class RegimeMonitor(Monitor):
                 fired |= self._alarms.update(one)
         rule = stability_rule(trainer.optimizers[self.options.optimizer_index])
         edge, sharpness = self._meter.edge(heard, rule, self._full_batch(trainer))
-        self._heard_instability |= not (math.isnan(heard.oscillation_growth) and math.isnan(heard.stability_index))
+        self._heard_instability |= not math.isnan(heard.oscillation_growth)
         regime = self._tracker.update(loss, edge.value, sharpness, heard.oscillation_cosine)
-        fired |= self._alarms.update(
-            loss,
-            heard.oscillation_cosine,
-            heard.oscillation_growth,
-            heard.stability_index,
-            heard.stability_index_stderr,
-        )
+        fired |= self._alarms.update(loss, heard.oscillation_cosine, heard.oscillation_growth)
         alarm = fired and step - self._last_alarm >= self.options.rearm_after
         change = RegimeChange(step, REGIMES[self._regime], REGIMES[regime], edge) if regime != self._regime else None
         self._regime, self._last_alarm = regime, step if alarm else self._last_alarm
@@ -252,8 +247,8 @@ class RegimeMonitor(Monitor):
             if "warn" in options.on_alarm:
                 kept = f" Last good checkpoint: {result.last_good}." if result.last_good else ""
                 warn(
-                    f"RegimeMonitor gives an alarm at step {self._last_alarm}: the loss is about to double or not "
-                    f"finite, or the stability index is above 1; edge ratio {result.edge.value:.3g}.{kept}"
+                    f"RegimeMonitor gives an alarm at step {self._last_alarm}: the loss is about to double, or not "
+                    f"finite; edge ratio {result.edge.value:.3g}.{kept}"
                 )
         if change is not None and options.on_change is not None:
             options.on_change(change)
@@ -263,7 +258,6 @@ class RegimeMonitor(Monitor):
         report_history(trainer, f"{self.options.prefix}/regime_picture", self._history)
         if self.options.on_alarm and not self._heard_instability and self._history.steps:
             warn(
-                f"RegimeMonitor must hear of an oscillation or a stability index to give alarms, got neither in "
-                f"{trainer.global_step} steps: add DirectionalCurvatureMonitor(estimators=('oscillation',), "
-                "every_n_train_steps=1), or set on_alarm=()."
+                f"RegimeMonitor must hear of an oscillation to give alarms, got none in {trainer.global_step} steps: "
+                "add DirectionalCurvatureMonitor(estimators=('oscillation',), every_n_train_steps=1), or set on_alarm=()."
             )

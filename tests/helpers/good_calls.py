@@ -147,7 +147,6 @@ FUNCTIONAL: dict[str, Good] = {
     "catapult_alarm": Good(
         f.catapult_alarm,
         lambda: {"loss": torch.ones(3), "cosine": -torch.ones(3), "growth": torch.ones(3)}
-        | {"stability_index": torch.ones(3), "stability_index_stderr": torch.ones(3)}
         | {"steps": 2, "horizon": 2, "window": 20},
         {"horizon": frozenset({"zero"})},
     ),

@@ -199,7 +199,7 @@ def test_what_it_misses_is_said() -> None:
     said = warned(lambda: fit(monitor()))
     assert [text.partition(",")[0] for text in said] == [
         "RegimeMonitor must find monitors of the prefix 'curvature' to listen to",
-        "RegimeMonitor must hear of an oscillation or a stability index to give alarms",
+        "RegimeMonitor must hear of an oscillation to give alarms",
     ]
     assert len(warned(lambda: fit(monitor(on_alarm=()), Oscillation(prefix="other")))) == 1
     assert warned(lambda: fit(monitor(), Oscillation())) == []

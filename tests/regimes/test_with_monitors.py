@@ -69,11 +69,13 @@ def test_an_index_of_mini_batches() -> None:
             self._write(trainer, {"stability_index": index, "stability_index_stderr": 0.1})
 
     follow = monitor(batches="mini", on_alarm=("stop",))
-    trainer, found = fit(Index(), follow)
-    assert [row["edge_ratio"] for row in found.values()] == [0.7] * AT + [1.3] * 2
+    _, found = fit(Index(), follow)
+    ratios = [row["edge_ratio"] for row in found.values()]
+    assert ratios == [0.7] * AT + [1.3] * (len(ratios) - AT)
+    assert len(ratios) > AT + 2
     assert follow.result.edge.source == "stability_index"
-    assert trainer.global_step == AT + 2
-    assert found[AT + 1]["regime_alarm"] == 1.0
+    # Networks go on for hundreds of steps with an index above 1.
+    assert not any(row["regime_alarm"] for row in found.values())
 
 
 def test_the_index_of_the_package() -> None:
