@@ -38,8 +38,9 @@ from lightning_curvature import (
 SAMPLES = 1500
 FACTORS = (1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 SEEDS = (1, 2)
-# A branch has grown where the mean loss of its last fifth is so many times that of the branch with η as it was.
-GROWN = 1.1
+# A branch ends higher where the mean loss of its last fifth is so many times that of the branch with η as it was, and
+# has grown where it is a third of the way from there to the loss of a guess.
+HIGHER, GROWN = 1.1, 1.0 / 3.0
 EVERY, WINDOW = 10, 30
 
 
@@ -100,6 +101,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross-entropy": nn.functional.cross_entropy,
     "squared error": lambda z, y: (z - nn.functional.one_hot(y, 10)).square().sum(-1).mean(),
 }
+OF_A_GUESS = {"cross-entropy": math.log(10.0), "squared error": 0.9}
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,16 @@ def late_loss(setting: Setting, state: Any, steps: int, factor: float) -> float:
     return mean(found) if all(map(math.isfinite, found)) else math.inf
 
 
-def growth_factor(setting: Setting, state: Any, steps: int) -> float:
-    """Return the least factor of η with which the loss ends higher than without; infinite where none does."""
-    plain = late_loss(setting, state, steps, 1.0)
-    return next((f for f in FACTORS if late_loss(setting, state, steps, f) > GROWN * plain), math.inf)
+def growth_factors(setting: Setting, state: Any, steps: int) -> tuple[float, float]:
+    """Return the least factors of η with which the loss ends higher, and has grown; infinite where there is none."""
+    plain, higher = late_loss(setting, state, steps, 1.0), math.inf
+    grown = plain + GROWN * (OF_A_GUESS[setting.loss] - plain)
+    for factor in FACTORS:
+        loss = late_loss(setting, state, steps, factor)
+        higher = min(higher, factor) if loss > HIGHER * plain else higher
+        if loss > grown:
+            return higher, factor
+    return higher, math.inf
 
 
 KEYS = ("stability_index", "stability_index_stderr", "batch_sharpness", "lambda_max", "lambda_dir", "two_over_lr")
@@ -235,11 +243,12 @@ def measured(setting: Setting, steps: int, branch: int) -> list[str]:
     last = {key: found[-1] if found else math.nan for key, found in values.items()}
     edge = last["two_over_lr"]
     before = mean(rows.losses[-branch // 5 :])
-    factor = growth_factor(setting, state, branch)
+    higher, factor = growth_factors(setting, state, branch)
     index = last["stability_index"]
     return [
         f"{setting.loss}, {setting.network}, {setting.optimizer}, η {setting.lr:g}, b {setting.batch_size}",
         f"{before:.2f}",
+        f"{higher:g}",
         f"{factor:g}",
         f"{index:.2f} ± {last['stability_index_stderr']:.2f}",
         f"**{index * factor:.2f}**",
@@ -250,8 +259,8 @@ def measured(setting: Setting, steps: int, branch: int) -> list[str]:
 
 
 HEADER = """\
-| setting | loss | η × this grows it | index I | I × that | batch sharpness·η/2 | λ_max/threshold | λ_dir·η/2 |
-|---|---|---|---|---|---|---|---|"""
+| setting | loss | higher from η × | grows from η × | index I | I × that | sharpness·η/2 | λ_max/edge | λ_dir·η/2 |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:

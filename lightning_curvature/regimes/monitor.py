@@ -259,5 +259,5 @@ class RegimeMonitor(Monitor):
         if self.options.on_alarm and not self._heard_instability and self._history.steps:
             warn(
                 f"RegimeMonitor must hear of an oscillation to give alarms, got none in {trainer.global_step} steps: "
-                "add DirectionalCurvatureMonitor(estimators=('oscillation',), every_n_train_steps=1), or set on_alarm=()."
+                "add DirectionalCurvatureMonitor(estimators=('oscillation',), every_n_train_steps=1), or on_alarm=()."
             )
