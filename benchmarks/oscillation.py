@@ -228,6 +228,24 @@ def bands(runs: dict[str, list[Moment]]) -> list[str]:
     return lines
 
 
+def false_alarms(runs: dict[str, list[Moment]]) -> list[str]:
+    """Return the table of what λ_max is where a detector says that the run is at the edge."""
+    lines = [
+        "| detector | measurements at which it says so | λ_max ≥ 0.9 of its threshold | ≥ 0.5 |",
+        "|---|---|---|---|",
+    ]
+    every = [m for moments in runs.values() for m in moments if math.isfinite(m.eigenvalue)]
+    for name, says in {
+        "λ_osc ≥ 0.9 of its threshold": lambda m: m.ratio >= 0.9,
+        "cosine below −0.9": lambda m: m.cosine < -0.9,
+        "λ_dir·η/2 ≥ 0.9, headroom ≤ 1.1": lambda m: m.along >= 0.9,
+    }.items():
+        some = [m.eigenvalue for m in every if says(m)]
+        shares = [sum(value >= limit for value in some) / len(some) if some else math.nan for limit in (0.9, 0.5)]
+        lines.append(f"| {name} | {len(some)} | {shares[0]:.0%} | {shares[1]:.0%} |")
+    return lines
+
+
 def main() -> None:
     """Run all and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,7 +282,7 @@ def main() -> None:
         top = max((m.eigenvalue for m in moments if m.step >= 8 and math.isfinite(m.eigenvalue)), default=math.nan)
         lines.append(f"| {name} | {lr:g} | {top:.2f} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    rest = ["", *bands(runs), ""]
+    rest = ["", *bands(runs), "", *false_alarms(runs), ""]
     if onsets:
         words = [sentinel(one) for one in zip(*onsets, strict=True)]
         rest.append(

@@ -7,6 +7,7 @@ along its own gradient, g_BᵀH_Bg_B / ‖g_B‖² (Edge of stochastic stability
     python examples/edge_of_stochastic_stability.py                              # scikit-learn's digits, on a CPU
     python examples/edge_of_stochastic_stability.py --change lr=0.8@5000         # a catapult: figures 5 and 7
     python examples/edge_of_stochastic_stability.py --change batch_size=8@5000
+    python examples/edge_of_stochastic_stability.py --index --momentum 0.9 --lr 0.05   # 2/η says nothing here
     python examples/edge_of_stochastic_stability.py --dataset cifar10            # the paper's setting
 """
 
@@ -26,10 +27,11 @@ from data import DIGITS_SAMPLES, MiniBatchData
 from edge_of_stability import DATASETS
 from lightning.pytorch.loggers import TensorBoardLogger
 from models import MLP
+from plotting_index import Index, draw_index, index_table
 from plotting_sharpness import Phase, Run, draw, table
 from torch import Tensor, nn
 
-from lightning_curvature import BatchSharpnessMonitor, HessianSpectrumMonitor
+from lightning_curvature import BatchSharpnessMonitor, HessianSpectrumMonitor, StabilityMonitor
 
 QUANTITIES = ("gni", "ias", "modified_batch_sharpness", "lambda_max_b", "lambda_gen")
 HIDDEN_LAYERS = 2
@@ -72,17 +74,18 @@ TOLERANCE = 1e-2
 
 
 class MiniBatchClassifier(pl.LightningModule):
-    """Plain SGD on half the squared error, without any code for the measurement.
+    """SGD on half the squared error, without any code for the measurement.
 
     Args:
         network: module from inputs to outputs.
         learning_rate: η.
+        momentum: β of a heavy ball; 0 is plain SGD.
     """
 
-    def __init__(self, network: nn.Module, *, learning_rate: float) -> None:
+    def __init__(self, network: nn.Module, *, learning_rate: float, momentum: float = 0.0) -> None:
         super().__init__()
         self.network = network
-        self.learning_rate = learning_rate
+        self.learning_rate, self.momentum = learning_rate, momentum
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs, (B, classes)."""
@@ -96,8 +99,8 @@ class MiniBatchClassifier(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """No momentum, no weight decay."""
-        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+        """No weight decay."""
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=self.momentum)
 
 
 def initialize(network: nn.Module, scale: float) -> None:
@@ -109,18 +112,19 @@ def initialize(network: nn.Module, scale: float) -> None:
             layer.weight.data *= scale
 
 
-def train(data: MiniBatchData, args: argparse.Namespace) -> Run:
+def train(data: MiniBatchData, args: argparse.Namespace) -> tuple[Run, Index | None]:
     """Train once and return the curves."""
     pl.seed_everything(args.seed, verbose=False)
     setting = SETTINGS[args.dataset]
     network = MLP(in_features=data.input_shape.numel(), width=setting.width, depth=HIDDEN_LAYERS, activation=nn.ReLU)
     initialize(network, args.weight_scale)
-    model = MiniBatchClassifier(network, learning_rate=args.lr)
+    model = MiniBatchClassifier(network, learning_rate=args.lr, momentum=args.momentum)
 
     phases = [Phase(0, args.lr, args.batch_size)]
     curves = CurveLogger()
     every = args.every_n_train_steps
     step_interval = max(1, every // STEP_MEASUREMENTS)
+    index = [StabilityMonitor(every_n_train_steps=step_interval)] if args.index else []
     trainer = pl.Trainer(
         accelerator=args.accelerator,
         devices=1,
@@ -144,6 +148,7 @@ def train(data: MiniBatchData, args: argparse.Namespace) -> Run:
             HessianSpectrumMonitor(
                 every_n_train_steps=every, probe_samples=None, micro_batch_size=MICRO_BATCH, tolerance=TOLERANCE
             ),
+            *index,
         ],
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -164,7 +169,10 @@ def train(data: MiniBatchData, args: argparse.Namespace) -> Run:
     )
     seconds = time.perf_counter() - start
     print(f"{trainer.global_step} steps in {seconds:.0f} s, training loss {run.loss[1][-1]:.3g}", flush=True)
-    return run
+    if not index:
+        return run, None
+    keys = ("stability_index", "stability_index_stderr", "stability_index_drift", "stability_index_noise")
+    return run, Index(*(curves.curve(f"curvature/{key}") for key in keys))
 
 
 def whole_epochs(curve: Curve) -> Curve:
@@ -195,6 +203,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE@STEP",
         help="lr or batch_size from a step on, the latter from the first epoch that begins then; may be given again",
     )
+    parser.add_argument("--index", action="store_true", help="also measure and draw the stability index")
+    parser.add_argument("--momentum", type=float, default=0.0, help="β of a heavy ball (0)")
     parser.add_argument("--label-noise", type=float, help="share of random labels (digits 0.5; cifar10 0)")
     parser.add_argument("--weight-scale", type=float, help="of Kaiming's weights (digits 0.3; cifar10 0.2)")
     parser.add_argument("--dataset", choices=list(DATASETS), default="digits")
@@ -264,11 +274,15 @@ def main(arguments: list[str] | None = None) -> None:
         f"MLP on {data.samples} {DATASETS[args.dataset]}{noise}, squared error, η = {args.lr:g}, b = {args.batch_size}"
     )
     print(subject, flush=True)
-    run = train(data, args)
+    run, index = train(data, args)
 
     picture = args.out / "edge_of_stochastic_stability.png"
     draw(run, picture, subject=subject)
-    print(f"\n{table(run)}\n\npicture: {picture}\ntensorboard --logdir {args.out}")
+    print(f"\n{table(run)}\n\npicture: {picture}")
+    if index is not None:
+        draw_index(index, run, args.out / "stability_index.png", subject=f"{subject}, β = {args.momentum:g}")
+        print(f"\n{index_table(index, run)}\n\npicture: {args.out / 'stability_index.png'}")
+    print(f"tensorboard --logdir {args.out}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,33 @@ def test_the_command_that_is_printed_names_the_log(demo: SimpleNamespace) -> Non
     assert f"picture: {demo.out / 'edge_of_stability.png'}" in demo.printed.splitlines()
 
 
+def test_shares_of_the_edge_with_momentum(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A learning rate far beyond the edge from the first steps on: its path flips."""
+    short = ["--lr", "30", "--max-steps", "40", "--every-n-train-steps", "2", "--estimators", "hvp"]
+    for optimizer in ("gd", "momentum"):
+        arguments = ["--oscillation", "--optimizer", optimizer, *short, "--out", str(tmp_path), "--accelerator", "cpu"]
+        load("edge_of_stability").main(arguments)
+        printed = capsys.readouterr().out
+        assert f"picture: {tmp_path / 'oscillation.png'}" in printed.splitlines()
+        assert (tmp_path / "oscillation.png").stat().st_size > 10_000
+    logged = curves(tmp_path / "gd_lr30")
+    largest = {step: 1.0 / room for step, room in logged["curvature/stability_headroom"].items()}
+    flips = {step: ratio for step, ratio in logged["curvature/oscillation_ratio"].items() if math.isfinite(ratio)}
+    assert flips
+    # A lower bound, to the error of either in float32.
+    assert all(ratio <= 1.02 * largest[step] for step, ratio in flips.items())
+
+
+def test_the_stability_index_is_drawn(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--fast", "--max-steps", "60", "--every-n-train-steps", "20", "--momentum", "0.9", "--lr", "0.05"]
+    load("edge_of_stochastic_stability").main(["--index", *short, "--out", str(tmp_path), "--accelerator", "cpu"])
+    printed = capsys.readouterr().out
+    assert f"picture: {tmp_path / 'stability_index.png'}" in printed.splitlines()
+    assert (tmp_path / "stability_index.png").stat().st_size > 10_000
+    line = printed.splitlines()[printed.splitlines().index(f"picture: {tmp_path / 'stability_index.png'}") - 2]
+    assert float(line.split()[3]) > 0.0  # the index
+
+
 def test_the_first_step_of_gd_has_the_curvature_of_the_gradient(load: Any, tmp_path: Path) -> None:
     load("edge_of_stability").main(
         ["--optimizer", "gd", "--max-steps", "1", "--seed", "3", "--out", str(tmp_path), "--accelerator", "cpu"]
