@@ -37,15 +37,15 @@ class Trail:
         self._before: list[dict[int, Tensor]] = []
 
     @torch.no_grad()
-    def pass_by(self, global_step: int, parameters: Iterable[Tensor]) -> None:
+    def pass_by(self, global_step: int, parameters: Iterable[Tensor], more: bool = False) -> None:
         """Note a step about to be made; copy this rank's part of the parameters where the next measured one needs it.
 
-        LBFGS comes several times a step: only the first counts.
+        LBFGS comes several times a step: only the first counts. ``more``: the step may be measured, or one after it.
         """
         if global_step == self._last:
             return
         self._last, self._before = global_step, self._kept
-        if self._every - global_step % self._every <= self._reach:
+        if more or self._every - global_step % self._every <= self._reach:
             now = {id(p): local(p).detach().clone() for p in parameters}
             self._kept = [now, *self._kept[: STEPS - 1]]
         else:

@@ -1,6 +1,6 @@
 """Inputs of one measurement of the stability index: both halves of the step's data, and where the path is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
@@ -99,8 +99,8 @@ def share_left(trainer: pl.Trainer, calls: int) -> float:
     1 where it has no end, or where samples may come again within an epoch.
     """
     loader, length = trainer.train_dataloader, trainer.num_training_batches
-    if trainer.limit_train_batches != 1.0:  # an epoch of some batches, of all samples
-        length = sized_len(loader) or length
+    if trainer.limit_train_batches != 1.0 and not isinstance(loader, (Mapping, list, tuple)):
+        length = sized_len(loader) or length  # an epoch of some batches, of all samples
     sampler = source_sampler(loader)
     again = isinstance(sampler, torch_data.WeightedRandomSampler) or getattr(sampler, "replacement", False)
     return 1.0 if again else max(1.0 - calls / length, 0.0)

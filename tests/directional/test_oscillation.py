@@ -221,6 +221,34 @@ def test_the_run_is_the_same_without(fails: bool) -> None:
     assert any(math.isfinite(row["lambda_osc"]) for row in found) != fails
 
 
+class TwoSteps(Classifier):
+    """Two optimizer steps a batch, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(4, 6, 3), lambda m: OPTIMIZERS["gradient descent"][0](m.parameters()))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        for _ in range(2):
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(self(batch[0]), batch[1]))
+            optimizer.step()
+
+
+def test_the_last_of_several_steps_of_a_batch_is_measured() -> None:
+    """Measured every tenth step: the one before it belongs to the same batch."""
+    monitor = DirectionalCurvatureMonitor(estimators=("oscillation",), every_n_train_steps=10)
+    found = rows(run(TwoSteps(), classification(1) * 18, monitor).capture)
+    assert len(found) >= 4
+    assert [math.isfinite(row["oscillation_cosine"]) for row in found.values()] == [False, *[True] * (len(found) - 1)]
+    single = DirectionalCurvatureMonitor(estimators=("oscillation",), every_n_train_steps=1)
+    each = list(rows(flipping(single).capture).values())
+    for index, row in enumerate(list(found.values())[1:], 1):
+        # The same steps one by one: the second of the batch that begins with step 10, 20, 30.
+        assert row["oscillation_cosine"] == pytest.approx(each[10 * index + 1]["oscillation_cosine"], abs=1e-9)
+
+
 def test_windows_of_several_batches_are_one_step() -> None:
     """Two halves of a batch under accumulation make the values of the whole."""
     make, _ = OPTIMIZERS["gradient descent"]
