@@ -31,6 +31,10 @@ class StepCalls:
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
+    def __len__(self) -> int:
+        """Return how many are kept."""
+        return len(self._calls)
+
     def take(self) -> list[StepCall]:
         """Return the calls, once; raise where one could not be kept."""
         calls, failure = self._calls, self._failure

@@ -103,7 +103,7 @@ def test_batches_are_kept_for_a_step_and_no_longer() -> None:
 
     class Looking(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
-            kept.append(len(follow._calls._calls))
+            kept.append(len(follow._calls))
 
     make_trainer(follow, Looking(), accumulate_grad_batches=2, max_epochs=2).fit(learner(), loader())
     # Steps 0 and 2 are measured, of two batches each.

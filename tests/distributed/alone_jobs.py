@@ -15,8 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from lightning_curvature.batch_sharpness import monitor as batch_sharpness
 from lightning_curvature.linalg.basis import Basis
+from lightning_curvature.monitors import step_calls
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from lightning_curvature.replay import isolation, objective
 from lightning_curvature.spectrum import problem as spectrum_problem
@@ -120,7 +120,7 @@ SHARPNESS = {
     "in_saving_for_batches": job(sharpness, isolation, "Snapshot", short()),
     "in_collation": job(replace(sharpness, collate=collating("pairs"))),
     "in_collation_for_exact_products": job(replace(sharpness, collate=collating("exact"), monitor=exact_options)),
-    "in_keeping_the_batch": job(sharpness, batch_sharpness, "copied", short()),
+    "in_keeping_the_batch": job(sharpness, step_calls, "copied", short()),
 }
 unbroken = {"spectrum": job(spectrum), "sharpness": job(sharpness)}
 unwatched = {"spectrum_unwatched": job(spectrum.unwatched()), "sharpness_unwatched": job(sharpness.unwatched())}

@@ -18,7 +18,7 @@ Results = dict[str, list[Any]]
 ALWAYS_LOST = {"step_sharpness_stderr"}
 # Of those that do not lose everything.
 LOST = {
-    "in_the_preconditioner": "preconditioned_lambda_max",
+    "in_the_preconditioner": ("preconditioned_lambda_max", "stability_headroom"),
     "in_collation": ("gni", "lambda_gen"),
     "in_collation_for_exact_products": ("ias", "zero_gradient_batches"),
 }
@@ -37,7 +37,8 @@ def test_a_failure_on_one_rank_costs_one_measurement(results: Results, name: str
     failing = 0 if name == "in_saving_before_the_reading" else jobs.FAILING_STEP
     for step, row in first.rows.items():
         # Before its first step Adam has no preconditioner.
-        undefined = ALWAYS_LOST | {key for key in row if step == 0 and key.startswith("preconditioned")}
+        of_it = ("preconditioned", "stability_headroom")
+        undefined = ALWAYS_LOST | {key for key in row if step == 0 and key.startswith(of_it)}
         threshold = {key for key in row if key.endswith("_threshold") or key == "two_over_lr"}
         expected = {key for key in row if key.startswith(LOST.get(name, ""))} - threshold if step == failing else set()
         assert lost(row) - undefined == expected - undefined, step
