@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_curvature.batch_sharpness.options import CROSSED, OWN_PRODUCT, PAIR, Quantity
+from lightning_curvature.batch_sharpness.options import CROSSED, OF_UPDATES, OWN_PRODUCT, PAIR, Quantity
 from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
 from lightning_curvature.batch_sharpness.problem import SharpnessProblem
 from lightning_curvature.distributed.together import attempt_together
@@ -82,9 +82,20 @@ class PairsAtOnce(Pairs):
             if set(OWN_PRODUCT) & set(wanted):
                 for index, terms in enumerate(terms_along(gradients, squares).cpu()):  # waits for the device once
                     pairs[index // PAIR].add_own(float(terms.sum()), norms[index], problem.by_module(terms))
+            updates = [self.update_for(gradient) for gradient in gradients] if set(OF_UPDATES) & set(wanted) else []
+            if "update_sharpness" in wanted:
+                vectors = torch.stack(updates)
+                lengths = _dots(vectors, vectors)
+                descents = problem.lr * _dots(gradients, vectors)
+                numbers_of = torch.stack([terms_along(vectors, lengths).sum(1), descents, lengths], dim=1).tolist()
+                for index, (curvature, descent, square) in enumerate(numbers_of):
+                    pairs[index // PAIR].add_update(curvature, descent, square)
             if set(CROSSED) & set(wanted):
                 rows = range(0, len(draws), PAIR)
-                crosses = [self._crosses(wanted, (gradients[i], gradients[i + 1]), norms[i : i + PAIR]) for i in rows]
+                crosses = [
+                    self._crosses(wanted, (gradients[i], gradients[i + 1]), norms[i : i + PAIR], updates[i : i + PAIR])
+                    for i in rows
+                ]
                 for kind in zip(*crosses, strict=True):
                     # Each vector is multiplied by the Hessian of the other mini-batch.
                     swapped = torch.stack([vector for vectors, _ in kind for vector in reversed(vectors)])

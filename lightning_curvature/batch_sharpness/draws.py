@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_curvature.batch_sharpness.options import CROSS_PRODUCT, CROSSED, PAIR, QUANTILES, Quantity
+from lightning_curvature.batch_sharpness.options import CROSS_PRODUCT, CROSSED, OF_UPDATES, PAIR, QUANTILES, Quantity
 from lightning_curvature.batch_sharpness.pairs import PairMoments, Pairs
 from lightning_curvature.distributed.together import cause_together, together
 from lightning_curvature.functional import merge_moments, ratio_of_means, ratio_standard_error
@@ -35,8 +35,7 @@ class Draws:
         self._terms = torch.zeros(2, 1 if modules is None else len(modules.names), dtype=torch.float64)
         # Of a pair's row in an exchange: moments, sums by module, counts.
         self._widths = [6 * len(quantities), self._terms.numel(), 3]
-        # At η = 0 there is no update over η.
-        self._open = [q for q in quantities if q != "lambda_gen" or self._problem.lr]
+        self._open = [q for q in quantities if q not in OF_UPDATES or self._problem.lr]
         self._eigenvalues = list[float]()
         self._begun = self._drawn = self._zero_gradients = self._unconverged = self._skipped = 0
 

@@ -13,6 +13,9 @@ from lightning_curvature.batch_sharpness.measurement import SharpnessMeasurement
 from lightning_curvature.batch_sharpness.options import (
     CROSSED,
     FULL_GRADIENT,
+    OF_UPDATES,
+    PLATEAUS,
+    SETTLING,
     BatchesAtOnce,
     BatchSharpnessOptions,
     FullHessian,
@@ -30,11 +33,14 @@ from lightning_curvature.monitors.protocol import Prepared
 from lightning_curvature.monitors.step_calls import StepCalls
 from lightning_curvature.operators import Curvature, operator_type
 from lightning_curvature.operators.sharding import WHERE_SHARDED
+from lightning_curvature.optimizers.plateaus import momentum_plateaus, plateau_note
 from lightning_curvature.optimizers.stability import stability_rule
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from lightning_curvature.replay.objective import ObjectiveFunction
-from lightning_curvature.reporting.loggers import warn
+from lightning_curvature.reporting.loggers import inform, warn
 from lightning_curvature.reporting.progress import Progress
+
+_CHART = "mini-batch sharpness and 2/η"
 
 
 class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResult]):
@@ -48,18 +54,26 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     * "step_sharpness": :math:`g_B^\top H_B g_B / \lVert g_B\rVert^2` of the batch of the coming step, with all its
       micro-batches and ranks. One product.
     * "modified_batch_sharpness": :math:`E_B[g_B^\top H_B g_B] / E_B\lVert g_B\rVert^2`; settles above 2/η.
+    * "update_sharpness": :math:`E_B[\Delta\theta_B^\top H_B \Delta\theta_B / \lVert\Delta\theta_B\rVert^2] /
+      E_B[g_B^\top \Delta\theta_B / \lVert\Delta\theta_B\rVert^2]`, Δθ_B the update over η that the optimizer would
+      make from its present state with g_B; batch sharpness for plain SGD. Above 2/η the steps no longer lower the loss
+      of their own batches, in the mean per squared length and to second order. No mean of ratios: momentum makes
+      g_BᵀΔθ_B zero or negative for some batches, and such a mean has no value.
     * "ias", interaction-aware sharpness: :math:`E_B[g_B^\top H g_B] / E_B\lVert g_B\rVert^2`; stays below 2/η.
     * "gni", gradient–noise interaction: :math:`E_B[g_B^\top H g_B] / \lVert g\rVert^2`; 2/η whenever the loss
       oscillates.
     * "lambda_gen": :math:`\operatorname{tr}(H\,E[\Delta\theta_B\Delta\theta_B^\top]) / (g^\top E[\Delta\theta_B])`,
-      Δθ_B the update over η that the optimizer would make from its present state with g_B; GNI for plain SGD.
+      with the same Δθ_B; GNI for plain SGD.
     * "lambda_max_b": :math:`E_B[\lambda_{\max}(H_B)]`; between 2/η and 4/η. With deciles and median over mini-batches,
       ``lambda_max_b_q10``, ``_q50`` and ``_q90``, and a histogram on TensorBoard, ``lambda_max_b_distribution``.
 
     Each comes with ``<key>_stderr``, the standard error of the value over the draws, and ``<key>_batches``, the number
-    of batches it took. Beside them stand ``two_over_lr`` (2/η); ``zero_gradient_batches``, the number of drawn batches
+    of batches it took. Beside them stand ``two_over_lr`` (2/η); beside batch or step sharpness under SGD with momentum
+    ``plateau_small_batches`` and ``plateau_large_batches``, where it settles instead (see
+    :func:`~lightning_curvature.functional.sharpness_plateaus`); ``zero_gradient_batches``, the number of drawn batches
     without a gradient, which batch sharpness leaves out; and ``lambda_max_b_unconverged``, the number of drawn batches
-    whose eigenvalue did not converge to ``tolerance`` and counts too small.
+    whose eigenvalue did not converge to ``tolerance`` and counts too small. One line of the log says if
+    2/η is not the plateau of the optimizer.
 
     With ``by_module``, at no product more: ``<prefix>_by_module/batch_sharpness/<module>`` with its ``_stderr``, the
     terms :math:`E_B[g_{B,i}^\top (H_B g_B)_i / \lVert g_B\rVert^2]` of its parameters, which add up to batch sharpness,
@@ -70,8 +84,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     mean, without a product with the full Hessian.
 
     Cost of a measured step, for each batch: its gradient with the graph, and one Hessian–vector product of that batch
-    each for batch sharpness (with the modified one), for IAS (with GNI), and for λ_gen; about eight for λ_max^b. GNI
-    and λ_gen take one more forward+backward of the whole probe set. Other steps cost nothing.
+    each for batch sharpness (with the modified one), for update sharpness, for IAS (with GNI), and for λ_gen; about
+    eight for λ_max^b. Update sharpness and λ_gen also take a step of the optimizer, which is undone, GNI and λ_gen one
+    more forward+backward of the whole probe set. Other steps cost nothing.
 
     BatchNorm in training mode is that of each mini-batch, or of its micro-batches where it is cut. Dropout has one mask
     a micro-batch; in "step_sharpness" the mask of the step. All ranks measure parameters that FSDP2 shards together,
@@ -115,7 +130,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             strategy cannot give.
 
     Source: Edge of stochastic stability (2025), definitions 2 and 3, eqs. 3 and 4, appendices M and P; Lee and Jang
-    2023 (IAS); see docs/references.md.
+    2023 (IAS); Andreyev et al. 2026 (momentum); see docs/references.md.
     """
 
     options: BatchSharpnessOptions
@@ -159,7 +174,22 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
 
     def charted(self) -> dict[str, list[str]]:
         """Return one chart: all sharpnesses with the edge."""
-        return {"mini-batch sharpness and 2/η": [*self.options.quantities, "two_over_lr"]}
+        return {_CHART: [*self.options.quantities, "two_over_lr"]}
+
+    def charts(self, trainer: pl.Trainer) -> dict[str, list[str]]:
+        """Chart also the plateaus of the optimizer at hand, where it has others than 2/η."""
+        charts = super().charts(trainer)
+        charts[f"{self.options.prefix}: {_CHART}"] += [
+            f"{self.options.prefix}/{key}" for key in self._plateaus(trainer)
+        ]
+        return charts
+
+    def _plateaus(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return where batch sharpness settles under momentum, by key, if it is measured and has such plateaus."""
+        index = self.options.optimizer_index
+        if not set(SETTLING) & set(self.options.quantities) or index >= len(trainer.optimizers):
+            return {}
+        return dict(zip(PLATEAUS, momentum_plateaus(trainer.optimizers[index]) or (), strict=False))
 
     def charted_by_module(self) -> Sequence[str]:
         """Chart the terms of batch sharpness."""
@@ -185,10 +215,13 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
                 "batches_at_once must be 'auto' or 1 where parameters are sharded, got "
                 f"{options.batches_at_once}: all ranks gather them for one mini-batch after the other."
             )
-        if "lambda_gen" in options.quantities:
+        if set(OF_UPDATES) & set(options.quantities):
             TrialSteps.check(trainer.optimizers[options.optimizer_index])
         if self._sharded:
             warn(WHERE_SHARDED)
+        note = plateau_note(trainer.optimizers[options.optimizer_index])
+        if note is not None and set(SETTLING) & set(options.quantities):
+            inform(note)
 
     def _complete(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
         """Keep the batches of the coming step, where they are asked for, until the last of them."""
@@ -229,7 +262,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Population | None) -> Prepared[SharpnessProblem]:
         """Return the population, the micro-batches of the coming step, the parameters and what makes their updates."""
         optimizer, parameters = trainer.optimizers[self.options.optimizer_index], self._parameters(trainer)
-        calls = self._calls.take()
+        calls, by_updates = self._calls.take(), set(OF_UPDATES) & set(self.options.quantities)
         progress = Progress(trainer, "mini-batch sharpness")
         problem = SharpnessProblem(
             trainer=trainer,
@@ -240,7 +273,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             lr=stability_rule(optimizer).lr,
             population=data,
             step=loss.parts_of_step(calls, trainer.world_size),
-            trials=TrialSteps(trainer, optimizer, parameters) if "lambda_gen" in self.options.quantities else None,
+            trials=TrialSteps(trainer, optimizer, parameters) if by_updates else None,
             key=trainer.global_step,
             on_product=progress.tick,
             modules=self._modules(trainer),
@@ -256,9 +289,9 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         return self.options.quantities if self.options.progress_bar else ()
 
     def beside(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
-        """Return 2/η, with η as it is now."""
+        """Return 2/η, with η as it is now, and the plateaus of momentum."""
         lr = stability_rule(trainer.optimizers[self.options.optimizer_index]).lr
-        return {"two_over_lr": 2.0 / lr if lr else math.inf}
+        return {"two_over_lr": 2.0 / lr if lr else math.inf} | self._plateaus(trainer)
 
     def _let_go(self) -> None:
         super()._let_go()

@@ -10,7 +10,14 @@ from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.exact import CURVATURE
 
 Quantity = Literal[
-    "batch_sharpness", "step_sharpness", "modified_batch_sharpness", "ias", "gni", "lambda_gen", "lambda_max_b"
+    "batch_sharpness",
+    "step_sharpness",
+    "modified_batch_sharpness",
+    "update_sharpness",
+    "ias",
+    "gni",
+    "lambda_gen",
+    "lambda_max_b",
 ]
 FullHessian = Literal["pairs", "exact"]
 BatchesAtOnce = int | Literal["auto"]
@@ -20,6 +27,10 @@ QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 OWN_PRODUCT, CROSS_PRODUCT = ("batch_sharpness", "modified_batch_sharpness"), ("ias", "gni")
 # Quantities that need products with vectors of another mini-batch, and those that need ∇L of the whole probe set.
 CROSSED, FULL_GRADIENT = (*CROSS_PRODUCT, "lambda_gen"), ("gni", "lambda_gen")
+# Quantities of the updates that the optimizer would make; there is none over η at η = 0.
+OF_UPDATES = ("lambda_gen", "update_sharpness")
+# Quantities that settle at the plateaus of the optimizer, and the keys of these.
+SETTLING, PLATEAUS = ("batch_sharpness", "step_sharpness"), ("plateau_small_batches", "plateau_large_batches")
 # Mini-batches are drawn in pairs, in which each gives the curvature along the other's gradient.
 PAIR = 2
 # Quantiles of λ_max^b over mini-batches, by the end of their key.

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_curvature.batch_sharpness.options import (
     CROSS_PRODUCT,
     CROSSED,
+    OF_UPDATES,
     OWN_PRODUCT,
     PAIR,
     BatchSharpnessOptions,
@@ -65,6 +66,11 @@ class PairMoments:
             self.add("batch_sharpness", curvature / square)
             self.add("modified_batch_sharpness", curvature, square)
 
+    def add_update(self, curvature: float, descent: float, square: float) -> None:
+        """Add the curvature of a mini-batch along its update ηΔθ, ‖ηΔθ‖² = ``square``; ``descent`` is η g·(ηΔθ)."""
+        if square:
+            self.add("update_sharpness", curvature / square, descent / square)
+
     def add_crossed(self, cross: Cross, curvature: float) -> None:
         """Add the sum of the curvatures along both vectors."""
         for quantity, denominator in cross[1].items():
@@ -115,13 +121,20 @@ class Pairs:
 
     def _observe(self, number: int, wanted: Collection[Quantity], batches: list[MiniBatch]) -> PairMoments:
         pair = PairMoments()
-        crossed = bool(set(CROSSED) & set(wanted))
+        crossed, updates = bool(set(CROSSED) & set(wanted)), list[Tensor]()
         with contextlib.ExitStack() as stack:
             for operator in self.problem.pair(number):
                 batch = stack.enter_context(contextlib.closing(MiniBatch(operator)))
                 batches.append(batch)
                 if set(OWN_PRODUCT) & set(wanted):
                     pair.add_own(batch.self_curvature, batch.squared_norm, self.problem.by_module(batch.self_terms))
+                    self.problem.on_product()
+                if set(OF_UPDATES) & set(wanted):
+                    updates.append(self.update_for(batch.gradient))
+                if "update_sharpness" in wanted:
+                    space, update = self.problem.space, updates[-1]
+                    descent, square = space.dot(batch.gradient, update), float(space.squared_norm(update))
+                    pair.add_update(batch.curvature_along(update), self.problem.lr * float(descent), square)
                     self.problem.on_product()
                 if "lambda_max_b" in wanted:
                     value, search = batch.largest_eigenvalue(self.options.tolerance, self._eigenvectors)
@@ -136,7 +149,7 @@ class Pairs:
             if crossed:
                 first, second = batches
                 squares = (first.squared_norm, second.squared_norm)
-                pair.crosses = self._crosses(wanted, (first.gradient, second.gradient), squares)
+                pair.crosses = self._crosses(wanted, (first.gradient, second.gradient), squares, updates)
             if not self.options.exact:
                 for cross in pair.crosses:
                     one, other = cross[0]
@@ -144,8 +157,17 @@ class Pairs:
                     self.problem.on_product()
         return pair
 
+    def update_for(self, gradient: Tensor) -> Tensor:
+        """Return ηΔθ, the update that the optimizer would make with a gradient."""
+        assert self.problem.trials is not None
+        return self.problem.trials.update_for(gradient)
+
     def _crosses(
-        self, wanted: Collection[Quantity], gradients: tuple[Tensor, Tensor], squares: Sequence[float]
+        self,
+        wanted: Collection[Quantity],
+        gradients: tuple[Tensor, Tensor],
+        squares: Sequence[float],
+        updates: Sequence[Tensor],
     ) -> list[Cross]:
         """Return the vectors of a pair to multiply by the Hessian of all samples."""
         crosses = list[Cross]()
@@ -155,10 +177,9 @@ class Pairs:
                 denominators["gni"] = PAIR * self._full_square
             crosses.append((gradients, denominators))
         if "lambda_gen" in wanted:
-            assert self.problem.trials is not None
             assert self._full is not None
             # η times the update over η, twice in the numerator and once in the descent.
-            one, other = (self.problem.trials.update_for(gradient) for gradient in gradients)
+            one, other = updates
             descent = self.problem.space.dot(self._full, one) + self.problem.space.dot(self._full, other)
             crosses.append(((one, other), {"lambda_gen": self.problem.lr * descent}))
         return crosses

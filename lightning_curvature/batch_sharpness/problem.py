@@ -44,7 +44,7 @@ class SharpnessProblem:
         lr: η.
         population: the samples to draw mini-batches from, or None where only the step's own batch counts.
         step: this rank's micro-batches of the coming step, weighted as its gradient weights them.
-        trials: makes the updates of the optimizer, for "lambda_gen".
+        trials: makes the updates of the optimizer, for "lambda_gen" and "update_sharpness".
         key: of the draws: other batches at every step, and the same ones in a resumed run.
         on_product: called after every product.
         modules: of the parameters, where values by module are wanted.

@@ -47,7 +47,7 @@ from lightning_curvature.functional.stabilization import (
     sampled_gaussian_moment,
 )
 from lightning_curvature.functional.step_length import ErrorModel, choose_epsilon
-from lightning_curvature.functional.thresholds import adaptive_threshold, momentum_threshold
+from lightning_curvature.functional.thresholds import adaptive_threshold, momentum_threshold, sharpness_plateaus
 
 __all__ = [
     "LIKELIHOODS",
@@ -96,5 +96,6 @@ __all__ = [
     "regime",
     "relative_model_error",
     "sampled_gaussian_moment",
+    "sharpness_plateaus",
     "validated_sigma",
 ]

@@ -63,6 +63,37 @@ def momentum_threshold(
     return (2.0 + 2.0 * momentum) / (gain * lr) - weight_decay if lr else math.inf
 
 
+@checked(lr=_LR, momentum=_DECAY, dampening=_DAMPENING)
+def sharpness_plateaus(
+    lr: float, momentum: float = 0.0, *, dampening: float = 0.0, nesterov: bool = False
+) -> tuple[float, float]:
+    r"""Return where batch sharpness settles in training with small mini-batches, and with large ones.
+
+    .. math:: \frac{2 - 2\beta}{(1 - \tau)\,\eta} \quad\text{and}\quad \frac{2 + 2\beta}{(1 - \tau)\,\eta},
+        \qquad \text{with Nesterov momentum}\quad \frac{2 - 2\beta}{\eta} \quad\text{and}\quad
+        \frac{2 + 2\beta}{(1 + 2\beta)\,\eta}
+
+    Both are 2/η without momentum. In between, batch sharpness settles between them.
+
+    Derivation: they are the ends of :func:`mean_square_index`, which is 1 where σ²/λ is the first one and λ vanishes,
+    and where λ is the second one (:func:`momentum_threshold`) and σ² vanishes.
+
+    Arguments and errors as for :func:`momentum_threshold`, without weight decay.
+
+    Returns:
+        Both values, in units of 1/η; infinite at η = 0.
+
+    Source: Andreyev et al. 2026 (arXiv 2604.14108), for the heavy ball.
+
+    Example:
+        >>> [round(value, 9) for value in sharpness_plateaus(lr=0.1, momentum=0.9)]
+        [2.0, 38.0]
+    """
+    large = momentum_threshold(lr, momentum, dampening=dampening, nesterov=nesterov)
+    gain = 1.0 - dampening if momentum else 1.0  # torch dampens nothing without momentum
+    return (2.0 - 2.0 * momentum) / (gain * lr) if lr else math.inf, large
+
+
 @checked(lr=_LR, beta1=_DECAY, decoupled_weight_decay=_NONE, bias_correction=_CORRECTION)
 def adaptive_threshold(
     lr: float, beta1: float = 0.0, *, decoupled_weight_decay: float = 0.0, bias_correction: float = 1.0

@@ -86,7 +86,8 @@ class TrialSteps:
         if needed:
             raise MisconfigurationException(
                 f"optimizer must step on gradients alone for trial updates, got {type(optimizer).__name__}, whose step "
-                f"needs {' and '.join(needed)}: train with another optimizer, or leave 'lambda_gen' out."
+                f"needs {' and '.join(needed)}: train with another optimizer, or leave 'lambda_gen' and "
+                "'update_sharpness' out."
             )
 
     @torch.no_grad()
@@ -115,7 +116,7 @@ class TrialSteps:
             raise MisconfigurationException(
                 "optimizer must be one whose state can be put back and which steps on dense gradients alone, got "
                 f"{type(self._optimizer).__name__} ({type(error).__name__}: {error}): train with another optimizer, or "
-                "leave 'lambda_gen' out."
+                "leave 'lambda_gen' and 'update_sharpness' out."
             ) from error
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_curvature import CurvatureWarning
 from lightning_curvature.batch_sharpness import at_once, measurement
+from lightning_curvature.batch_sharpness.options import OF_UPDATES
 from lightning_curvature.batch_sharpness.pairs import PairMoments
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
 from tests.helpers.batch_sharpness import Run, counted, fit, learner, monitor, plain_run, samples, sgd
@@ -104,7 +105,14 @@ def test_tied_frozen_and_unused_parameters() -> None:
 
 @pytest.mark.parametrize(
     ("quantities", "products"),
-    [(("batch_sharpness",), 1), (OWN, 1), (CROSS, 1), (("lambda_gen",), 1), ((*OWN, *CROSS, "lambda_gen"), 3)],
+    [
+        (("batch_sharpness",), 1),
+        (OWN, 1),
+        (CROSS, 1),
+        (("lambda_gen",), 1),
+        (("update_sharpness",), 1),
+        ((*OWN, *CROSS, *OF_UPDATES), 4),
+    ],
 )
 @pytest.mark.parametrize("operator", [HessianOperator, GaussNewtonOperator])
 def test_products_of_many(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_curvature.batch_sharpness.options import OF_UPDATES
 from lightning_curvature.operators import GaussNewtonOperator, HessianOperator
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 from lightning_curvature.replay.objective import StepObjective
@@ -45,7 +46,8 @@ def fit(follow: Any, *callbacks: Any, module: Any = None, data: Any = None, **op
         (OWN, 1),
         (CROSS, 1),
         (("lambda_gen",), 1),
-        ((*OWN, *CROSS, "lambda_gen"), 3),
+        (("update_sharpness",), 1),
+        ((*OWN, *CROSS, *OF_UPDATES), 4),
     ],
 )
 def test_products_a_batch(
@@ -54,7 +56,7 @@ def test_products_a_batch(
     made, trials = counted(monkeypatch, operator, "product_of"), counted(monkeypatch, TrialSteps, "update_for")
     fit(monitor(*quantities, curvature="hessian" if operator is HessianOperator else "gauss_newton"))
     assert len(made) == products * DRAWS * len(MEASURED)
-    assert len(trials) == (DRAWS * len(MEASURED) if "lambda_gen" in quantities else 0)
+    assert len(trials) == (DRAWS * len(MEASURED) if set(OF_UPDATES) & set(quantities) else 0)
 
 
 def test_one_product_for_step_sharpness(monkeypatch: pytest.MonkeyPatch) -> None:

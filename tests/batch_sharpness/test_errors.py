@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-from lightning_curvature.batch_sharpness.options import QUANTITIES
+from lightning_curvature.batch_sharpness.options import OF_UPDATES, QUANTITIES
 from tests.helpers.batch_sharpness import DRAWN, loader, monitor, sgd
 from tests.helpers.modules import Plain
 from tests.helpers.runs import Batch, Capture, Classifier, make_trainer, mlp, rows, warned
@@ -25,7 +25,7 @@ def lbfgs(module: nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.slow
 def test_a_closure_is_no_hindrance_to_the_others() -> None:
     capture = Capture()
-    others = [name for name in QUANTITIES if name != "lambda_gen"]
+    others = [name for name in QUANTITIES if name not in OF_UPDATES]
     make_trainer(monitor(*others), logger=capture).fit(Plain(mlp(4, 3, 3), lbfgs), loader())
     for row in rows(capture).values():
         assert all(math.isfinite(row[name]) for name in others)

@@ -24,7 +24,7 @@ from tests.helpers.witness import ALL, LAMBDAS
 
 # The others are made of the same products, or of many more.
 SPECTRUM = ("lambda_max", "gauss_newton_lambda_max", "preconditioned_lambda_max")
-SHARPNESS = ("batch_sharpness", "step_sharpness", "ias", "gni", "lambda_gen")
+SHARPNESS = ("batch_sharpness", "step_sharpness", "ias", "gni", "lambda_gen", "update_sharpness")
 NOISE = (
     "noise_gamma",
     "noise_gamma_awd",

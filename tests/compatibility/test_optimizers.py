@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature import BatchSharpnessMonitor, DirectionalCurvatureMonitor, HessianSpectrumMonitor
-from lightning_curvature.batch_sharpness.options import QUANTITIES
+from lightning_curvature.batch_sharpness.options import OF_UPDATES, QUANTITIES
 from tests.helpers.runs import Classifier, Outcome, Step, StepRecorder, classification, mlp
 from tests.helpers.witness import ALL, Record, assert_same, copies, watch
 from tests.oracles.along_step import check_row, rows_of
@@ -153,7 +153,7 @@ def test_spectrum(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.thinned(6)
 def test_sharpness(name: str) -> None:
-    without = () if name != "LBFGS" else ("lambda_gen",)
+    without = () if name != "LBFGS" else OF_UPDATES
     watched, _ = fit(name, sharpness(*without))
     assert_same(alone(name), watched)
     assert_finite(watched, [key for key in QUANTITIES if key not in without])
@@ -161,6 +161,6 @@ def test_sharpness(name: str) -> None:
 
 def test_trial_steps_of_lbfgs_are_refused() -> None:
     with pytest.raises(
-        MisconfigurationException, match=r"got LBFGS, whose step needs closure: .* leave 'lambda_gen' out"
+        MisconfigurationException, match=r"got LBFGS, whose step needs closure: .* leave 'lambda_gen' and"
     ):
         fit("LBFGS", sharpness())

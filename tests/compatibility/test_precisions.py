@@ -20,6 +20,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_curvature.batch_sharpness.options import OF_UPDATES
 from lightning_curvature.monitors.base import Monitor
 from tests.compatibility.monitors import MONITORS
 from tests.helpers.directional import SINGLE
@@ -139,7 +140,7 @@ class Truth:
             value, tolerance = self._along_step(self.gauss_newton)
         elif key in ("lambda_dir", "lambda_fd"):
             value, tolerance = self._along_step(self.hessian)
-        elif key == "lambda_gen":
+        elif key in OF_UPDATES:
             # The update of a trial is that of this step, but for the rounding of both their gradients.
             value, tolerance = self._along_step(self.hessian)
             tolerance += 2.0 * max(self.run, self.probe) * _size(self.hessian) / abs(value)

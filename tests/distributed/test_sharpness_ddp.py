@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_curvature.batch_sharpness.options import QUANTITIES
+from lightning_curvature.batch_sharpness.options import PLATEAUS, QUANTITIES
 from tests.distributed import sharpness_jobs as jobs
 from tests.distributed.compare import assert_same_state
 from tests.distributed.sharpness_cases import assert_complete, assert_same_sharpness, lost, same_text
@@ -68,7 +68,7 @@ def test_losses_without_second_derivatives(results: Results, once: bool) -> None
 def test_what_is_compared_is_not_one_number(results: Results) -> None:
     """Draws of other sizes and of other sets, that end at other places."""
     rows = {name: results[name][0].rows[0] for name in ("whole", "sized", "uneven")}
-    for key in ("batch_sharpness", "ias", "gni", "lambda_gen", "lambda_max_b"):
+    for key in ("batch_sharpness", "ias", "gni", "lambda_gen", "lambda_max_b", "update_sharpness"):
         assert abs(rows["whole"][key] / rows["sized"][key] - 1.0) > 1e-3, key
         assert abs(rows["whole"][key] / rows["uneven"][key] - 1.0) > 1e-3, key
     batches = {value for key, value in rows["whole"].items() if key.endswith("_batches") and "zero" not in key}
@@ -127,7 +127,7 @@ def test_a_failure_on_one_rank_is_nan_on_both(results: Results, name: str) -> No
         if name == "in_step":
             assert gone == {"step_sharpness", "step_sharpness_stderr"}
         elif "pair" in name and name != "in_second_pair":
-            assert gone == set(outcome.rows[1]) - {"step_sharpness", "two_over_lr"}
+            assert gone == set(outcome.rows[1]) - {"step_sharpness", "two_over_lr", *PLATEAUS}
         else:
             # These need ∇L; without exact products they also take more than one pair of each rank.
             needing = {key for key in outcome.rows[1] if key.startswith(("gni", "lambda_gen"))}

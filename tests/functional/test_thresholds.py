@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_curvature.functional import adaptive_threshold, momentum_threshold
+from lightning_curvature.functional import adaptive_threshold, mean_square_index, momentum_threshold, sharpness_plateaus
 
 LR = 0.3
 # Relative distance at which the radius must be on the right side of 1. The dominant root moves by 1.5 (AdamW without
@@ -156,6 +156,25 @@ def test_the_textbook_values() -> None:
     assert momentum_threshold(0.1, weight_decay=0.5) == pytest.approx(19.5, rel=1e-15)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.9, 0.99])
+def test_plateaus_are_the_ends_of_stability_in_the_mean_square(beta: float, nesterov: bool) -> None:
+    """At the first one curvature varies a lot around next to nothing, at the second it does not vary."""
+    small, large = sharpness_plateaus(LR, beta, nesterov=nesterov)
+    little = 1e-6 * small
+    # The index is off by the drift, ηλ = 2(1 − β)·1e-6, times some 2β/(1 − β); the search for Nesterov's is off by a
+    # rounding of 1e-15 over η²σ² = 4(1 − β)²·1e-6.
+    assert mean_square_index(little, little * small, LR, beta, nesterov=nesterov) == pytest.approx(1.0, abs=1e-5)
+    assert mean_square_index(large, 0.0, LR, beta, nesterov=nesterov) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_plateaus_without_momentum_and_with_dampening() -> None:
+    assert sharpness_plateaus(LR) == sharpness_plateaus(LR, dampening=0.6) == (2.0 / LR, 2.0 / LR)
+    # Dampened momentum is momentum with (1 − τ)η: two roundings.
+    assert sharpness_plateaus(LR, 0.9, dampening=0.6) == pytest.approx(sharpness_plateaus(0.4 * LR, 0.9), rel=1e-15)
+    assert sharpness_plateaus(0.0, 0.9) == (math.inf, math.inf)
+
+
 def test_without_a_learning_rate_everything_is_stable() -> None:
     assert momentum_threshold(0.0, 0.9, weight_decay=1.0) == math.inf
     assert adaptive_threshold(0.0, 0.9, decoupled_weight_decay=1.0) == math.inf
@@ -181,6 +200,9 @@ def test_decay_that_is_unstable_by_itself_leaves_a_negative_threshold() -> None:
         (lambda: momentum_threshold(0.1, 0.9, dampening=1.0), r"dampening must be below 1, got 1.0: no gradient"),
         (lambda: momentum_threshold(0.1, 0.9, nesterov=True, dampening=0.1), r"dampening must be 0 with Nesterov"),
         (lambda: momentum_threshold(0.1, weight_decay=-1.0), r"weight_decay must be finite and not negative, got -1.0"),
+        (lambda: sharpness_plateaus(-0.1), r"lr must be finite and not negative, got -0.1: pass the learning rate"),
+        (lambda: sharpness_plateaus(0.1, 1.0), r"momentum must lie in \[0, 1\), got 1.0: from 1 on no step is stable"),
+        (lambda: sharpness_plateaus(0.1, 0.9, nesterov=True, dampening=0.1), r"dampening must be 0 with Nesterov"),
         (lambda: adaptive_threshold(-0.1), r"lr must be finite and not negative"),
         (lambda: adaptive_threshold(0.1, 1.0), r"beta1 must lie in \[0, 1\), got 1.0"),
         (

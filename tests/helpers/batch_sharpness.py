@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_curvature import BatchSharpnessMonitor
-from lightning_curvature.batch_sharpness.options import QUANTITIES
+from lightning_curvature.batch_sharpness.options import OF_UPDATES, QUANTITIES
 from lightning_curvature.data.population import Population, read_population
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows
 from tests.oracles.dense import Loss
@@ -169,6 +169,9 @@ class Dense:
             return [(g @ h @ g, g @ g) for g, h in found]
         if quantity == "lambda_max_b":
             return [(torch.linalg.eigvalsh(h)[-1], 1.0) for _, h in found]
+        if quantity == "update_sharpness":
+            pairs = zip(found, updates, strict=True)
+            return [(v @ h @ v / (v @ v), g @ v / (v @ v)) for (g, h), v in pairs if v.any()]
         terms = []
         vectors = list(updates) or [g for g, _ in found]
         for i in range(0, len(found), 2):
@@ -217,7 +220,7 @@ class Run:
             for quantity in (name for name in quantities if name in row):
                 batches = self.beside.draws(step, int(row[f"{quantity}_batches"]))
                 updates: Any = ()
-                if quantity == "lambda_gen":
+                if quantity in OF_UPDATES:
                     gradients = [dense.of(batch)[0] for batch in batches]
                     updates = self.beside.updates(step, gradients, lambda p: p.requires_grad)
                 terms = dense.terms(quantity, batches, updates)

@@ -161,6 +161,11 @@ FUNCTIONAL: dict[str, Good] = {
         lambda: dict.fromkeys(("loss", "edge_ratio", "sharpness", "threshold", "cosine"), torch.ones(3))
         | {"window": 20},
     ),
+    "sharpness_plateaus": Good(
+        f.sharpness_plateaus,
+        lambda: {"lr": 0.1, "momentum": 0.5, "dampening": 0.5, "nesterov": False},
+        {"lr": NOT_NEGATIVE, "momentum": frozenset({"zero"}), "dampening": frozenset({"zero", "negative"})},
+    ),
     "add_to_moments": Good(
         f.add_to_moments,
         lambda: {"moments": MOMENTS, "numerator": 1.0, "denominator": 2.0},

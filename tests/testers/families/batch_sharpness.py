@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_curvature import BatchSharpnessMonitor
-from lightning_curvature.batch_sharpness.options import QUANTITIES
+from lightning_curvature.batch_sharpness.options import OF_UPDATES, PLATEAUS, QUANTITIES, SETTLING
 from tests.helpers.batch_sharpness import DRAWN, Stream, loader, plain_run, sgd, whole_batches
 from tests.helpers.modules import Plain, sharded
 from tests.helpers.runs import classification, mlp
@@ -73,7 +73,7 @@ MISFITS: dict[str, Misfit] = {
         {"quantities": ("ias", "lambda_gen")},
         loader,
         r"optimizer must step on gradients alone for trial updates, got LBFGS, whose step needs closure: train with "
-        r"another optimizer, or leave 'lambda_gen' out",
+        r"another optimizer, or leave 'lambda_gen' and 'update_sharpness' out",
         before_data=True,
     ),
     "shards": misfit(
@@ -113,8 +113,9 @@ MISFITS: dict[str, Misfit] = {
 
 
 def keys(*quantities: str) -> set[str]:
-    """Those written for some quantities."""
+    """Those written for some quantities, where SGD has momentum."""
     found = {f"{name}{end}" for name in quantities for end in ("", "_stderr")} | {"two_over_lr"}
+    found |= set(PLATEAUS) if set(quantities) & set(SETTLING) else set()
     drawn = set(quantities) & set(DRAWN)
     found |= (
         {f"lambda_max_b_{end}" for end in ("q10", "q50", "q90", "unconverged")} if "lambda_max_b" in drawn else set()
@@ -129,8 +130,8 @@ def variant(name: str, plain: Any) -> dict[str, Any]:
 
 
 def missing(name: str) -> set[str]:
-    """Return λ_gen where the optimizer needs a closure."""
-    return {"lambda_gen"} if name == "lbfgs" else set()
+    """Return those of trial updates where the optimizer needs a closure."""
+    return set(OF_UPDATES) if name == "lbfgs" else set()
 
 
 def trap(call: int, lost: set[str]) -> Trap:
@@ -201,6 +202,7 @@ COUNTED: list[tuple[tuple[str, ...], int | None, int]] = [
     (("lambda_max_b",), None, DRAWS),
     (("gni",), None, DRAWS + WHOLE_SET),
     (("lambda_gen",), None, DRAWS + WHOLE_SET),
+    (("update_sharpness",), 3, CUT * DRAWS),
     (("step_sharpness",), None, 1),
     (QUANTITIES, None, 1 + DRAWS + WHOLE_SET),
     (QUANTITIES, 3, 1 + CUT * DRAWS + CUT_SET),
@@ -225,8 +227,8 @@ BATCH_SHARPNESS = Family(
     },
     numbers=QUANTITIES,
     always=False,
-    # λ_gen of a handful of batches is now and then uphill.
-    uncertain=frozenset({"lambda_gen"}),
+    # The updates of a handful of batches go uphill together now and then.
+    uncertain=frozenset(OF_UPDATES),
     watched="batch_sharpness",
     shown=("batch_sharpness", "step_sharpness"),
     selections=[
@@ -238,8 +240,9 @@ BATCH_SHARPNESS = Family(
     charts=[
         (
             {"quantities": ("batch_sharpness", "step_sharpness")},
-            {"mini-batch sharpness and 2/η": ["batch_sharpness", "step_sharpness", "two_over_lr"]},
-        )
+            {"mini-batch sharpness and 2/η": ["batch_sharpness", "step_sharpness", "two_over_lr", *PLATEAUS]},
+        ),
+        ({"quantities": ("gni",)}, {"mini-batch sharpness and 2/η": ["gni", "two_over_lr"]}),
     ],
     bad_arguments=BAD_ARGUMENTS,
     misfits=MISFITS,
