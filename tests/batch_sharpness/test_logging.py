@@ -95,7 +95,8 @@ def test_plateaus_of_momentum_are_those_of_the_step() -> None:
 
     fit(Settings(), monitor("step_sharpness", every_n_train_steps=1), logger=capture, module=learner(cycled))
     found = rows(capture)
-    assert len({momentum for _, momentum in settings}) == len(found) == 4
+    assert len(found) == 4
+    assert len({momentum for _, momentum in settings}) > 2
     for row, (lr, momentum) in zip(found.values(), settings, strict=True):
         assert tuple(row[key] for key in PLATEAUS) == sharpness_plateaus(lr, momentum)
         assert row["plateau_small_batches"] < row["two_over_lr"] < row["plateau_large_batches"]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_curvature import CurvatureWarning
 from lightning_curvature.batch_sharpness import pairs
+from lightning_curvature.batch_sharpness.options import OF_UPDATES
 from lightning_curvature.operators import mini_batch
 from tests.helpers.batch_sharpness import Dense, fit, learner, loader, monitor, samples, sgd
 from tests.helpers.runs import Classifier, make_trainer, mlp
@@ -299,21 +300,21 @@ class Wild(torch.optim.SGD):
 
 def test_a_quantity_that_is_not_finite_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Classifier(mlp(4, 3, 3), lambda m: Wild(m.parameters(), lr=0.3))
-    real = pairs.Pairs._crosses
+    real = pairs.Pairs.update_for
 
-    def crosses(*args: Any) -> Any:
+    def update_for(*args: Any) -> Any:
         monkeypatch.setattr(Wild, "wild", True)
         try:
             return real(*args)
         finally:
             monkeypatch.setattr(Wild, "wild", False)
 
-    monkeypatch.setattr(pairs.Pairs, "_crosses", crosses)
+    monkeypatch.setattr(pairs.Pairs, "update_for", update_for)
     with pytest.warns(CurvatureWarning, match="must be finite, got"):
-        run = fit(monitor("batch_sharpness", "gni", "lambda_gen", on_error="warn"), module)
+        run = fit(monitor("batch_sharpness", "gni", *OF_UPDATES, on_error="warn"), module)
     for row in run.rows.values():
         lost = {name for name, value in row.items() if math.isnan(value)}
-        assert lost == {"lambda_gen", "lambda_gen_stderr", "lambda_gen_batches"}
+        assert lost == {f"{name}{end}" for name in OF_UPDATES for end in ("", "_stderr", "_batches")}
 
 
 def test_unequal_rates_are_in_units_of_the_first_group() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_curvature import BatchSharpnessMonitor
+from lightning_curvature.batch_sharpness.options import OF_UPDATES
 from tests.helpers import batch_sharpness
 from tests.helpers.batch_sharpness import DRAWN, Run, Stream, fit, learner, loader, samples, sgd, whole_batches
 from tests.helpers.runs import Classifier, make_trainer, mlp
@@ -110,7 +111,7 @@ def test_tied_and_frozen_parameters() -> None:
 
 def test_parameters_of_the_optimizer_alone_count() -> None:
     module = learner(lambda m: torch.optim.SGD(m.network[2].parameters(), lr=0.3))
-    quantities = [name for name in DRAWN if name != "lambda_gen"]
+    quantities = [name for name in DRAWN if name not in OF_UPDATES]
     fit(monitor(*quantities), module).check(names=["2.weight", "2.bias"])
 
 
