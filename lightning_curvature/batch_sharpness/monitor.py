@@ -69,7 +69,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
 
     Each comes with ``<key>_stderr``, the standard error of the value over the draws, and ``<key>_batches``, the number
     of batches it took. Beside them stand ``two_over_lr`` (2/η); beside batch or step sharpness under SGD with momentum
-    ``plateau_small_batches`` and ``plateau_large_batches``, where it settles instead (see
+    ``plateau_small_batch`` and ``plateau_large_batch``, where it settles instead (see
     :func:`~lightning_curvature.functional.sharpness_plateaus`); ``zero_gradient_batches``, the number of drawn batches
     without a gradient, which batch sharpness leaves out; and ``lambda_max_b_unconverged``, the number of drawn batches
     whose eigenvalue did not converge to ``tolerance`` and counts too small. One line of the log says if

@@ -30,7 +30,7 @@ CROSSED, FULL_GRADIENT = (*CROSS_PRODUCT, "lambda_gen"), ("gni", "lambda_gen")
 # Quantities of the updates that the optimizer would make; there is none over η at η = 0.
 OF_UPDATES = ("lambda_gen", "update_sharpness")
 # Quantities that settle at the plateaus of the optimizer, and the keys of these.
-SETTLING, PLATEAUS = ("batch_sharpness", "step_sharpness"), ("plateau_small_batches", "plateau_large_batches")
+SETTLING, PLATEAUS = ("batch_sharpness", "step_sharpness"), ("plateau_small_batch", "plateau_large_batch")
 # Mini-batches are drawn in pairs, in which each gives the curvature along the other's gradient.
 PAIR = 2
 # Quantiles of λ_max^b over mini-batches, by the end of their key.

@@ -35,8 +35,8 @@ def plateau_note(optimizer: HasParameterGroups) -> str | None:
         if not any(momentum for momentum, *_ in settings):
             return None
         return (
-            "under momentum batch sharpness does not settle at 2/η, but at plateau_small_batches where batches are "
-            "small, and at plateau_large_batches where they are large."
+            "under momentum batch sharpness does not settle at 2/η, but at plateau_small_batch where batches are "
+            "small, and at plateau_large_batch where they are large."
         )
     index = "StabilityMonitor's index, or at " * (not math.isnan(stability_rule(optimizer).preconditioned))
     return (

@@ -99,7 +99,7 @@ def test_plateaus_of_momentum_are_those_of_the_step() -> None:
     assert len({momentum for _, momentum in settings}) > 2
     for row, (lr, momentum) in zip(found.values(), settings, strict=True):
         assert tuple(row[key] for key in PLATEAUS) == sharpness_plateaus(lr, momentum)
-        assert row["plateau_small_batches"] < row["two_over_lr"] < row["plateau_large_batches"]
+        assert row["plateau_small_batch"] < row["two_over_lr"] < row["plateau_large_batch"]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_where_two_over_lr_is_not_the_plateau_is_said_once(
         fit(monitor(*quantities, num_batches=4), logger=capture, module=heavy_ball(0.3, momentum))
     said = [record.getMessage() for record in caplog.records if "2/η" in record.getMessage()]
     assert said == [
-        "under momentum batch sharpness does not settle at 2/η, but at plateau_small_batches where batches are small, "
-        "and at plateau_large_batches where they are large."
+        "under momentum batch sharpness does not settle at 2/η, but at plateau_small_batch where batches are small, "
+        "and at plateau_large_batch where they are large."
     ] * int(plateaus)
     for row in rows(capture).values():
         assert (set(PLATEAUS) <= row.keys()) is bool(set(PLATEAUS) & row.keys()) is plateaus

@@ -13,7 +13,7 @@ from torch.optim import ASGD, SGD, Adam, RMSprop
 from lightning_curvature.functional import sharpness_plateaus
 from lightning_curvature.optimizers.plateaus import momentum_plateaus, plateau_note
 
-MOMENTUM = "under momentum batch sharpness does not settle at 2/η, but at plateau_small_batches"
+MOMENTUM = "under momentum batch sharpness does not settle at 2/η, but at plateau_small_batch"
 UNKNOWN = (
     "2/η is where batch sharpness settles under SGD without momentum, and no such value is known for the {} at hand:"
 )
