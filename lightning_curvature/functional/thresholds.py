@@ -73,7 +73,7 @@ def sharpness_plateaus(
         \qquad \text{with Nesterov momentum}\quad \frac{2 - 2\beta}{\eta} \quad\text{and}\quad
         \frac{2 + 2\beta}{(1 + 2\beta)\,\eta}
 
-    Both are 2/η without momentum. In between, batch sharpness settles between them.
+    Both are 2/η without momentum.
 
     Derivation: they are the ends of :func:`mean_square_index`, which is 1 where σ²/λ is the first one and λ vanishes,
     and where λ is the second one (:func:`momentum_threshold`) and σ² vanishes.

@@ -56,6 +56,7 @@ def test_values_are_the_expectations(make: Make, replacement: bool, kind: Any) -
         "ias": exact.ias(),
         "gni": exact.gni(),
         "lambda_gen": exact.lambda_gen(updates),
+        "update_sharpness": exact.update_sharpness(updates),
         "lambda_max_b": exact.lambda_max(),
     }
     if make is sgd:

@@ -91,6 +91,13 @@ class MiniBatches:
         second = stacked.T @ stacked / len(stacked)
         return float(torch.trace(self.matrix @ second) / (self.gradient @ stacked.mean(dim=0)))
 
+    def update_sharpness(self, updates: Sequence[Tensor]) -> float:
+        """E_B of ΔᵀH_BΔ over E_B of g_BᵀΔ, each over ‖Δ‖², for the update Δ of each mini-batch."""
+        units = torch.stack([update / update.norm() for update in updates])
+        lengths = torch.stack([update.norm() for update in updates])
+        curvatures = torch.einsum("bi,bij,bj->b", units, self.matrices, units)
+        return float(curvatures.mean() / ((self.gradients * units).sum(dim=1) / lengths).mean())
+
     def gradient_curvature(self) -> float:
         """gᵀHg."""
         return float(self.gradient @ self.matrix @ self.gradient)
