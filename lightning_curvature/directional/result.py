@@ -94,7 +94,8 @@ class DirectionalResult:
             values |= self.oscillation.values()
         if {"kl", "finite_difference"} & set(self.estimators):
             values["epsilon"] = self.epsilon
-        values["headroom"] = room
+        if set(self.estimators) - {OSCILLATION}:
+            values["headroom"] = room
         if not math.isnan(self.lr):  # else the step was not recorded, and another monitor may write its edge
             values["two_over_lr"] = 2.0 / self.lr if self.lr else math.inf
         return values | {"descent": self.descent / lr, "update_norm": self.norm / lr}

@@ -22,7 +22,7 @@ Results = dict[str, list[Outcome]]
 # and 1e-7. Measured: 2e-15 and 7e-8.
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
 # Adam has no preconditioner before its first step.
-BEFORE_ADAM = [f"preconditioned_lambda_max{end}" for end in ("", "_error", "_converged")]
+BEFORE_ADAM = ["stability_headroom", *(f"preconditioned_lambda_max{end}" for end in ("", "_error", "_converged"))]
 
 
 @pytest.fixture(scope="module")

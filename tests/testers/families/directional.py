@@ -172,7 +172,7 @@ DIRECTIONAL = Family(
         ({}, keys("kl", "finite_difference")),
         *(({"estimators": (name,)}, keys(name)) for name in ALL),
         ({"estimators": ALL}, keys(*ALL)),
-        ({"estimators": ("oscillation",)}, BESIDE | OSCILLATION),
+        ({"estimators": ("oscillation",)}, (BESIDE | OSCILLATION) - {"headroom"}),
     ],
     charts=[
         (
