@@ -24,9 +24,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from directional import hardware
-from sklearn.datasets import load_digits
+from noisy_digits import bare_trainer, noisy_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_curvature import (
     BatchSharpnessMonitor,
@@ -42,15 +42,6 @@ SEEDS = (1, 2)
 # has grown where it is a third of the way from there to the loss of a guess.
 HIGHER, GROWN = 1.1, 1.0 / 3.0
 EVERY, WINDOW = 10, 30
-
-
-def digits() -> TensorDataset:
-    """Digits, half of them with a random label: a network sharpens while it learns them by heart."""
-    source, g = load_digits(), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(source.data), generator=g)[:SAMPLES]
-    x, y = torch.tensor(source.data / 8.0 - 1.0, dtype=torch.float32)[order], torch.tensor(source.target)[order]
-    y[::2] = torch.randint(10, y[::2].shape, generator=g)
-    return TensorDataset(x, y)
 
 
 class Attention(nn.Module):
@@ -176,7 +167,7 @@ def fit(module: Learner, seed: int, steps: int, *callbacks: pl.Callback, state: 
     """Train; from a state with η times a factor."""
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
-        digits(), batch_size=module.setting.batch_size, shuffle=True, drop_last=True, generator=generator
+        noisy_digits(SAMPLES), batch_size=module.setting.batch_size, shuffle=True, drop_last=True, generator=generator
     )
 
     class Resume(pl.Callback):
@@ -187,16 +178,7 @@ def fit(module: Learner, seed: int, steps: int, *callbacks: pl.Callback, state: 
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] = module.setting.lr * factor
 
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Resume(), *callbacks],
-    )
+    trainer = bare_trainer(steps, Resume(), *callbacks)
     trainer.fit(module, loader)
     return copy.deepcopy(module.state_dict()), copy.deepcopy(trainer.optimizers[0].state_dict())
 

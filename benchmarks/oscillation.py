@@ -22,7 +22,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from directional import hardware
-from edge import digits
+from edge import SAMPLES as DRAWN
+from noisy_digits import bare_trainer, noisy_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -178,16 +179,7 @@ def run(network: str, optimizer: str, data: TensorDataset, steps: int) -> tuple[
     directional = DirectionalCurvatureMonitor(estimators=("oscillation", "hvp"), every_n_train_steps=EVERY)
     spectrum = HessianSpectrumMonitor(quantities=(quantity,), every_n_train_steps=EVERY, probe_precision=None)
     notes = Notes(directional)
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[directional, spectrum, notes],
-    )
+    trainer = bare_trainer(steps, directional, spectrum, notes)
     trainer.fit(Learner(network, optimizer, lr), DataLoader(data, batch_size=len(data)))
     return lr, notes.moments
 
@@ -256,7 +248,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    data = TensorDataset(*(t[:SAMPLES] for t in digits().tensors))
+    data = TensorDataset(*(t[:SAMPLES] for t in noisy_digits(DRAWN).tensors))
     names = list(itertools.product(NETWORKS, OPTIMIZERS))
     steps = 60 if arguments.fast else arguments.steps
     runs, onsets = {}, list[tuple[float, ...]]()

@@ -19,7 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from directional import hardware
-from sklearn.datasets import load_digits
+from noisy_digits import bare_trainer, noisy_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -60,10 +60,7 @@ SETTINGS = [
 
 def digits() -> TensorDataset:
     """Digits and one-hot labels, half of which are random."""
-    source, g = load_digits(), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(source.data), generator=g)[:SAMPLES]
-    x, y = torch.tensor(source.data / 8.0 - 1.0, dtype=torch.float32)[order], torch.tensor(source.target)[order]
-    y[::2] = torch.randint(10, y[::2].shape, generator=g)
+    x, y = noisy_digits(SAMPLES).tensors
     return TensorDataset(x, nn.functional.one_hot(y, 10).float())
 
 
@@ -112,21 +109,12 @@ def measured(setting: Setting, steps: int) -> str:
     """Return one row of the table."""
     every = max(steps // MEASUREMENTS, 1)
     rows = Rows(steps, every)
-    trainer = pl.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            StabilityMonitor(every_n_train_steps=10, window=30),
-            BatchSharpnessMonitor(
-                quantities=("batch_sharpness", "update_sharpness"), every_n_train_steps=every, num_batches=128
-            ),
-            rows,
-        ],
+    sharpnesses: Any = ("batch_sharpness", "update_sharpness")
+    trainer = bare_trainer(
+        steps,
+        StabilityMonitor(every_n_train_steps=10, window=30),
+        BatchSharpnessMonitor(quantities=sharpnesses, every_n_train_steps=every, num_batches=128),
+        rows,
     )
     module = Learner(setting.make)
     trainer.fit(module, DataLoader(digits(), batch_size=setting.batch_size, shuffle=True, drop_last=True))

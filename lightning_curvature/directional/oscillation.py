@@ -62,8 +62,7 @@ def numbers(window: Window) -> Values:
     """Return this rank's numbers of the first exchange."""
     bend = window.oscillation
     known = {f"{_PREFIX}known": torch.tensor(float(bend is not None))}
-    zero = {name: torch.zeros((), dtype=torch.float64) for name in START}
-    return known if bend is None else zero | {f"{_PREFIX}{name}": value for name, value in bend.moments.items()} | known
+    return known if bend is None else known | {f"{_PREFIX}{name}": value for name, value in bend.moments.items()}
 
 
 class AlongOscillation:

@@ -105,7 +105,7 @@ class UpdateMonitor(Monitor):
         if self._trail is not None:
             # A batch may make several steps by hand, of which the last is measured.
             more = self._armed and not pl_module.automatic_optimization
-            self._trail.pass_by(trainer.global_step, self._parameters(trainer), more)
+            self._trail.pass_by(trainer.global_step, lambda: self._parameters(trainer), more)
         step = self._step
         if not self._armed or step.number == trainer.global_step:
             return

@@ -1,7 +1,7 @@
 """The part of an optimizer's path that flips its sign at each step, and the steps before that show it."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +37,17 @@ class Trail:
         self._before: list[dict[int, Tensor]] = []
 
     @torch.no_grad()
-    def pass_by(self, global_step: int, parameters: Iterable[Tensor], more: bool = False) -> None:
+    def pass_by(self, global_step: int, parameters: Callable[[], Iterable[Tensor]], more: bool = False) -> None:
         """Note a step about to be made; copy this rank's part of the parameters where the next measured one needs it.
 
-        LBFGS comes several times a step: only the first counts. ``more``: the step may be measured, or one after it.
+        LBFGS comes several times a step: only the first counts. ``parameters`` is called where they
+        are copied alone. ``more``: the step may be measured, or one after it.
         """
         if global_step == self._last:
             return
         self._last, self._before = global_step, self._kept
         if more or self._every - global_step % self._every <= self._reach:
-            now = {id(p): local(p).detach().clone() for p in parameters}
+            now = {id(p): local(p).detach().clone() for p in parameters()}
             self._kept = [now, *self._kept[: STEPS - 1]]
         else:
             self._kept = []

@@ -147,9 +147,9 @@ def test_independent_updates_have_two_thirds() -> None:
 def test_the_three_steps_before_a_measured_one_are_kept_and_no_others(every: int) -> None:
     trail, weight, copies = Trail(every), torch.zeros(2), []
     for step in range(20):
-        weight += step  # a triangular number
-        trail.pass_by(step, [weight])
-        trail.pass_by(step, [weight])  # as LBFGS comes
+        weight.add_(step)  # a triangular number
+        trail.pass_by(step, lambda: [weight])
+        trail.pass_by(step, lambda: [weight])  # as LBFGS comes
         copies.append(len(trail._kept))
         before = trail.before([weight])
         if step % every == 0:
@@ -163,7 +163,7 @@ def test_steps_of_other_optimizers_count() -> None:
     """Of two in turns every second global step is one of the followed optimizer."""
     trail, weight = Trail(6, stride=2), torch.zeros(1)
     for step in range(0, 13, 2):
-        trail.pass_by(step, [weight])
+        trail.pass_by(step, lambda: [weight])
     assert trail.before([weight]) is not None
 
 
