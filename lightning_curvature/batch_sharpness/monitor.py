@@ -172,17 +172,15 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         self._calls = StepCalls()
         self._step_size: tuple[int | None, int] | None = None
 
-    def charted(self) -> dict[str, list[str]]:
-        """Return one chart: all sharpnesses with the edge."""
-        return {_CHART: [*self.options.quantities, "two_over_lr"]}
+    def edges(self, trainer: pl.Trainer) -> dict[str, str | None]:
+        """Return 2/η, which under momentum and adaptive optimizers is the edge along their own updates alone."""
+        index, optimizers = self.options.optimizer_index, trainer.optimizers
+        plain = index < len(optimizers) and plateau_note(optimizers[index]) is None
+        return {q: "two_over_lr" for q in self.options.quantities if plain or q in OF_UPDATES}
 
-    def charts(self, trainer: pl.Trainer) -> dict[str, list[str]]:
-        """Chart also the plateaus of the optimizer at hand, where it has others than 2/η."""
-        charts = super().charts(trainer)
-        charts[f"{self.options.prefix}: {_CHART}"] += [
-            f"{self.options.prefix}/{key}" for key in self._plateaus(trainer)
-        ]
-        return charts
+    def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
+        """Return one chart: all sharpnesses with 2/η, and the plateaus of an optimizer that has others."""
+        return {_CHART: [*self.options.quantities, "two_over_lr", *self._plateaus(trainer)]}
 
     def _plateaus(self, trainer: pl.Trainer) -> dict[str, float]:
         """Return where batch sharpness settles under momentum, by key, if it is measured and has such plateaus."""

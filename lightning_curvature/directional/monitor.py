@@ -127,13 +127,17 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         """Take up ε and the line search where a checkpoint left them."""
         self._measurement.load_state_dict(state_dict)
 
-    def charted(self) -> dict[str, list[str]]:
-        """Chart every λ with the edge, and the headroom."""
+    def edges(self, trainer: pl.Trainer) -> dict[str, str | None]:
+        """Return 2/η as the edge of each λ, and of λ_osc its own."""
+        edges = {name: "oscillation_edge" if name == OSCILLATION else "two_over_lr" for name in self.options.estimators}
+        return {KEYS[name]: edge for name, edge in edges.items()}
+
+    def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
+        """Chart every λ with its edge."""
         curvatures = [KEYS[name] for name in self.options.estimators if name != OSCILLATION]
-        charts = {"λ and 2/η": [*curvatures, "two_over_lr"], "headroom": ["headroom"]} if curvatures else {}
+        charts = {"λ and 2/η": [*curvatures, "two_over_lr"]} if curvatures else {}
         if OSCILLATION in self.options.estimators:
             charts["λ_osc and its threshold"] = ["lambda_osc", "oscillation_edge"]
-            charts["λ_osc over its threshold"] = ["oscillation_ratio"]
         return charts
 
     def charted_by_module(self) -> Sequence[str]:

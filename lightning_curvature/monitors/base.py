@@ -2,30 +2,29 @@
 
 import contextlib
 import inspect
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_curvature.losses.fixed import Precision
 from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
 from lightning_curvature.monitors.guard import HOOKS, STARTING, guarded
-from lightning_curvature.monitors.modules import Modules, ModuleTable, modules_of
 from lightning_curvature.monitors.options import MonitorOptions
+from lightning_curvature.monitors.reporter import Reporter
 from lightning_curvature.monitors.strategies import check_strategy
 from lightning_curvature.monitors.tally import Tally
 from lightning_curvature.replay.objective import StepObjective
-from lightning_curvature.reporting.bars import report_bars
-from lightning_curvature.reporting.loggers import add_layout, report, warn
+from lightning_curvature.reporting.layout import begin
+from lightning_curvature.reporting.loggers import warn
 
 # Methods of the module, which Lightning gives to callbacks at the start of every run.
 _LENT = frozenset({"log", "log_dict"})
 
 
-class Monitor(pl.Callback):
+class Monitor(Reporter):
     """Base of all monitors; each of its options can also be read as an attribute of the monitor."""
 
     options: MonitorOptions
@@ -138,7 +137,7 @@ class Monitor(pl.Callback):
         self._resumes, self._is_lazy = False, is_lazy(pl_module)
         device = trainer.strategy.root_device
         self._objective = StepObjective(pl_module, device, self.options.outputs, self.options.objective)
-        add_layout(trainer)
+        begin(trainer)
 
     def _check_optimizer_index(self, trainer: pl.Trainer) -> None:
         count, index = len(trainer.optimizers), self.options.optimizer_index
@@ -146,22 +145,6 @@ class Monitor(pl.Callback):
             raise MisconfigurationException(
                 f"optimizer_index must be below the number of optimizers, got {index} of {count}: count from 0."
             )
-
-    def _parameters(self, trainer: pl.Trainer) -> list[Tensor]:
-        """Return the parameters that the followed optimizer moves; by hand there is one optimizer, of all of them."""
-        index = self.options.optimizer_index if len(trainer.optimizers) > self.options.optimizer_index else 0
-        groups = trainer.optimizers[index].param_groups if trainer.optimizers else []
-        return [p for group in groups for p in group["params"] if p.requires_grad]
-
-    def _modules(self, trainer: pl.Trainer) -> Modules | None:
-        """Return the modules of the parameters, where values by module are wanted."""
-        wanted = self.options.by_module
-        return modules_of(trainer.lightning_module, self._parameters(trainer), wanted) if wanted else None
-
-    @property
-    def _prefix_by_module(self) -> str:
-        # Beside the prefix: in a group of its own on TensorBoard.
-        return f"{self.options.prefix}_by_module"
 
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -191,23 +174,6 @@ class Monitor(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why nothing was measured, where that is so."""
         self._tally.tell(type(self).__name__, trainer)
-
-    def charts(self, trainer: pl.Trainer) -> dict[str, list[str]]:
-        """Return the TensorBoard charts of this monitor: keys by title."""
-        prefix, modules = self.options.prefix, self._modules(trainer)
-        charts = {title: [f"{prefix}/{key}" for key in keys] for title, keys in self.charted().items()}
-        names = () if modules is None else modules.names
-        for key in self.charted_by_module():
-            charts[f"{key} by module"] = [f"{self._prefix_by_module}/{key}/{name}" for name in names]
-        return {f"{prefix}: {title}": keys for title, keys in charts.items() if keys}
-
-    def charted(self) -> Mapping[str, list[str]]:
-        """Return the keys of each chart by its title, both without the prefix."""
-        return {}
-
-    def charted_by_module(self) -> Sequence[str]:
-        """Return the keys of which each has a chart of its values by module."""
-        return ()
 
     @guarded
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -259,18 +225,6 @@ class Monitor(pl.Callback):
                 yield
 
         return without_autocast
-
-    def _write(self, trainer: pl.Trainer, values: Mapping[str, float], shown: Iterable[str] = ()) -> None:
-        """Write values under the prefix, and show some of them on the progress bar."""
-        prefix = self.options.prefix
-        named = {f"{prefix}/{key}": value for key, value in values.items()}
-        report(trainer, named, [f"{prefix}/{key}" for key in shown])
-
-    def _write_modules(self, trainer: pl.Trainer, table: ModuleTable | None) -> None:
-        """Write values by module, where there are any, and their picture."""
-        if table is not None:
-            report(trainer, {f"{self._prefix_by_module}/{key}": value for key, value in table.values().items()})
-            report_bars(trainer, self._prefix_by_module, table.names, table.columns)
 
     def _warn_once(self, about: str, message: str) -> None:
         """Warn the first time in a fit: a message with a number in it would be a new one each time."""

@@ -18,6 +18,7 @@ from lightning_curvature.monitors.probe_set import ProbeSetMonitor, ResultT
 from lightning_curvature.monitors.protocol import Problem
 from lightning_curvature.replay.isolation import attached
 from lightning_curvature.replay.objective import StepObjective
+from lightning_curvature.reporting.tables import report_values
 
 
 class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
@@ -28,6 +29,17 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
     def _begin(self) -> None:
         super()._begin()
         self._is_named = False
+
+    @property
+    def _is_curve(self) -> bool:
+        return bool(self.options.at_steps or self.options.every_n_train_steps)
+
+    def _report(self, trainer: pl.Trainer, result: ResultT | None) -> None:
+        """Write a result; that of the only measurement of a fit as a table on TensorBoard, not as curves."""
+        super()._report(trainer, result)
+        if not self._is_curve and result is not None:
+            name = type(self).__name__.removesuffix("Monitor")
+            report_values(trainer, f"{self.options.prefix}/{name}", result.values(), result.reasons)
 
     def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise where the module cannot give what is measured."""

@@ -122,7 +122,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
     ) -> None:
         super().__init__(NoiseOptions.of(locals()))
 
-    def charted(self) -> dict[str, list[str]]:
+    def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         """Return charts of all exponents, and of numbers beside those of chance."""
         keys = [key for key in self.keys() if not key.endswith("_stderr")]
         return {

@@ -20,7 +20,8 @@ from lightning_curvature.regimes.hearing import EdgeMeter, Heard, losses_over_ra
 from lightning_curvature.regimes.options import Action, Batches, RegimeOptions
 from lightning_curvature.regimes.picture import report_history
 from lightning_curvature.regimes.result import History, RegimeChange, RegimeResult
-from lightning_curvature.reporting.loggers import add_layout, logged_step, tensorboards, warn
+from lightning_curvature.reporting.layout import begin
+from lightning_curvature.reporting.loggers import logged_step, tensorboards, warn
 
 
 class RegimeMonitor(Monitor):
@@ -142,7 +143,7 @@ class RegimeMonitor(Monitor):
         self._meter.curvature, self._left = progress["curvature"], progress["left"]
         self._checkpoints.load_state_dict(progress["checkpoints"])
 
-    def charted(self) -> dict[str, list[str]]:
+    def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         """Chart the regime with its alarms, and the edge ratio."""
         return {"regime": ["regime", "regime_alarm"], "edge ratio": ["edge_ratio"]}
 
@@ -160,7 +161,7 @@ class RegimeMonitor(Monitor):
                 "judges by the loss alone; add HessianSpectrumMonitor() for the edge, and for alarms "
                 "DirectionalCurvatureMonitor(estimators=('oscillation',), every_n_train_steps=1)."
             )
-        add_layout(trainer)
+        begin(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

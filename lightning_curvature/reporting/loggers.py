@@ -1,10 +1,9 @@
-"""Writes values to loggers, ``callback_metrics``, the progress bar and TensorBoard's layout.
+"""Writes values to loggers, ``callback_metrics`` and the progress bar.
 
 No other file uses private attributes of the Trainer for this.
 """
 
 import math
-import re
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,10 @@ from collections.abc import Mapping, Sequence
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-
-# TensorBoard keeps one layout a run: it is written once for all monitors of a Trainer.
-_laid_out: "weakref.WeakSet[Logger]" = weakref.WeakSet()
 
 # What monitors have written last, finite or not, and at which step: callback_metrics do not tell new from old.
 _latest: "weakref.WeakKeyDictionary[pl.Trainer, dict[str, tuple[int, float]]]" = weakref.WeakKeyDictionary()
-
-LAYOUT_TITLE = "Curvature"
 
 
 class CurvatureWarning(UserWarning):
@@ -41,16 +34,27 @@ def inform(message: str) -> None:
     rank_zero_info(message)
 
 
-def report(trainer: pl.Trainer, values: Mapping[str, float], progress_bar: Sequence[str] = ()) -> None:
+def forget(trainer: pl.Trainer) -> None:
+    """Forget what monitors wrote in an earlier fit, whose steps count anew."""
+    _latest.pop(trainer, None)
+
+
+def report(
+    trainer: pl.Trainer, values: Mapping[str, float], progress_bar: Sequence[str] = (), points: bool = True
+) -> None:
     """Write values to every logger at the step at which Lightning logs, and to ``trainer.callback_metrics``.
 
     ``callback_metrics`` keeps the last finite value of a key, since EarlyStopping ends training at a NaN, and one step
-    uphill is no reason to. The loggers get the measured values.
+    uphill is no reason to. The loggers get the measured values; one that several monitors write at a step, such as 2/η,
+    they get once. TensorBoard gets none without ``points``.
     """
     step = logged_step(trainer)
-    _latest.setdefault(trainer, {}).update({key: (step, value) for key, value in values.items()})
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=step)
+    latest = _latest.setdefault(trainer, {})
+    new = {key: value for key, value in values.items() if latest.get(key) != (step, value)}
+    latest.update({key: (step, value) for key, value in values.items()})
+    for logger in trainer.loggers if new else ():
+        if points or not isinstance(logger, TensorBoardLogger):
+            logger.log_metrics(new, step=step)
     for key, value in values.items():
         if math.isfinite(value) or key not in trainer.callback_metrics:
             # The properties return the connector's own dicts; LearningRateMonitor relies on this too.
@@ -63,20 +67,6 @@ def written_now(trainer: pl.Trainer) -> dict[str, float]:
     """Return the values that monitors have written at this step, as they were measured; on every rank."""
     step = logged_step(trainer)
     return {key: value for key, (at, value) in _latest.get(trainer, {}).items() if at == step}
-
-
-def add_layout(trainer: pl.Trainer) -> None:
-    """Write the custom layout of all monitors of this Trainer, their ``charts()``, once to each TensorBoard logger."""
-    charts: dict[str, list[object]] = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if callable(of_monitor := getattr(callback, "charts", None)):
-            # TensorBoard takes tags for regular expressions, and matches their beginnings.
-            tags = {title: [f"{re.escape(key)}$" for key in keys] for title, keys in of_monitor(trainer).items()}
-            charts |= {title: ["Multiline", keys] for title, keys in tags.items()}
-    for logger in tensorboards(trainer):
-        if logger not in _laid_out:
-            _laid_out.add(logger)
-            logger.experiment.add_custom_scalars({LAYOUT_TITLE: charts})
 
 
 def logged_step(trainer: pl.Trainer) -> int:

@@ -168,9 +168,15 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         super()._take_up(state_dict)
         self._measurement.take_up(state_dict.get("eigenpairs", {}))
 
-    def charted(self) -> dict[str, list[str]]:
+    def edges(self, trainer: pl.Trainer) -> dict[str, str | None]:
+        """Return the threshold of λ_max, and of the preconditioned one; adaptive optimizers have none on λ_max(H)."""
+        return {
+            q: f"{q}_threshold" for q in ("lambda_max", "preconditioned_lambda_max") if q in self.options.quantities
+        }
+
+    def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         """Chart each eigenvalue with its threshold."""
-        # Adaptive optimizers have no threshold on λ_max(H); TensorBoard leaves out a key that is never written.
+        # TensorBoard leaves out a key that is never written.
         largest = [largest_name(i) for i in range(1, self.options.k + 1)]
         charts = {"λ_max and its threshold": ("lambda_max", largest)}
         charts["preconditioned λ_max"] = ("preconditioned_lambda_max", ["preconditioned_lambda_max"])

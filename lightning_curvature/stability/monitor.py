@@ -119,12 +119,13 @@ class StabilityMonitor(ProbeSetMonitor[StabilityProblem, StabilityResult]):
     def _take_up(self, state_dict: dict[str, Any]) -> None:
         self._steps = [Terms(*one) for one in state_dict["steps"]]
 
-    def charted(self) -> dict[str, list[str]]:
-        """Chart the index, and its parts."""
-        return {
-            "stability index (edge: 1)": ["stability_index"],
-            "drift and noise in the stability index": ["stability_index_drift", "stability_index_noise"],
-        }
+    def edges(self, trainer: pl.Trainer) -> dict[str, str | None]:
+        """Return the index, whose edge is 1."""
+        return {"stability_index": None}
+
+    def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
+        """Chart the index and its parts."""
+        return {"stability index": ["stability_index", "stability_index_drift", "stability_index_noise"]}
 
     def shown(self) -> Sequence[str]:
         """Return the keys that the progress bar shows."""

@@ -199,10 +199,10 @@ def warned(action: Callable[[], Any]) -> list[str]:
 
 
 def rows(capture: Capture, prefix: str = "curvature") -> dict[int, dict[str, float]]:
-    """Rows of the measured steps, keys without the prefix."""
-    cut = len(prefix) + 1
+    """Rows of the measured steps, values and diagnostics, keys without the prefix."""
+    groups = (f"{prefix}/", f"{prefix}_diagnostics/")
     found = {
-        step: {key[cut:]: value for key, value in row.items() if key.startswith(f"{prefix}/")}
+        step: {key.partition(group)[2]: row[key] for key in row for group in groups if key.startswith(group)}
         for step, row in sorted(capture.rows.items())
     }
     return {step: row for step, row in found.items() if row}

@@ -1,0 +1,48 @@
+"""Full names of logged values. TensorBoard makes a group of cards of what stands before the first slash.
+
+Values are in the group of the prefix; error bars, counts and flags in one beside it, values over their edges in
+another, and values by module in a third.
+"""
+
+import re
+from collections.abc import Mapping
+
+# Error bars and bounds, counts, flags and settings, by the ends of their keys.
+_DIAGNOSTIC = re.compile(
+    r".*_(error|stderr|upper|converged|unconverged|batches|steps|numerator)|epsilon|validated_sigma.*"
+)
+# The line at 1 beside the values over their edges.
+EDGE = "edge"
+
+
+def is_diagnostic(key: str) -> bool:
+    """Whether a key is that of an error bar, a count, a flag or a setting."""
+    return _DIAGNOSTIC.fullmatch(key) is not None
+
+
+def full_name(prefix: str, key: str) -> str:
+    """Return the name under which the value of a key is logged."""
+    return f"{prefix}_diagnostics/{key}" if is_diagnostic(key) else f"{prefix}/{key}"
+
+
+def over_edge(prefix: str, key: str) -> str:
+    """Return the name of a value over its edge."""
+    return f"{prefix}_over_edge/{key}"
+
+
+def by_module(prefix: str) -> str:
+    """Return the group of values by module."""
+    return f"{prefix}_by_module"
+
+
+def values_over_edge(prefix: str, values: Mapping[str, float], edges: Mapping[str, str | None]) -> dict[str, float]:
+    """Return values over their edges by full name, and 1 for the edge itself; nothing where no value has one.
+
+    Args:
+        prefix: of the monitor.
+        values: by key, also the edges.
+        edges: key of the edge of each value, None of a value whose edge is 1.
+    """
+    known = {key: 1.0 if edge is None else values.get(edge) for key, edge in edges.items() if key in values}
+    found = {over_edge(prefix, key): values[key] / edge for key, edge in known.items() if edge}
+    return found | {over_edge(prefix, EDGE): 1.0} if found else {}
