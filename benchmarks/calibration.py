@@ -198,7 +198,7 @@ def compared(title: str, kinks: Any) -> Iterator[tuple[str, float, float]]:
         for key, form in KEYS.items():
             if exact["descent"] > 0.0:
                 quadratic = row[f"curvature/{key}"] / row["curvature/two_over_lr"] * 2.0 * exact["descent"]
-                yield key, abs(quadratic / exact[form] - 1.0), row[f"curvature/{key}_error"]
+                yield key, abs(quadratic / exact[form] - 1.0), row[f"curvature_diagnostics/{key}_error"]
 
 
 def described(pairs: list[tuple[float, float]]) -> str:

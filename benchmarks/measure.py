@@ -76,7 +76,7 @@ def estimator_cost(
             return  # uphill: there is no curvature to compare
         for key, found in errors.items():
             found.append(reference.error(key, logger.values[f"curvature/{key}"]))
-            stated[key].append(logger.values[f"curvature/{key}_error"])
+            stated[key].append(logger.values[f"curvature_diagnostics/{key}_error"])
 
     timed_steps = _WARM_UP + 2 * repeats
     opening = Opening(clock, lambda i: i >= timed_steps and i % 2 == 0)

@@ -175,7 +175,7 @@ def table(precision: Any, estimators: tuple[str, ...]) -> Iterator[str]:
                     continue
                 exact = gauss_newton if name in ("kl", "gauss_newton") else hessian
                 distances.append(abs(value * row["curvature/two_over_lr"] ** -1 * 2.0 * descent / exact - 1.0))
-                ratios.append(distances[-1] / row[f"curvature/{KEYS[name]}_error"])
+                ratios.append(distances[-1] / row[f"curvature_diagnostics/{KEYS[name]}_error"])
             spread = "– | – | –"
             if len(distances) > 1:
                 spread = f"{median(distances):.1e} | {ninth_decile(distances):.1e} | {max(distances):.1e}"

@@ -163,7 +163,7 @@ def train(data: MiniBatchData, args: argparse.Namespace) -> tuple[Run, Index | N
         phases=phases,
         curvature={key: curves.curve(f"curvature/{key}") for key in (*drawn, "lambda_max")}
         | {"step_sharpness": curves.curve("step/step_sharpness")},
-        errors={key: curves.curve(f"curvature/{key}_stderr") for key in drawn},
+        errors={key: curves.curve(f"curvature_diagnostics/{key}_stderr") for key in drawn},
         loss=whole_epochs(curves.curve("train_loss_epoch")),
         step_loss=curves.curve("train_loss_step"),
     )

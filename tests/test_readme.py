@@ -41,7 +41,7 @@ def test_the_spectrum_example() -> None:
     found = [float(trainer.callback_metrics[f"curvature/{name}"]) for name in ("lambda_max", "lambda_2", "lambda_3")]
     assert found == sorted(found, reverse=True)
     assert trainer.callback_metrics["curvature/lambda_max_threshold"] == pytest.approx(20.0)
-    assert "curvature/hessian_trace_stderr" in trainer.callback_metrics
+    assert "curvature_diagnostics/hessian_trace_stderr" in trainer.callback_metrics
 
 
 def test_the_sharpness_example() -> None:
@@ -52,8 +52,8 @@ def test_the_sharpness_example() -> None:
     trainer.fit(module, loader(classification(8, dtype=torch.float32)))
     values = {key: float(trainer.callback_metrics[f"curvature/{key}"]) for key in ("batch_sharpness", "gni")}
     for key, value in values.items():
-        batches = float(trainer.callback_metrics[f"curvature/{key}_batches"])
-        known = float(trainer.callback_metrics[f"curvature/{key}_stderr"]) <= 0.05 * value
+        batches = float(trainer.callback_metrics[f"curvature_diagnostics/{key}_batches"])
+        known = float(trainer.callback_metrics[f"curvature_diagnostics/{key}_stderr"]) <= 0.05 * value
         assert known or batches == 256.0, key
     assert "curvature/step_sharpness" in trainer.callback_metrics
 

@@ -22,17 +22,23 @@ def is_diagnostic(key: str) -> bool:
 
 def full_name(prefix: str, key: str) -> str:
     """Return the name under which the value of a key is logged."""
-    return f"{prefix}_diagnostics/{key}" if is_diagnostic(key) else f"{prefix}/{key}"
+    return f"{_beside(prefix, 'diagnostics') if is_diagnostic(key) else prefix}/{key}"
 
 
 def over_edge(prefix: str, key: str) -> str:
     """Return the name of a value over its edge."""
-    return f"{prefix}_over_edge/{key}"
+    return f"{_beside(prefix, 'over_edge')}/{key}"
 
 
 def by_module(prefix: str) -> str:
     """Return the group of values by module."""
-    return f"{prefix}_by_module"
+    return _beside(prefix, "by_module")
+
+
+def _beside(prefix: str, kind: str) -> str:
+    # The group is what stands before the first slash, of a prefix with slashes, too.
+    group, slash, rest = prefix.partition("/")
+    return f"{group}_{kind}{slash}{rest}"
 
 
 def values_over_edge(prefix: str, values: Mapping[str, float], edges: Mapping[str, str | None]) -> dict[str, float]:

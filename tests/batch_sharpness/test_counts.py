@@ -70,7 +70,7 @@ def test_no_more_products_than_a_quantity_needs(monkeypatch: pytest.MonkeyPatch)
     made = counted(monkeypatch, HessianOperator, "product_of")
     options = {"num_batches": 40, "min_batches": 4, "relative_error": 0.2}
     capture = fit(monitor("batch_sharpness", "gni", **options))
-    counts = [capture.curve(f"curvature/{name}_batches") for name in ("batch_sharpness", "gni")]
+    counts = [capture.curve(f"curvature_diagnostics/{name}_batches") for name in ("batch_sharpness", "gni")]
     assert counts[0] != counts[1]
     assert len(made) == sum(map(sum, counts))
 

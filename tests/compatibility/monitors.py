@@ -19,6 +19,7 @@ from lightning_curvature import (
 )
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from lightning_curvature.monitors.base import Monitor
+from lightning_curvature.reporting.names import full_name
 from tests.helpers.runs import classification
 from tests.helpers.witness import ALL, LAMBDAS
 
@@ -67,7 +68,7 @@ class Kind:
 
     def rows(self, rows: Mapping[int, Mapping[str, float]], prefix: str = "curvature") -> dict[int, dict[str, float]]:
         """What it has logged, by step: a value or its error, without the prefix."""
-        keys = {f"{prefix}/{key}": key for key in (*self.keys, *(f"{key}_error" for key in self.keys))}
+        keys = {full_name(prefix, key): key for key in (*self.keys, *(f"{key}_error" for key in self.keys))}
         found = {step: {keys[k]: v for k, v in row.items() if k in keys} for step, row in sorted(rows.items())}
         return {step: row for step, row in found.items() if row}
 

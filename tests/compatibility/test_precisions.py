@@ -135,7 +135,7 @@ class Truth:
             return self._commutativity()
         if key.endswith("lambda_max"):
             matrix = self.gauss_newton if key == "gauss_newton_lambda_max" else self.hessian
-            return self._largest(matrix, row[f"curvature/{key}_error"])
+            return self._largest(matrix, row[f"curvature_diagnostics/{key}_error"])
         if key in ("lambda_gn", "lambda_kl"):
             value, tolerance = self._along_step(self.gauss_newton)
         elif key in ("lambda_dir", "lambda_fd"):
@@ -149,7 +149,7 @@ class Truth:
             g = self.gradient
             value = float(g @ self.hessian @ g / (g @ g))
             tolerance = 3.0 * self.probe * _size(self.hessian) / abs(value)
-        return value, tolerance + self._of_differences(key, row.get(f"curvature/{key}_error", 0.0))
+        return value, tolerance + self._of_differences(key, row.get(f"curvature_diagnostics/{key}_error", 0.0))
 
     def _along_step(self, matrix: Tensor) -> tuple[float, float]:
         """dᵀAd/(η gᵀd): A is off by its rounding, and g by that of the run's backward."""

@@ -82,7 +82,7 @@ def test_losses(name: str, pair: tuple[str, ...]) -> None:
             if f"curvature/{key}" in row:
                 value = quadratic / truth.descent / step.lr
                 assert row[f"curvature/{key}"] == pytest.approx(value, rel=tolerance), key
-                assert row[f"curvature/{key}_error"] < DIFFERENCE
+                assert row[f"curvature_diagnostics/{key}_error"] < DIFFERENCE
 
 
 def test_a_loss_that_is_linear_in_the_outputs_has_none() -> None:

@@ -64,7 +64,7 @@ def ratios(precision: str) -> dict[str, list[float]]:
                     value = row[f"curvature/{key}"]
                     if math.isfinite(value) and descent > 0.0:
                         off = abs(value * descent * step.lr / quadratic - 1.0)
-                        ratio.append(row[f"curvature/{key}_error"] / off)
+                        ratio.append(row[f"curvature_diagnostics/{key}_error"] / off)
     return found
 
 

@@ -86,7 +86,7 @@ def test_kinks_that_are_crossed_are_counted() -> None:
         # Rounding of three losses: 4·1e-16/ε² of a dᵀHd of 1e-3.
         assert row["curvature/lambda_fd"] == pytest.approx(value, rel=1e-10)
         off = abs(row["curvature/lambda_fd"] / row["curvature/lambda_dir"] - 1.0)
-        assert 0.01 < off < row["curvature/lambda_fd_error"]
+        assert 0.01 < off < row["curvature_diagnostics/lambda_fd_error"]
 
 
 class Module(pl.LightningModule):
@@ -225,7 +225,9 @@ def test_kinds_of_steps(name: str) -> None:
         ):  # a first step whose graph does not show all crosses kinks, and says so
             assert row["curvature/lambda_fd"] == pytest.approx(exact, rel=DIFFERENCE)
         else:
-            assert abs(row["curvature/lambda_fd"] / exact - 1.0) <= max(row["curvature/lambda_fd_error"], DIFFERENCE)
+            assert abs(row["curvature/lambda_fd"] / exact - 1.0) <= max(
+                row["curvature_diagnostics/lambda_fd_error"], DIFFERENCE
+            )
 
 
 def custom_twice(m: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -286,7 +288,7 @@ def test_single_precision() -> None:
     for key, exact in (("lambda_fd", "lambda_dir"), ("lambda_kl", "lambda_gn")):
         found = [row for row in rows if not math.isnan(row[f"curvature/{key}"])]
         off = [abs(row[f"curvature/{key}"] / row[f"curvature/{exact}"] - 1.0) for row in found]
-        errors = [row[f"curvature/{key}_error"] for row in found]
+        errors = [row[f"curvature_diagnostics/{key}_error"] for row in found]
         assert len(found) == len(rows)
         # Across the kinks λ_FD is off by a third in the median here, and one value in ten is within its error.
         assert sorted(off)[len(off) // 2] < 3e-3

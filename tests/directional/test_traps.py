@@ -80,7 +80,7 @@ def test_a_named_likelihood_that_is_another(weight: float, known: bool) -> None:
         truth, row = outcome.reference(index), outcome.capture.rows[index]
         off = abs(row["curvature/lambda_kl"] / (truth.gauss_newton / truth.descent / 0.3) - 1.0)
         assert math.isfinite(off) == known
-        assert not known or 1e-4 < row["curvature/lambda_kl_error"] <= 1.0
+        assert not known or 1e-4 < row["curvature_diagnostics/lambda_kl_error"] <= 1.0
 
 
 def test_weights_that_the_loss_does_not_show() -> None:
@@ -96,7 +96,7 @@ def test_weights_that_the_loss_does_not_show() -> None:
     for key in ("lambda_kl", "lambda_gn"):  # the reading by chance, of which the error says as much
         off = abs(row[f"curvature/{key}"] / (truth.gauss_newton / truth.descent / 0.3) - 1.0)
         assert not off <= 0.1
-        assert math.isnan(off) or off <= row[f"curvature/{key}_error"]
+        assert math.isnan(off) or off <= row[f"curvature_diagnostics/{key}_error"]
     for index in (1, 2, 3):
         truth, row = outcome.reference(index), outcome.capture.rows[index]
         value = truth.gauss_newton / truth.descent / 0.3

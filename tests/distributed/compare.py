@@ -26,7 +26,9 @@ def _assert_same_row(row: dict[str, float], expected: dict[str, float], dtype: t
     # Sums of products over a few hundred terms in another order, and four steps of training in which the difference
     # can grow: hundreds of roundings. Measured: 1e-15 and 2e-7.
     smooth = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
-    measured = {key.removeprefix("curvature/"): key for key in expected if key.startswith("curvature/")}
+    measured = {
+        key.rpartition("/")[2]: key for key in expected if key.startswith(("curvature/", "curvature_diagnostics/"))
+    }
     for name in [*SMOOTH, "lambda_fd"]:
         if name in measured:
             tolerance = second_difference_tolerance(expected, dtype) if name == "lambda_fd" else smooth

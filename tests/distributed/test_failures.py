@@ -56,7 +56,7 @@ def test_all_ranks_evaluate_at_the_same_distance_after_a_failed_first_step(resul
     first, second = results["at_first_step"]
     for step in range(1, BATCHES):
         own = {key: value for key, value in first.rows[step].items() if key.startswith("curvature/")}
-        assert math.isfinite(own["curvature/epsilon"])
+        assert math.isfinite(own["curvature_diagnostics/epsilon"])
         assert own == {key: second.rows[step][key] for key in own}
     # Half a norm is no norm: nothing of a failed step may pass for a value of the job.
     for outcome in (first, second):

@@ -257,7 +257,7 @@ def test_sharpness_rises_to_the_threshold_and_stays(sharpening: SimpleNamespace,
     found, thresholds = logged[f"curvature/{key}"], logged[f"curvature/{key}_threshold"]
     assert set(found) == set(range(0, max(found) + 1, SPECTRUM_INTERVAL))
     assert thresholds[max(found)] == pytest.approx(threshold, rel=1e-6)  # float32
-    assert all(logged[f"curvature/{key}_converged"][step] for step in found if math.isfinite(found[step]))
+    assert all(logged[f"curvature_diagnostics/{key}_converged"][step] for step in found if math.isfinite(found[step]))
     early = [found[step] for step in found if step <= SPECTRUM_INTERVAL and math.isfinite(found[step])]
     late = [found[step] for step in found if step > 3 * max(found) // 4]
     assert min(early) < 0.8 * threshold

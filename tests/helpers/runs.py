@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import CurvatureWarning
+from lightning_curvature.reporting.names import full_name
 from tests.oracles.dense import Loss, Part, Reference, reference
 
 Batch = tuple[Tensor, Tensor]
@@ -200,7 +201,7 @@ def warned(action: Callable[[], Any]) -> list[str]:
 
 def rows(capture: Capture, prefix: str = "curvature") -> dict[int, dict[str, float]]:
     """Rows of the measured steps, values and diagnostics, keys without the prefix."""
-    groups = (f"{prefix}/", f"{prefix}_diagnostics/")
+    groups = (full_name(prefix, ""), full_name(prefix, "epsilon").removesuffix("epsilon"))
     found = {
         step: {key.partition(group)[2]: row[key] for key in row for group in groups if key.startswith(group)}
         for step, row in sorted(capture.rows.items())

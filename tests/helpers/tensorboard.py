@@ -26,8 +26,8 @@ def charts(layout: Layout) -> dict[str, list[str]]:
 
 
 def _key(tag: str) -> str:
-    key = re.sub(r"\\(.)", r"\1", tag.removesuffix("$"))
-    assert tag.endswith("$")
+    assert (tag[0], tag[-1]) == ("^", "$")
+    key = re.sub(r"\\(.)", r"\1", tag[1:-1])
     assert re.compile(tag).match(key)  # as TensorBoard does it
     return key
 

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_curvature.reporting.names import full_name
 from tests.helpers.runs import Capture, make_trainer
 
 ALL = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
@@ -166,7 +167,7 @@ class Record:
     more: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, key: str) -> list[float]:
-        return self.logger.curve(f"curvature/{key}")
+        return self.logger.curve(full_name("curvature", key))
 
 
 def watch(

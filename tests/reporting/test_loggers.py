@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_curvature.reporting.loggers import CurvatureWarning, add_layout, report, warn
+from lightning_curvature.reporting.layout import begin
+from lightning_curvature.reporting.loggers import CurvatureWarning, report, warn
 from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, mlp
 from tests.helpers.tensorboard import charts, layouts
 
@@ -43,7 +44,7 @@ class Charts(pl.Callback):
         return {f"{self.name}: λ": [f"{self.name}/lambda_kl", f"{self.name}/two_over_lr"]}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        add_layout(trainer)
+        begin(trainer)
 
 
 def sgd(module: Any) -> torch.optim.Optimizer:

@@ -167,7 +167,7 @@ def test_products_end_at_their_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     products = Products(monkeypatch)
     capture = fit(products, follow=monitor(tolerance=1e-12, max_products=20, k=3))
     assert products.counts == [20] * len(MEASURED)
-    assert capture.curve("curvature/lambda_3_converged") == [0.0] * len(MEASURED)
+    assert capture.curve("curvature_diagnostics/lambda_3_converged") == [0.0] * len(MEASURED)
 
 
 class Stream(IterableDataset[Any]):

@@ -27,7 +27,7 @@ def learner(lr: float = 0.3, network: nn.Module | None = None) -> Classifier:
 
 def test_a_stopper_sees_it_once_it_is_known() -> None:
     stop = EarlyStopping("curvature/stability_index", mode="min", divergence_threshold=1e-9, check_finite=False)
-    stop_each = EarlyStopping("curvature/stability_index_steps", patience=99)
+    stop_each = EarlyStopping("curvature_diagnostics/stability_index_steps", patience=99)
     outcome = run(learner(), classification(12), monitor(), stop, stop_each, max_epochs=3)
     # NaN until eight steps are measured, which happens in the first epoch.
     assert outcome.trainer.global_step == 12

@@ -78,7 +78,7 @@ class Family:
         shown: keys of ``few`` on the progress bar; none where the monitor has no such option.
         selections: options, and the keys that a run with them logs.
         undefined: keys that are NaN by their definition.
-        charts: options, and TensorBoard's charts: keys by title, all without the prefix.
+        charts: options, TensorBoard's charts (keys by title, all without the prefix), and the keys over their edges.
         pictures: options of a run that draws, the images it writes, and what is said without matplotlib.
         bad_arguments: options, and the pattern of the error.
         misfits: by name.
@@ -111,7 +111,7 @@ class Family:
     shown: tuple[str, ...]
     selections: Sequence[tuple[Options, set[str]]]
     undefined: frozenset[str] = frozenset()
-    charts: Sequence[tuple[Options, dict[str, list[str]]]] = ()
+    charts: Sequence[tuple[Options, dict[str, list[str]], list[str]]] = ()
     pictures: tuple[Options, tuple[str, ...], str] | None = None
     bad_arguments: Sequence[tuple[Options, str]]
     misfits: Mapping[str, Misfit]

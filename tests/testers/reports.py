@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
+from lightning_curvature.reporting.names import full_name
 from tests.helpers.runs import YAML_TRAINER, Capture, Classifier, batched_samples, make_trainer, mlp, rows, warned
 from tests.helpers.tensorboard import charts, layouts, read
 from tests.testers.family import FamilyTester, Options, numbered
@@ -60,13 +61,17 @@ class ReportTester(FamilyTester):
         trainer = fit(follow, logger=capture)
         found = rows(capture, "c/d")
         assert list(found) == ([0, 2] if expected else [])
-        assert {key for keys in follow.charts(trainer).values() for key in keys} <= {f"c/d/{key}" for key in expected}
+        written = {key for row in capture.rows.values() for key in row}
+        charted = {key for keys in follow.charts(trainer).values() for key in keys}
+        assert {key for key in charted if not key.startswith("c_over_edge/d/")} <= written
         for row in found.values():
             assert set(row) == expected
             assert {key for key, value in row.items() if math.isnan(value)} == self.family.undefined & expected
             for key, value in row.items() if row is list(found.values())[-1] else ():
                 # callback_metrics hold float32.
-                assert trainer.callback_metrics[f"c/d/{key}"].item() == pytest.approx(value, rel=1e-6, nan_ok=True)
+                assert trainer.callback_metrics[full_name("c/d", key)].item() == pytest.approx(
+                    value, rel=1e-6, nan_ok=True
+                )
 
     def test_every_logger_gets_the_same(self, tmp_path: Path) -> None:
         capture, table = Capture(), CSVLogger(tmp_path)
@@ -76,7 +81,9 @@ class ReportTester(FamilyTester):
         assert list(written) == list(rows(capture)) == [0, 2]
         for step, row in rows(capture).items():
             for key, value in row.items():
-                assert float(written[step][f"curvature/{key}"]) == pytest.approx(value, rel=0.0, abs=0.0, nan_ok=True)
+                assert float(written[step][full_name("curvature", key)]) == pytest.approx(
+                    value, rel=0.0, abs=0.0, nan_ok=True
+                )
 
     def test_a_logger_within_the_modules_reach_keeps_the_values(self) -> None:
         """A measurement puts back what the module holds: before it writes."""
@@ -133,25 +140,25 @@ class ReportTester(FamilyTester):
         logger.experiment.flush()
         events = read(logger.log_dir)
         for key in rows(capture)[0]:
-            written = {event.step: event.value for event in events.Scalars(f"curvature/{key}")}
+            written = {event.step: event.value for event in events.Scalars(full_name("curvature", key))}
             # Event files hold float32.
             expected = {s: pytest.approx(row[key], rel=1e-6, nan_ok=True) for s, row in rows(capture).items()}
             assert written == expected, key
 
-    def test_charts(self, chart: tuple[Options, dict[str, list[str]]], tmp_path: Path) -> None:
-        """Once, however many monitors and fits there are."""
-        options, expected = chart
+    def test_charts(self, chart: tuple[Options, dict[str, list[str]], list[str]], tmp_path: Path) -> None:
+        """Once, however many monitors and fits there are; the shares of the edge before all else."""
+        options, expected, shares = chart
         logger = TensorBoardLogger(tmp_path, name="run")
         for _ in range(2):
             fit(self.family.make_few(prefix="a", **options), self.family.make_few(prefix="b", **options), logger=logger)
         logger.experiment.flush()
         (layout,) = layouts(logger.log_dir)
         assert [category.title for category in layout.category] == ["Curvature"]
-        assert charts(layout) == {
-            f"{prefix}: {title}": [f"{prefix}/{key}" for key in keys]
-            for prefix in "ab"
-            for title, keys in expected.items()
+        of_edge = {
+            f"{p}: share of the edge": [f"{p}_over_edge/{key}" for key in (*shares, "edge")] for p in "ab" if shares
         }
+        others = {f"{p}: {title}": [f"{p}/{key}" for key in keys] for p in "ab" for title, keys in expected.items()}
+        assert list(charts(layout).items()) == [*of_edge.items(), *others.items()]
 
     def test_monitors_of_distinct_prefixes(self) -> None:
         """Each writes what it writes alone."""
@@ -212,8 +219,9 @@ class ReportTester(FamilyTester):
             found = getattr(follow, name)
             assert (list(found) if isinstance(found, tuple) else found) == value, name
         metrics = cli.trainer.callback_metrics
-        found = {key.removeprefix("sharp/") for key in metrics if key.startswith("sharp/")}
+        names = {full_name("sharp", key): key for key in expected}
+        found = {names.get(name, name) for name in metrics if name.startswith("sharp") and "_over_edge/" not in name}
         assert found == expected
         assert self.family.watched not in found or metrics[f"sharp/{self.family.watched}"] > 0.0
-        finite = {key for key in found if math.isfinite(metrics[f"sharp/{key}"])}
+        finite = {key for key in found if math.isfinite(metrics[full_name("sharp", key)])}
         assert found - finite == self.family.undefined & expected

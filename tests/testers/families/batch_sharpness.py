@@ -241,8 +241,13 @@ BATCH_SHARPNESS = Family(
         (
             {"quantities": ("batch_sharpness", "step_sharpness")},
             {"mini-batch sharpness and 2/η": ["batch_sharpness", "step_sharpness", "two_over_lr", *PLATEAUS]},
+            [],  # of momentum, whose edge is another
         ),
-        ({"quantities": ("gni",)}, {"mini-batch sharpness and 2/η": ["gni", "two_over_lr"]}),
+        (
+            {"quantities": ("gni", "lambda_gen")},
+            {"mini-batch sharpness and 2/η": ["gni", "lambda_gen", "two_over_lr"]},
+            ["lambda_gen"],
+        ),
     ],
     bad_arguments=BAD_ARGUMENTS,
     misfits=MISFITS,

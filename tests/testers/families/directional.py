@@ -177,16 +177,15 @@ DIRECTIONAL = Family(
     charts=[
         (
             {"estimators": ("hvp", "kl")},
-            {"λ and 2/η": ["lambda_dir", "lambda_kl", "two_over_lr"], "headroom": ["headroom"]},
+            {"λ and 2/η": ["lambda_dir", "lambda_kl", "two_over_lr"]},
+            ["lambda_dir", "lambda_kl"],
         ),
         (
             {"estimators": ("oscillation",)},
-            {
-                "λ_osc and its threshold": ["lambda_osc", "oscillation_edge"],
-                "λ_osc over its threshold": ["oscillation_ratio"],
-            },
+            {"λ_osc and its threshold": ["lambda_osc", "oscillation_edge"]},
+            ["lambda_osc"],
         ),
-        ({"estimators": ("critical",)}, {"λ and 2/η": ["critical_sharpness", "two_over_lr"], "headroom": ["headroom"]}),
+        ({"estimators": ("critical",)}, {"λ and 2/η": ["critical_sharpness", "two_over_lr"]}, ["critical_sharpness"]),
     ],
     bad_arguments=BAD_ARGUMENTS,
     misfits=MISFITS,

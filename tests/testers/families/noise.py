@@ -258,6 +258,7 @@ NOISE = Family(
                 "noise commutativity and chance": ["noise_commutativity_relative", "noise_commutativity_random"],
                 "noise coupling and chance": ["noise_coupling", "noise_coupling_random"],
             },
+            [],
         )
     ],
     pictures=(

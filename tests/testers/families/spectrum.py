@@ -140,6 +140,7 @@ SPECTRUM = Family(
                 "λ_max and its threshold": ["lambda_max", "lambda_2", "lambda_max_threshold"],
                 "preconditioned λ_max": ["preconditioned_lambda_max", "preconditioned_lambda_max_threshold"],
             },
+            ["lambda_max", "preconditioned_lambda_max"],
         )
     ],
     pictures=(

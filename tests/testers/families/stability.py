@@ -68,10 +68,8 @@ STABILITY = Family(
     charts=[
         (
             {},
-            {
-                "stability index (edge: 1)": ["stability_index"],
-                "drift and noise in the stability index": ["stability_index_drift", "stability_index_noise"],
-            },
+            {"stability index": ["stability_index", "stability_index_drift", "stability_index_noise"]},
+            ["stability_index"],
         )
     ],
     bad_arguments=BAD_ARGUMENTS,
