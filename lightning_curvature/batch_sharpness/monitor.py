@@ -95,6 +95,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     Args:
         quantities: which of the above.
         every_n_train_steps: measure before optimizer steps 0, n, 2n, …
+        max_overhead: largest share that measurements may add to the time of the run: by it the interval becomes a
+            multiple of every_n_train_steps, and says so; None keeps the interval.
         num_batches: most batches of a measurement, over all ranks; pairs round an odd number up.
         min_batches: fewest batches with a gradient; standard errors of fewer are not reliable.
         relative_error: relative standard error at which drawing for a quantity ends.
@@ -141,6 +143,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         *,
         quantities: Sequence[Quantity] = BatchSharpnessOptions.quantities,
         every_n_train_steps: int = BatchSharpnessOptions.every_n_train_steps,
+        max_overhead: float | None = BatchSharpnessOptions.max_overhead,
         num_batches: int = BatchSharpnessOptions.num_batches,
         min_batches: int = BatchSharpnessOptions.min_batches,
         relative_error: float = BatchSharpnessOptions.relative_error,

@@ -63,6 +63,8 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         estimators: which of "kl", "finite_difference", "hvp", "gauss_newton", "critical", "oscillation". Those that
             need outputs are left out, with one warning, where the step has none; it raises if there are no others.
         every_n_train_steps: measure optimizer steps 0, n, 2n, …
+        max_overhead: largest share that measurements may add to the time of the run: by it the interval becomes a
+            multiple of every_n_train_steps, and says so; None keeps the interval.
         epsilon: how far along the step to evaluate, in steps (1 reaches θ_{t+1}), or "auto".
         likelihood: "auto" (the one that reproduces the loss; for any other loss its second derivative by the outputs,
             through its head), or "categorical", "gaussian" or "bernoulli" by name.
@@ -100,6 +102,7 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
         *,
         estimators: Sequence[Estimator] = DirectionalOptions.estimators,
         every_n_train_steps: int = DirectionalOptions.every_n_train_steps,
+        max_overhead: float | None = DirectionalOptions.max_overhead,
         epsilon: float | Literal["auto"] = DirectionalOptions.epsilon,
         likelihood: Literal["auto", "categorical", "gaussian", "bernoulli"] = DirectionalOptions.likelihood,
         outputs: str | None = DirectionalOptions.outputs,
@@ -121,10 +124,11 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned about ε and the line search."""
-        return self._measurement.state_dict()
+        return super().state_dict() | self._measurement.state_dict()
 
     def _take_up(self, state_dict: dict[str, Any]) -> None:
         """Take up ε and the line search where a checkpoint left them."""
+        super()._take_up(state_dict)
         self._measurement.load_state_dict(state_dict)
 
     def edges(self, trainer: pl.Trainer) -> dict[str, str | None]:

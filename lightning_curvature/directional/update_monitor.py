@@ -140,6 +140,7 @@ class UpdateMonitor(Monitor):
             if failure is not None:
                 self._miss_step(trainer, objective, failure)
             elif update is not None:
+                self._price.begin(objective.device)
                 self._measure_step(trainer, pl_module, objective, update)
         finally:
             if failure is not None or update is not None:

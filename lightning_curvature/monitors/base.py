@@ -13,12 +13,13 @@ from lightning_curvature.losses.fixed import Precision
 from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
 from lightning_curvature.monitors.guard import HOOKS, STARTING, guarded
 from lightning_curvature.monitors.options import MonitorOptions
+from lightning_curvature.monitors.price import ENOUGH, Price, stretched
 from lightning_curvature.monitors.reporter import Reporter
 from lightning_curvature.monitors.strategies import check_strategy
 from lightning_curvature.monitors.tally import Tally
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.reporting.layout import begin
-from lightning_curvature.reporting.loggers import warn
+from lightning_curvature.reporting.loggers import inform, warn
 
 # Methods of the module, which Lightning gives to callbacks at the start of every run.
 _LENT = frozenset({"log", "log_dict"})
@@ -45,11 +46,12 @@ class Monitor(Reporter):
         self._asked_step, self._is_due = -1, False
         self._is_lazy = False
         self._warned: set[str] = set()
-        self._tally = Tally()
+        self._tally, self._price = Tally(), Price()
 
     def _start_afresh(self) -> None:
         """Set all that is kept after a fit, and that a checkpoint may hold: nothing of it is of use to another fit."""
         self.result = None
+        self._interval = self.options.every_n_train_steps or 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the fit under way, its module and its data: a copy is a monitor between two fits."""
@@ -146,11 +148,18 @@ class Monitor(Reporter):
                 f"optimizer_index must be below the number of optimizers, got {index} of {count}: count from 0."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the interval, where it can be another than that of the options."""
+        return {} if self.options.max_overhead is None else {"interval": self._interval}
+
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint in the next fit; one that does not fit is left alone, and told."""
-        known, type_of = self.state_types, {key: type(value).__name__ for key, value in state_dict.items()}
-        lacking = sorted(known.keys() - state_dict.keys() - self.state_optional)
+        known, type_of = (
+            {**self.state_types, "interval": int},
+            {key: type(value).__name__ for key, value in state_dict.items()},
+        )
+        lacking = sorted(known.keys() - state_dict.keys() - self.state_optional - {"interval"})
         other = sorted(state_dict.keys() - known.keys())
         wrong = [key for key in known if key in state_dict and not isinstance(state_dict[key], known[key])]
         got = [*([f"one without {lacking}"] if lacking else []), *([f"one with {other}"] if other else [])]
@@ -160,8 +169,8 @@ class Monitor(Reporter):
             self._take_up(state_dict)
             return
         message = (
-            f"the state of a {type(self).__name__} must hold {sorted(known)}, got {', '.join(got)}: it starts without; "
-            "resume with the monitor that the checkpoint was made with."
+            f"the state of a {type(self).__name__} must hold {sorted(self.state_types)}, got {', '.join(got)}: it "
+            "starts without; resume with the monitor that the checkpoint was made with."
         )
         if self.options.on_error == "raise":
             raise ValueError(message)
@@ -169,11 +178,14 @@ class Monitor(Reporter):
 
     def _take_up(self, state_dict: dict[str, Any]) -> None:
         """Take up a state that fits."""
+        if self.options.max_overhead is not None:
+            self._interval = state_dict.get("interval", self._interval)
 
     @guarded
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say why nothing was measured, where that is so."""
+        """Say why nothing was measured, where that is so, and the price of what was."""
         self._tally.tell(type(self).__name__, trainer)
+        self._tell_price(trainer, 1)
 
     @guarded
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -193,8 +205,10 @@ class Monitor(Reporter):
 
     def _due(self, trainer: pl.Trainer) -> bool:
         """Whether the step that a batch begins is to be measured; to be asked at the start of every batch."""
+        self._price.pass_by(trainer)
         is_due = self._objective is not None and self._begins_due(trainer)
         self._tally.ask(trainer, is_due)
+        self._tell_price(trainer)
         return is_due
 
     def _begins_due(self, trainer: pl.Trainer) -> bool:
@@ -203,15 +217,35 @@ class Monitor(Reporter):
         In manual optimization a batch may make several steps: then the first that begins at or after 0, n, 2n, … Of a
         lazy module it is the first that begins with parameters.
         """
-        step, every = trainer.global_step, self.options.every_n_train_steps or 1
-        if step != self._asked_step:
-            passed = 0 <= self._asked_step < step - step % every
-            passed |= self._is_lazy and self._asked_step >= 0
-            self._asked_step, self._is_due = step, passed or step % every == 0
+        if (step := trainer.global_step) != self._asked_step:
+            self._is_due = self._passes(step)
+            if self._is_due and self.options.max_overhead is not None:
+                self._stretch(trainer, self.options.max_overhead)
+                self._is_due = self._passes(step)
+            self._asked_step = step
         if self._is_lazy:
             self._is_lazy = self._objective is not None and is_lazy(self._objective.module)
             self._is_due &= not self._is_lazy
         return self._is_due
+
+    def _passes(self, step: int) -> bool:
+        passed = 0 <= self._asked_step < step - step % self._interval
+        return passed or step % self._interval == 0 or (self._is_lazy and self._asked_step >= 0)
+
+    def _stretch(self, trainer: pl.Trainer, bound: float) -> None:
+        """Choose the interval by what measurements have cost so far; the same on all ranks."""
+        cost, steps = self._price.together(trainer)
+        interval = stretched(self._interval, steps, bound, self.options.every_n_train_steps or 1)
+        if interval != self._interval:
+            self._interval = interval
+            inform(
+                f"{type(self).__name__}: every_n_train_steps is {interval} now, by max_overhead={bound}: a measurement "
+                f"takes {cost:.2g} s, the time of {steps:.2g} steps."
+            )
+
+    def _tell_price(self, trainer: pl.Trainer, enough: int = ENOUGH) -> None:
+        interval = self._interval if self.options.every_n_train_steps else None
+        self._price.tell(type(self).__name__, trainer, interval, enough)
 
     def _precision(self, trainer: pl.Trainer) -> Precision:
         """Return a function that makes the context of a forward on probe data."""

@@ -11,13 +11,17 @@ HOOKS |= {"on_train_epoch_end", "on_train_end", "teardown", "on_exception", "sta
 
 
 def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook of a monitor that hands its errors to ``_rescue(name, error)``; one that it calls has none."""
+    """Return a hook of a monitor that hands its errors to ``_rescue(name, error)``, and whose time is noted.
+
+    A hook that it calls does neither.
+    """
 
     @functools.wraps(hook)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._in_hook:
             return hook(self, *args, **kwargs)
         self._in_hook = True
+        self._price.enter()
         try:
             return hook(self, *args, **kwargs)
         except Exception as error:
@@ -25,5 +29,6 @@ def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
             return {}  # as a state, one that leaves a monitor as it is
         finally:
             self._in_hook = False
+            self._price.leave()
 
     return call

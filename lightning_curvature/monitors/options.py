@@ -19,6 +19,7 @@ _OUTPUTS = Rule("give one such as 'head'", holds=bool, phrase="be a name out of 
 _PREFIX = Rule(
     "use 'curvature'", holds=lambda text: text == text.strip("/") != "", phrase="be a name without slashes at its ends"
 )
+_MAX_OVERHEAD = Rule("0.1 lets measurements take a tenth of the time that steps take", above=0.0)
 _AT_STEPS = Rule("(0, 100) measures before the first step and before step 100", least=0, empty=True, single=True)
 Options = TypeVar("Options", bound="MonitorOptions")
 
@@ -36,6 +37,7 @@ class MonitorOptions:
     outputs: Annotated[str, _OUTPUTS] | None = None
     optimizer_index: Annotated[int, whole(0, "0 is the first optimizer")] = 0
     probe_precision: ProbePrecision = None
+    max_overhead: Annotated[float, _MAX_OVERHEAD] | None = None
     by_module: ByModule = False
     prefix: Annotated[str, _PREFIX] = "curvature"
     on_error: Annotated[OnError, Rule("'warn' lets training go on")] = "warn"
@@ -85,6 +87,11 @@ class OccasionalOptions(ProbeSetOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_overhead is not None and self.every_n_train_steps is None:
+            raise ValueError(
+                f"max_overhead must come with an interval to stretch, got {self.max_overhead} and "
+                "every_n_train_steps=None: set every_n_train_steps=."
+            )
         self._normalize(at_steps=ascending(self.at_steps))
 
 

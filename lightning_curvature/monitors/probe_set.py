@@ -56,9 +56,10 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     def state_dict(self) -> dict[str, Any]:
         """Return where the loaders stood when the probe set was read, where they choose its samples themselves."""
         positions = self._bookmark.positions
-        return {} if positions is None else {"probe_set": positions}
+        return super().state_dict() | ({} if positions is None else {"probe_set": positions})
 
     def _take_up(self, state_dict: dict[str, Any]) -> None:
+        super()._take_up(state_dict)
         self._bookmark = Bookmark(state_dict.get("probe_set"))
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Any) -> Prepared[Problem]:
@@ -113,6 +114,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     def _measure_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Measure at the parameters as they are; ``batch`` is that of the coming step, None after the last."""
         assert self._objective is not None
+        self._price.begin(self._objective.device)
         self._measured_step = trainer.global_step
         reported = False
 

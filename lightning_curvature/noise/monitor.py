@@ -73,6 +73,8 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         at_end: measure when fit ends.
         at_steps: measure before these optimizer steps.
         every_n_train_steps: measure before steps 0, n, 2n, …; default: not.
+        max_overhead: largest share that measurements may add to the time of the run: by it the interval becomes a
+            multiple of every_n_train_steps, and says so; None keeps the interval.
         probe_samples: the most samples; None for all training data.
         probe_dataloader: source of the samples; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size, with "noise_awd_chain" twice
@@ -109,6 +111,7 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
         at_end: bool = NoiseOptions.at_end,
         at_steps: Sequence[int] = NoiseOptions.at_steps,
         every_n_train_steps: int | None = NoiseOptions.every_n_train_steps,
+        max_overhead: float | None = NoiseOptions.max_overhead,
         probe_samples: int | None = NoiseOptions.probe_samples,
         probe_dataloader: Any = NoiseOptions.probe_dataloader,
         micro_batch_size: int | None = NoiseOptions.micro_batch_size,

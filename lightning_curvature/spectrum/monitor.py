@@ -74,6 +74,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         quantities: which of the above.
         k: how many of the largest eigenvalues.
         every_n_train_steps: measure before optimizer steps 0, n, 2n, …
+        max_overhead: largest share that measurements may add to the time of the run: by it the interval becomes a
+            multiple of every_n_train_steps, and says so; None keeps the interval.
         probe_samples: the most samples of the probe set; None for all training data.
         probe_dataloader: where to take them from; default: the Trainer's train dataloader.
         micro_batch_size: samples differentiated at once; default: the loader's batch size.
@@ -121,6 +123,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         quantities: Sequence[Quantity] = SpectrumOptions.quantities,
         k: int = SpectrumOptions.k,
         every_n_train_steps: int = SpectrumOptions.every_n_train_steps,
+        max_overhead: float | None = SpectrumOptions.max_overhead,
         probe_samples: int | None = SpectrumOptions.probe_samples,
         probe_dataloader: Any = SpectrumOptions.probe_dataloader,
         micro_batch_size: int | None = SpectrumOptions.micro_batch_size,

@@ -56,6 +56,8 @@ class StabilityMonitor(ProbeSetMonitor[StabilityProblem, StabilityResult]):
 
     Args:
         every_n_train_steps: measure before optimizer steps 0, n, 2n, … once the average has been formed.
+        max_overhead: largest share that measurements may add to the time of the run: by it the interval becomes a
+            multiple of every_n_train_steps, and says so; None keeps the interval.
         window: measured steps that make an index.
         decay: β of the average of the parameters.
         outputs: see :class:`DirectionalCurvatureMonitor`; not used but by ``objective``.
@@ -88,6 +90,7 @@ class StabilityMonitor(ProbeSetMonitor[StabilityProblem, StabilityResult]):
         self,
         *,
         every_n_train_steps: int = StabilityOptions.every_n_train_steps,
+        max_overhead: float | None = StabilityOptions.max_overhead,
         window: int = StabilityOptions.window,
         decay: float = StabilityOptions.decay,
         outputs: str | None = StabilityOptions.outputs,
@@ -114,9 +117,10 @@ class StabilityMonitor(ProbeSetMonitor[StabilityProblem, StabilityResult]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the terms of the measured steps; the average is formed anew."""
-        return {"steps": [[one.drift, one.noise, one.variance, one.form] for one in self._steps]}
+        return super().state_dict() | {"steps": [[one.drift, one.noise, one.variance, one.form] for one in self._steps]}
 
     def _take_up(self, state_dict: dict[str, Any]) -> None:
+        super()._take_up(state_dict)
         self._steps = [Terms(*one) for one in state_dict["steps"]]
 
     def edges(self, trainer: pl.Trainer) -> dict[str, str | None]:

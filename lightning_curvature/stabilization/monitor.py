@@ -74,6 +74,8 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
         at_end: measure when fit ends.
         at_steps: measure before these optimizer steps.
         every_n_train_steps: measure before steps 0, n, 2n, …; None for not.
+        max_overhead: largest share that measurements may add to the time of the run: by it the interval becomes a
+            multiple of every_n_train_steps, and says so; None keeps the interval.
         probe_dataloader: where to take the samples from; default: the Trainer's train dataloader.
         micro_batch_size: samples evaluated at once.
         tolerance: relative residual of eigenvectors.
@@ -116,6 +118,7 @@ class StabilizationMonitor(OccasionalMonitor[StabilizationProblem, SampleGrowth]
         at_end: bool = StabilizationOptions.at_end,
         at_steps: Sequence[int] = StabilizationOptions.at_steps,
         every_n_train_steps: int | None = StabilizationOptions.every_n_train_steps,
+        max_overhead: float | None = StabilizationOptions.max_overhead,
         probe_dataloader: Any = StabilizationOptions.probe_dataloader,
         micro_batch_size: int | None = StabilizationOptions.micro_batch_size,
         tolerance: float = StabilizationOptions.tolerance,
