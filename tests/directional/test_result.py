@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from lightning_curvature.directional.result import DirectionalResult
-from tests.helpers.runs import Classifier, Outcome, classification, mlp, run
+from tests.helpers.runs import Classifier, Outcome, classification, mlp, own, run
 
 ALL = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
 
@@ -28,7 +28,7 @@ def measured(module: Classifier | None = None, steps: int = 1, **options: Any) -
 
 def test_values_are_those_that_are_logged() -> None:
     result, outcome = measured()
-    logged = {k.removeprefix("curvature/"): v for k, v in outcome.capture.rows[0].items() if "curvature/" in k}
+    logged = own(outcome.capture.rows[0])
     assert result.values() == logged
     assert result.reasons == {}
     with pytest.raises(FrozenInstanceError):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_curvature import DirectionalCurvatureMonitor
 from tests.helpers.counting import on_forward
-from tests.helpers.runs import Batch, Capture, classification, loader, make_trainer
+from tests.helpers.runs import GROUPS, Batch, Capture, classification, loader, make_trainer
 
 EVERY = ("hvp", "gauss_newton", "kl", "finite_difference", "critical")
 
@@ -121,7 +121,7 @@ class Spy(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.collectives.append(collectives() - self._begin)
         self.forwards.append(self._forwards)
-        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("curvature/")})
+        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(GROUPS)})
 
 
 def collectives() -> int:

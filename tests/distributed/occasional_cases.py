@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lightning_curvature import CurvatureWarning
 from tests.distributed.cases import collectives, state_of
 from tests.distributed.spectrum_cases import STEP, Measuring, dataset
-from tests.helpers.runs import Capture, make_trainer
+from tests.helpers.runs import Capture, make_trainer, rows
 
 # Steps made: the data of an epoch that two processes share differs from that of one in its last, ragged step alone.
 STEPS = 2
@@ -121,10 +121,7 @@ class OccasionalCase:
             warnings.simplefilter("always")
             trainer.fit(module, self.loader(rank, world_size))
         outcome.said = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
-        cut = len("curvature/")
-        for step, row in sorted(capture.rows.items()):
-            if values := {key[cut:]: v for key, v in row.items() if key.startswith("curvature/")}:
-                outcome.rows[step] = values
+        outcome.rows |= rows(capture)
         outcome.state = state_of(module, trainer)
         assert trainer.global_step == self.steps
         return outcome

@@ -17,7 +17,7 @@ from lightning_curvature import BatchSharpnessMonitor, CurvatureWarning
 from lightning_curvature.batch_sharpness.options import QUANTITIES
 from tests.distributed.cases import collectives, state_of
 from tests.distributed.spectrum_cases import STEP, Measuring, dataset
-from tests.helpers.runs import Capture, make_trainer
+from tests.helpers.runs import Capture, make_trainer, rows
 
 # Steps made: the data of an epoch that two processes share differs from that of one in its last, ragged step alone.
 STEPS = 2
@@ -115,9 +115,7 @@ class SharpnessCase:
             warnings.simplefilter("default")
             trainer.fit(module, self._loader(rank, world_size))
         outcome.said = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
-        for step, row in sorted(capture.rows.items()):
-            if found := {key.partition("/")[2]: v for key, v in row.items() if key.startswith("curvature")}:
-                outcome.rows[step] = found
+        outcome.rows |= rows(capture)
         outcome.state = state_of(module, trainer)
         assert trainer.global_step == self.steps
         return outcome

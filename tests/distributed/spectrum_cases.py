@@ -21,7 +21,7 @@ from lightning_curvature.spectrum.options import QUANTITIES
 from lightning_curvature.spectrum.problem import SpectrumProblem
 from lightning_curvature.spectrum.result import Spectrum
 from tests.distributed.cases import collectives, state_of
-from tests.helpers.runs import Capture, classification, make_trainer
+from tests.helpers.runs import Capture, classification, make_trainer, own, rows
 
 # In batches of four: six, the last of two samples. Three groups of two are the data of a step: two go to one rank, one
 # to the other.
@@ -84,8 +84,7 @@ class Watch(pl.Callback):
         self.metrics = metrics
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        found = trainer.callback_metrics.items()
-        self.metrics.append({k.partition("/")[2]: float(v) for k, v in found if k.startswith("curvature")})
+        self.metrics.append(own({key: float(value) for key, value in trainer.callback_metrics.items()}))
 
 
 @dataclass
@@ -181,9 +180,7 @@ class SpectrumCase:
             warnings.simplefilter("default")
             trainer.fit(module, loader, ckpt_path=ckpt_path)
         outcome.said = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
-        for step, row in sorted(capture.rows.items()):
-            if found := {key.partition("/")[2]: v for key, v in row.items() if key.startswith("curvature")}:
-                outcome.rows[step] = found
+        outcome.rows |= rows(capture)
         outcome.state = state_of(module, trainer)
         assert trainer.global_step == self.steps
         return outcome

@@ -11,6 +11,7 @@ from tests.distributed import alone_jobs as jobs
 from tests.distributed.compare import assert_same_state
 from tests.distributed.sharpness_cases import lost
 from tests.helpers.processes import run_on_ranks
+from tests.helpers.runs import GROUPS
 
 Results = dict[str, list[Any]]
 
@@ -98,7 +99,7 @@ def test_a_step_that_cannot_be_recorded_is_raised_on_both(results: Results) -> N
 def test_outputs_on_one_rank_alone_cost_one_measurement(results: Results) -> None:
     first, second = results["outputs_on_one_rank"]
     for step, row in first.rows.items():
-        measured = {key: value for key, value in row.items() if key.startswith("curvature/")}
+        measured = {key: value for key, value in row.items() if key.startswith(GROUPS)}
         assert repr(measured) == repr({key: second.rows[step][key] for key in measured})
         for key in ("curvature/lambda_fd", "curvature/lambda_kl"):
             assert math.isnan(row[key]) == (step == 0)

@@ -11,6 +11,7 @@ from tests.distributed import ddp_jobs as jobs
 from tests.distributed.cases import Outcome
 from tests.distributed.compare import assert_same_oscillation, assert_same_state, assert_same_values
 from tests.helpers.processes import run_on_ranks
+from tests.helpers.runs import GROUPS
 
 Results = dict[str, list[Outcome]]
 
@@ -63,7 +64,7 @@ def test_all_ranks_log_and_watch_the_same_numbers(results: Results, name: str) -
     # The losses of the halves differ, so that equal numbers are no accident.
     assert [row["train_loss"] for row in first.rows.values()] != [row["train_loss"] for row in second.rows.values()]
     for step, row in first.rows.items():
-        own = {key: value for key, value in row.items() if key.startswith("curvature/")}
+        own = {key: value for key, value in row.items() if key.startswith(GROUPS)}
         assert len(own) >= 8
         assert own == {key: second.rows[step][key] for key in own}
     assert first.metrics == second.metrics

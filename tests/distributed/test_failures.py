@@ -11,6 +11,7 @@ from tests.distributed import failing_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
 from tests.distributed.compare import assert_same_state
 from tests.helpers.processes import needs_fsdp2, outcomes, run_on_ranks
+from tests.helpers.runs import GROUPS
 
 pytestmark = needs_fsdp2
 
@@ -55,7 +56,7 @@ def test_failure_inside_a_sharded_forward_costs_one_measurement(results: Results
 def test_all_ranks_evaluate_at_the_same_distance_after_a_failed_first_step(results: Results) -> None:
     first, second = results["at_first_step"]
     for step in range(1, BATCHES):
-        own = {key: value for key, value in first.rows[step].items() if key.startswith("curvature/")}
+        own = {key: value for key, value in first.rows[step].items() if key.startswith(GROUPS)}
         assert math.isfinite(own["curvature_diagnostics/epsilon"])
         assert own == {key: second.rows[step][key] for key in own}
     # Half a norm is no norm: nothing of a failed step may pass for a value of the job.

@@ -13,6 +13,7 @@ from tests.distributed import fsdp2_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
 from tests.distributed.compare import assert_same_oscillation, assert_same_state, assert_same_values
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
+from tests.helpers.runs import GROUPS
 
 pytestmark = needs_fsdp2
 
@@ -47,7 +48,7 @@ def test_all_ranks_log_and_watch_the_same_numbers(results: Results, name: str) -
     first, second = results[name]
     assert [row["train_loss"] for row in first.rows.values()] != [row["train_loss"] for row in second.rows.values()]
     for step, row in first.rows.items():
-        own = {key: value for key, value in row.items() if key.startswith("curvature/")}
+        own = {key: value for key, value in row.items() if key.startswith(GROUPS)}
         assert len(own) >= 8
         assert own == {key: second.rows[step][key] for key in own}
     assert first.metrics == second.metrics

@@ -12,6 +12,7 @@ from tests.distributed import game_jobs as jobs
 from tests.distributed.game_jobs import Outcome
 from tests.helpers.games import BATCHES, PLAYERS
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
+from tests.helpers.runs import GROUPS
 
 pytestmark = [needs_fsdp2, pytest.mark.slow]
 
@@ -30,7 +31,7 @@ def results() -> Any:
 
 
 def of_monitor(rows: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    return {step: {k: v for k, v in row.items() if k.startswith("curvature/")} for step, row in rows.items()}
+    return {step: {k: v for k, v in row.items() if k.startswith(GROUPS)} for step, row in rows.items()}
 
 
 each_game = pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.distributed import sharded_failing_jobs as jobs
 from tests.distributed.cases import BATCHES, Outcome
 from tests.distributed.compare import assert_same_state
 from tests.helpers.processes import needs_fsdp2, run_on_ranks
+from tests.helpers.runs import GROUPS
 
 pytestmark = needs_fsdp2
 
@@ -50,7 +51,7 @@ def test_a_look_that_fails_costs_what_it_looked_for(results: Results, name: str)
     """At kinks: nothing; at the head of the loss: the estimator that needs it."""
     first, second = results[name]
     for step, row in first.rows.items():
-        own = {key: value for key, value in row.items() if key.startswith("curvature/")}
+        own = {key: value for key, value in row.items() if key.startswith(GROUPS)}
         assert math.isfinite(own["curvature/lambda_fd"])
         assert math.isnan(own["curvature/lambda_kl"]) == name.startswith("headed")
         assert repr(own) == repr({key: second.rows[step][key] for key in own})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,10 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self)
+
+
+# Where values and diagnostics stand.
+GROUPS = ("curvature/", "curvature_diagnostics/")
 
 
 class Capture(Logger):
@@ -201,9 +205,11 @@ def warned(action: Callable[[], Any]) -> list[str]:
 
 def rows(capture: Capture, prefix: str = "curvature") -> dict[int, dict[str, float]]:
     """Rows of the measured steps, values and diagnostics, keys without the prefix."""
-    groups = (full_name(prefix, ""), full_name(prefix, "epsilon").removesuffix("epsilon"))
-    found = {
-        step: {key.partition(group)[2]: row[key] for key in row for group in groups if key.startswith(group)}
-        for step, row in sorted(capture.rows.items())
-    }
+    found = {step: own(row, prefix) for step, row in sorted(capture.rows.items())}
     return {step: row for step, row in found.items() if row}
+
+
+def own(row: Mapping[str, float], prefix: str = "curvature") -> dict[str, float]:
+    """Values and diagnostics of a monitor out of one row, keys without the prefix."""
+    groups = (f"{prefix}/", full_name(prefix, "epsilon").removesuffix("epsilon"))
+    return {key.removeprefix(group): row[key] for key in row for group in groups if key.startswith(group)}

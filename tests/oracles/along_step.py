@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_curvature import DirectionalCurvatureMonitor
-from tests.helpers.runs import Outcome, Step
+from tests.helpers.runs import Outcome, Step, own
 from tests.oracles.dense import Reference, loss_along
 
 ALL = ("hvp", "gauss_newton", "kl", "finite_difference")
@@ -32,8 +32,7 @@ def monitors(**options: Any) -> list[DirectionalCurvatureMonitor]:
 def rows_of(outcome: Outcome, prefix: str = "curvature") -> list[dict[str, float]]:
     """Rows of the measured steps in their order, keys without the prefix."""
     found = [row for _, row in sorted(outcome.capture.rows.items()) if f"{prefix}/two_over_lr" in row]
-    cut = len(prefix) + 1
-    return [{key[cut:]: value for key, value in row.items() if key.startswith(f"{prefix}/")} for row in found]
+    return [own(row, prefix) for row in found]
 
 
 def norm_of(step: Step) -> float:

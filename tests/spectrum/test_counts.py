@@ -16,7 +16,7 @@ from lightning_curvature.operators import graphs
 from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.spectrum import measurement
 from tests.helpers.counting import Passes, Reads
-from tests.helpers.runs import Capture, Classifier, make_trainer, mlp
+from tests.helpers.runs import GROUPS, Capture, Classifier, make_trainer, mlp
 from tests.helpers.spectrum import BATCH, SAMPLES, samples
 
 MICRO = 4  # 8 + 8 + 8 + 6
@@ -99,7 +99,7 @@ def test_graphs_are_kept_within_half_of_the_free_memory_and_it_is_said_once(monk
     # With the first, of 2,080 bytes, four times as much is free: two of them fit into half of it.
     monkeypatch.setattr(graphs, "available_memory", lambda device, processes: 3 * 2080)
     capture = fit(passes, products, follow=monitor(), module=module)
-    keys = [key for key in whole.rows[0] if key.startswith("curvature/")]
+    keys = [key for key in whole.rows[0] if key.startswith(GROUPS)]
     assert [[capture.rows[step][key] for key in keys] for step in MEASURED] == [
         [whole.rows[step][key] for key in keys] for step in MEASURED
     ]

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_curvature import CurvatureWarning, StabilizationMonitor
+from lightning_curvature.reporting.names import full_name
 from lightning_curvature.stabilization.options import QUANTITIES
 from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
 from tests.helpers.runs import Capture, Classifier, make_trainer, mlp, rows, warned
@@ -181,7 +182,7 @@ def test_without_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     trainer = fit(follow, logger=False)
     assert follow.result is not None
     for key, value in follow.result.headline().items():
-        assert trainer.callback_metrics[f"curvature/{key}"].item() == pytest.approx(value, rel=1e-6)
+        assert trainer.callback_metrics[full_name("curvature", key)].item() == pytest.approx(value, rel=1e-6)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -77,7 +77,9 @@ class ReportTester(FamilyTester):
         capture, table = Capture(), CSVLogger(tmp_path)
         fit(self.family.make_few(), logger=[capture, table])
         with (Path(table.log_dir) / "metrics.csv").open() as file:
-            written = {int(r["step"]): r for r in csv.DictReader(file) if r[f"curvature/{self.family.watched}"]}
+            written = {
+                int(r["step"]): r for r in csv.DictReader(file) if r[full_name("curvature", self.family.watched)]
+            }
         assert list(written) == list(rows(capture)) == [0, 2]
         for step, row in rows(capture).items():
             for key, value in row.items():
@@ -92,11 +94,11 @@ class ReportTester(FamilyTester):
         make_trainer(self.family.make_few(), logger=capture, max_epochs=2).fit(module)
         found = rows(capture)
         assert list(found) == [0, 2]
-        assert all(f"curvature/{self.family.watched}" in capture.rows[step] for step in found)
+        assert all(full_name("curvature", self.family.watched) in capture.rows[step] for step in found)
 
     def test_without_any_logger(self) -> None:
         trainer = fit(self.family.make_few(), logger=False)
-        assert trainer.callback_metrics[f"curvature/{self.family.watched}"].item() > 0.0
+        assert trainer.callback_metrics[full_name("curvature", self.family.watched)].item() > 0.0
 
     @pytest.mark.parametrize("shown", [True, False])
     def test_progress_bar_metrics(self, shown: bool) -> None:
@@ -115,7 +117,7 @@ class ReportTester(FamilyTester):
         fit(self.family.make_few(), logger=capture)
         bound = rows(capture)[0][self.family.watched] * (0.5 if stops else 1e6)
         stop = EarlyStopping(
-            f"curvature/{self.family.watched}",
+            full_name("curvature", self.family.watched),
             mode="min",
             divergence_threshold=bound,
             patience=99,
@@ -124,7 +126,7 @@ class ReportTester(FamilyTester):
         assert fit(self.family.make_few(), stop).global_step == (2 if stops else 4)
 
     def test_model_checkpoint_keeps_the_smallest(self, tmp_path: Path) -> None:
-        name = f"curvature/{self.family.watched}"
+        name = full_name("curvature", self.family.watched)
         keep = ModelCheckpoint(tmp_path, monitor=name, mode="min", every_n_train_steps=1)
         capture = Capture()
         follow = self.family.make_few(every_n_train_steps=1)
