@@ -68,9 +68,10 @@ def run_of(name: str, precision: str) -> dict[tuple[str, ...], dict[str, list[Ro
         for number, estimators in enumerate(watching):
             for estimator in estimators:
                 quadratic = truth.gauss_newton if estimator in ("kl", "gauss_newton") else truth.hessian
-                key = f"c{number}/{KEYS[estimator]}"
-                distance = logged[key] / (quadratic / truth.descent / step.lr) - 1.0
-                found[estimators][estimator].append(Row(distance, logged[f"{key}_error"], logged["train_loss"]))
+                key = KEYS[estimator]
+                distance = logged[f"c{number}/{key}"] / (quadratic / truth.descent / step.lr) - 1.0
+                error = logged[f"c{number}_diagnostics/{key}_error"]
+                found[estimators][estimator].append(Row(distance, error, logged["train_loss"]))
     return found
 
 
@@ -183,9 +184,8 @@ def within_errors(outcome: Any, of_exact: float = 0.0) -> int:
             value, truth = row[f"curvature/{key}"], row[f"curvature/{exact}"]
             if math.isfinite(value):
                 known += 1
-                assert abs(value - truth) <= 3.0 * row[f"curvature_diagnostics/{key}_error"] * abs(
-                    value
-                ) + of_exact * abs(truth)
+                error = row[f"curvature_diagnostics/{key}_error"] * abs(value)
+                assert abs(value - truth) <= 3.0 * error + of_exact * abs(truth)
     return known
 
 

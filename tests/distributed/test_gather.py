@@ -33,7 +33,7 @@ def test_the_distance_that_is_chosen_is_right_on_ranks_too(results: Any, name: s
             for key in ("lambda_kl", "lambda_fd"):
                 if (full := f"curvature/{key}") in row:
                     assert outcome.rows[step][full] == pytest.approx(row[full], rel=DIFFERENCE)
-                    assert outcome.rows[step][f"{full}_error"] < 1e-3
+                    assert outcome.rows[step][f"curvature_diagnostics/{key}_error"] < 1e-3
 
 
 def test_forward_mode_does_not_pass_a_collective(results: Any) -> None:
