@@ -224,6 +224,6 @@ class ReportTester(FamilyTester):
         names = {full_name("sharp", key): key for key in expected}
         found = {names.get(name, name) for name in metrics if name.startswith("sharp") and "_over_edge/" not in name}
         assert found == expected
-        assert self.family.watched not in found or metrics[f"sharp/{self.family.watched}"] > 0.0
+        assert self.family.watched not in found or metrics[full_name("sharp", self.family.watched)] > 0.0
         finite = {key for key in found if math.isfinite(metrics[full_name("sharp", key)])}
         assert found - finite == self.family.undefined & expected
