@@ -13,7 +13,7 @@ from lightning_curvature.losses.fixed import Precision
 from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
 from lightning_curvature.monitors.guard import HOOKS, STARTING, guarded
 from lightning_curvature.monitors.options import MonitorOptions
-from lightning_curvature.monitors.price import ENOUGH, Price, stretched
+from lightning_curvature.monitors.price import ENOUGH, Price, short, stretched
 from lightning_curvature.monitors.reporter import Reporter
 from lightning_curvature.monitors.strategies import check_strategy
 from lightning_curvature.monitors.tally import Tally
@@ -240,7 +240,7 @@ class Monitor(Reporter):
             self._interval = interval
             inform(
                 f"{type(self).__name__}: every_n_train_steps is {interval} now, by max_overhead={bound}: a measurement "
-                f"takes {cost:.2g} s, the time of {steps:.2g} steps."
+                f"takes {short(cost)} s, the time of {short(steps)} steps."
             )
 
     def _tell_price(self, trainer: pl.Trainer, enough: int = ENOUGH) -> None:

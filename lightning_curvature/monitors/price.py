@@ -96,10 +96,10 @@ class Price:
             return
         self._is_told = True
         what = "the measurement took" if self._begun == 1 else "a measurement takes"
-        message = f"{monitor}: {what} {self.cost:.2g} s, the time of {steps:.2g} steps"
+        message = f"{monitor}: {what} {short(self.cost)} s, the time of {short(steps)} steps"
         if interval is not None:
-            longer = f"{100.0 * steps / interval:.2g} %"
-            message += f"; at that price one every {interval} steps makes the run {longer} longer"
+            longer = f"{short(100.0 * steps / interval)} % longer"
+            message += f"; at that price one every {interval} steps makes the run {longer}"
         inform(f"{message}.")
 
 
@@ -119,6 +119,11 @@ def stretched(interval: int, steps: float, bound: float, least: int) -> int:
     while interval > least and steps <= _EASE * bound * (interval // 2):
         interval //= 2
     return interval
+
+
+def short(value: float) -> str:
+    """Return a positive number with two digits or more, and no exponent where it is large."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
 
 
 def _spent_by_all(trainer: pl.Trainer) -> float:

@@ -19,7 +19,9 @@ class Reporter(pl.Callback):
     options: MonitorOptions
 
     def charts(self, trainer: pl.Trainer) -> dict[str, list[str]]:
-        """Return the TensorBoard charts of this monitor: keys by title."""
+        """Return the TensorBoard charts of this monitor: keys by title; none of a single measurement."""
+        if not self._is_curve:
+            return {}
         prefix, modules, edges = self.options.prefix, self._modules(trainer), self.edges(trainer)
         charts = {SHARES: [over_edge(prefix, key) for key in (*edges, EDGE)] if edges else []}
         charts |= {title: [full_name(prefix, key) for key in keys] for title, keys in self.charted(trainer).items()}

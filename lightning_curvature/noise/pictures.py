@@ -60,13 +60,14 @@ def draw_matrices(title: str, covariance: Tensor, rotated: Tensor | None) -> Any
         for name, matrix in (("coupling $|R_{ij}|$", covariance), ("rotated at random", rotated))
         if matrix is not None
     }
-    figure = new_figure(figsize=(0.6 + 3.6 * (1 + len(couplings)), 3.8), dpi=110)
+    # One below the other: TensorBoard shows images in narrow columns.
+    figure = new_figure(figsize=(4.2, 0.4 + 3.4 * (1 + len(couplings))), dpi=110)
     if figure is None:
         return None
     from matplotlib.colors import LogNorm
 
     figure.suptitle(title, fontsize=10)
-    first, *others = figure.subplots(1, 1 + len(couplings), squeeze=False)[0]
+    first, *others = figure.subplots(1 + len(couplings), 1, squeeze=False)[:, 0]
     values = covariance.abs().numpy()
     top = float(numpy.nanmax(values)) or 1.0
     # Four decades: below them there is nothing to tell from zero.
@@ -77,5 +78,5 @@ def draw_matrices(title: str, covariance: Tensor, rotated: Tensor | None) -> Any
         axes.set_title(f"{name}, mean {mean_coupling(matrix):.3f}", fontsize=9)
     for image in images:
         image.axes.set(xlabel="direction", ylabel="direction")
-        figure.colorbar(image, ax=image.axes, shrink=0.8)
+        figure.colorbar(image, ax=image.axes)
     return figure

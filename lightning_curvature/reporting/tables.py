@@ -20,7 +20,7 @@ def values_table(values: Mapping[str, float], reasons: Mapping[str, str]) -> str
     """Return values in Markdown: first those with errors beside them, then the other diagnostics."""
     beside = {f"{key}_stderr" for key in values}
     first = [key for key in values if not is_diagnostic(key)]
-    lines = ["| key | value | standard error | |", "|---|---|---|---|"]
+    lines = ["| key | value | standard error | why NaN |", "|---|---|---|---|"]
     for key in (*first, *(key for key in values if key not in first and key not in beside)):
         error = values.get(f"{key}_stderr", math.nan)
         shown = "" if math.isnan(error) else f"{error:.2g}"
