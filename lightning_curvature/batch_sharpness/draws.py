@@ -149,7 +149,7 @@ class Draws:
                 self._eigenvalues += _both(draws)
             # Without those that have no gradient, of which there may be any number.
             batches = float(moments[0]) * (PAIR if quantity in CROSSED else 1)
-            goal = self._options.relative_error * float(ratio_of_means(moments).abs())
+            goal = self._options.error_of_one * float(ratio_of_means(moments).abs())
             # Draws that are all 0 have a standard error of 0 too, and may have missed those that are not.
             if batches >= self._options.min_batches and goal > 0.0 and float(ratio_standard_error(moments)) <= goal:
                 self._open.remove(quantity)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from lightning_curvature.batch_sharpness.at_once import PairsAtOnce, pairs_at_once
+from lightning_curvature.batch_sharpness.average import RunningMeans
 from lightning_curvature.batch_sharpness.draws import Draws, Lose, not_finite
 from lightning_curvature.batch_sharpness.options import FULL_GRADIENT, BatchSharpnessOptions, Quantity
 from lightning_curvature.batch_sharpness.pairs import Pairs
@@ -27,11 +28,13 @@ class SharpnessMeasurement:
 
     Attributes:
         pairs_at_once: how many pairs each rank measures at once; None lets the next measurement choose.
+        means: running means over the measurements.
     """
 
     def __init__(self, options: BatchSharpnessOptions) -> None:
         self._options = options
         self.pairs_at_once: int | None = None
+        self.means = RunningMeans(options.average_over)
 
     def measure(self, problem: SharpnessProblem, fail: Callable[[Exception], None]) -> BatchSharpnessResult:
         """Measure all quantities. Every rank calls it, and leaves it together with the others.
@@ -50,6 +53,8 @@ class SharpnessMeasurement:
             values |= attempted(lambda: self._step_sharpness(problem), lose_step) or {}
         draws = None if problem.population is None else self._drawn_batches(problem, lose)
         values |= draws.values() if draws else {}
+        if self._options.average_over > 1:
+            values |= self.means.add(values, self._options.quantities)
         return BatchSharpnessResult(
             values,
             draws.table() if draws else None,

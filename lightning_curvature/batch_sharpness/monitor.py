@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_curvature.batch_sharpness.average import MEAN
 from lightning_curvature.batch_sharpness.measurement import SharpnessMeasurement
 from lightning_curvature.batch_sharpness.options import (
-    CROSSED,
-    FULL_GRADIENT,
     OF_UPDATES,
     PLATEAUS,
     SETTLING,
@@ -21,7 +19,7 @@ from lightning_curvature.batch_sharpness.options import (
     FullHessian,
     Quantity,
 )
-from lightning_curvature.batch_sharpness.problem import SharpnessProblem, check_shares
+from lightning_curvature.batch_sharpness.problem import SharpnessProblem, check_population, check_sharded
 from lightning_curvature.batch_sharpness.result import BatchSharpnessResult, report_eigenvalues
 from lightning_curvature.data.population import Population, read_population
 from lightning_curvature.data.probe_set import step_size
@@ -99,6 +97,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             multiple of every_n_train_steps, and says so; None keeps the interval.
         num_batches: most batches of a measurement, over all ranks; pairs round an odd number up.
         min_batches: fewest batches with a gradient; standard errors of fewer are not reliable.
+        average_over: also log means over so many last measurements, ``<key>_average`` with its ``_stderr``, and draw no
+            more in each than they need to be known to ``relative_error``.
         relative_error: relative standard error at which drawing for a quantity ends.
         batch_size: samples of a drawn batch; default: those of one optimizer step, over ranks and accumulation (with a
             ``probe_dataloader``, too).
@@ -136,6 +136,8 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     """
 
     options: BatchSharpnessOptions
+    state_types: ClassVar[Mapping[str, type]] = {"probe_set": list, "means": dict}
+    state_optional = frozenset({"probe_set", "means"})
     _batch_norm_note = "a mini-batch is normalized by its own statistics, or each of its micro-batches where it is cut"
 
     def __init__(
@@ -146,6 +148,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         max_overhead: float | None = BatchSharpnessOptions.max_overhead,
         num_batches: int = BatchSharpnessOptions.num_batches,
         min_batches: int = BatchSharpnessOptions.min_batches,
+        average_over: int = BatchSharpnessOptions.average_over,
         relative_error: float = BatchSharpnessOptions.relative_error,
         batch_size: int | None = BatchSharpnessOptions.batch_size,
         curvature: Curvature = BatchSharpnessOptions.curvature,
@@ -167,7 +170,19 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         on_error: OnError = BatchSharpnessOptions.on_error,
     ) -> None:
         super().__init__(BatchSharpnessOptions.of(locals()))
+
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
         self._measurement = SharpnessMeasurement(self.options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what running means are made of, beside what every monitor keeps."""
+        means = self._measurement.means.state_dict()
+        return super().state_dict() | ({"means": means} if self.options.average_over > 1 else {})
+
+    def _take_up(self, state_dict: dict[str, Any]) -> None:
+        super()._take_up(state_dict)
+        self._measurement.means.load_state_dict(state_dict.get("means", {}))
 
     def _begin(self) -> None:
         super()._begin()
@@ -179,11 +194,16 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         """Return 2/η, which under momentum and adaptive optimizers is the edge along their own updates alone."""
         index, optimizers = self.options.optimizer_index, trainer.optimizers
         plain = index < len(optimizers) and plateau_note(optimizers[index]) is None
-        return {q: "two_over_lr" for q in self.options.quantities if plain or q in OF_UPDATES}
+        of_edge = [q for q in self.options.quantities if plain or q in OF_UPDATES]
+        return dict.fromkeys(self._with_means(of_edge), "two_over_lr")
 
     def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         """Return one chart: all sharpnesses with 2/η, and the plateaus of an optimizer that has others."""
-        return {_CHART: [*self.options.quantities, "two_over_lr", *self._plateaus(trainer)]}
+        return {_CHART: [*self._with_means(self.options.quantities), "two_over_lr", *self._plateaus(trainer)]}
+
+    def _with_means(self, quantities: Sequence[str]) -> list[str]:
+        means = [f"{quantity}{MEAN}" for quantity in quantities] if self.options.average_over > 1 else []
+        return [*quantities, *means]
 
     def _plateaus(self, trainer: pl.Trainer) -> dict[str, float]:
         """Return where batch sharpness settles under momentum, by key, if it is measured and has such plateaus."""
@@ -206,20 +226,11 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
         options, self._sharded = self.options, is_sharded(self._parameters(trainer))
-        if self._sharded and options.curvature != "hessian":
-            raise MisconfigurationException(
-                f"curvature must be 'hessian' where parameters are sharded, got {options.curvature!r}: exact products "
-                "do not reach through their gathering."
-            )
-        if self._sharded and options.batches_at_once not in ("auto", 1):
-            raise MisconfigurationException(
-                "batches_at_once must be 'auto' or 1 where parameters are sharded, got "
-                f"{options.batches_at_once}: all ranks gather them for one mini-batch after the other."
-            )
+        if self._sharded:
+            check_sharded(options)
+            warn(WHERE_SHARDED)
         if set(OF_UPDATES) & set(options.quantities):
             TrialSteps.check(trainer.optimizers[options.optimizer_index])
-        if self._sharded:
-            warn(WHERE_SHARDED)
         note = plateau_note(trainer.optimizers[options.optimizer_index])
         if note is not None and set(SETTLING) & set(options.quantities):
             inform(note)
@@ -247,17 +258,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
             failure=failure,
             bookmark=self._bookmark,
         )
-        if self._sharded:
-            check_shares(population, trainer.world_size)
-        # A pair has the Hessian of the samples as they are drawn, which is that of the loss that training descends.
-        whole = CROSSED if options.exact else FULL_GRADIENT
-        unequal = [q for q in options.quantities if q in whole and population.weighted]
-        if unequal:
-            raise MisconfigurationException(
-                f"quantities must not hold {unequal[0]!r} where samples are drawn by unequal weights, got a "
-                "WeightedRandomSampler, whose mean loss is not that of the probe set: leave it out, or give "
-                "probe_dataloader= one that draws all equally often."
-            )
+        check_population(population, options, trainer.world_size, self._sharded)
         return population
 
     def prepare(self, trainer: pl.Trainer, loss: ProbeLoss, data: Population | None) -> Prepared[SharpnessProblem]:

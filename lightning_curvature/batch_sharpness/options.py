@@ -1,10 +1,12 @@
 """Options of mini-batch sharpness: which quantities, of how many mini-batches, how well."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, sentence, whole
+from lightning_curvature.batch_sharpness.average import ERROR, MEAN
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.exact import CURVATURE
@@ -46,7 +48,8 @@ class BatchSharpnessOptions(ProbeSetOptions):
     every_n_train_steps: Period = 100
     num_batches: Annotated[int, whole(1, _MOST, MANY)] = 256
     # The standard error needs two of the pairs in which batches are drawn.
-    min_batches: Annotated[int, whole(2 * PAIR, "16 make a standard error that can be trusted", MANY)] = 16
+    min_batches: Annotated[int, whole(2 * PAIR, "8 make a standard error that can be used", MANY)] = 8
+    average_over: Annotated[int, whole(1, "1 takes each measurement by itself", MANY)] = 1
     relative_error: Annotated[float, fraction("0.05 gives values to 5 %")] = 0.05
     batch_size: Annotated[int, whole(1, "None takes the data of one optimizer step")] | None = None
     curvature: Annotated[Curvature, CURVATURE] = "hessian"
@@ -69,6 +72,11 @@ class BatchSharpnessOptions(ProbeSetOptions):
         return tuple(quantity for quantity in self.quantities if quantity != "step_sharpness")
 
     @property
+    def error_of_one(self) -> float:
+        """Relative standard error of a measurement with which the mean over ``average_over`` has ``relative_error``."""
+        return self.relative_error * math.sqrt(self.average_over)
+
+    @property
     def exact(self) -> bool:
         """Whether vectors are multiplied by the Hessian of the whole probe set."""
         return self.full_hessian == "exact" and bool(set(CROSSED) & set(self.quantities))
@@ -79,6 +87,7 @@ class BatchSharpnessOptions(ProbeSetOptions):
         keys: list[str] = []
         for name in names:
             keys += [name, f"{name}_stderr"] + ([f"{name}_batches"] if name in self.drawn else [])
+            keys += [f"{name}{MEAN}", f"{name}{ERROR}"] if self.average_over > 1 else []
         if "lambda_max_b" in names:
             keys += [f"lambda_max_b_{end}" for end in (*QUANTILES, "unconverged")]
         return keys + (["zero_gradient_batches"] if set(names) & set(self.drawn) else [])

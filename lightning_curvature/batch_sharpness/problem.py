@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_curvature.batch_sharpness.options import PAIR
+from lightning_curvature.batch_sharpness.options import CROSSED, FULL_GRADIENT, PAIR, BatchSharpnessOptions
 from lightning_curvature.data.population import Population
 from lightning_curvature.distributed.reduce import sum_over_ranks
 from lightning_curvature.distributed.together import together
@@ -26,6 +26,35 @@ from lightning_curvature.operators.sharding import Sharding
 from lightning_curvature.optimizers.trial_steps import TrialSteps
 
 Value = TypeVar("Value")
+
+
+def check_sharded(options: BatchSharpnessOptions) -> None:
+    """Raise where sharded parameters cannot be measured as the options say."""
+    if options.curvature != "hessian":
+        raise MisconfigurationException(
+            f"curvature must be 'hessian' where parameters are sharded, got {options.curvature!r}: exact products "
+            "do not reach through their gathering."
+        )
+    if options.batches_at_once not in ("auto", 1):
+        raise MisconfigurationException(
+            "batches_at_once must be 'auto' or 1 where parameters are sharded, got "
+            f"{options.batches_at_once}: all ranks gather them for one mini-batch after the other."
+        )
+
+
+def check_population(population: Population, options: BatchSharpnessOptions, ranks: int, sharded: bool) -> None:
+    """Raise where mini-batches of the samples cannot give the quantities."""
+    if sharded:
+        check_shares(population, ranks)
+    # A pair has the Hessian of the samples as they are drawn, which is that of the loss that training descends.
+    whole = CROSSED if options.exact else FULL_GRADIENT
+    unequal = [quantity for quantity in options.quantities if quantity in whole and population.weighted]
+    if unequal:
+        raise MisconfigurationException(
+            f"quantities must not hold {unequal[0]!r} where samples are drawn by unequal weights, got a "
+            "WeightedRandomSampler, whose mean loss is not that of the probe set: leave it out, or give "
+            "probe_dataloader= one that draws all equally often."
+        )
 
 
 @dataclass(frozen=True)

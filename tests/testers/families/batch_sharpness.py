@@ -27,7 +27,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         {"quantities": ["gni", "lambda_max"]},
         r"quantities must be names from .*, got 'lambda_max' \(did you mean 'lambda_max_b'\?\): correct or remove it",
     ),
-    ({"min_batches": 3}, rf"min_batches {WHOLE} 4, got 3: 16 make a standard error that can be trusted"),
+    ({"min_batches": 3}, rf"min_batches {WHOLE} 4, got 3: 8 make a standard error that can be used"),
+    ({"average_over": 0}, rf"average_over {WHOLE} 1, got 0: 1 takes each measurement by itself"),
     ({"min_batches": 16.0}, rf"min_batches {WHOLE} 4, got 16\.0"),
     (
         {"num_batches": 8, "min_batches": 16},
