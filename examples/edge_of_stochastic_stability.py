@@ -171,8 +171,8 @@ def train(data: MiniBatchData, args: argparse.Namespace) -> tuple[Run, Index | N
     print(f"{trainer.global_step} steps in {seconds:.0f} s, training loss {run.loss[1][-1]:.3g}", flush=True)
     if not index:
         return run, None
-    keys = ("stability_index", "stability_index_stderr", "stability_index_drift", "stability_index_noise")
-    return run, Index(*(curves.curve(f"curvature/{key}") for key in keys))
+    groups = {"": "curvature", "_stderr": "curvature_diagnostics", "_drift": "curvature", "_noise": "curvature"}
+    return run, Index(*(curves.curve(f"{group}/stability_index{end}") for end, group in groups.items()))
 
 
 def whole_epochs(curve: Curve) -> Curve:

@@ -143,7 +143,7 @@ def collect(optimizer: str, learning_rate: float, curves: CurveLogger) -> Run:
         own = "preconditioned_lambda_max" if key.startswith("preconditioned") else "lambda_max"
         _, thresholds = curves.curve(f"curvature/{own}_threshold")
         tracks.append(Track(key, steps, values, thresholds if thresholds.size else 0 * steps + 2 / learning_rate))
-    trace = curves.curve("spectrum/hessian_trace"), curves.curve("spectrum/hessian_trace_stderr")
+    trace = curves.curve("spectrum/hessian_trace"), curves.curve("spectrum_diagnostics/hessian_trace_stderr")
     return Run(TITLES[optimizer], learning_rate, FORMULAS[optimizer], curves.curve("train_loss"), tracks, trace)
 
 
