@@ -1,4 +1,4 @@
-"""torchmetrics classes, one for each quantity, for any PyTorch loop: see README.
+"""torchmetrics classes, one for each quantity, for any PyTorch loop: see docs/plain_pytorch.md.
 
 Sources are cited by name: see docs/references.md.
 """

@@ -87,7 +87,7 @@ def test_likelihood_scale_and_mask(likelihood: str) -> None:
 
 
 def test_plain_pytorch_loop() -> None:
-    """The loop that README shows, checked against the dense matrices of every step."""
+    """The loop of docs/plain_pytorch.md, checked against the dense matrices of every step."""
     network, data = mlp(3, 4, 3), _generator(3)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.1)
     curvature, kl = FiniteDifferenceCurvature(), KLCurvature()
