@@ -16,6 +16,7 @@ from lightning_curvature.arguments.rules import (
     positive,
     sentence,
     shaped,
+    spelled,
     whole,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "positive",
     "sentence",
     "shaped",
+    "spelled",
     "whole",
 ]

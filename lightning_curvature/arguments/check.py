@@ -49,9 +49,11 @@ class Check:
             if origin is Literal:
                 self.choices += parts
             elif origin in (Sequence, Iterable):
-                self.item = Check(parts[0], replace(rule, empty=False, single=False) if rule != Rule() else None)
-                if self.item.choices and rule == Rule():
-                    self.item.rule = Rule("correct or remove it", phrase=f"be names from {tuple(self.item.choices)}")
+                plain = rule == Rule(also=rule.also)
+                self.item = Check(parts[0], None if plain else replace(rule, empty=False, single=False))
+                if self.item.choices and plain:
+                    words = f"be names from {tuple(self.item.choices)}"
+                    self.item.rule = Rule("correct or remove it", phrase=words, also=rule.also)
             elif origin is Callable:
                 self.callable = True
             elif origin is tuple:
@@ -107,11 +109,23 @@ class Check:
         wanted, remedy = self._in_words(value)
         others = "" if self.rule.phrase else _listed([*map(repr, self.choices), *["None"] * self.optional])
         wanted = f"{wanted}, or {others}" if wanted and others else wanted or f"be {others}"
-        names = [choice for choice in self.choices if isinstance(choice, str)]
-        near = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
         shown = _shown(value, by_type=self.callable or bool(self.classes))
-        shown += f" (did you mean {near[0]!r}?)" if near else ""
+        near = f"({self.item._near(value)},)" if self.item and self.item._near(value) else self._near(value)
+        shown += f" (did you mean {near}?)" if near else ""
         return sentence(name, wanted, shown, self.rule.remedy or remedy)
+
+    def _near(self, value: Any) -> str:
+        """Return what a misspelt name stands for, as it is written; "" where it is none."""
+        known = {_spelling(name): name for name in self.choices if isinstance(name, str)}
+        if not isinstance(value, str) or not known:
+            return ""
+        written = {spelling: repr(name) for spelling, name in known.items()}
+        written = {_spelling(name): right for name, right in self.rule.also.items()} | written
+        spelling = _spelling(value)
+        # Names that are looked for elsewhere must be exact: all but those that stand for one of these.
+        close = [name for name, right in written.items() if right in map(repr, self.choices)]
+        near = [spelling] if spelling in written else difflib.get_close_matches(spelling, close, 1)
+        return written[near[0]] if near else ""
 
     def _in_words(self, value: Any) -> tuple[str, str]:
         """Return rule and remedy by type, but for choices."""
@@ -177,6 +191,13 @@ def _members(hint: Any) -> tuple[list[Any], list[Rule]]:
         both = [_members(part) for part in parts]
         return [kind for kinds, _ in both for kind in kinds], [rule for _, rules in both for rule in rules]
     return [hint], []
+
+
+def _spelling(name: str) -> str:
+    """Return a name without what spellings differ in: case, underscores, Greek letters."""
+    for letter, word in (("λ", "lambda"), ("δ", "delta"), ("γ", "gamma")):
+        name = name.casefold().replace(letter, word)
+    return "".join(filter(str.isalnum, name))
 
 
 def _is_series(value: Any) -> bool:

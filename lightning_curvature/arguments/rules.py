@@ -1,8 +1,8 @@
 """Rules of arguments, and the sentence on a value that breaks one."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 # The largest number that counts and seeds of torch can hold.
 LARGEST = 2**63 - 1
@@ -23,6 +23,7 @@ class Rule:
         empty: whether a sequence may be empty.
         single: whether one number may stand for a sequence of them.
         bools: whether a tensor may be of booleans.
+        also: names that users may mean by those of the argument, each with what to write in its place.
         shape: of a tensor: letters, which have one size in all arguments of a call, as "n out in"; see :mod:`.shapes`.
     """
 
@@ -37,6 +38,7 @@ class Rule:
     empty: bool = False
     single: bool = False
     bools: bool = False
+    also: Mapping[str, str] = field(default_factory=dict, hash=False)
     shape: str = ""
 
     def allows(self, value: float) -> bool:
@@ -90,6 +92,11 @@ def not_negative(remedy: str, finite: bool = True) -> Rule:
 def fraction(remedy: str) -> Rule:
     """Return the rule of a number between 0 and 1."""
     return Rule(remedy, above=0.0, below=1.0)
+
+
+def spelled(**also: str) -> Rule:
+    """Return the rule of names that have other spellings, each with what to write in its place."""
+    return Rule(also=also)
 
 
 def shaped(shape: str, remedy: str = "", bools: bool = False) -> Rule:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, sentence, whole
 from lightning_curvature.batch_sharpness.average import ERROR, MEAN
+from lightning_curvature.monitors.names import names
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.exact import CURVATURE
@@ -44,7 +45,7 @@ _MOST = "it is the most, min_batches the fewest"
 class BatchSharpnessOptions(ProbeSetOptions):
     """Options of :class:`~lightning_curvature.BatchSharpnessMonitor`, which documents them and their errors."""
 
-    quantities: Sequence[Quantity] = ("batch_sharpness",)
+    quantities: Annotated[Sequence[Quantity], names({})] = ("batch_sharpness",)
     every_n_train_steps: Period = 100
     num_batches: Annotated[int, whole(1, _MOST, MANY)] = 256
     # The standard error needs two of the pairs in which batches are drawn.

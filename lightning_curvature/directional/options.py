@@ -6,18 +6,13 @@ from typing import Annotated, Literal
 
 from lightning_curvature.arguments import MANY, Rule, positive, sentence, whole
 from lightning_curvature.functional import Likelihood
+from lightning_curvature.monitors.names import ESTIMATOR_KEYS, names
 from lightning_curvature.monitors.options import MonitorOptions, Period
 
 Estimator = Literal["kl", "finite_difference", "hvp", "gauss_newton", "critical", "oscillation"]
 
-KEYS: dict[str, str] = {
-    "hvp": "lambda_dir",
-    "finite_difference": "lambda_fd",
-    "kl": "lambda_kl",
-    "gauss_newton": "lambda_gn",
-    "critical": "critical_sharpness",
-    "oscillation": "lambda_osc",
-}
+KEYS = ESTIMATOR_KEYS
+_BY_KEY = {name: (key,) for name, key in KEYS.items()}
 OSCILLATION: Estimator = "oscillation"
 # Estimators that differentiate the model along the step, and those that cannot be computed without outputs.
 EXACT, NEED_OUTPUTS = ("hvp", "gauss_newton"), ("kl", "gauss_newton")
@@ -27,7 +22,10 @@ EXACT, NEED_OUTPUTS = ("hvp", "gauss_newton"), ("kl", "gauss_newton")
 class DirectionalOptions(MonitorOptions):
     """Options of :class:`~lightning_curvature.DirectionalCurvatureMonitor`, which documents them."""
 
-    estimators: Sequence[Estimator] = ("kl", "finite_difference")
+    estimators: Annotated[Sequence[Estimator], names(_BY_KEY)] = (
+        "kl",
+        "finite_difference",
+    )
     every_n_train_steps: Period = 10
     epsilon: Annotated[float | Literal["auto"], positive("1.0 is as far as the step went")] = "auto"
     likelihood: Annotated[Literal["auto"] | Likelihood, Rule("name the one that is trained")] = "auto"

@@ -25,6 +25,21 @@ from lightning_curvature.reporting.loggers import inform, warn
 _LENT = frozenset({"log", "log_dict"})
 
 
+class _StateKey(str):
+    """Key of a monitor before its setup, which finds monitors of one prefix and says so.
+
+    Lightning compares the keys when it makes a Trainer; its own sentence does not name the prefix.
+    """
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other if isinstance(other, _StateKey) else str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 class Monitor(Reporter):
     """Base of all monitors; each of its options can also be read as an attribute of the monitor."""
 
@@ -36,7 +51,7 @@ class Monitor(Reporter):
 
     def __init__(self, options: MonitorOptions) -> None:
         self.options = options
-        self._in_hook = self._resumes = False
+        self._in_hook = self._resumes = self._is_set_up = False
         self._begin()
         self._start_afresh()
 
@@ -95,7 +110,12 @@ class Monitor(Reporter):
     @property
     def state_key(self) -> str:
         """Distinct for monitors with distinct prefixes."""
-        return self._generate_state_key(prefix=self.options.prefix)
+        key = self._generate_state_key(**self._told_apart_by())
+        return key if self._is_set_up else _StateKey(key)
+
+    def _told_apart_by(self) -> dict[str, Any]:
+        """Return the options that tell the states of monitors of this class apart in a checkpoint."""
+        return {"prefix": self.options.prefix}
 
     @guarded
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -103,11 +123,13 @@ class Monitor(Reporter):
         if stage == "fit":
             check_strategy(trainer, pl_module, type(self).__name__)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is not self and type(other) is type(self) and other.options.prefix == self.options.prefix:
+            alike = other is not self and (isinstance(other, type(self)) or isinstance(self, type(other)))
+            if alike and isinstance(other, Monitor) and other.options.prefix == self.options.prefix:
                 raise MisconfigurationException(
                     f"prefix must differ between monitors of one class, got {self.options.prefix!r} of two "
                     f"{type(self).__name__}s: give one of them another prefix."
                 )
+        self._is_set_up = True
         needs_batch = stage == "fit" and self.options.objective is None
         if needs_batch and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise MisconfigurationException(

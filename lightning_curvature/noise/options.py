@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_curvature.arguments import MANY, Rule, whole
 from lightning_curvature.functional.noise import CHAIN
 from lightning_curvature.monitors.modules import unwrapped
+from lightning_curvature.monitors.names import names
 from lightning_curvature.monitors.options import OccasionalOptions, ProbeSamples
 
 Quantity = Literal[
@@ -50,7 +51,7 @@ class NoiseOptions(OccasionalOptions):
     """
 
     parameter: Annotated[str, PARAMETER]
-    quantities: Sequence[Quantity] = QUANTITIES[:-1]
+    quantities: Annotated[Sequence[Quantity], names(KEYS)] = QUANTITIES[:-1]
     top: Annotated[int, whole(3, "None takes 40 % of the directions")] | None = None
     batch_size: Annotated[int, whole(1, "None takes the samples of an optimizer step")] | None = None
     haar_draws: Annotated[int, whole(1, "4 are enough where there are some hundred directions", MANY)] = 4

@@ -155,10 +155,8 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
         self._sharded = False
         self._measurement = SpectrumMeasurement(self.options, self._warn_once)
 
-    @property
-    def state_key(self) -> str:
-        """Distinct for monitors with distinct prefixes or quantities; ``setup`` refuses two with one prefix."""
-        return self._generate_state_key(prefix=self.options.prefix, quantities=self.options.quantities)
+    def _told_apart_by(self) -> dict[str, Any]:
+        return super()._told_apart_by() | {"quantities": self.options.quantities}
 
     def state_dict(self) -> dict[str, Any]:
         """Return also the last eigenpairs, where checkpoints are to keep them and this rank holds them whole."""

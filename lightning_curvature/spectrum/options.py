@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
 from lightning_curvature.linalg.tracking import RECHECK
 from lightning_curvature.monitors.modules import Patterns
+from lightning_curvature.monitors.names import names
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators.exact import KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
@@ -29,6 +30,13 @@ _OPERATORS: dict[str, str] = {
     "preconditioned_lambda_max": "preconditioned",
     "second_moment_contraction": "second_moment",
 }
+# Keys that accompany a quantity of another name.
+_KEYS = {
+    "lambda_max": ("lambda_2", "lambda_max_threshold", "stability_headroom"),
+    "hessian_trace": ("trace",),
+    "spectral_density": ("density",),
+    "second_moment_contraction": ("second_moment_excess",),
+}
 # Operators that exist by exact products only.
 EXACT_ONLY = ("gauss_newton", "second_moment")
 _PRODUCTS = "a search for one eigenvalue takes about ten"
@@ -38,7 +46,7 @@ _PRODUCTS = "a search for one eigenvalue takes about ten"
 class SpectrumOptions(ProbeSetOptions):
     """Options of :class:`~lightning_curvature.HessianSpectrumMonitor`, which documents them."""
 
-    quantities: Sequence[Quantity] = ("lambda_max",)
+    quantities: Annotated[Sequence[Quantity], names(_KEYS)] = ("lambda_max",)
     k: Annotated[int, whole(1, "1 is the largest eigenvalue alone", MANY)] = 1
     every_n_train_steps: Period = 200
     probe_samples: ProbeSamples | None = 2048

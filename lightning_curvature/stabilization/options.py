@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, positive, whole
+from lightning_curvature.monitors.names import names
 from lightning_curvature.monitors.options import OccasionalOptions, ascending
 
 Law = Literal["top", "bottom", "random", "gradients"]
@@ -32,7 +33,7 @@ class StabilizationOptions(OccasionalOptions):
     sample_sizes: Annotated[Sequence[int], Rule("(8, 64) measures at both", least=1, single=True)] = (4, 8, 16, 32, 64)
     subspace_dim: Annotated[int | Sequence[int], whole(1, "16 holds what matters of many networks", MANY)] = 8
     sigma: Annotated[float | Sequence[float], positive("1e-3 is a usual width in units of the parameters")] = 1e-3
-    quantities: Sequence[Quantity] = QUANTITIES
+    quantities: Annotated[Sequence[Quantity], names({})] = QUANTITIES
     estimators: Sequence[Estimator] = ("gaussian_moment",)
     candidates: Annotated[int, whole(1, "8 show how much samples differ", MANY)] = 8
     draws: Annotated[int, whole(2, "64 make a standard error that can be trusted", MANY)] = 64

@@ -21,11 +21,14 @@ from tests.testers.family import Family, Misfit, Trap
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"quantities": "ias"}, r"quantities must be a non-empty sequence of names, got 'ias': choose from \('batch_sharp"),
+    (
+        {"quantities": "ias"},
+        r"quantities must be a non-empty sequence of names, got 'ias' \(did you mean \('ias',",
+    ),
     ({"quantities": []}, r"quantities must be a non-empty sequence of names, got \[\]: choose from"),
     (
         {"quantities": ["gni", "lambda_max"]},
-        r"quantities must be names from .*, got 'lambda_max' \(did you mean 'lambda_max_b'\?\): correct or remove it",
+        r"quantities must be names from .*, got 'lambda_max' \(did you mean HessianSpectrumMonitor\(",
     ),
     ({"min_batches": 3}, rf"min_batches {WHOLE} 4, got 3: 8 make a standard error that can be used"),
     ({"average_over": 0}, rf"average_over {WHOLE} 1, got 0: 1 takes each measurement by itself"),

@@ -21,7 +21,10 @@ class Adamlike(torch.optim.Adam):
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"quantities": "lambda_max"}, r"quantities must be a non-empty sequence of names, got 'lambda_max': choose from"),
+    (
+        {"quantities": "lambda_max"},
+        r"quantities must be a non-empty sequence of names, got 'lambda_max' \(did you mean \('la",
+    ),
     ({"quantities": []}, r"quantities must be a non-empty sequence of names, got \[\]: choose from \('lambda_max'"),
     (
         {"quantities": ["lambda_max", "lanczos"]},

@@ -25,7 +25,10 @@ from tests.testers.family import Family, Misfit, Trap
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"quantities": "delta_1"}, r"quantities must be a non-empty sequence of names, got 'delta_1': choose from"),
+    (
+        {"quantities": "delta_1"},
+        r"quantities must be a non-empty sequence of names, got 'delta_1' \(did you mean \('de",
+    ),
     ({"quantities": ()}, r"quantities must be a non-empty sequence of names, got \(\): choose from \('delta_1'"),
     (
         {"quantities": ["delta_3"]},
