@@ -19,7 +19,7 @@ _OUTPUTS = Rule("give one such as 'head'", holds=bool, phrase="be a name out of 
 _PREFIX = Rule(
     "use 'curvature'", holds=lambda text: text == text.strip("/") != "", phrase="be a name without slashes at its ends"
 )
-_MAX_OVERHEAD = Rule("0.1 lets measurements take a tenth of the time that steps take", above=0.0)
+_MAX_OVERHEAD = Rule("0.1 lets measurements take a tenth of the time that steps take", above=0.0, most=100.0)
 _AT_STEPS = Rule("(0, 100) measures before the first step and before step 100", least=0, empty=True, single=True)
 Options = TypeVar("Options", bound="MonitorOptions")
 
