@@ -4,6 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_curvature import callbacks as callbacks
+    from lightning_curvature import functional as functional
+    from lightning_curvature import linalg as linalg
+    from lightning_curvature import metrics as metrics
+    from lightning_curvature import operators as operators
     from lightning_curvature.callbacks import (
         BatchSharpnessMonitor,
         DirectionalCurvatureMonitor,
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
     from lightning_curvature.reporting.loggers import CurvatureWarning
     from lightning_curvature.stabilization.result import CriterionRow, SampleGrowth
 
+    __version__: str
+
+_ROOMS = ("callbacks", "functional", "linalg", "metrics", "operators")
 _HOMES = {
     "BatchSharpnessMonitor": "batch_sharpness.monitor",
     "CriterionRow": "stabilization.result",
@@ -53,13 +61,21 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: Lightning loads this package, by ``autoload``, for every Trainer."""
-    if name not in _HOMES:
+    """Import a public name or room when first used: for every Trainer Lightning loads this package, by ``autoload``."""
+    value: Any
+    if name == "__version__":
+        from importlib.metadata import version  # takes longer than all else here
+
+        value = version("lightning-curvature")
+    elif name in _ROOMS:
+        value = importlib.import_module(f"{__name__}.{name}")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS, "__version__"})

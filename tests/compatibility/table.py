@@ -1,4 +1,4 @@
-"""A pytest plugin that writes the outcomes of the tests as a table: set-ups down, monitors across.
+"""A pytest plugin that writes the outcomes of the tests: set-ups down, monitors across; in short, and test by test.
 
 python -m pytest -p tests.compatibility.table --table docs/compatibility.md tests/compatibility tests/distributed
 A test names another mark than ✓ by ``record_property("mark", …)``. An expected failure is one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
 
@@ -54,13 +54,19 @@ MARKS = {"passed": "✓", "failed": "**fails**", "skipped": "not run"}
 HEAD = """\
 # Where the monitors run
 
-The tests write this page (`make compatibility`): {versions}.
+The tests write this page (`make compatibility`): {versions}. Each number is a number of set-ups;
+[the evidence](compatibility_evidence.md) names them.
 
-Each row is one or more tests. ✓ under a monitor: the run is bit for bit the run without it, and its values are those of
+✓ under a monitor: the run is bit for bit the run without it, and its values are those of
 an oracle, of one process or of the plain set-up, as the row says. *refused*: the monitor raises one clear sentence at
 the start. *NaN*: the run is the same, and the monitor says why there is no value. *not run*: the test needs a GPU or a
 missing package. All monitors refuse strategies that no CPU can run (FSDP1, DeepSpeed, XLA) and tensor parallelism;
 `StabilizationMonitor` and `NoiseCovarianceMonitor` refuse sharded parameters (FSDP2).
+"""
+EVIDENCE = """\
+# Where the monitors run: the evidence
+
+The tests write this page; [the summary](compatibility.md) explains the marks. Each row is one or more tests.
 """
 
 # (section, row) → monitor → marks of the tests behind it.
@@ -115,23 +121,54 @@ def installed() -> str:
     return ", ".join(f"{name} {present[name]}" for name in PACKAGES if name in present)
 
 
-def lines() -> Generator[str, None, None]:
-    """The page."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
-    yield HEAD.format(versions=versions)
+def row(*cells: str) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def head() -> list[str]:
+    """Return the first two rows of a table."""
+    return [row("", *MONITORS.values()), "|---" * (1 + len(MONITORS)) + "|"]
+
+
+def sections() -> dict[str, dict[str, dict[str, str]]]:
+    """Return the marks by section, row and monitor."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for title in TITLES.values():
-        rows = {row: cells for (section, row), cells in _found.items() if section == title}
-        if not rows:
-            continue
+        rows = {name: cells for (section, name), cells in _found.items() if section == title}
+        if rows:
+            found[title] = {
+                name: {monitor: " ".join(sorted(set(cells.get(monitor, [])))) for monitor in MONITORS}
+                for name, cells in rows.items()
+            }
+    return found
+
+
+def summary(found: dict[str, dict[str, dict[str, str]]]) -> Generator[str, None, None]:
+    """The page in short: how many set-ups of a section have which mark."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
+    yield from (HEAD.format(versions=versions), *head())
+    for title, rows in found.items():
+        counts = (Counter(cells[monitor] for cells in rows.values() if cells[monitor]) for monitor in MONITORS)
+        words = [", ".join(f"{mark} {count}" for mark, count in counted.most_common()) for counted in counts]
+        # As GitHub and the site make anchors of titles.
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        yield row(f"[{title}](compatibility_evidence.md#{anchor})", *words)
+
+
+def evidence(found: dict[str, dict[str, dict[str, str]]]) -> Generator[str, None, None]:
+    """The page of all set-ups."""
+    yield EVIDENCE
+    for title, rows in found.items():
         yield from (f"## {title}", "")
         if title == TITLES["test_integrations"]:
             yield from (f"{installed()}.", "")
-        yield from (f"| | {' | '.join(MONITORS.values())} |", "|---" * (1 + len(MONITORS)) + "|")
-        for row, cells in rows.items():
-            marks = (" ".join(sorted(set(cells[name]))) if name in cells else "" for name in MONITORS)
-            yield f"| {row} | {' | '.join(marks)} |"
+        yield from head()
+        yield from (row(name, *cells.values()) for name, cells in rows.items())
         yield ""
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    session.config.getoption("--table").write_text("\n".join(lines()).rstrip() + "\n", encoding="utf-8")
+    path, found = session.config.getoption("--table"), sections()
+    for name, lines in ((path, summary(found)), (path.with_stem(f"{path.stem}_evidence"), evidence(found))):
+        name.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

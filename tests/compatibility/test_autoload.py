@@ -112,5 +112,9 @@ def test_public_names() -> None:
     assert set(lightning_curvature.__all__) <= set(dir(lightning_curvature))
     for name in lightning_curvature.__all__:
         assert getattr(lightning_curvature, name).__name__ == name
+    for room in ("callbacks", "functional", "linalg", "metrics", "operators"):
+        assert room in dir(lightning_curvature)
+        assert getattr(lightning_curvature, room).__name__ == f"lightning_curvature.{room}"
+    assert lightning_curvature.__version__ == importlib.metadata.version("lightning-curvature")
     with pytest.raises(AttributeError, match="module 'lightning_curvature' has no attribute 'Nothing'"):
         _ = lightning_curvature.Nothing  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
         ({"parameter": value}, r"parameter must be a name out of named_parameters\(\), got .*: give one such as 'fc2.w")
         for value in ("", None, 3)
     ),
-    ({"quantities": "noise_gamma"}, r"quantities must be a non-empty sequence of names, got 'noise_gamma': choose fr"),
+    ({"quantities": "noise_gamma"}, r"quantities must be a non-empty sequence of names, got 'noise_gamma' \(did you"),
     ({"quantities": ()}, r"quantities must be a non-empty sequence of names, got \(\): choose from \('noise_gamma'"),
     (
         {"quantities": ["gamma"]},

@@ -21,10 +21,7 @@ class Adamlike(torch.optim.Adam):
 
 WHOLE = "must be a whole number of at least"
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    (
-        {"quantities": "lambda_max"},
-        r"quantities must be a non-empty sequence of names, got 'lambda_max' \(did you mean \('la",
-    ),
+    ({"quantities": "lambda_max"}, r"quantities must be a non-empty sequence of names, got 'lambda_max' \(did you"),
     ({"quantities": []}, r"quantities must be a non-empty sequence of names, got \[\]: choose from \('lambda_max'"),
     (
         {"quantities": ["lambda_max", "lanczos"]},
