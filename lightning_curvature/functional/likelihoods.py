@@ -38,7 +38,7 @@ class DivergenceStatistics(NamedTuple):
     Attributes:
         divergence: mean KL(p_z ‖ p_{z+δ}), nats a position.
         quadratic: mean δᵀ(∂²ℓ/∂z²)δ, which twice the divergence approaches for small δ.
-        departure: mean |2 KL − δᵀ(∂²ℓ/∂z²)δ|, the distance of single positions from that limit.
+        departure: mean ``|2 KL − δᵀ(∂²ℓ/∂z²)δ|``, the distance of single positions from that limit.
     """
 
     divergence: Tensor

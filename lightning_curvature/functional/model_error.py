@@ -25,7 +25,7 @@ def relative_model_error(true: Tensor, model: Tensor, rounding: float = 0.0) -> 
     Args:
         true: f at the perturbations.
         model: q at the same perturbations.
-        rounding: largest |f| that counts as zero.
+        rounding: largest ``|f|`` that counts as zero.
 
     Returns:
         r; NaN if f is zero everywhere, infinite if f or q is not finite.

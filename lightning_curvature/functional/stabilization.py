@@ -210,7 +210,7 @@ def rate_bound(loss: float, gradient: float, hessian: float, *, k: int, dimensio
     The bound holds at a minimum of L_k, the setting of the source; elsewhere take a bound on ‖∇ℓ − ∇L_k‖ for M_g.
 
     Args:
-        loss: M_ℓ, the largest |ℓ| of a sample.
+        loss: M_ℓ, the largest ``|ℓ|`` of a sample.
         gradient: M_g, the largest norm of a sample's gradient.
         hessian: M_H, the largest spectral norm of a sample's Hessian.
         k: number of samples in the mean.

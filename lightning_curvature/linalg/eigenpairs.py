@@ -51,7 +51,7 @@ class Eigenpairs:
             relative to its size; infinite where none of that end was asked for.
         upper, lower: no eigenvalue is larger, or smaller, with 95 % probability each: see :func:`eigenpairs`.
         iterations: restarts of the basis, plus one.
-        asymmetry: largest |u·Av − v·Au| among basis vectors: the noise of the products.
+        asymmetry: largest ``|u·Av − v·Au|`` among basis vectors: the noise of the products.
     """
 
     values: Tensor

@@ -44,7 +44,7 @@ class KrylovSpace:
         done: rows multiplied.
         restarts: how often the basis was replaced by fewer vectors.
         scale: largest entry of T, an estimate of the size of the operator.
-        asymmetry: largest |v_i·Av_j − v_j·Av_i| so far: the noise of the products.
+        asymmetry: largest ``|v_i·Av_j − v_j·Av_i|`` so far: the noise of the products.
     """
 
     @checked()

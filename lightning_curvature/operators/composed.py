@@ -71,7 +71,7 @@ class SecondMomentOperator(HessianOperator):
     without the identity, in which their digits would be lost.
 
     Args:
-        parts, parameters, **options: see :class:`~.exact.HessianOperator`.
+        parts, parameters, options: see :class:`~.exact.HessianOperator`.
         lr: η.
         groups: for each micro-batch the number of its mini-batch; default: each is a mini-batch.
         spread: number of mini-batches, 0, 1, …, whose micro-batches lie on several ranks; each then takes two

@@ -134,7 +134,7 @@ class GaussNewtonOperator(_GraphOperator):
     products; a product then costs about one forward+backward of the data.
 
     Args:
-        parts, parameters, **options: see :class:`HessianOperator`; evaluations must hold outputs, in the loss's graph.
+        parts, parameters, options: see :class:`HessianOperator`; evaluations must hold outputs, in the loss's graph.
 
     Raises:
         ValueError: if an evaluation has no outputs, or the loss does not depend on them.

@@ -62,7 +62,7 @@ class SampleGrowth:
         rows: the table.
         seconds: time by stage ("subspace", "coefficients" and the estimators), over all k.
         products: Hessian–vector products of the eigensolver, over all k.
-        residuals: by k, the largest ‖Hu − λu‖ of the eigenvectors u, relative to the largest |λ|.
+        residuals: by k, the largest ‖Hu − λu‖ of the eigenvectors u, relative to the largest ``|λ|``.
         tolerance: of the quadratic model, for :attr:`validated_sigma`.
         validity_keys: which of ``validated_sigma`` and ``validated_sigma_full_space`` are among :meth:`values`.
     """

@@ -64,6 +64,10 @@ missing package. All monitors refuse strategies that no CPU can run (FSDP1, Deep
 `StabilizationMonitor` and `NoiseCovarianceMonitor` refuse sharded parameters (FSDP2).
 """
 EVIDENCE = """\
+---
+orphan: true
+---
+
 # Where the monitors run: the evidence
 
 The tests write this page; [the summary](compatibility.md) explains the marks. Each row is one or more tests.
