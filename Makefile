@@ -8,10 +8,10 @@ BENCHMARKS ?= directional spectrum batch_sharpness stabilization noise edge
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope
 
-.PHONY: demo check test test-all coverage lint benchmark compatibility clean
+.PHONY: demo check test test-all coverage lint docs benchmark compatibility clean
 
 # gradient descent and AdamW reach the edge of stability on real data: table, picture, TensorBoard log
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo
 	$(BIN)/python examples/edge_of_stability.py $(ARGS)
 
 # everything but what is marked slow: in some six minutes on two cores
@@ -30,11 +30,16 @@ check: $(VENV)/.ready
 coverage: $(VENV)/.ready
 	$(PYTEST) -m "not soak" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-# docs/compatibility.md, from what the tests find, also those of other packages
+# docs/compatibility.md and its evidence, from what the tests find, also those of other packages
 compatibility: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[loggers,integrations]"
 	$(BIN)/python -m pytest -p tests.compatibility.table --table docs/compatibility.md \
 		-m "integrations or not soak" tests/compatibility tests/distributed
+
+# the site, in docs/_build/html; a warning is an error, and nothing is fetched
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -50,5 +55,15 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[examples,test,benchmarks]"
 	touch $@
 
+# What the demo needs, and no more: unless the whole of .ready is there.
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -e $(VENV)/.ready || $(BIN)/python -m pip install --editable ".[examples]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build docs/api/generated

@@ -12,13 +12,7 @@ version = release = version_of("lightning-curvature")
 REPOSITORY = "https://github.com/lightning-curvature/lightning-curvature"
 URLS = (f"{REPOSITORY}/blob/main/docs/", f"{REPOSITORY.replace('github', 'raw.githubusercontent')}/main/docs/")
 
-extensions = [
-    "myst_parser",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
-    "sphinx.ext.napoleon",
-]
+extensions = ["myst_parser", *(f"sphinx.ext.{name}" for name in ("autodoc", "autosummary", "mathjax", "napoleon"))]
 exclude_patterns = ["_build", "README.md"]
 templates_path = ["_templates"]
 html_theme = "furo"
@@ -41,6 +35,7 @@ autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 
 def _lead_from_page_to_page(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:

@@ -46,8 +46,8 @@ class NoiseCovarianceMonitor(OccasionalMonitor[NoiseProblem, NoiseCurvature]):
       its exact value for a C with random eigenvectors (up to √2).
     * "noise_alignment": ``noise_alignment``, the share of the energy of C that is on its diagonal.
     * "noise_spearman": ``noise_spearman``, rank correlation of C_ii and H_ii.
-    * "noise_coupling": ``noise_coupling`` = mean of ``|C_ij| / √|C_ii C_jj|``, i ≠ j; ``noise_coupling_random``, the same
-      with random eigenvectors; ``noise_coupling_z``, its distance from theory for random ones in standard errors.
+    * "noise_coupling": ``noise_coupling`` = mean of ``|C_ij| / √|C_ii C_jj|``, i ≠ j; ``noise_coupling_random``, that
+      of random eigenvectors; ``noise_coupling_z``, its distance from theory for random ones in standard errors.
     * "noise_awd_chain": ``noise_gamma_awd_raw``, ``_hh``, ``_hh_sd``, ``_hh_sd_wd`` and ``_hh_sd_wd_li``: γ of the
       source's successive approximations of C, from pairs of mini-batches (linear layers with class labels only).
 
