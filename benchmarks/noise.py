@@ -184,7 +184,7 @@ def whole(arguments: argparse.Namespace, model: Classifier, data: TensorDataset,
     monitor = NoiseCovarianceMonitor(parameter=PARAMETER, probe_samples=None)
     loader = DataLoader(data, batch_size=batch_size)
     start = clock.now()
-    result = monitor.evaluate(model, loader, trainer)
+    result = monitor.evaluate(model, loader, trainer=trainer).result
     rows = [("whole measurement (`NoiseCovarianceMonitor.evaluate`)", clock.now() - start)]
     model.to(clock.device)
     batches = [(x.to(clock.device), y.to(clock.device)) for x, y in loader]

@@ -108,7 +108,7 @@ def ours(
     trainer = pl.Trainer(
         accelerator=accelerator, devices=1, logger=LastRow(), enable_checkpointing=False, enable_progress_bar=False
     )
-    return monitor.evaluate(module, DataLoader(data, batch_size=arguments.k), trainer)
+    return monitor.evaluate(module, DataLoader(data, batch_size=arguments.k), trainer=trainer).result
 
 
 def first_samples(total: int, count: int) -> list[int]:

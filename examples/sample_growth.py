@@ -59,7 +59,7 @@ def converging(args: argparse.Namespace, model: CharTransformer, loader: DataLoa
             draws=draws,
             quantities=("delta_2_subspace",),
         )
-        found[draws] = one.evaluate(model, loader)
+        found[draws] = one.evaluate(model, loader).result
     return found
 
 

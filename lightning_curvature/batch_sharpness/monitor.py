@@ -136,6 +136,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     """
 
     options: BatchSharpnessOptions
+    of_optimizer = OF_UPDATES
     state_types: ClassVar[Mapping[str, type]] = {"probe_set": list, "means": dict}
     state_optional = frozenset({"probe_set", "means"})
     _batch_norm_note = "a mini-batch is normalized by its own statistics, or each of its micro-batches where it is cut"
@@ -225,15 +226,19 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
+        self.check_module(trainer, pl_module)
+        note = plateau_note(trainer.optimizers[self.options.optimizer_index])
+        if note is not None and set(SETTLING) & set(self.options.quantities):
+            inform(note)
+
+    def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raise for quantities that parameters or optimizer cannot give."""
         options, self._sharded = self.options, is_sharded(self._parameters(trainer))
         if self._sharded:
             check_sharded(options)
             warn(WHERE_SHARDED)
         if set(OF_UPDATES) & set(options.quantities):
             TrialSteps.check(trainer.optimizers[options.optimizer_index])
-        note = plateau_note(trainer.optimizers[options.optimizer_index])
-        if note is not None and set(SETTLING) & set(options.quantities):
-            inform(note)
 
     def _complete(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> bool:
         """Keep the batches of the coming step, where they are asked for, until the last of them."""
@@ -241,7 +246,7 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         if size != self._step_size:
             # Steps of another size from here on: mini-batches are drawn anew, of that size.
             self._step_size, self._has_read = size, False
-        return "step_sharpness" not in self.options.quantities or self._calls.add(trainer, batch, batch_idx)
+        return not self.options.of_step or self._calls.add(trainer, batch, batch_idx)
 
     def _read(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Population | None:
         options = self.options

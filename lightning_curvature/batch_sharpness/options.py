@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, sentence, whole
@@ -66,6 +66,15 @@ class BatchSharpnessOptions(ProbeSetOptions):
             got = f"{self.by_module!r} with {list(self.quantities)}"
             raise sentence("by_module", "come with 'batch_sharpness'", got, "add it, or leave by_module out")
         check_count("num_batches", self.num_batches, self.min_batches, _MOST)
+
+    def at_a_point(self) -> "BatchSharpnessOptions":
+        """Return them without running means: a single measurement is as accurate by itself."""
+        return replace(self, average_over=1)
+
+    @property
+    def of_step(self) -> bool:
+        """Whether the batches of the coming step are measured."""
+        return "step_sharpness" in self.quantities
 
     @property
     def drawn(self) -> tuple[Quantity, ...]:

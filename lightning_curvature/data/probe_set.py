@@ -166,11 +166,16 @@ def to_device(trainer: pl.Trainer, module: pl.LightningModule, probe: ProbeBatch
     randomness = DataRandomness(trainer.strategy.root_device)
     with randomness.kept():
         randomness.seed(probe.seed)
-        batch = trainer.precision_plugin.convert_input(copied(probe.batch))
-        hook, datamodule = "on_before_batch_transfer", getattr(trainer, "datamodule", None)
-        owner = datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
-        batch = owner.on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return moved(trainer, module, copied(probe.batch))
+
+
+def moved(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """Return a batch converted and moved by the Trainer, with all hooks, which draw and write as they do."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    hook, datamodule = "on_before_batch_transfer", getattr(trainer, "datamodule", None)
+    owner = datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
+    batch = owner.on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def step_size(trainer: pl.Trainer) -> int | None:

@@ -171,6 +171,14 @@ class DirectionalCurvatureMonitor(UpdateMonitor):
                 "precision, or leave it out."
             )
 
+    def check_at_a_point(self) -> None:
+        """Raise for an oscillation, which is one of several steps."""
+        if OSCILLATION in self.options.estimators:
+            raise MisconfigurationException(
+                "estimators must not hold 'oscillation' for evaluate(), which makes one step: leave it out, or give "
+                "the monitor to a Trainer as a callback."
+            )
+
     def measure(self, trainer: pl.Trainer, window: Window | None, failure: Exception | None) -> None:
         """Measure one step."""
         self.result = None

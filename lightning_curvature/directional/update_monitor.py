@@ -7,13 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_curvature.data.first import first_batch
+from lightning_curvature.directional.one_step import step_once
 from lightning_curvature.directional.problem import Window
 from lightning_curvature.distributed.shards import fresh_shards, local
 from lightning_curvature.distributed.together import attempted
 from lightning_curvature.monitors.base import Monitor
+from lightning_curvature.monitors.by_hand import Optimizers, quiet_trainer
 from lightning_curvature.optimizers.oscillation import Oscillation, Stepping, Trail, oscillation_of
 from lightning_curvature.optimizers.update import ParameterUpdate, dense_copy
 from lightning_curvature.replay.objective import StepObjective
@@ -186,6 +190,27 @@ class UpdateMonitor(Monitor):
             with contextlib.suppress(Exception), fresh_shards(objective.module), objective.gathers.forwards(1):
                 raise failure
         self.measure(trainer, None, failure)
+
+    def _trainer_by_hand(self, module: pl.LightningModule, trainer: pl.Trainer | None) -> pl.Trainer:
+        return quiet_trainer(module, trainer)
+
+    def _check_optimizers(self, optimizers: Optimizers) -> None:
+        if optimizers.missing:
+            raise MisconfigurationException(
+                f"optimizer must be given for {type(self).__name__}, which measures along its step, got none, and "
+                f"{optimizers.missing}: give it as evaluate(module, dataloader, optimizer)."
+            )
+
+    def _by_hand(self, trainer: pl.Trainer, module: pl.LightningModule, dataloader: Any) -> Any:
+        with first_batch(trainer, dataloader) as batch:
+            step_once(trainer, module, batch, self)
+        self._tally.raise_if_lost()
+        if self.result is None:
+            raise MisconfigurationException(
+                "training_step must return a loss on the first batch of dataloader, and step by self.optimizers() in "
+                "manual optimization, got no step: give a loader that begins with another batch."
+            )
+        return self.result
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the recorder off where the epoch ended before the batch did."""

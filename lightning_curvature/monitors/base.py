@@ -10,11 +10,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_curvature.losses.fixed import Precision
-from lightning_curvature.monitors.checks import check_not_quantized, is_lazy
+from lightning_curvature.monitors.checks import UniqueKey, check_not_quantized, is_lazy
+from lightning_curvature.monitors.evaluating import Evaluating
 from lightning_curvature.monitors.guard import HOOKS, STARTING, guarded
 from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.monitors.price import ENOUGH, Price, short, stretched
-from lightning_curvature.monitors.reporter import Reporter
 from lightning_curvature.monitors.strategies import check_strategy
 from lightning_curvature.monitors.tally import Tally
 from lightning_curvature.replay.objective import StepObjective
@@ -25,22 +25,7 @@ from lightning_curvature.reporting.loggers import inform, warn
 _LENT = frozenset({"log", "log_dict"})
 
 
-class _StateKey(str):
-    """Key of a monitor before its setup, which finds monitors of one prefix and says so.
-
-    Lightning compares the keys when it makes a Trainer; its own sentence does not name the prefix.
-    """
-
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other if isinstance(other, _StateKey) else str.__eq__(self, other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-
-class Monitor(Reporter):
+class Monitor(Evaluating):
     """Base of all monitors; each of its options can also be read as an attribute of the monitor."""
 
     options: MonitorOptions
@@ -111,7 +96,7 @@ class Monitor(Reporter):
     def state_key(self) -> str:
         """Distinct for monitors with distinct prefixes."""
         key = self._generate_state_key(**self._told_apart_by())
-        return key if self._is_set_up else _StateKey(key)
+        return key if self._is_set_up else UniqueKey(key)
 
     def _told_apart_by(self) -> dict[str, Any]:
         """Return the options that tell the states of monitors of this class apart in a checkpoint."""

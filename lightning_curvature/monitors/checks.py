@@ -63,3 +63,18 @@ def _quantized(part: nn.Module | Tensor) -> str | None:
         if name.startswith(_QUANTIZED) and name not in _NOT_QUANTIZED:
             return name
     return None
+
+
+class UniqueKey(str):
+    """Key of a monitor before its setup, which finds monitors of one prefix and says so.
+
+    Lightning compares the keys when it makes a Trainer; its own sentence does not name the prefix.
+    """
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other if isinstance(other, UniqueKey) else str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other

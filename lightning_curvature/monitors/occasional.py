@@ -1,23 +1,15 @@
 """The base of the monitors that measure now and then: when fit ends, at named steps, every n steps, or by hand."""
 
-import logging
 from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_curvature.data.loaders import check_dataloader
 from lightning_curvature.distributed.shards import is_sharded
-from lightning_curvature.losses.skipped import may_skip
-from lightning_curvature.monitors.checks import check_not_quantized
 from lightning_curvature.monitors.options import OccasionalOptions
 from lightning_curvature.monitors.probe_set import ProbeSetMonitor, ResultT
 from lightning_curvature.monitors.protocol import Problem
-from lightning_curvature.replay.isolation import attached
-from lightning_curvature.replay.objective import StepObjective
 from lightning_curvature.reporting.tables import report_values
 
 
@@ -40,46 +32,6 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
         if not self._is_curve and result is not None:
             name = type(self).__name__.removesuffix("Monitor")
             report_values(trainer, f"{self.options.prefix}/{name}", result.values(), result.reasons)
-
-    def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Raise where the module cannot give what is measured."""
-
-    def evaluate(
-        self, module: pl.LightningModule, dataloader: Any = None, trainer: pl.Trainer | None = None
-    ) -> ResultT:
-        """Measure a module as it is, a checkpoint for example, without a fit; nothing is logged.
-
-        The module comes back as it was, on the device where it was. ``result`` keeps the returned result.
-
-        Args:
-            module: the module; all its parameters that require gradients count as trained.
-            dataloader: a DataLoader with the samples; default: ``probe_dataloader``.
-            trainer: gives device and precision; default: a Trainer on the device that Lightning finds.
-
-        Raises:
-            MisconfigurationException: for what the module or the data cannot give.
-        """
-        loader = self.options.probe_dataloader if dataloader is None else dataloader
-        _check_by_hand(module, loader)
-        trainer = trainer or _quiet_trainer()
-        check_not_quantized(type(self).__name__, module)
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        if not parameters:
-            raise MisconfigurationException(
-                "module must have parameters that require gradients, got none: call module.unfreeze(), or "
-                "requires_grad_() on those that shall be moved."
-            )
-        self._check_parameters(parameters)
-        with torch.inference_mode(False), attached(trainer, module, parameters):
-            self.check_module(trainer, module)
-            self._may_skip = self.options.objective is None and may_skip(module)
-            objective = StepObjective(module, trainer.strategy.root_device, None, self.options.objective)
-            return self._measure(
-                trainer,
-                objective,
-                read=lambda failure: self._read_from(trainer, loader, None, failure),
-                report=lambda prepared, result: None,
-            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters and module against what is measured."""
@@ -127,30 +79,3 @@ class OccasionalMonitor(ProbeSetMonitor[Problem, ResultT]):
             least = asked if asked >= 0 else step - 1
             self._is_named = any(least < named <= step for named in self.options.at_steps)
         return self._is_named or (periodic and self.options.every_n_train_steps is not None)
-
-
-def _quiet_trainer() -> pl.Trainer:
-    """Return a Trainer on the device that Lightning selects, without its log lines: there may be many checkpoints."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        return pl.Trainer(
-            devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-        )
-    finally:
-        log.setLevel(level)
-
-
-def _check_by_hand(module: object, loader: object) -> None:
-    """Raise unless a module and a loader are what ``evaluate`` needs."""
-    if not isinstance(module, pl.LightningModule):
-        raise MisconfigurationException(
-            f"module must be a LightningModule, whose training_step gives the loss, got a {type(module).__name__}: "
-            "wrap the network in one, or load the checkpoint by load_from_checkpoint."
-        )
-    check_dataloader("dataloader", loader, MisconfigurationException)
-    if loader is None:
-        raise MisconfigurationException(
-            "dataloader must be given where there is no Trainer's, got None: give a DataLoader of single samples."
-        )

@@ -50,6 +50,10 @@ class MonitorOptions:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def at_a_point(self: Options) -> Options:
+        """Return the options for one measurement by hand, without those of several in a row."""
+        return self
+
     def _normalize(self, **values: Any) -> None:
         """Replace fields of this frozen instance by their normal forms, while it is made."""
         for name, value in values.items():
@@ -70,6 +74,11 @@ class ProbeSetOptions(MonitorOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dataloader("probe_dataloader", self.probe_dataloader)
+
+    @property
+    def of_step(self) -> bool:
+        """Whether the batches of the coming step are measured."""
+        return False
 
     def keys(self) -> list[str]:
         """Return the keys of all values."""

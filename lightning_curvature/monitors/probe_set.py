@@ -9,12 +9,14 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_curvature.data.first import first_batch
 from lightning_curvature.data.position import Bookmark
 from lightning_curvature.data.probe_set import ProbeSet, read_probe_set, step_size
 from lightning_curvature.data.reading import sample_count
 from lightning_curvature.losses.fixed import ProbeLoss
 from lightning_curvature.losses.skipped import may_skip, without_skipped
 from lightning_curvature.monitors.base import Monitor
+from lightning_curvature.monitors.by_hand import Optimizers
 from lightning_curvature.monitors.checks import check_real
 from lightning_curvature.monitors.options import ProbeSetOptions
 from lightning_curvature.monitors.protocol import Prepared, Problem, Result, prepare_together
@@ -33,12 +35,14 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
 
     Attributes:
         capacities: names of the capacities that :meth:`prepare` returns.
+        of_optimizer: quantities that need to know the optimizer.
         result: result of the last measurement, or None.
     """
 
     options: ProbeSetOptions
     result: ResultT | None
     capacities: ClassVar[tuple[str, ...]] = ()
+    of_optimizer: ClassVar[tuple[str, ...]] = ()
     state_types: ClassVar[Mapping[str, type]] = {"probe_set": list}
     state_optional = frozenset({"probe_set"})  # most loaders choose no samples themselves
     _batch_norm_note = "H is that of the mean of micro-batches' losses, each normalized by its own statistics"
@@ -74,13 +78,12 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         """Return the keys of all values, the same for every measurement."""
         return self.options.keys()
 
-    def beside(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the values that need no measurement, such as thresholds as they are now, or make do with others."""
-        return {}
-
     def shown(self) -> Iterable[str]:
         """Return the keys that the progress bar shows."""
         return ()
+
+    def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raise where the module cannot give what is measured; in a fit and by hand."""
 
     def write_pictures(self, trainer: pl.Trainer, result: ResultT) -> None:
         """Write pictures and tables of a result."""
@@ -96,6 +99,22 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
                 f"BatchNorm in training mode couples samples: {self._batch_norm_note}. probe_mode='eval' takes the "
                 "running statistics instead."
             )
+
+    def _check_optimizers(self, optimizers: Optimizers) -> None:
+        optimizers.check(getattr(self.options, "quantities", ()), self.of_optimizer)
+
+    def _by_hand(self, trainer: pl.Trainer, module: pl.LightningModule, dataloader: Any) -> ResultT:
+        self._check_parameters(self._parameters(trainer))
+        self.check_module(trainer, module)
+        self._may_skip = self.options.objective is None and may_skip(module)
+        objective = StepObjective(module, trainer.strategy.root_device, self.options.outputs, self.options.objective)
+        with contextlib.ExitStack() as stack:
+            needs_batch = self._by_step or self.options.of_step
+            batch = stack.enter_context(first_batch(trainer, dataloader)) if needs_batch else None
+            if self.options.of_step:
+                self._complete(trainer, batch, 0)
+            read: Callable[[Exception | None], Any] = lambda failure: self._read(trainer, batch, failure)  # noqa: E731
+            return self._measure(trainer, objective, read, report=lambda prepared, result: None)
 
     def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
         """Raise where the parameters cannot be moved."""

@@ -21,6 +21,7 @@ class Tally:
         self._first: tuple[int, int] | None = None  # optimizer steps and batches before the first batch
         self._last_due = -1
         self._failed, self._reason = False, ""
+        self._error: Exception | None = None
 
     def ask(self, trainer: pl.Trainer, is_due: bool) -> None:
         """Count the step that a batch begins, once, where it is due."""
@@ -32,11 +33,17 @@ class Tally:
     def fail(self, error: Exception) -> None:
         """Note why a measurement has failed, or a part of it."""
         self._failed, self._reason = True, f"{type(error).__name__}: {error}".splitlines()[0]
+        self._error = error
 
     def measured(self, values: Iterable[float]) -> None:
         """Count a measurement as made, unless it failed and gave no number at all."""
         self.made += not self._failed or any(map(math.isfinite, values))
         self._failed = False
+
+    def raise_if_lost(self) -> None:
+        """Raise the last failure where no measurement was made."""
+        if self._error is not None and not self.made:
+            raise self._error
 
     def tell(self, monitor: str, trainer: pl.Trainer) -> None:
         """Warn where Lightning has counted no optimizer step, by which all monitors go, or where all was lost."""

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_curvature.functional.regime import REGIMES
@@ -146,6 +147,13 @@ class RegimeMonitor(Monitor):
     def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         """Chart the regime with its alarms, and the edge ratio."""
         return {"regime": ["regime", "regime_alarm"], "edge ratio": ["edge_ratio"]}
+
+    def check_at_a_point(self) -> NoReturn:
+        """Raise: a regime has no value at one point."""
+        raise MisconfigurationException(
+            "RegimeMonitor needs the losses of a fit, step after step, got a module at one point: give it to a Trainer "
+            "as a callback, or call functional.regime on a logged run."
+        )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the place behind the monitors that it listens to."""

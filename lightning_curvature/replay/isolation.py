@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
 from torch import Tensor, nn
@@ -130,25 +131,30 @@ def muted(module: pl.LightningModule, global_step: int, shelter: Shelter | None 
 
 @contextlib.contextmanager
 def attached(
-    trainer: pl.Trainer, module: pl.LightningModule, parameters: Sequence[Tensor]
+    trainer: pl.Trainer, module: pl.LightningModule, optimizers: Sequence[Any], schedulers: Sequence[Any] = ()
 ) -> Generator[None, None, None]:
     """Let a Trainer that does not run hold a module inside the block, on the Trainer's device.
 
-    ``parameters`` may be moved, as if an optimizer held them; all others are put back in each repetition.
+    ``optimizers`` hold the parameters that may be moved, and their state moves along; all other parameters are put back
+    in each repetition. ``schedulers`` are their ``LRSchedulerConfig``.
     """
     strategy, connector = trainer.strategy, trainer._data_connector
     places: list[tuple[Any, str]] = [(m, "_trainer") for m in module.modules() if isinstance(m, pl.LightningModule)]
     places += [(strategy, "_lightning_module"), (strategy, "model"), (trainer, "optimizers")]
+    places += [(connector, "_datahook_selector"), (strategy, "lr_scheduler_configs")]
     with contextlib.ExitStack() as stack:
-        for owner, name in [*places, (connector, "_datahook_selector")]:
+        for owner, name in places:
             stack.callback(setattr, owner, name, getattr(owner, name))
         stack.callback(module.to, module.device)
+        for state in (state for one in optimizers for state in one.state.values() if isinstance(state, dict)):
+            stack.callback(state.update, dict(state))
         connector._datahook_selector = _DataHookSelector(module, None)  # the hooks of the module move a batch
         strategy.connect(module)
         strategy.setup_environment()
         module.trainer = trainer
         module.to(strategy.root_device)
-        trainer.optimizers = [torch.optim.SGD(parameters, lr=0.0)]
+        _optimizers_to_device(optimizers, strategy.root_device)
+        trainer.optimizers, strategy.lr_scheduler_configs = list(optimizers), list(schedulers)
         yield
 
 

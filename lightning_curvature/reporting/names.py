@@ -13,11 +13,34 @@ _DIAGNOSTIC = re.compile(
 )
 # The line at 1 beside the values over their edges.
 EDGE = "edge"
+# Ends of the keys of errors: standard errors are absolute, estimated errors are relative to the value.
+_ABSOLUTE, _RELATIVE = "_stderr", "_error"
+# Keys of what values are compared with.
+_EDGES = re.compile(r".*_threshold|two_over_lr|oscillation_edge|plateau_.*")
 
 
 def is_diagnostic(key: str) -> bool:
     """Whether a key is that of an error bar, a count, a flag or a setting."""
     return _DIAGNOSTIC.fullmatch(key) is not None
+
+
+def is_edge(key: str) -> bool:
+    """Whether a key is that of an edge, which a value of another key is compared with."""
+    return _EDGES.fullmatch(key) is not None
+
+
+def split_errors(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the numbers that are no errors of others, and the absolute errors of those that have one, by their keys.
+
+    Example:
+        >>> split_errors({"lambda_max": 4.0, "lambda_max_error": 0.25, "ias": 3.0, "ias_stderr": 0.5})
+        ({'lambda_max': 4.0, 'ias': 3.0}, {'lambda_max': 1.0, 'ias': 0.5})
+    """
+    relative = {f"{key}{_RELATIVE}": key for key in numbers if f"{key}{_RELATIVE}" in numbers}
+    absolute = {f"{key}{_ABSOLUTE}": key for key in numbers if f"{key}{_ABSOLUTE}" in numbers}
+    errors = {key: abs(numbers[key]) * numbers[name] for name, key in relative.items()}
+    errors |= {key: numbers[name] for name, key in absolute.items()}
+    return {key: number for key, number in numbers.items() if key not in relative | absolute}, errors
 
 
 def full_name(prefix: str, key: str) -> str:

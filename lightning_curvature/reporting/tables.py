@@ -1,12 +1,12 @@
-"""Values of a single measurement as one text on TensorBoard, where a curve of one point says little."""
+"""Tables of values: in Markdown for TensorBoard, where a curve of one point says little, and as plain text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import lightning.pytorch as pl
 
 from lightning_curvature.reporting.loggers import logged_step, tensorboards
-from lightning_curvature.reporting.names import is_diagnostic
+from lightning_curvature.reporting.names import is_diagnostic, split_errors
 
 
 def report_values(trainer: pl.Trainer, name: str, values: Mapping[str, float], reasons: Mapping[str, str]) -> None:
@@ -16,13 +16,31 @@ def report_values(trainer: pl.Trainer, name: str, values: Mapping[str, float], r
         writer.add_text(name, values_table(values, reasons), logged_step(trainer))
 
 
-def values_table(values: Mapping[str, float], reasons: Mapping[str, str]) -> str:
-    """Return values in Markdown: first those with errors beside them, then the other diagnostics."""
-    beside = {f"{key}_stderr" for key in values}
-    first = [key for key in values if not is_diagnostic(key)]
+def values_table(numbers: Mapping[str, float], reasons: Mapping[str, str]) -> str:
+    """Return numbers in Markdown: first values with their errors beside them, then the other diagnostics."""
+    values, errors = split_errors(numbers)
     lines = ["| key | value | standard error | why NaN |", "|---|---|---|---|"]
-    for key in (*first, *(key for key in values if key not in first and key not in beside)):
-        error = values.get(f"{key}_stderr", math.nan)
+    for key in sorted(values, key=is_diagnostic):
+        error = errors.get(key, math.nan)
         shown = "" if math.isnan(error) else f"{error:.2g}"
         lines.append(f"| `{key}` | {values[key]:.5g} | {shown} | {reasons.get(key, '')} |")
     return "\n".join(lines)
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows as lines of text with columns one below the other, numbers to the right; empty columns are left out.
+
+    Example:
+        >>> print(text_table(("key", "value", "reason"), [("ias", "0.5", ""), ("gni", "12", "")]))
+        key  value
+        ias    0.5
+        gni     12
+    """
+    columns = [column for column in zip(head, *rows, strict=True) if any(column[1:])]
+    last = len(columns) - 1
+    padded = []
+    for place, column in enumerate(columns):
+        width = max(map(len, column))
+        text = place == 0 or (place == last and column[0] == head[-1])
+        padded.append([cell.ljust(width) if text else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))

@@ -114,6 +114,7 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
 
     options: SpectrumOptions
     capacities = ("basis",)
+    of_optimizer = ("preconditioned_lambda_max", "second_moment_contraction")
     state_types: ClassVar[Mapping[str, type]] = {"probe_set": list, "eigenpairs": dict}
     state_optional = ProbeSetMonitor.state_optional | {"eigenpairs"}
 
@@ -191,6 +192,12 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check parameters, strategy and optimizer against the quantities."""
         super().on_fit_start(trainer, pl_module)
+        self.check_module(trainer, pl_module)
+        if "spectral_density" in self.options.quantities:
+            check_tensorboard(trainer, "spectral_density")
+
+    def check_module(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raise for quantities that parameters, strategy or optimizer cannot give."""
         parameters, optimizer = self._parameters(trainer), trainer.optimizers[self.options.optimizer_index]
         asked, k, products = self.options.quantities, self.options.k, self.options.products
         self._sharded = is_sharded(parameters)
@@ -211,8 +218,6 @@ class HessianSpectrumMonitor(ProbeSetMonitor[SpectrumProblem, Spectrum]):
             raise MisconfigurationException(
                 f"k must be below the number of parameters, got {k} for {count}: ask for fewer."
             )
-        if "spectral_density" in asked:
-            check_tensorboard(trainer, "spectral_density")
         if "preconditioned_lambda_max" in asked and math.isnan(stability_rule(optimizer).preconditioned):
             raise MisconfigurationException(
                 "quantities must not hold 'preconditioned_lambda_max' where the preconditioner is not known, "

@@ -1,9 +1,10 @@
 """The monitor of stability in the mean square."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_curvature.data.copies import mixed
@@ -193,6 +194,13 @@ class StabilityMonitor(ProbeSetMonitor[StabilityProblem, StabilityResult]):
         terms, self._factor = measured(prepared.problem, self._factor)
         self._steps = [*self._steps, terms][-self.options.window :]
         return StabilityResult(tuple(self._steps), prepared.problem.rule.nesterov)
+
+    def check_at_a_point(self) -> NoReturn:
+        """Raise: the index has no value at one point."""
+        raise MisconfigurationException(
+            "StabilityMonitor needs the steps of a fit, whose average it follows, got a module at one point: give it "
+            "to a Trainer as a callback, or evaluate BatchSharpnessMonitor or HessianSpectrumMonitor."
+        )
 
     def _let_go(self) -> None:
         super()._let_go()

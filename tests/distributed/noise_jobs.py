@@ -162,4 +162,4 @@ def by_hand(rank: int, world_size: int) -> NoiseCurvature:
     module, trainer = kronecker.module(), kronecker.make_trainer(world_size)
     loader = kronecker.loader(rank, world_size)
     trainer.fit(module, loader)
-    return NoiseCovarianceMonitor(**kronecker.options()).evaluate(module, loader, trainer)
+    return NoiseCovarianceMonitor(**kronecker.options()).evaluate(module, loader, trainer=trainer).result

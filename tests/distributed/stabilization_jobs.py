@@ -179,7 +179,7 @@ def by_hand(rank: int, world_size: int) -> SampleGrowth:
     module, trainer = whole.module(), whole.make_trainer(world_size)
     loader = whole.loader(rank, world_size)
     trainer.fit(module, loader)
-    return StabilizationMonitor(**whole.options()).evaluate(module, loader, trainer)
+    return StabilizationMonitor(**whole.options()).evaluate(module, loader, trainer=trainer).result
 
 
 Results = dict[str, list[Outcome]]

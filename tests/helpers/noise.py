@@ -62,7 +62,7 @@ def evaluated(module: Any, name: str, data: Any = None, **options: Any) -> Noise
     """By hand, in float64; in all directions, so that the matrices can be read off."""
     size = dict(module.network.named_parameters(remove_duplicate=False))[name].numel()
     loader = data if isinstance(data, DataLoader) else DataLoader(data or samples(), batch_size=BATCH)
-    return monitor(name, **({"top": size} | options)).evaluate(module, loader, make_trainer())
+    return monitor(name, **({"top": size} | options)).evaluate(module, loader, trainer=make_trainer()).result
 
 
 def module_of(network: nn.Module, loss: Loss = F.cross_entropy) -> Classifier:

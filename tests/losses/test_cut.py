@@ -134,7 +134,7 @@ def test_noise_of_graphs_is_that_of_single_graphs() -> None:
     module = Pooled()
     follow = NoiseCovarianceMonitor(parameter="second.weight", on_error="raise")
     loader = DataLoader(rows, batch_size=6, collate_fn=collate)  # type: ignore[arg-type]
-    found = follow.evaluate(module, loader, make_trainer())
+    found = follow.evaluate(module, loader, trainer=make_trainer()).result
     gradients, sums = [], []
     for row in rows:
         loss = module.training_step(collate([row]), 0)

@@ -119,7 +119,7 @@ def test_all_ways_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             owner, method, lambda self, *args, real=real, method=method: calls.append(method) or real(self, *args)
         )
-    with attached(trainer, module, list(module.parameters())):
+    with attached(trainer, module, [torch.optim.SGD(module.parameters(), lr=0.0)]):
         objective = StepObjective(module, trainer.strategy.root_device)
         samples = read_ordered_samples(trainer, loader, samples=COUNT, seed=3)
         losses = SampleLosses(
@@ -164,8 +164,8 @@ def test_the_batch_that_a_step_writes_into_comes_back() -> None:
 
     plain = StabilizationMonitor(sample_sizes=(4,), subspace_dim=1, candidates=2)
     loader = DataLoader(vectors(), batch_size=4)
-    expected = plain.evaluate(classifier(step=doubling), loader, make_trainer())
-    found = plain.evaluate(classifier(step=writing), loader, make_trainer())
+    expected = plain.evaluate(classifier(step=doubling), loader, trainer=make_trainer()).result
+    found = plain.evaluate(classifier(step=writing), loader, trainer=make_trainer()).result
     for one, other in zip(expected.rows, found.rows, strict=True):
         assert other.value == pytest.approx(one.value, rel=1e-10)
 
@@ -176,7 +176,7 @@ def test_dropout_in_training_mode_has_one_mask_a_sample() -> None:
     monitor = StabilizationMonitor(
         sample_sizes=(4,), subspace_dim=1, candidates=2, probe_mode="train", estimators=("quadratic", "direct"), draws=4
     )
-    first, second = (monitor.evaluate(module, loader, make_trainer()) for _ in range(2))
+    first, second = (monitor.evaluate(module, loader, trainer=make_trainer()).result for _ in range(2))
     assert first.rows == second.rows
     modelled = [row for row in first.rows if row.estimator == "quadratic"]
     assert len(modelled) == 2
@@ -192,8 +192,10 @@ def test_another_objective() -> None:
         return 3.0 * F.cross_entropy(module(batch[0]), batch[1])
 
     options: dict[str, Any] = {"sample_sizes": (4,), "candidates": 2, "quantities": ("delta_1",)}
-    plain = StabilizationMonitor(**options).evaluate(module, loader, make_trainer())
-    tripled = StabilizationMonitor(**options, objective=objective).evaluate(module, loader, make_trainer())
+    plain = StabilizationMonitor(**options).evaluate(module, loader, trainer=make_trainer()).result
+    tripled = (
+        StabilizationMonitor(**options, objective=objective).evaluate(module, loader, trainer=make_trainer()).result
+    )
     assert tripled.rows[0].value == pytest.approx(3.0 * plain.rows[0].value, rel=1e-12)
 
 
@@ -203,9 +205,8 @@ def test_a_nan_of_one_sample_is_seen() -> None:
     x[order_of(COUNT)[0]] = math.nan
     loader = DataLoader(TensorDataset(x, y), batch_size=4)
     monitor = StabilizationMonitor(sample_sizes=(4,), candidates=2, quantities=("delta_1",))
-    assert math.isnan(
-        monitor.evaluate(Classifier(mlp(3, 4).double(), lambda m: None), loader, make_trainer()).rows[0].value
-    )
+    module = Classifier(mlp(3, 4).double(), lambda m: None)
+    assert math.isnan(monitor.evaluate(module, loader, trainer=make_trainer()).values["delta_1"])
 
 
 def even(module: Any, batch: Any) -> Tensor:

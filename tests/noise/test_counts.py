@@ -38,7 +38,7 @@ class Counted(Classifier):
 
 def measured(name: str, **options: Any) -> Counter[str]:
     module = Counted()
-    monitor(name, **options).evaluate(module, DataLoader(samples(), batch_size=BATCH), make_trainer())
+    monitor(name, **options).evaluate(module, DataLoader(samples(), batch_size=BATCH), trainer=make_trainer())
     return module.steps()
 
 
@@ -77,7 +77,7 @@ def test_backwards_through_what_comes_after_the_layer(name: str, outputs: int, m
     module = module_of(network())
     loader = DataLoader(samples(), batch_size=BATCH)
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    follow.evaluate(module, loader, make_trainer())
+    follow.evaluate(module, loader, trainer=make_trainer())
     # The first batch is differentiated once more to compare, with a gradient and a product.
     assert sum(rows) == (MICRO + 1) * (1 + outputs) + 2
 
@@ -122,7 +122,7 @@ def test_no_matrix_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
         module = module_of(nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 3)).double())
         with Largest() as seen:
             monitor("0.weight", micro_batch_size=16).evaluate(
-                module, DataLoader(samples(count), batch_size=16), make_trainer()
+                module, DataLoader(samples(count), batch_size=16), trainer=make_trainer()
             )
         sizes.append(seen.numbers)
     # g gᵀ, h and h², D = 48.

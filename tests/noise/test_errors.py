@@ -37,7 +37,7 @@ def test_misfits_by_hand(name: str) -> None:
     """Those that are none of a fit."""
     misfit = NOISE.misfits[name]
     with pytest.raises(MisconfigurationException, match=f"^{misfit.sentence}"):
-        NOISE.make_few(**misfit.options).evaluate(misfit.module(), misfit.data(), make_trainer())
+        NOISE.make_few(**misfit.options).evaluate(misfit.module(), misfit.data(), trainer=make_trainer())
 
 
 def test_a_block_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,14 +50,14 @@ def test_a_block_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(MisconfigurationException, match=sentence):
         make_trainer(monitor()).fit(Plain(), data())
-    strict("2.weight").evaluate(Plain(), data(), make_trainer())
+    strict("2.weight").evaluate(Plain(), data(), trainer=make_trainer())
     monkeypatch.setattr(noise_block, "available_memory", lambda *args: 100)
     with pytest.raises(MisconfigurationException, match=r"with 24 \(0\.0 GiB\): choose a smaller one\.$"):
         make_trainer(monitor()).fit(Plain(), data())
 
 
 def test_shards() -> None:
-    sentence = "^NoiseCovarianceMonitor must find whole parameters, got sharded ones, .*: train with strategy='ddp', or"
+    sentence = r"^module must have whole parameters for evaluate\(\), got sharded ones: load the checkpoint into a"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         module = Plain(make_optimizer=sharded)
@@ -66,7 +66,7 @@ def test_shards() -> None:
         ):
             make_trainer(monitor()).fit(module, data())
         with pytest.raises(MisconfigurationException, match=sentence):
-            monitor().evaluate(module, data(), make_trainer())
+            monitor().evaluate(module, data(), trainer=make_trainer())
     finally:
         dist.destroy_process_group()
     assert module.seen == 0
@@ -203,7 +203,7 @@ def test_batches_without_labels_to_pair_by(labels: str) -> None:
         "batch → (inputs, labels), or leave the quantity out."
     )
     with pytest.warns(CurvatureWarning) as caught:
-        result = monitor(quantities=QUANTITIES).evaluate(module, loader, make_trainer())
+        result = monitor(quantities=QUANTITIES).evaluate(module, loader, trainer=make_trainer()).result
     assert str(caught[-1].message) == f"noise_awd_chain is NaN: {sentence}"
     values = result.values(QUANTITIES)
     assert {key for key, value in values.items() if math.isnan(value)} == set(KEYS["noise_awd_chain"])
@@ -213,7 +213,7 @@ def test_with_a_pairing_of_its_own() -> None:
     x, y = samples(16).tensors
     named = DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], batch_size=8)  # type: ignore[arg-type]
     strict("0.weight", quantities=QUANTITIES, pairing=lambda batch: (batch["x"], batch["y"])).evaluate(
-        Named(), named, make_trainer()
+        Named(), named, trainer=make_trainer()
     )
 
 

@@ -30,7 +30,7 @@ def test_raising_leaves_nothing_open(place: str, monkeypatch: pytest.MonkeyPatch
     name = "inner.network.0.0.weight" if place == "sums" else "inner.network.0.0.bias"
     follow = monitor(name, quantities=QUANTITIES[:-1], on_error="raise")
     with pytest.raises(Boom) as held:
-        follow.evaluate(module, samples(), make_trainer())
+        follow.evaluate(module, samples(), trainer=make_trainer())
     assert modes() == state
     assert held.value is not None
     assert difference(before, everything(module)) is None

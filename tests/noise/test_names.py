@@ -16,7 +16,9 @@ from tests.helpers.runs import make_trainer, warned
 
 
 def assert_found(module: Any, name: str, full: str) -> None:
-    found = monitor(name, top=20).evaluate(module, DataLoader(samples(), batch_size=BATCH), make_trainer())
+    found = (
+        monitor(name, top=20).evaluate(module, DataLoader(samples(), batch_size=BATCH), trainer=make_trainer()).result
+    )
     assert_matrices(found, dense(module, full), BATCH)
 
 

@@ -66,11 +66,11 @@ def test_by_hand(name: str, trainer: Any) -> None:
     """Before any fit, where nothing is moved; also where no graphs are built."""
     module, follow = Nested(), monitor(name, quantities=QUANTITIES[:-1])
     before = everything(module)
-    result = follow.evaluate(module, samples(), trainer())
+    result = follow.evaluate(module, samples(), trainer=trainer()).result
     assert difference(before, everything(module)) is None
-    assert follow.result is result
+    assert follow.result is None  # nothing of the monitor changes
     with torch.inference_mode(), torch.no_grad():
-        again = follow.evaluate(module, samples(), trainer())
+        again = follow.evaluate(module, samples(), trainer=trainer()).result
     assert str(again.values(QUANTITIES[:-1])) == str(result.values(QUANTITIES[:-1]))
     assert difference(before, everything(module)) is None
 
@@ -82,7 +82,7 @@ def test_by_hand_after_and_during_a_fit() -> None:
             self.found: list[str] = []
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            result = monitor(first).evaluate(pl_module, samples(), trainer)
+            result = monitor(first).evaluate(pl_module, samples(), trainer=trainer).result
             self.found.append(str(result.values(QUANTITIES)))
 
     first = next(name for name, _ in Measured().named_parameters())
@@ -93,5 +93,5 @@ def test_by_hand_after_and_during_a_fit() -> None:
     record = watch(Measured, samples, follow)
     assert_same(plain, record)
     assert follow.result is not None
-    again = monitor(first).evaluate(record.module, samples(), make_trainer())
+    again = monitor(first).evaluate(record.module, samples(), trainer=make_trainer()).result
     assert str(again.values(QUANTITIES)) == str(follow.result.values(QUANTITIES))

@@ -209,6 +209,6 @@ def test_in_single_precision(name: str) -> None:
     data = TensorDataset(samples().tensors[0].float(), samples().tensors[1])
     loader = DataLoader(data, batch_size=BATCH)
     size = expected.gradients.shape[1]
-    result = monitor(name, top=size).evaluate(module, loader, make_trainer(precision="32-true"))
+    result = monitor(name, top=size).evaluate(module, loader, trainer=make_trainer(precision="32-true")).result
     # A few roundings of 6e-8, of C, whose terms are squares of them, twice as many.
     assert_matrices(result, expected, BATCH, tolerance=2e-6)

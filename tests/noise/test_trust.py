@@ -31,7 +31,7 @@ def test_equal_eigenvalues_have_no_eigenvectors() -> None:
     data = DataLoader(TensorDataset(_normal(40, 4), _normal(40, 3, seed=1)), batch_size=BATCH)
     module = Classifier(nn.Sequential(nn.Linear(4, 3)).double(), sgd, F.mse_loss)
     with pytest.warns(CurvatureWarning) as caught:
-        result = monitor("0.weight", top=12).evaluate(module, data, make_trainer())
+        result = monitor("0.weight", top=12).evaluate(module, data, trainer=make_trainer()).result
     # Of twelve eigenvalues eight are equal to the one before: 8 of 11.
     assert result.degenerate == pytest.approx(8 / 11)
     (sentence,) = _said(caught, "eigenvalues of the Hessian must differ")
@@ -50,7 +50,7 @@ def test_one_eigenvalue_is_the_reason_for_no_rank_correlation() -> None:
     data = DataLoader(TensorDataset(_normal(40, 4), _normal(40, 5, seed=1)), batch_size=BATCH)
     module = Classifier(nn.Sequential(nn.Linear(4, 5)).double(), sgd, F.mse_loss)
     with pytest.warns(CurvatureWarning) as caught:
-        result = monitor("0.bias", top=5).evaluate(module, data, make_trainer())
+        result = monitor("0.bias", top=5).evaluate(module, data, trainer=make_trainer()).result
     assert math.isnan(result.spearman)
     (sentence,) = _said(caught, "noise_spearman")
     assert sentence == (
@@ -96,7 +96,7 @@ def test_directions_that_rounding_alone_tells_apart_are_in_no_number() -> None:
     module = Classifier(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), sgd)
     x, y = samples(4).tensors
     few = DataLoader(TensorDataset(x.float(), y), batch_size=2)
-    result = monitor("0.weight", top=20).evaluate(module, few, make_trainer(precision="32-true"))
+    result = monitor("0.weight", top=20).evaluate(module, few, trainer=make_trainer(precision="32-true")).result
     assert len(result.curvatures) == 20
     assert 0 < result.curved <= 8
     # A mean of correlations, were there more than rounding in them.

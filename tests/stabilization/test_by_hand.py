@@ -21,9 +21,9 @@ from tests.helpers.witness import assert_same, difference, watch
 
 def assert_left_alone(module: pl.LightningModule, trainer: pl.Trainer | None, **options: Any) -> SampleGrowth:
     before, follow = everything(module), monitor(**options)
-    growth = follow.evaluate(module, samples(), trainer)
+    growth = follow.evaluate(module, samples(), trainer=trainer).result
     assert difference(before, everything(module)) is None
-    assert follow.result is growth
+    assert follow.result is None  # nothing of the monitor changes
     assert {row.criterion for row in growth.rows} == set(QUANTITIES)
     assert all(math.isfinite(row.value) for row in growth.rows)
     return growth
@@ -45,7 +45,7 @@ def test_by_hand_where_no_graphs_are_built(inference: bool) -> None:
     module = Nested()
     expected = assert_left_alone(module, make_trainer())
     with torch.inference_mode(inference), torch.no_grad():
-        assert monitor().evaluate(module, samples(), make_trainer()).rows == expected.rows
+        assert monitor().evaluate(module, samples(), trainer=make_trainer()).result.rows == expected.rows
 
 
 def test_by_hand_after_a_fit() -> None:
@@ -87,7 +87,7 @@ def test_by_hand_where_it_fails() -> None:
     module, trainer = Trapped(), make_trainer()
     before = everything(module)
     with failing_in("coefficients"), pytest.raises(Boom):
-        monitor().evaluate(module, samples(), trainer)
+        monitor().evaluate(module, samples(), trainer=trainer)
     assert difference(before, everything(module)) is None
     assert trainer.strategy.model is None
     assert_left_alone(module, trainer)

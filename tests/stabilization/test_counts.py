@@ -23,7 +23,7 @@ def measured(**options: Any) -> SampleGrowth:
     defaults: dict[str, Any] = {"sample_sizes": SIZES, "candidates": CANDIDATES, "micro_batch_size": 3}
     module, data, _, _ = classifier_case()
     monitor = StabilizationMonitor(**(defaults | options))
-    return monitor.evaluate(module, DataLoader(data, batch_size=7), make_trainer())
+    return monitor.evaluate(module, DataLoader(data, batch_size=7), trainer=make_trainer()).result
 
 
 def rows_multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -96,7 +96,7 @@ def test_forwards_of_direct_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> None
         on_forward(module.network, lambda *args: passes.append(1))
         StabilizationMonitor(
             sample_sizes=SIZES, candidates=CANDIDATES, micro_batch_size=3, draws=draws, validation_draws=0, **options
-        ).evaluate(module, DataLoader(data, batch_size=7), make_trainer())
+        ).evaluate(module, DataLoader(data, batch_size=7), trainer=make_trainer())
         return len(passes)
 
     options: dict[str, Any] = {"quantities": ("delta_2_subspace",), "subspace_dim": (1, 2), "sigma": (0.1, 0.2, 0.3)}

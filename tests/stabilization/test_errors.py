@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature import StabilizationMonitor
 from lightning_curvature.stabilization.options import ESTIMATORS
+from lightning_curvature.stabilization.result import SampleGrowth
 from tests.helpers.modules import Plain, sgd, sharded, unending
 from tests.helpers.runs import Capture, Classifier, classification, loader, make_trainer, mlp, rows, warned
 from tests.helpers.stabilization import Complex, samples
@@ -43,16 +44,21 @@ def monitor(**options: Any) -> StabilizationMonitor:
 SINGLE = r"the dataloader must make batches of single samples, got a {} that hands out whole ones: give probe_dataload"
 
 
+def evaluated(follow: Any, module: Any) -> tuple[SampleGrowth, list[str]]:
+    """What an evaluation finds, and what it warns of."""
+    found: list[SampleGrowth] = []
+    said = warned(lambda: found.append(follow.evaluate(module, samples(), trainer=make_trainer()).result))
+    return found[0], said
+
+
 def test_shards_by_hand() -> None:
-    sentence = (
-        "^StabilizationMonitor must find whole parameters, got sharded ones, .*: train with strategy='ddp', or call"
-    )
+    sentence = "^module must have whole parameters for evaluate\\(\\), got sharded ones: load the checkpoint into a"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         module = Plain()
         sharded(module)
         with pytest.raises(MisconfigurationException, match=sentence):
-            monitor().evaluate(module, samples(), make_trainer())
+            monitor().evaluate(module, samples(), trainer=make_trainer())
     finally:
         dist.destroy_process_group()
     assert module.seen == 0
@@ -80,7 +86,7 @@ def test_unreadable_samples_are_no_reason_to_stop(monkeypatch: pytest.MonkeyPatc
     assert trainer.global_step == 2
     assert all(math.isnan(value) for value in rows(capture)[2].values())
     with pytest.raises(Boom):
-        follow.evaluate(Plain(), None, make_trainer())
+        follow.evaluate(Plain(), None, trainer=make_trainer())
 
 
 N = 51  # parameters of the network
@@ -110,7 +116,7 @@ def test_bad_directions(name: str) -> None:
     assert said.startswith("StabilizationMonitor logs NaN: ")
     assert all(math.isnan(value) for value in rows(capture)[2].values())
     with pytest.raises((ValueError, MisconfigurationException), match=f"^{sentence}") as caught:
-        follow.evaluate(Plain(), samples(), make_trainer())
+        follow.evaluate(Plain(), samples(), trainer=make_trainer())
     assert str(caught.value).endswith(".")
 
 
@@ -118,7 +124,7 @@ def test_samples_without_gradients_of_their_own_span_nothing() -> None:
     x, y = classification(1, 1)[0]
     same = DataLoader([(x[0], y[0])] * 8, batch_size=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=DEPENDENT.format(1)):
-        monitor(law="gradients").evaluate(Plain(), same, make_trainer())
+        monitor(law="gradients").evaluate(Plain(), same, trainer=make_trainer())
 
 
 class Constant(Plain):
@@ -130,27 +136,26 @@ class Constant(Plain):
 
 def test_samples_that_are_all_alike() -> None:
     """One more changes nothing: there is no relative error of a model of nothing, and nobody is warned of one."""
-    follow = monitor()
-    assert warned(lambda: follow.evaluate(Constant(), samples(), make_trainer())) == []
-    assert follow.result is not None
+    found, said = evaluated(monitor(), Constant())
+    assert said == []
     # σ²‖c‖² of what rounding leaves of U.
-    assert all(0.0 <= row.value <= 1e-25 for row in follow.result.rows)
-    assert math.isnan(follow.result.validated_sigma)
-    assert str(follow.result)
+    assert all(0.0 <= row.value <= 1e-25 for row in found.rows)
+    assert math.isnan(found.validated_sigma)
+    assert str(found)
 
 
 def test_eigenvectors_that_were_not_found() -> None:
     follow = monitor(max_products=3, tolerance=1e-9, subspace_dim=2)
-    assert warned(lambda: follow.evaluate(Plain(), samples(), make_trainer())) == [
+    found, said = evaluated(follow, Plain())
+    assert said == [
         "eigenvectors did not converge within max_products=3 products: rows of the table say where. Raise max_products "
         "or tolerance, or lower subspace_dim."
     ]
-    assert follow.result is not None
-    for row in follow.result.rows:
+    for row in found.rows:
         assert row.converged == (row.criterion != "delta_2_subspace")
         assert math.isfinite(row.value)
     # Ritz vectors of three products each: still an orthonormal basis with a known Hessian in it, so that all agree.
-    by_estimator = {row.estimator: row for row in follow.result.rows if row.k == 3 and row.criterion[-1] == "e"}
+    by_estimator = {row.estimator: row for row in found.rows if row.k == 3 and row.criterion[-1] == "e"}
     assert set(by_estimator) == set(ESTIMATORS)
     exact = by_estimator["direct"].value
     assert by_estimator["quadratic"].value == pytest.approx(exact, rel=2.0 * by_estimator["direct"].model_error)
@@ -173,7 +178,7 @@ def test_sigma_beyond_the_model() -> None:
         assert rows(capture)[2][key] == getattr(follow.result, key) == 1e-3
     # Who does not ask for the model is not told of it.
     alone = monitor(sigma=(1e-3, 30.0), estimators=("direct",))
-    assert warned(lambda: alone.evaluate(Plain(), samples(), make_trainer())) == []
+    assert warned(lambda: alone.evaluate(Plain(), samples(), trainer=make_trainer())) == []
 
 
 class Overflowing(Plain):
@@ -186,11 +191,10 @@ class Overflowing(Plain):
 
 def test_sigma_beyond_all_numbers() -> None:
     follow = monitor(sigma=(1e-3, 1e3), estimators=("quadratic", "direct"), quantities=("delta_2_subspace",))
-    (said,) = warned(lambda: follow.evaluate(Overflowing(), samples(), make_trainer()))
+    found, (said,) = evaluated(follow, Overflowing())
     assert "got 1000, where it is off by up to inf%" in said
-    assert follow.result is not None
-    assert follow.result.validated_sigma == 1e-3
-    for row in follow.result.rows:
+    assert found.validated_sigma == 1e-3
+    for row in found.rows:
         assert math.isfinite(row.value) == (row.sigma == 1e-3 or row.estimator == "quadratic")
 
 
@@ -233,7 +237,7 @@ BY_HAND: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], Any, 
 def test_misfits_by_hand(name: str) -> None:
     make, options, data, sentence = BY_HAND[name]
     with pytest.raises(MisconfigurationException, match=f"^{sentence}") as caught:
-        monitor(**options).evaluate(make(), data, make_trainer())
+        monitor(**options).evaluate(make(), data, trainer=make_trainer())
     assert str(caught.value).endswith(".")
 
 

@@ -29,7 +29,9 @@ def measured(once: bool, **options: Any) -> SampleGrowth:
         trace_vectors=3,
         **options,
     )
-    return follow.evaluate(module, DataLoader(TensorDataset(*ctc.samples(8)), batch_size=4), make_trainer())
+    return follow.evaluate(
+        module, DataLoader(TensorDataset(*ctc.samples(8)), batch_size=4), trainer=make_trainer()
+    ).result
 
 
 @pytest.mark.parametrize("law", ["top", "random"])

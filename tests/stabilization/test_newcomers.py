@@ -43,7 +43,7 @@ def test_a_dataset_in_place_of_a_loader() -> None:
     with pytest.raises(
         MisconfigurationException, match=r"dataloader must be one dataloader, .*, got a TensorDataset: wrap it"
     ):
-        StabilizationMonitor(**QUICK).evaluate(module(), data(), make_trainer())
+        StabilizationMonitor(**QUICK).evaluate(module(), data(), trainer=make_trainer())
 
 
 @pytest.mark.parametrize("given", [nn.Linear(4, 3), "last.ckpt"])
@@ -52,7 +52,7 @@ def test_no_lightning_module(given: Any) -> None:
     with pytest.raises(
         MisconfigurationException, match=f"module must be a LightningModule, .*, got a {name}: wrap the"
     ):
-        StabilizationMonitor(**QUICK).evaluate(given, DataLoader(data(), batch_size=4), make_trainer())
+        StabilizationMonitor(**QUICK).evaluate(given, DataLoader(data(), batch_size=4), trainer=make_trainer())
 
 
 class Contrastive(pl.LightningModule):
@@ -69,7 +69,11 @@ class Contrastive(pl.LightningModule):
 
 def test_a_loss_that_couples_samples() -> None:
     with pytest.warns(CurvatureWarning, match="one more sample changes nothing: .* couples the samples of a batch"):
-        growth = StabilizationMonitor(**QUICK).evaluate(Contrastive(), DataLoader(data(), batch_size=4), make_trainer())
+        growth = (
+            StabilizationMonitor(**QUICK)
+            .evaluate(Contrastive(), DataLoader(data(), batch_size=4), trainer=make_trainer())
+            .result
+        )
     assert {row.value for row in growth.rows} == {0.0}
 
 
@@ -82,7 +86,9 @@ def test_the_order_does_not_depend_on_how_many_are_taken() -> None:
             assert [int(one.batch) for one in found.own.values()] == expected[:count]
     loader = DataLoader(data(), batch_size=4)
     alone, among = (
-        StabilizationMonitor(**(QUICK | {"sample_sizes": sizes})).evaluate(module(), loader, make_trainer())
+        StabilizationMonitor(**(QUICK | {"sample_sizes": sizes}))
+        .evaluate(module(), loader, trainer=make_trainer())
+        .result
         for sizes in ((4,), (4, 12))
     )
     value, same = (next(r.value for r in growth.rows if r.k == 4) for growth in (alone, among))
@@ -90,8 +96,10 @@ def test_the_order_does_not_depend_on_how_many_are_taken() -> None:
 
 
 def test_one_new_sample_has_no_standard_error() -> None:
-    growth = StabilizationMonitor(**(QUICK | {"candidates": 1})).evaluate(
-        module(), DataLoader(data(), batch_size=4), make_trainer()
+    growth = (
+        StabilizationMonitor(**(QUICK | {"candidates": 1}))
+        .evaluate(module(), DataLoader(data(), batch_size=4), trainer=make_trainer())
+        .result
     )
     values = growth.headline()
     assert all(np.isnan(value) == key.endswith("_stderr") for key, value in values.items())
@@ -105,7 +113,7 @@ def test_one_new_sample_has_no_standard_error() -> None:
 def test_a_value_that_is_nan_has_a_reason() -> None:
     wide = StabilizationMonitor(**(QUICK | {"sigma": 30.0}))
     with pytest.warns(CurvatureWarning, match="sigma must be small enough"):
-        growth = wide.evaluate(module(), DataLoader(data(), batch_size=4), make_trainer())
+        growth = wide.evaluate(module(), DataLoader(data(), batch_size=4), trainer=make_trainer()).result
     reason = "the quadratic model is within 10% at no sigma: lower sigma"
     assert growth.reasons == dict.fromkeys(("validated_sigma", "validated_sigma_full_space"), reason)
     assert list(growth.reasons) == [key for key, value in growth.values().items() if np.isnan(value)]
@@ -116,12 +124,16 @@ def test_a_value_that_is_nan_has_a_reason() -> None:
 
     alone = StabilizationMonitor(**(QUICK | {"quantities": ("delta_1",)}))
     infinite = Infinite(mlp(4, 5, 3), lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
-    growth = alone.evaluate(infinite, DataLoader(data(), batch_size=4), make_trainer())
+    growth = alone.evaluate(infinite, DataLoader(data(), batch_size=4), trainer=make_trainer()).result
     assert growth.reasons == dict.fromkeys(("delta_1", "delta_1_stderr"), "a loss is not finite")
 
 
 def test_results_are_frozen() -> None:
-    growth = StabilizationMonitor(**QUICK).evaluate(module(), DataLoader(data(), batch_size=4), make_trainer())
+    growth = (
+        StabilizationMonitor(**QUICK)
+        .evaluate(module(), DataLoader(data(), batch_size=4), trainer=make_trainer())
+        .result
+    )
     assert type(growth.rows) is tuple
     with pytest.raises(AttributeError, match="cannot assign to field 'rows'"):
         growth.rows = ()  # type: ignore[misc]

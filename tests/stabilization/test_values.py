@@ -53,7 +53,11 @@ class OfQuadratics(pl.LightningModule):
 
 def evaluated(module: pl.LightningModule, data: TensorDataset, **options: Any) -> SampleGrowth:
     defaults: dict[str, Any] = {"sample_sizes": SIZES, "candidates": CANDIDATES, "tolerance": 1e-10}
-    return StabilizationMonitor(**(defaults | options)).evaluate(module, DataLoader(data, batch_size=7), make_trainer())
+    return (
+        StabilizationMonitor(**(defaults | options))
+        .evaluate(module, DataLoader(data, batch_size=7), trainer=make_trainer())
+        .result
+    )
 
 
 def rows(growth: SampleGrowth, criterion: str, estimator: str) -> list[CriterionRow]:

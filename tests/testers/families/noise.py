@@ -201,8 +201,10 @@ def compared() -> Iterable[tuple[str, float, float, float]]:
         for key, value in wanted.items():
             yield key, row[key], value, OF_VECTORS
     # The same on the module that came out.
-    by_hand = monitor("0.weight", top=TOP, seed=5).evaluate(
-        module, DataLoader(samples(), batch_size=BATCH), make_trainer()
+    by_hand = (
+        monitor("0.weight", top=TOP, seed=5)
+        .evaluate(module, DataLoader(samples(), batch_size=BATCH), trainer=make_trainer())
+        .result
     )
     for key, value in by_hand.values(QUANTITIES[:-1]).items():
         yield key, value, found[3][key], 1e-12
