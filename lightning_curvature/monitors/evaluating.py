@@ -1,19 +1,25 @@
 """What every monitor can measure without a fit: a module as it is, on given data."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from lightning_curvature.data.first import first_batch
+from lightning_curvature.losses.fixed import Precision, ProbeLoss
 from lightning_curvature.monitors.by_hand import Optimizers, check_by_hand, check_parameters, quiet_trainer
+from lightning_curvature.monitors.cost import Cost, forward_backward
 from lightning_curvature.monitors.evaluation import Evaluation
 from lightning_curvature.monitors.options import ProbeSetOptions
+from lightning_curvature.monitors.price import now
 from lightning_curvature.monitors.protocol import Result
 from lightning_curvature.monitors.reporter import Reporter
 from lightning_curvature.replay.isolation import attached
+from lightning_curvature.replay.objective import StepObjective
 
 
 class Evaluating(Reporter):
@@ -59,6 +65,39 @@ class Evaluating(Reporter):
         self, module: pl.LightningModule, dataloader: Any, optimizers: Optimizers, trainer: pl.Trainer | None
     ) -> Evaluation:
         """Evaluate with optimizers that were made; arguments are checked."""
+        with self._held(module, dataloader, optimizers, trainer) as (one, holder):
+            result = one._by_hand(holder, module, dataloader)
+            edges = one.edges(holder) if optimizers.all else {}
+            numbers = result.values()
+            return Evaluation.of(result, numbers | (one.beside(holder, numbers) if optimizers.all else {}), edges)
+
+    def cost(
+        self,
+        module: pl.LightningModule,
+        dataloader: Any,
+        optimizer: Any = None,
+        *,
+        trainer: pl.Trainer | None = None,
+    ) -> Cost:
+        """Measure by hand, and return what a measurement costs, in seconds and in forward+backwards of a batch.
+
+        It is timed by the clock, on a machine that shall do nothing else, after the data have been read and a first
+        measurement has warmed up. Arguments and errors are those of :meth:`evaluate`, and nothing is changed either.
+        """
+        self.check_at_a_point()
+        check_by_hand(type(self).__name__, module, dataloader)
+        with self._held(module, dataloader, Optimizers.of(module, optimizer), trainer) as (one, holder):
+            seconds = one._seconds_by_hand(holder, module, dataloader)
+            objective = StepObjective(module, holder.strategy.root_device, None, one.options.objective)
+            with first_batch(holder, dataloader) as batch, objective.untouched():
+                loss = ProbeLoss(holder, objective, one._precision(holder), "train")
+                return Cost(seconds, forward_backward(holder, loss, batch, one._parameters(holder)))
+
+    @contextlib.contextmanager
+    def _held(
+        self, module: pl.LightningModule, dataloader: Any, optimizers: Optimizers, trainer: pl.Trainer | None
+    ) -> Generator[tuple["Evaluating", pl.Trainer], None, None]:
+        """Yield a copy of the monitor, between two fits, and a Trainer that holds the module inside the block."""
         check_parameters(optimizers.parameters_of(module))
         one = copy.copy(self)
         one.options = one.options.at_a_point()
@@ -75,10 +114,7 @@ class Evaluating(Reporter):
         ):
             one._check_optimizer_index(trainer)
             one._check_optimizers(optimizers)
-            result = one._by_hand(trainer, module, dataloader)
-            edges = one.edges(trainer) if optimizers.all else {}
-            numbers = result.values()
-            return Evaluation.of(result, numbers | (one.beside(trainer, numbers) if optimizers.all else {}), edges)
+            yield one, trainer
 
     def _trainer_by_hand(self, module: pl.LightningModule, trainer: pl.Trainer | None) -> pl.Trainer:
         """Return the Trainer that holds the module in an evaluation; one that runs must not notice."""
@@ -91,6 +127,14 @@ class Evaluating(Reporter):
         """Measure a module that a Trainer holds, and put it back."""
         raise NotImplementedError
 
+    def _seconds_by_hand(self, trainer: pl.Trainer, module: pl.LightningModule, dataloader: Any) -> float:
+        """Measure by hand, and return the seconds that a fit would spend on it."""
+        self._by_hand(trainer, module, dataloader)
+        self._start_afresh()
+        start = now(trainer.strategy.root_device)
+        self._by_hand(trainer, module, dataloader)
+        return now(trainer.strategy.root_device) - start
+
     def beside(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
         """Return the values that need no measurement, such as thresholds as they are now, or make do with others."""
         return {}
@@ -99,6 +143,9 @@ class Evaluating(Reporter):
         raise NotImplementedError
 
     def _start_afresh(self) -> None:
+        raise NotImplementedError
+
+    def _precision(self, trainer: pl.Trainer) -> Precision:
         raise NotImplementedError
 
     def _check_optimizer_index(self, trainer: pl.Trainer) -> None:

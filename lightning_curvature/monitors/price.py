@@ -18,6 +18,13 @@ ENOUGH = 10
 _EASE = 0.7
 
 
+def now(device: torch.device) -> float:
+    """Return the time at which a device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return clock()
+
+
 class Price:
     """Time of one monitor in one fit, beside the time of plain steps.
 
@@ -55,10 +62,8 @@ class Price:
 
     def begin(self, device: torch.device) -> None:
         """Begin a measurement; the steps before it, which an accelerator may still be at, are no part of it."""
-        if device.type != "cpu":
-            waiting = clock()
-            torch.accelerator.synchronize(device)
-            self._entered += clock() - waiting
+        arrived = clock()
+        self._entered += now(device) - arrived
         if self._begun < 2:
             self._mark = self.spent
         self._begun += 1

@@ -1,6 +1,7 @@
 """The base of the monitors that measure on a fixed probe set, before an optimizer step is made."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -113,7 +114,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             batch = stack.enter_context(first_batch(trainer, dataloader)) if needs_batch else None
             if self.options.of_step:
                 self._complete(trainer, batch, 0)
-            read: Callable[[Exception | None], Any] = lambda failure: self._read(trainer, batch, failure)  # noqa: E731
+            read = functools.partial(self._read_once, trainer, batch)
             return self._measure(trainer, objective, read, report=lambda prepared, result: None)
 
     def _check_parameters(self, parameters: Sequence[Tensor]) -> None:
@@ -137,11 +138,6 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
         self._measured_step = trainer.global_step
         reported = False
 
-        def read(failure: Exception | None) -> Any:
-            if not self._has_read:
-                self._data, self._has_read = self._read(trainer, batch, failure), True
-            return self._data
-
         def report(prepared: Prepared[Problem], result: ResultT) -> None:
             nonlocal reported
             if not self._has_measured:
@@ -150,6 +146,7 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
             self._report(trainer, result)
 
         try:
+            read = functools.partial(self._read_once, trainer, batch)
             result = self._measure(trainer, self._objective, read, report)
             self._has_measured = True
             self._tally.measured(result.values().values())
@@ -209,6 +206,11 @@ class ProbeSetMonitor(Monitor, Generic[Problem, ResultT]):
     def _read(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Any:
         """Read the data of all measurements of a fit; a rank that failed takes part, so that the others learn of it."""
         return self._read_from(trainer, self.options.probe_dataloader, batch, failure, self._bookmark)
+
+    def _read_once(self, trainer: pl.Trainer, batch: Any, failure: Exception | None) -> Any:
+        if not self._has_read:
+            self._data, self._has_read = self._read(trainer, batch, failure), True
+        return self._data
 
     def _read_from(
         self,

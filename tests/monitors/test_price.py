@@ -225,7 +225,9 @@ def test_an_interval_is_the_shortest_within_its_bound() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf, "0.1"])
 def test_a_bound_that_is_none(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"max_overhead must be .*, got .*: 0.1 lets measurements take a tenth"):
+    with pytest.raises(
+        ValueError, match=r"max_overhead must lie in \(0, 100\], or None, got .*: 0.1 lets measurements take a tenth"
+    ):
         pair(max_overhead=value)
 
 
