@@ -18,6 +18,9 @@ if TYPE_CHECKING:
         StabilityMonitor,
         StabilizationMonitor,
     )
+    from lightning_curvature.monitors.checkpoints import evaluate_checkpoints
+    from lightning_curvature.monitors.evaluation import Evaluation
+    from lightning_curvature.monitors.trajectory import Trajectory
     from lightning_curvature.noise.result import NoiseCurvature
     from lightning_curvature.optimizers.update import ParameterUpdate
     from lightning_curvature.regimes.result import RegimeChange
@@ -32,6 +35,7 @@ _HOMES = {
     "CriterionRow": "stabilization.result",
     "CurvatureWarning": "reporting.loggers",
     "DirectionalCurvatureMonitor": "directional.monitor",
+    "Evaluation": "monitors.evaluation",
     "HessianSpectrumMonitor": "spectrum.monitor",
     "NoiseCovarianceMonitor": "noise.monitor",
     "NoiseCurvature": "noise.result",
@@ -41,6 +45,8 @@ _HOMES = {
     "SampleGrowth": "stabilization.result",
     "StabilityMonitor": "stability.monitor",
     "StabilizationMonitor": "stabilization.monitor",
+    "Trajectory": "monitors.trajectory",
+    "evaluate_checkpoints": "monitors.checkpoints",
 }
 
 __all__ = [
@@ -48,6 +54,7 @@ __all__ = [
     "CriterionRow",
     "CurvatureWarning",
     "DirectionalCurvatureMonitor",
+    "Evaluation",
     "HessianSpectrumMonitor",
     "NoiseCovarianceMonitor",
     "NoiseCurvature",
@@ -57,6 +64,8 @@ __all__ = [
     "SampleGrowth",
     "StabilityMonitor",
     "StabilizationMonitor",
+    "Trajectory",
+    "evaluate_checkpoints",
 ]
 
 

@@ -69,7 +69,7 @@ class BatchSharpnessOptions(ProbeSetOptions):
 
     def at_a_point(self) -> "BatchSharpnessOptions":
         """Return them without running means: a single measurement is as accurate by itself."""
-        return replace(self, average_over=1)
+        return replace(super().at_a_point(), average_over=1)
 
     @property
     def of_step(self) -> bool:

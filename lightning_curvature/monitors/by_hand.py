@@ -47,7 +47,7 @@ class Optimizers:
         if optimizer is not None:
             bare = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
             _check_optimizer(module, bare)
-            return cls([bare], given=True)
+            return cls([bare], _schedulers_of(module, bare), given=True)
         if not is_overridden("configure_optimizers", module):
             return cls([], missing="the module has no configure_optimizers")
         random = RandomState(module.device)
@@ -77,15 +77,24 @@ class Optimizers:
         return self.all or [torch.optim.SGD(self.parameters_of(module), lr=0.0)]
 
     def check(self, quantities: Sequence[str], need: Sequence[str]) -> None:
-        """Raise where a quantity needs an optimizer and there is none; else log why there are no edges."""
+        """Raise where a quantity needs an optimizer and there is none."""
         lacking = [name for name in quantities if name in need]
         if self.missing and lacking:
             raise MisconfigurationException(
                 f"optimizer must be given for {lacking}, got none, and {self.missing}: give the optimizer, or leave "
                 "these out."
             )
+
+    def tell(self) -> None:
+        """Log why there are no edges."""
         if self.missing:
             inform(f"no edges of stability: {self.missing}; give optimizer= for them.")
+
+
+def _schedulers_of(module: pl.LightningModule, optimizer: Any) -> list[Any]:
+    """Return those that the Trainer of the module has for an optimizer: a step made by hand may ask for them."""
+    configs = getattr(module._trainer, "lr_scheduler_configs", ())
+    return [config for config in configs if getattr(config.scheduler, "optimizer", None) is optimizer]
 
 
 def _check_optimizer(module: pl.LightningModule, optimizer: Any) -> None:
@@ -139,7 +148,7 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
 def quiet_trainer(module: pl.LightningModule, like: pl.Trainer | None = None) -> pl.Trainer:
     """Return a Trainer that writes and shows nothing, on the module's device, or on what Lightning finds for a CPU's.
 
-    ``like`` gives device, precision and clipping in its place.
+    ``like`` gives device, precision, clipping, and the numbers of steps and epochs.
     """
     device = module.device if like is None else like.strategy.root_device
     options: dict[str, Any] = {"devices": 1 if device.index is None or device.type == "cpu" else [device.index]}
@@ -148,16 +157,23 @@ def quiet_trainer(module: pl.LightningModule, like: pl.Trainer | None = None) ->
     if like is not None:
         options |= {"precision": like.precision, "gradient_clip_val": like.gradient_clip_val}
         options["gradient_clip_algorithm"] = like.gradient_clip_algorithm
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options |= dict.fromkeys(shown, False)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.WARNING)  # without its log lines: there may be many checkpoints
     try:
-        return pl.Trainer(
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
-        )
+        trainer = pl.Trainer(**options)
     finally:
         log.setLevel(level)
+    if like is not None:
+        set_progress(trainer, like.global_step, like.current_epoch)
+    return trainer
+
+
+def set_progress(trainer: pl.Trainer, step: int, epoch: int) -> None:
+    """Let a Trainer that does not run count so many optimizer steps and epochs: losses and seeds may go by them."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    loop.manual_optimization.optim_step_progress.total.completed = step
+    trainer.fit_loop.epoch_progress.current.completed = epoch

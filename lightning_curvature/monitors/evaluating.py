@@ -67,9 +67,12 @@ class Evaluating(Reporter):
         """Evaluate with optimizers that were made; arguments are checked."""
         with self._held(module, dataloader, optimizers, trainer) as (one, holder):
             result = one._by_hand(holder, module, dataloader)
-            edges = one.edges(holder) if optimizers.all else {}
-            numbers = result.values()
-            return Evaluation.of(result, numbers | (one.beside(holder, numbers) if optimizers.all else {}), edges)
+            numbers, edges = result.values(), one.edges(holder)
+            if not optimizers.all:
+                if edges:
+                    optimizers.tell()
+                return Evaluation.of(result, numbers, {})
+            return Evaluation.of(result, numbers | one.beside(holder, numbers), edges)
 
     def cost(
         self,

@@ -2,7 +2,8 @@
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,10 @@ from lightning_curvature.monitors.protocol import Result
 from lightning_curvature.reporting.names import is_diagnostic, is_edge, split_errors
 from lightning_curvature.reporting.points import draw_points
 from lightning_curvature.reporting.tables import text_table
+
+# Columns of tables, and the attributes that are mappings by key beside the values.
+COLUMNS = ("key", "value", "error", "edge", "reason")
+_BY_KEY = ("errors", "edges", "reasons")
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,44 @@ class Evaluation:
             result,
         )
 
+    @classmethod
+    def joined(cls, evaluations: Sequence["Evaluation"]) -> "Evaluation":
+        """Return the evaluations of several monitors as one, whose ``result`` is the tuple of theirs.
+
+        Raises:
+            ValueError: if two of them give different values of one key.
+        """
+        if len(evaluations) == 1:
+            return evaluations[0]
+        values: dict[str, float] = {}
+        for one in evaluations:
+            for key, value in one.values.items():
+                if key in values and not (values[key] == value or math.isnan(value)):
+                    raise ValueError(
+                        f"monitors must give different values, got {key!r} of two of them, {values[key]:g} and "
+                        f"{value:g}: evaluate them one after the other."
+                    )
+                values[key] = value
+        merged = (dict(ChainMap(*(dict(getattr(e, name)) for e in evaluations))) for name in _BY_KEY)
+        errors, edges, reasons = merged
+        return cls(values, errors, edges, reasons, tuple(e.result for e in evaluations))
+
+    def rows(self) -> list[tuple[str, float, float, float, str]]:
+        """Return key, value, error, edge and reason of each value; NaN and "" where there is none."""
+        missing = (math.nan, math.nan, "")
+        columns = [getattr(self, name) for name in _BY_KEY]
+        return [
+            (key, value, *(column.get(key, none) for column, none in zip(columns, missing, strict=True)))
+            for key, value in self.values.items()
+        ]
+
     def to_pandas(self) -> Any:
         """Return a DataFrame with a row for each key, and the columns value, error, edge and reason.
 
         Raises:
             ModuleNotFoundError: without pandas.
         """
-        pandas = imported("pandas", "to_pandas()")
-        columns = [self.values, self.errors, self.edges, self.reasons]
-        names = ("value", "error", "edge", "reason")
-        missing = (math.nan, math.nan, math.nan, "")
-        table = {
-            name: [column.get(key, none) for key in self.values]
-            for name, column, none in zip(names, columns, missing, strict=True)
-        }
-        return pandas.DataFrame(table, index=pandas.Index(list(self.values), name="key"))
+        return imported("pandas", "to_pandas()").DataFrame(self.rows(), columns=COLUMNS).set_index("key")
 
     @property
     def drawn(self) -> dict[str, float]:
@@ -88,7 +116,7 @@ class Evaluation:
         for key in sorted(self.values, key=is_diagnostic):
             numbers = (f"{self.values[key]:.5g}", _shown(self.errors.get(key)), _shown(self.edges.get(key)))
             rows.append((key, *numbers, self.reasons.get(key, "")))
-        return text_table(("key", "value", "error", "edge", "reason"), rows)
+        return text_table(COLUMNS, rows, words=("reason",))
 
 
 def imported(package: str, what: str) -> ModuleType:

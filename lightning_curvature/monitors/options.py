@@ -1,7 +1,7 @@
 """Options that monitors share: fields, defaults and rules, stated once for constructors and measurements by hand."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from lightning_curvature.arguments import Rule, check_fields, whole
@@ -51,8 +51,8 @@ class MonitorOptions:
         check_fields(self)
 
     def at_a_point(self: Options) -> Options:
-        """Return the options for one measurement by hand, without those of several in a row."""
-        return self
+        """Return the options for one measurement by hand, whose step is due, without those of several in a row."""
+        return replace(self, every_n_train_steps=1)
 
     def _normalize(self, **values: Any) -> None:
         """Replace fields of this frozen instance by their normal forms, while it is made."""

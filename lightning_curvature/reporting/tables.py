@@ -1,7 +1,7 @@
 """Tables of values: in Markdown for TensorBoard, where a curve of one point says little, and as plain text."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import lightning.pytorch as pl
 
@@ -27,8 +27,10 @@ def values_table(numbers: Mapping[str, float], reasons: Mapping[str, str]) -> st
     return "\n".join(lines)
 
 
-def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows as lines of text with columns one below the other, numbers to the right; empty columns are left out.
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str] = ()) -> str:
+    """Return rows as lines of text with columns one below the other; empty columns are left out.
+
+    Numbers stand to the right, the first column and those whose heads are ``words`` to the left.
 
     Example:
         >>> print(text_table(("key", "value", "reason"), [("ias", "0.5", ""), ("gni", "12", "")]))
@@ -36,11 +38,10 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ias    0.5
         gni     12
     """
-    columns = [column for column in zip(head, *rows, strict=True) if any(column[1:])]
-    last = len(columns) - 1
     padded = []
-    for place, column in enumerate(columns):
-        width = max(map(len, column))
-        text = place == 0 or (place == last and column[0] == head[-1])
-        padded.append([cell.ljust(width) if text else cell.rjust(width) for cell in column])
+    for place, column in enumerate(zip(head, *rows, strict=True)):
+        if place and not any(column[1:]):
+            continue
+        width, left = max(map(len, column)), not place or column[0] in words
+        padded.append([cell.ljust(width) if left else cell.rjust(width) for cell in column])
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))

@@ -4,6 +4,7 @@ from tests.testers.agreement import AgreementTester
 from tests.testers.arguments import ArgumentTester
 from tests.testers.callbacks import CallbackTester
 from tests.testers.effects import EffectTester
+from tests.testers.evaluations import EvaluationTester
 from tests.testers.families.stabilization import STABILIZATION
 from tests.testers.reports import ReportTester
 
@@ -25,4 +26,8 @@ class TestAgreement(AgreementTester):
 
 
 class TestCallback(CallbackTester):
+    family = STABILIZATION
+
+
+class TestEvaluations(EvaluationTester):
     family = STABILIZATION

@@ -97,6 +97,7 @@ class Family:
         learned: key of what such a run learns; None where nothing changes along it.
         counted: options, and forwards of the network in each of four batches beyond the step's own.
         rank_options: options, beside ``few``, under which two ranks give the numbers of one.
+        follows_steps: whether it measures along a step, which an evaluation by hand must make.
         collectives: of such a monitor in each of three batches; None where a search decides, which other tests count.
     """
 
@@ -130,6 +131,7 @@ class Family:
     counted: Sequence[tuple[Options, list[int]]]
     rank_options: Options = field(default_factory=dict)
     collectives: list[int] | None = None
+    follows_steps: bool = False
 
     @property
     def name(self) -> str:

@@ -160,6 +160,7 @@ COMMAND = {
 
 DIRECTIONAL = Family(
     monitor=DirectionalCurvatureMonitor,
+    follows_steps=True,
     quick={"estimators": ALL, "every_n_train_steps": 1},
     few={},
     numbers=tuple(LAMBDAS.values()),
