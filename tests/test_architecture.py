@@ -20,7 +20,7 @@ FAMILIES = ("directional", "spectrum", "batch_sharpness", "stability", "stabiliz
 GROUND = ("functional", "linalg", "distributed", "reporting")
 # From the roof down: a room imports from lower floors only. Rooms of the ground floor may import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "autoload"),
+    ("__init__", "autoload", "command"),
     ("callbacks", "metrics"),
     FAMILIES,
     ("monitors",),

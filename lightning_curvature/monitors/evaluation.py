@@ -107,8 +107,8 @@ class Evaluation:
             ModuleNotFoundError: without matplotlib.
         """
         imported("matplotlib", "plot()")
-        own = getattr(self.result, "draw", None)
-        return draw_points(self.drawn, self.errors, self.edges) if own is None else own()
+        own = self.result.draw() if hasattr(self.result, "draw") else None
+        return own or draw_points(self.drawn, self.errors, self.edges)
 
     def __str__(self) -> str:
         """Return a table: first values with their errors and edges, then counts, flags and bounds."""

@@ -45,7 +45,7 @@ def draw_curves(
     figure = new_figure(figsize=(0.4 + 3.4 * width, 0.4 + 2.5 * height), dpi=110)
     if figure is None:
         return None
-    panels = figure.subplots(height, width, squeeze=False, sharex=True).flat
+    panels = iter(figure.subplots(height, width, squeeze=False).flat)
     for axes, (key, column) in zip(panels, values.items(), strict=False):
         error = [e if math.isfinite(e) else 0.0 for e in errors[key]]
         axes.plot(steps, column, "o-", color="C0", markersize=3, linewidth=1.2)
@@ -56,10 +56,11 @@ def draw_curves(
             axes.plot(steps, edge, label="edge", **_EDGE)
         _scale(axes, "y", [*column, *edge])
         axes.set_title(key, fontsize=9)
-        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         _finish(axes)
     for axes in panels:  # those that are left over
         axes.remove()
+    figure.supxlabel("optimizer step", fontsize=9)
     return figure
 
 

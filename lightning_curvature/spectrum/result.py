@@ -32,6 +32,10 @@ class Spectrum:
         """Return all numbers by key."""
         return dict(self.numbers)
 
+    def draw(self, title: str = "Hessian") -> Any:
+        """Return a matplotlib figure of the density; None where there is none, or no matplotlib."""
+        return None if self.density is None else _density_figure(title, self.density)
+
 
 def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> None:
     """Write a density to all TensorBoard loggers: a histogram of all N eigenvalues, and with matplotlib its picture."""
@@ -41,7 +45,7 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
         return
     edges, shares = density.histogram()
     counts = shares * density.dimension
-    figure = _density_figure(key, step, density)
+    figure = _density_figure(f"{key} at step {step}", density)
     if figure is None:
         warn("the spectral density comes without a picture: install matplotlib to have one beside the histogram.")
     for writer in writers:
@@ -60,7 +64,7 @@ def report_density(trainer: pl.Trainer, key: str, density: SpectralDensity) -> N
             writer.add_image(f"{key}_picture", picture_of(figure), step, dataformats="HWC")
 
 
-def _density_figure(key: str, step: int, density: SpectralDensity) -> Any:
+def _density_figure(title: str, density: SpectralDensity) -> Any:
     """Return the density on a logarithmic scale, its ends marked, as a figure, or None without matplotlib."""
     figure = new_figure(figsize=(6.4, 3.6), dpi=100)
     if figure is None:
@@ -76,6 +80,6 @@ def _density_figure(key: str, step: int, density: SpectralDensity) -> Any:
     for end in ends:
         axes.axvline(end, color="tab:red", linestyle=":", linewidth=1.2)
     axes.set_xlabel("eigenvalue of the Hessian")
-    axes.set_title(f"{key} at step {step}: from {ends[0]:.3g} to {ends[1]:.3g}", fontsize=10)
+    axes.set_title(f"{title}: from {ends[0]:.3g} to {ends[1]:.3g}", fontsize=10)
     axes.set_ylabel("density")
     return figure
