@@ -20,7 +20,9 @@ FAMILIES = ("directional", "spectrum", "batch_sharpness", "stability", "stabiliz
 GROUND = ("functional", "linalg", "distributed", "reporting")
 # From the roof down: a room imports from lower floors only. Rooms of the ground floor may import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "autoload", "command"),
+    ("__init__", "__main__", "autoload"),
+    ("command",),
+    ("report",),
     ("callbacks", "metrics"),
     FAMILIES,
     ("monitors",),
@@ -159,6 +161,13 @@ def test_imports_lead_downwards() -> None:
 def test_families_do_not_import_each_other() -> None:
     found = between_families(arrows_of(PACKAGE))
     assert not found, listed(found)
+
+
+def test_the_report_imports_names_and_formulas_alone() -> None:
+    """It reads logs of any run; no code that measures is needed for it."""
+    targets = {arrow.target for arrow in arrows_of(PACKAGE) if room(arrow.source) == "report"}
+    assert {room(target) for target in targets} <= {"report", "functional", "reporting", "arguments"}
+    assert {target for target in targets if room(target) == "reporting"} == {"reporting/names.py"}
 
 
 def test_every_room_stands_on_a_floor() -> None:
