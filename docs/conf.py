@@ -13,7 +13,7 @@ REPOSITORY = "https://github.com/lightning-curvature/lightning-curvature"
 URLS = (f"{REPOSITORY}/blob/main/docs/", f"{REPOSITORY.replace('github', 'raw.githubusercontent')}/main/docs/")
 
 extensions = ["myst_parser", *(f"sphinx.ext.{name}" for name in ("autodoc", "autosummary", "mathjax", "napoleon"))]
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 html_theme = "furo"
 html_title = "lightning-curvature"

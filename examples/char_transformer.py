@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from curves import CurveLogger
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from showing import tensorboard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"\n{table(curves)}\n\nheadroom = (2/η)/λ: by what factor the step could have been longer before it stops "
         f"lowering the loss.\n1 is the edge of stability; warm-up raises η, so 2/η comes down to meet λ.\n\n"
-        f"tensorboard --logdir {args.out}"
+        f"{tensorboard(args.out)}"
     )
 
 

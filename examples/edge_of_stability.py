@@ -30,6 +30,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from models import build_network
 from plotting import Run, draw, table
 from plotting_oscillation import Shares, draw_shares, shares_table
+from showing import tensorboard
 from torch import Tensor, nn
 
 from lightning_curvature import DirectionalCurvatureMonitor, HessianSpectrumMonitor
@@ -246,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     if shares := [one for _, one in trained if one is not None]:
         draw_shares(shares, args.out / "oscillation.png", subject=subject, log_loss=args.loss == "squared_error")
         print(f"\n{shares_table(shares)}\n\npicture: {args.out / 'oscillation.png'}")
-    print(f"tensorboard --logdir {args.out}")
+    print(f"{tensorboard(args.out)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from models import MLP
 from plotting_index import Index, draw_index, index_table
 from plotting_sharpness import Phase, Run, draw, table
+from showing import tensorboard
 from torch import Tensor, nn
 
 from lightning_curvature import BatchSharpnessMonitor, HessianSpectrumMonitor, StabilityMonitor
@@ -282,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     if index is not None:
         draw_index(index, run, args.out / "stability_index.png", subject=f"{subject}, β = {args.momentum:g}")
         print(f"\n{index_table(index, run)}\n\npicture: {args.out / 'stability_index.png'}")
-    print(f"tensorboard --logdir {args.out}")
+    print(f"{tensorboard(args.out)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from data import CLASSES, FullBatchData
 from lightning.pytorch.loggers import TensorBoardLogger
 from models import convolution
 from plotting_noise import draw, draw_suppression
+from showing import tensorboard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -287,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
             lines.append(f"    {loss}, γ of {SUPPRESSION_SAMPLES} samples' spectra: {', '.join(exponents)}")
     head = f"{'':<18}{'classes':>7}  {'loss':<5}{'γ_emp':>15}{'γ_AWD':>15}{'γ_AWD, raw':>15}{'accuracy':>11}"
     print("\n" + "\n".join([head, *lines]))
-    print(f"\n{time.perf_counter() - start:.0f} s\npictures: {args.out}/*.png\ntensorboard --logdir {args.out}")
+    print(f"\n{time.perf_counter() - start:.0f} s\npictures: {args.out}/*.png\n{tensorboard(args.out)}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from edge_of_stability import DATASETS, FullBatchClassifier
 from lightning.pytorch.loggers import TensorBoardLogger
 from models import MLP
 from plotting_spectrum import Run, Spectrum, Track, draw, table
+from showing import tensorboard
 
 from lightning_curvature import HessianSpectrumMonitor
 from lightning_curvature.linalg import eigenpairs, spectral_density, trace
@@ -230,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     picture = args.out / "progressive_sharpening.png"
     draw(runs, spectrum, picture, subject=subject)
-    print(f"\n{table(runs)}\n{spectrum}\n\npicture: {picture}\ntensorboard --logdir {args.out}")
+    print(f"\n{table(runs)}\n{spectrum}\n\npicture: {picture}\n{tensorboard(args.out)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from char_transformer import CLIP_NORM, Characters, CharTransformer, default_text
 from lightning.pytorch.loggers import TensorBoardLogger
 from plotting_growth import draw, shares
+from showing import tensorboard
 from torch.utils.data import DataLoader
 
 from lightning_curvature import SampleGrowth, StabilizationMonitor
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     picture = args.out / "sample_growth.png"
     draw(growth, draws, picture, subject=f"character transformer, {size:,} parameters, {args.max_steps} steps")
     seconds = time.perf_counter() - start
-    print(f"{seconds:.0f} s\npicture: {picture}\ntensorboard --logdir {args.out}")
+    print(f"{seconds:.0f} s\npicture: {picture}\n{tensorboard(args.out)}")
 
 
 if __name__ == "__main__":

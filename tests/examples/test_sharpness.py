@@ -95,7 +95,7 @@ def test_the_picture_shows_every_quantity(demo: SimpleNamespace, load: Any) -> N
     red = np.array(colours.to_rgb(plotting.POINTS["color"]))
     pale = 1 - plotting.POINT_OPACITY * (1 - red)
     assert (np.abs(picture - pale).max(-1) < 0.02).sum() > 400
-    assert demo.printed.splitlines()[-2:] == [f"picture: {path}", f"tensorboard --logdir {demo.out}"]
+    assert demo.printed.splitlines()[-2:] == [f"picture: {path}", load("showing").tensorboard(demo.out)]
 
 
 def test_the_first_values_are_those_of_the_full_batch(load: Any, tmp_path: Path) -> None:
