@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from lightning_curvature.command.cost import cost
+from lightning_curvature.command.measure import measure
 from lightning_curvature.command.report import report
 
-# Arguments without a default are positional; of a sequence the command line takes one or more.
-COMMANDS: dict[str, Callable[..., Any]] = {"report": report}
+# A sequence without a default is positional: one or more.
+COMMANDS: dict[str, Callable[..., Any]] = {"report": report, "measure": measure, "cost": cost}
 _NAME = "lightning-curvature"
 # Packages of the extra "report".
 _OF_EXTRA = ("jsonargparse", "docstring_parser", "matplotlib", "jinja2")
@@ -61,7 +63,7 @@ def _parser_of(function: Callable[..., Any]) -> Any:
     for name, item in several.items():
         shown = name.removesuffix("s").upper()
         parser.add_argument(name, nargs="+", type=item, metavar=shown, help=_help(function, name))
-    parser.add_function_arguments(function, skip=set(several), as_positional=True, as_group=False)
+    parser.add_function_arguments(function, skip=set(several), as_positional=False, as_group=False)
     return parser
 
 
