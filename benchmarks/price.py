@@ -1,8 +1,8 @@
 """What monitors say that they cost, and what they do: a small CNN with each of them, beside the run without.
 
 For each monitor every 30 steps: the price told once ten plain steps are known, how much longer the run took, and both
-again with ``max_overhead=0.1``. Runs with and without take turns; the run without is timed before and behind each. All
-by processor time, which other work on the machine does not touch.
+again with ``max_overhead=0.1``; the run without is timed before and behind both. All by processor time, which other
+work on the machine does not touch.
 
     python benchmarks/price.py            # ten minutes on one core
     python benchmarks/price.py --fast     # few steps: does it run?
@@ -89,13 +89,14 @@ def row(name: str, make: Callable[..., pl.Callback], steps: int) -> str:
     """Return one row of the table."""
     said, shares, longer = Told(), list[float](), list[float]()
     _LOG.addHandler(said)
+    before = seconds(steps)
     for bound in (None, BOUND):
-        before = seconds(steps)
-        watched = seconds(steps, make(every_n_train_steps=EVERY, max_overhead=bound))
-        longer.append(200.0 * watched / (before + seconds(steps)) - 100.0)
+        longer.append(seconds(steps, make(every_n_train_steps=EVERY, max_overhead=bound)))
         shares.append(said.share)
+    plain = 0.5 * (before + seconds(steps))
+    free, bounded = (100.0 * watched / plain - 100.0 for watched in longer)
     _LOG.removeHandler(said)
-    return f"| {name} | {shares[0]:.0f} % | {longer[0]:.0f} % | {longer[1]:.0f} % | {said.interval} |"
+    return f"| {name} | {shares[0]:.0f} % | {free:.0f} % | {bounded:.0f} % | {said.interval} |"
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def main() -> None:
     _LOG.setLevel(logging.INFO)  # to the tables alone
     _LOG.propagate = False
     warnings.filterwarnings("ignore")
-    steps = 60 if arguments.fast else 450
+    steps = 60 if arguments.fast else 300
     print(f"{hardware(torch.device('cpu'))}\n")
     print(f"| monitor, every {EVERY} steps | told | {steps} steps take longer by | with a bound of 10 % | interval |")
     print("|---|---|---|---|---|")

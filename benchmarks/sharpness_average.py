@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_curvature import BatchSharpnessMonitor
 
-KEY, OVER, REFERENCE = "batch_sharpness", 10, 2048
+KEY, OVER, REFERENCE = "batch_sharpness", 10, 1024
 WAYS: dict[str, dict[str, Any]] = {
     "each by itself, at least 16": {"min_batches": 16},
     "each by itself, at least 8": {"min_batches": 8},
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="few steps")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    steps, every, seeds = (240, 20, 1) if arguments.fast else (1500, 20, 2)
+    steps, every, seeds = (240, 20, 1) if arguments.fast else (1000, 20, 2)
     print(f"{hardware(torch.device('cpu'))}\n")
     print("| measurement | mini-batches drawn | standard error, median | distance, rms | mean | within two errors |")
     print("|---|---|---|---|---|---|")

@@ -10,7 +10,7 @@ from lightning_curvature.monitors.options import MonitorOptions
 from lightning_curvature.reporting.bars import report_bars
 from lightning_curvature.reporting.layout import SHARES
 from lightning_curvature.reporting.loggers import report
-from lightning_curvature.reporting.names import EDGE, by_module, full_name, over_edge, values_over_edge
+from lightning_curvature.reporting.names import by_module, full_name, over_edge, values_over_edge
 
 
 class Reporter(pl.Callback):
@@ -23,7 +23,7 @@ class Reporter(pl.Callback):
         if not self._is_curve:
             return {}
         prefix, modules, edges = self.options.prefix, self._modules(trainer), self.edges(trainer)
-        charts = {SHARES: [over_edge(prefix, key) for key in (*edges, EDGE)] if edges else []}
+        charts = {SHARES: [over_edge(prefix, "")] if edges else []}
         charts |= {title: [full_name(prefix, key) for key in keys] for title, keys in self.charted(trainer).items()}
         names = () if modules is None else modules.names
         for key in self.charted_by_module():

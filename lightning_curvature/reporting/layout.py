@@ -36,5 +36,6 @@ def begin(trainer: pl.Trainer) -> None:
 
 
 def _lines(keys: Mapping[str, None]) -> list[object]:
-    # TensorBoard takes tags for regular expressions, and matches their beginnings.
-    return ["Multiline", [f"^{re.escape(key)}$" for key in keys]]
+    # TensorBoard takes tags for regular expressions, and matches their beginnings. What ends in a slash is a group: the
+    # chart of all its series is the same in every run, and TensorBoard shows equal charts of several runs once.
+    return ["Multiline", [f"^{re.escape(key)}{'' if key.endswith('/') else '$'}" for key in keys]]

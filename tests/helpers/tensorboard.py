@@ -21,13 +21,14 @@ def layouts(directory: str | Path) -> list[Layout]:
 
 
 def charts(layout: Layout) -> dict[str, list[str]]:
-    """Keys of each chart by its title; each tag is an expression that is true of one key alone."""
+    """Keys of each chart by its title; each tag is an expression that is true of one key alone, or of one group."""
     return {chart.title: [_key(tag) for tag in chart.multiline.tag] for chart in layout.category[0].chart}
 
 
 def _key(tag: str) -> str:
-    assert (tag[0], tag[-1]) == ("^", "$")
-    key = re.sub(r"\\(.)", r"\1", tag[1:-1])
+    assert tag[0] == "^"
+    assert tag[-1] in "$/"
+    key = re.sub(r"\\(.)", r"\1", tag[1:].removesuffix("$"))
     assert re.compile(tag).match(key)  # as TensorBoard does it
     return key
 

@@ -93,6 +93,19 @@ def test_charts_draw_the_series_they_name_and_no_other(run: str) -> None:
     assert next(iter(drawn)) == "curvature: share of the edge"
 
 
+def test_runs_of_other_monitors_share_the_first_chart(run: str, tmp_path: Path) -> None:
+    """It would stand there once for each run, were its series named one by one."""
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    make_trainer(monitors()[1], logger=logger, max_steps=2).fit(learner(mlp(4, 6, 3)), batched_samples())
+    logger.experiment.flush()
+    multiplexer = EventMultiplexer({"one": run, "two": logger.log_dir})
+    multiplexer.Reload()
+    plugin = CustomScalarsPlugin(TBContext(data_provider=MultiplexerDataProvider(multiplexer, run)))
+    layout = plugin.layout_impl(RequestContext(), "")
+    titles = [chart["title"] for chart in layout["category"][0]["chart"]]
+    assert titles == list(CHARTS)
+
+
 def test_diagnostics_are_a_group_and_a_single_measurement_is_a_text(run: str) -> None:
     tags = read(run).Tags()
     of_monitors = Counter(tag.partition("/")[0] for tag in tags["scalars"] if tag.startswith("curvature"))

@@ -154,11 +154,12 @@ class ReportTester(FamilyTester):
         for _ in range(2):
             fit(self.family.make_few(prefix="a", **options), self.family.make_few(prefix="b", **options), logger=logger)
         logger.experiment.flush()
+        for prefix in "ab" if shares else "":
+            written = {tag for tag in read(logger.log_dir).Tags()["scalars"] if tag.startswith(f"{prefix}_over_edge/")}
+            assert written == {f"{prefix}_over_edge/{key}" for key in (*shares, "edge")}
         (layout,) = layouts(logger.log_dir)
         assert [category.title for category in layout.category] == ["Curvature"]
-        of_edge = {
-            f"{p}: share of the edge": [f"{p}_over_edge/{key}" for key in (*shares, "edge")] for p in "ab" if shares
-        }
+        of_edge = {f"{p}: share of the edge": [f"{p}_over_edge/"] for p in "ab" if shares}
         others = {f"{p}: {title}": [f"{p}/{key}" for key in keys] for p in "ab" for title, keys in expected.items()}
         assert list(charts(layout).items()) == [*of_edge.items(), *others.items()]
 
