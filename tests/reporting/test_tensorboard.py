@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_runs_of_other_monitors_share_the_first_chart(run: str, tmp_path: Path) 
     multiplexer = EventMultiplexer({"one": run, "two": logger.log_dir})
     multiplexer.Reload()
     plugin = CustomScalarsPlugin(TBContext(data_provider=MultiplexerDataProvider(multiplexer, run)))
-    layout = plugin.layout_impl(RequestContext(), "")
+    layout = json.loads(plugin.layout_impl(RequestContext(), ""))
     titles = [chart["title"] for chart in layout["category"][0]["chart"]]
     assert titles == list(CHARTS)
 
