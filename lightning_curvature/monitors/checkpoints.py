@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_curvature.arguments import Rule, checked, sentence
 from lightning_curvature.monitors.base import Monitor
 from lightning_curvature.monitors.by_hand import Optimizers, check_by_hand, quiet_trainer, set_progress
 from lightning_curvature.monitors.evaluation import Evaluation
@@ -18,11 +19,16 @@ from lightning_curvature.monitors.trajectory import Trajectory
 from lightning_curvature.replay.randomness import RandomState
 from lightning_curvature.replay.snapshot import restored
 
-_Path = str | Path
 
-
+@checked(
+    checkpoints=Rule("give 'run/*.ckpt'", holds=bool, single=True, phrase="be paths, or a pattern of some"),
+    monitors=Rule("give HessianSpectrumMonitor()", single=True, phrase="be one monitor, or several"),
+    module=Rule("give the module as it was trained"),
+    trainer=Rule("give one of lightning.pytorch, or None"),
+    weights_only=Rule("True loads tensors and plain containers alone"),
+)
 def evaluate_checkpoints(
-    checkpoints: _Path | Sequence[_Path],
+    checkpoints: str | Path | Sequence[str | Path],
     monitors: Monitor | Sequence[Monitor],
     module: pl.LightningModule,
     dataloader: Any = None,
@@ -50,13 +56,11 @@ def evaluate_checkpoints(
         A :class:`~lightning_curvature.Trajectory`.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
+        ValueError: for an argument outside its rule, and if there is no checkpoint.
         MisconfigurationException: for a file that is no checkpoint, or does not fit module or optimizer, and whatever
             ``evaluate`` raises.
     """
     each = [monitors] if isinstance(monitors, Monitor) else list(monitors)
-    if not each or not all(isinstance(monitor, Monitor) for monitor in each):
-        raise TypeError(f"monitors must be one monitor or several, got {monitors!r}: give HessianSpectrumMonitor().")
     given: dict[int, Any] = {}
     for monitor in each:
         monitor.check_at_a_point()
@@ -72,7 +76,7 @@ def evaluate_checkpoints(
                 _take_up(checkpoint, path, module, optimizers, each[0].options.optimizer_index)
                 holder = quiet_trainer(module, trainer)
                 step = int(checkpoint["global_step"])
-                set_progress(holder, step, int(checkpoint.get("epoch", 0)))
+                set_progress(holder, step, _epoch(checkpoint))
                 evaluations = [one.evaluate_with(module, given[id(one)], optimizers, holder) for one in each]
                 found.append((step, path, Evaluation.joined(evaluations)))
     finally:
@@ -82,7 +86,7 @@ def evaluate_checkpoints(
     return Trajectory(steps, names, measured)
 
 
-def _paths(checkpoints: _Path | Sequence[_Path]) -> list[str]:
+def _paths(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
     if isinstance(checkpoints, (str, os.PathLike)):
         pattern = str(checkpoints)
         if os.path.isdir(pattern):
@@ -92,10 +96,8 @@ def _paths(checkpoints: _Path | Sequence[_Path]) -> list[str]:
         paths = [str(path) for path in checkpoints]
     missing = [path for path in paths if not os.path.isfile(path)]
     if not paths or missing:
-        raise FileNotFoundError(
-            f"checkpoints must be files, or a pattern that matches some, got {(missing or [str(checkpoints)])[0]!r}, "
-            "which matches none: give one such as 'lightning_logs/version_0/checkpoints/*.ckpt'."
-        )
+        got = f"{(missing or [str(checkpoints)])[0]!r}, which is none and matches none"
+        raise sentence("checkpoints", "be files, or a pattern that matches some", got, "give 'run/*.ckpt'")
     return paths
 
 
@@ -119,6 +121,12 @@ def _load(path: str, weights_only: bool) -> dict[str, Any]:
             f"{type(checkpoint).__name__} without: save it by ModelCheckpoint or trainer.save_checkpoint."
         )
     return checkpoint
+
+
+def _epoch(checkpoint: dict[str, Any]) -> int:
+    """Return the epoch of the step that comes next."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return int(checkpoint.get("epoch", 0)) + bool(progress.get("is_last_batch", False))
 
 
 def _take_up(

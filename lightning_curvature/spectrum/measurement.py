@@ -122,7 +122,8 @@ class SpectrumMeasurement:
                 self._tell_of_memory(getattr(operator, "left_out", ""))
                 if not operator.all_ended():
                     raise NonFiniteProductError(f"the measurement on the operator {kind!r} is lost")
-            except NotYetSteppedError:
+            except NotYetSteppedError as error:
+                numbers.reasons.update(dict.fromkeys(self._options.keys(wanted), str(error)))
                 return None  # nothing to measure, on any rank
             except Exception as error:
                 alone = not operator.together

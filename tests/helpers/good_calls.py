@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -641,6 +645,48 @@ STEPS: dict[str, Good] = {
 }  # fmt: skip
 
 
+@functools.cache
+def checkpoint() -> str:
+    """Make the checkpoint of a module."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    path, module = f"{folder}/one.ckpt", Tiny()
+    state = {"state_dict": module.state_dict(), "global_step": 2, "epoch": 0}
+    torch.save(state | {"optimizer_states": [optimizer_of(module).state_dict()]}, path)
+    return path
+
+
+class Tiny(pl.LightningModule):
+    """A module of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, bias=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.layer(batch[0].float()), batch[1])
+
+
+def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def of_checkpoints() -> dict[str, Any]:
+    module = Tiny()
+    return {
+        "checkpoints": checkpoint(),
+        "monitors": lc.BatchSharpnessMonitor(quantities=("step_sharpness",)),
+        "module": module,
+        "dataloader": [batch()],
+        "optimizer": optimizer_of(module),
+        "trainer": None,
+        "weights_only": True,
+    }
+
+
+EVALUATIONS = {"evaluate_checkpoints": Good(lc.evaluate_checkpoints, of_checkpoints)}
+
+
 def _moved(position: float) -> None:
     with stepped().at(position):
         pass
@@ -658,7 +704,7 @@ METRICS["GradientNoiseInteraction.over_batch_sizes"].function.__annotations__ = 
 }
 STEPS["ParameterUpdate.at"].function.__annotations__ = {"position": float}
 
-CALLS: dict[str, Good] = {**FUNCTIONAL, **NOISE, **LINALG, **OPERATORS, **METRICS, **MONITORS, **STEPS}
+CALLS: dict[str, Good] = {**FUNCTIONAL, **NOISE, **LINALG, **OPERATORS, **METRICS, **MONITORS, **STEPS, **EVALUATIONS}
 # Made by the package and read by its users: results, errors, and names of types.
 NOT_CALLED = {
     "REGIMES", "EdgeRatio", "RegimeChange",
@@ -666,4 +712,5 @@ NOT_CALLED = {
     "CurvatureBasis", "DualityTerms", "PowerLaw", "SampleSpectra", "Suppressed", "Eigenpairs", "MatVec",
     "NonFiniteProductError", "SpectralDensity", "TraceEstimate", "Curvature", "LinearStatistics", "NotSeparableError",
     "Sharding", "CriterionRow", "CurvatureWarning", "NoiseCurvature", "SampleGrowth",
+    "Evaluation", "Trajectory",
 }  # fmt: skip
