@@ -59,7 +59,7 @@ def panels(*wanted: Panel) -> Callable[[Sequence[Series]], list[Any]]:
         if not frames:
             return []
         figure, all_axes = stacked([HEIGHT] * len(frames))
-        steps = _steps([line.points for _, _, lines in frames for line in lines])
+        steps = _steps(runs)
         for axes, (panel, group, lines) in zip(all_axes, frames, strict=True):
             _draw_panel(axes, panel, lines, group)
             of_run = f" · {group[0].run.name}" if len(group) < len(runs) else ""
@@ -105,8 +105,9 @@ def _draw_panel(axes: Any, panel: Panel, lines: Sequence[_Line], group: Sequence
     frame(axes, [(line.points, line.color) for line in lines], edges)
 
 
-def _steps(curves: Sequence[Points]) -> tuple[float, float]:
-    steps = np.concatenate([points.steps for points in curves])
+def _steps(runs: Sequence[Series]) -> tuple[float, float]:
+    """Return the first and last step of all that is drawn: one scale for all figures."""
+    steps = np.concatenate([points.steps for one in runs for points in (*one.values.values(), *one.losses.values())])
     return float(steps.min()), float(steps.max())
 
 
@@ -135,10 +136,10 @@ def draw_regimes(runs: Sequence[Series]) -> list[Any]:
             axes.plot(at, np.full(at.size, row - 0.42), "v", color=ALARM, markersize=6, label="_", clip_on=False)
         if len(runs) > 1:
             name = textwrap.shorten(one.run.name, 40, placeholder="…")
-            axes.annotate(name, (0.0, row - 0.36), ("axes fraction", "data"), va="bottom", fontsize=9, color=INK)
+            axes.text(0.0, row - 0.36, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=9, color=INK)
     axes.set_yticks([])
     axes.set_ylim(len(having) - 0.5, -0.65)
-    tidy(axes, _steps([one.values["regime"] for one in having]))
+    tidy(axes, _steps(runs))
     axes.grid(visible=False)
     axes.spines[["left"]].set_visible(False)
     patches = [Patch(color=REGIME_COLOURS[number], label=REGIMES[number]) for number in sorted(seen)]

@@ -12,9 +12,9 @@ from jinja2 import Environment
 
 from lightning_curvature.report.reading import read_runs
 from lightning_curvature.report.sections import SECTIONS
-from lightning_curvature.report.series import Points, Series, all_series, in_order, prefixes, symbol
+from lightning_curvature.report.series import Series, all_series, in_order, prefixes, symbol
 from lightning_curvature.report.style import colour
-from lightning_curvature.report.words import error_of, number, three_sentences
+from lightning_curvature.report.words import measured, number, three_sentences
 
 PAGE = "report.html"
 _REGIME = ("regime", "regime_alarm")
@@ -100,24 +100,20 @@ def _steps(one: Series) -> str:
 def values_table(series: Sequence[Series]) -> list[Row]:
     """Return a row for each key: the last value of each run with error, share of the edge and step."""
     keys = in_order({key for one in series for key in one.values if key not in _REGIME})
-    return [Row(symbol(key), key, [_last(one, key) for one in series], False) for key in keys]
+    names = {key: symbol(key) if symbol(key) != key else key.replace("_", " ") for key in keys}
+    return [Row(names[key], key, [_last(one, key) for one in series], False) for key in keys]
 
 
 def _last(one: Series, key: str) -> str:
     if key not in one.values:
         return ""
     points, share = one.values[key], one.shares.get(key)
-    said = _value(points)
+    said = measured(points)
     if share is not None and share is not points and np.isfinite(share.values[-1]):
         said += f" ({number(share.values[-1])} of the edge)"
     if np.isnan(points.values[-1]) and points.finite.steps.size:
-        return f"NaN; {_value(points.finite)} at step {points.finite.steps[-1]:,}"
+        return f"NaN; {measured(points.finite)} at step {points.finite.steps[-1]:,}"
     return f"{said} at step {points.steps[-1]:,}"
-
-
-def _value(points: Points) -> str:
-    error = error_of(points)
-    return number(points.values[-1]) + (f" ± {number(float(f'{error:.1g}'))}" if np.isfinite(error) else "")
 
 
 def settings_table(series: Sequence[Series]) -> list[Row]:

@@ -44,6 +44,11 @@ SYMBOLS: dict[str, str] = {
     "preconditioned_lambda_max_threshold": "threshold of the preconditioned λ_max",
     "plateau_small_batch": "plateau of small batches",
     "plateau_large_batch": "plateau of large batches",
+    "descent": "gᵀΔθ",
+    "update_norm": "‖Δθ‖",
+    "oscillation_ratio": "λ_osc over its edge",
+    "oscillation_cosine": "cosine of the oscillation",
+    "oscillation_growth": "growth of the oscillation",
 }
 # The edge of each value, by key. That of sharpness along mini-batches depends on the optimizer: the monitor knows it.
 EDGES: dict[str, str] = {

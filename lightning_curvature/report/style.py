@@ -34,7 +34,7 @@ _STYLES: dict[str, tuple[str, float]] = {
 ALARM, INK = "#c8102e", "#333333"
 # Of a figure, in inches; the legend stands in the right margin, so that all figures have one scale of steps.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 8.4, 0.72, 1.95, 0.34, 0.5, 0.42
-_WRAP = 25
+_WRAP = 22
 DASHES = ("--", ":", "-.")  # of edges in one frame
 # Curves whose positive values span this factor have a logarithmic axis.
 _SPAN = 100.0

@@ -1,11 +1,12 @@
 """A run in three sentences, each of them computed from what was logged."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from lightning_curvature.functional.regime import REGIMES
-from lightning_curvature.report.series import EDGES, Points, Series, symbol
+from lightning_curvature.report.series import EDGES, SHARES, Points, Series, symbol
 
 # A share of this much counts as near the edge: measured curvatures hover around it at the edge of stability.
 NEAR = 0.9
@@ -13,6 +14,7 @@ NEAR = 0.9
 _MOSTLY, _FEWEST = 0.9, 5
 # A value that changes by less, relative to the first one, is the same.
 _SAME = 0.05
+_MOST_DIGITS = 4
 
 
 def three_sentences(one: Series) -> list[str]:
@@ -27,7 +29,7 @@ def edge_sentence(one: Series) -> str:
         return "No share of the edge of stability was logged, so that the logs do not say how near to it the run is."
     key, points = next(iter(shares.items()))
     name, steps, values = _with_edge(key), points.steps, points.values
-    last = f"{number(values[-1])}{_error(points)} at step {steps[-1]}"
+    last = f"{measured(points)} at step {steps[-1]}"
     count, near = len(values), values >= NEAR
     if (start := near_since(values)) is not None:
         inside = f"{int(near[start:].sum())} of {count - start} measurements"
@@ -75,7 +77,7 @@ def _moved(points: Points) -> str:
     first, last = points.values[0], points.values[-1]
     at = f"at step {points.steps[0]}", f"at step {points.steps[-1]}"
     if len(points.values) == 1:
-        return f"was measured once, {number(first)}{_error(points)} {at[0]}"
+        return f"was measured once, {measured(points)} {at[0]}"
     errors = np.zeros(1) if points.errors is None else points.errors[[0, -1]]
     unsure = float(np.where(np.isfinite(errors), errors, 0.0).sum())
     change = last - first
@@ -83,7 +85,7 @@ def _moved(points: Points) -> str:
         verb = "hardly changed between its ends"
     else:
         verb = "rose" if change > 0.0 else "fell"
-    moved = f"{verb}, from {number(first)} {at[0]} to {number(last)}{_error(points)} {at[1]}"
+    moved = f"{verb}, from {number(first)} {at[0]} to {measured(points)} {at[1]}"
     top = int(points.values.argmax())
     if points.values[top] > max(first, last) + max(_SAME * abs(max(first, last)), unsure):
         moved += f", with its largest {number(points.values[top])} at step {points.steps[top]}"
@@ -136,25 +138,24 @@ def _errors(one: Series) -> list[str]:
     return [one_of + (", the largest of those logged" if len(relative) > 1 else "")]
 
 
-def number(value: float) -> str:
-    """Return a number with three digits."""
+def number(value: float, digits: int = 3) -> str:
+    """Return a number with some digits."""
     if not np.isfinite(value):
         return "NaN" if np.isnan(value) else "−∞" if value < 0.0 else "∞"
-    mantissa, e, exponent = f"{value:.3g}".replace("-", "−").partition("e")
+    mantissa, e, exponent = f"{value:.{digits}g}".replace("-", "−").partition("e")
     return f"{mantissa}·10{exponent.lstrip('+').replace('−0', '−').lstrip('0').translate(_RAISED)}" if e else mantissa
 
 
 _RAISED = str.maketrans("−0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def error_of(points: Points) -> float:
-    """Return the error of the last point; NaN where it is not known."""
-    return float("nan") if points.errors is None else float(points.errors[-1])
-
-
-def _error(points: Points) -> str:
-    error = error_of(points)
-    return f" ± {float(f'{error:.1g}'):g}" if np.isfinite(error) else ""
+def measured(points: Points) -> str:
+    """Return the last value with its error, to the first digit of the error."""
+    value, error = points.values[-1], math.nan if points.errors is None else points.errors[-1]
+    if not (np.isfinite(value) and np.isfinite(error) and error > 0.0):
+        return number(value)
+    digits = math.floor(math.log10(abs(value) or error)) - math.floor(math.log10(error)) + 1
+    return f"{number(value, min(max(digits, 1), _MOST_DIGITS))} ± {number(error, 1)}"
 
 
 def _percent(share: float) -> str:
@@ -163,8 +164,8 @@ def _percent(share: float) -> str:
 
 def _with_edge(key: str) -> str:
     if edge := EDGES.get(key):
-        return f"{symbol(key)} / {symbol(edge)}" if edge == "two_over_lr" else f"{symbol(key)} over its threshold"
-    return f"{symbol(key)} over its edge" if key == "batch_sharpness" else f"the {symbol(key)}"
+        return f"{symbol(key)} over {symbol(edge) if edge == 'two_over_lr' else 'its threshold'}"
+    return f"the {symbol(key)}" if key in ("edge_ratio", *SHARES) else f"{symbol(key)} over its edge"
 
 
 def _capital(text: str) -> str:
