@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_curvature.command.parts import Name, module_and_data, monitor_of
-from lightning_curvature.monitors.cost import Cost
 
 
 def cost(
@@ -14,7 +13,7 @@ def cost(
     options: Mapping[str, Any] | None = None,
     model: str | None = None,
     data: str | None = None,
-) -> Cost:
+) -> Any:
     """Print what a measurement costs, in forward+backwards of a batch.
 
     Args:

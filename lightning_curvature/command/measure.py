@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_curvature.command.parts import Name, module_and_data, monitor_of
-from lightning_curvature.monitors.checkpoints import evaluate_checkpoints
-from lightning_curvature.monitors.trajectory import Trajectory
 
 
 def measure(
@@ -19,7 +17,7 @@ def measure(
     data: str | None = None,
     picture: str | None = None,
     weights_only: bool = True,
-) -> Trajectory:
+) -> Any:
     """Write the values of checkpoints to a CSV, a line for each step and key.
 
     Module, data and optimizer are made from the configuration as ``LightningCLI`` makes them; its Trainer is not: no
@@ -44,6 +42,8 @@ def measure(
         ValueError: for a monitor, option or configuration that there is not.
         MisconfigurationException: for what module, data or checkpoints cannot give.
     """
+    from lightning_curvature import evaluate_checkpoints
+
     follow = monitor_of(monitor, options)
     module, loader = module_and_data(config, model, data)
     trajectory = evaluate_checkpoints(ckpt, follow, module, loader, weights_only=weights_only)

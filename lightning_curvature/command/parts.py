@@ -1,43 +1,36 @@
-"""What a command makes of its arguments: a monitor by name, and module and data of a configuration."""
+"""What a command makes of its arguments: a monitor by name, and module and data of a configuration.
+
+Imports that load torch come when they are needed, since a report needs none.
+"""
 
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
-
-from lightning_curvature.arguments import sentence
-from lightning_curvature.callbacks import (
-    BatchSharpnessMonitor,
-    DirectionalCurvatureMonitor,
-    HessianSpectrumMonitor,
-    NoiseCovarianceMonitor,
-    StabilizationMonitor,
-)
-from lightning_curvature.monitors.base import Monitor
-
 Name = Literal["spectrum", "directional", "batch_sharpness", "stabilization", "noise"]
-_MONITORS: dict[Name, type[Monitor]] = {
-    "spectrum": HessianSpectrumMonitor,
-    "directional": DirectionalCurvatureMonitor,
-    "batch_sharpness": BatchSharpnessMonitor,
-    "stabilization": StabilizationMonitor,
-    "noise": NoiseCovarianceMonitor,
+_CLASSES: dict[Name, str] = {
+    "spectrum": "HessianSpectrumMonitor",
+    "directional": "DirectionalCurvatureMonitor",
+    "batch_sharpness": "BatchSharpnessMonitor",
+    "stabilization": "StabilizationMonitor",
+    "noise": "NoiseCovarianceMonitor",
 }
 # Of a configuration: what says how module, data and optimizer are made. All else is the Trainer's.
 _PARTS = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 
 
-def monitor_of(monitor: Name, options: Mapping[str, Any] | None) -> Monitor:
+def monitor_of(monitor: Name, options: Mapping[str, Any] | None) -> Any:
     """Return a monitor by the name of its family.
 
     Raises:
         ValueError: for a name or an option that there is not.
     """
-    if monitor not in _MONITORS:
+    from lightning_curvature.arguments import sentence
+
+    if monitor not in _CLASSES:
         raise sentence("monitor", f"be one of {', '.join(get_args(Name))}", repr(monitor), "'spectrum' gives λ_max")
-    kind = _MONITORS[monitor]
+    kind = pkgutil.resolve_name(f"lightning_curvature.callbacks:{_CLASSES[monitor]}")
     try:
         return kind(**dict(options or {}))
     except TypeError as error:  # a name that it does not know, or one that it needs
@@ -46,13 +39,15 @@ def monitor_of(monitor: Name, options: Mapping[str, Any] | None) -> Monitor:
         ) from None
 
 
-def module_and_data(config: str, model: str | None, data: str | None) -> tuple[pl.LightningModule, Any]:
+def module_and_data(config: str, model: str | None, data: str | None) -> tuple[Any, Any]:
     """Return the module and the training dataloader of a configuration, made as ``LightningCLI`` makes them.
 
     Raises:
         ValueError: for a configuration without a module, or without a class of it.
         ModuleNotFoundError: without jsonargparse.
     """
+    from lightning_curvature.arguments import sentence
+
     try:
         import jsonargparse  # noqa: F401 - LightningCLI needs it
         import yaml  # type: ignore[import-untyped]

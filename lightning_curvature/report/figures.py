@@ -11,6 +11,7 @@ from lightning_curvature.functional.regime import REGIMES
 from lightning_curvature.report.series import Points, Series, symbol
 from lightning_curvature.report.style import (
     ALARM,
+    BOTTOM,
     DASHES,
     INK,
     REGIME_COLOURS,
@@ -118,15 +119,14 @@ def draw_regimes(runs: Sequence[Series]) -> list[Any]:
     having = [one for one in runs if "regime" in one.values and one.values["regime"].finite.steps.size]
     if not having:
         return []
-    figure, (axes,) = stacked([0.5 * len(having)])
-    seen = set[int]()
+    seen = sorted({int(number) for one in having for number in one.values["regime"].finite.values})
+    figure, (axes,) = stacked([max(0.5 * len(having), 0.2 * len(seen) - BOTTOM)])
     for row, one in enumerate(having):
         points = one.values["regime"].finite
         starts = np.flatnonzero(np.r_[True, np.diff(points.values) != 0.0])
         ends = np.r_[points.steps[starts[1:]], points.steps[-1] + 1]
         for start, end in zip(starts, ends, strict=True):
             number = int(points.values[start])
-            seen.add(number)
             axes.barh(
                 row, end - points.steps[start], 0.62, points.steps[start], color=REGIME_COLOURS[number], linewidth=0
             )
@@ -142,7 +142,7 @@ def draw_regimes(runs: Sequence[Series]) -> list[Any]:
     tidy(axes, _steps(runs))
     axes.grid(visible=False)
     axes.spines[["left"]].set_visible(False)
-    patches = [Patch(color=REGIME_COLOURS[number], label=REGIMES[number]) for number in sorted(seen)]
+    patches = [Patch(color=REGIME_COLOURS[number], label=REGIMES[number]) for number in seen]
     axes.legend(
         handles=patches, loc="upper left", bbox_to_anchor=(1.01, 1.1), frameon=False, fontsize=9, handlelength=1.2
     )

@@ -10,7 +10,7 @@ from lightning_curvature.report.series import EDGES, SHARES, Points, Series, sym
 
 # A share of this much counts as near the edge: measured curvatures hover around it at the edge of stability.
 NEAR = 0.9
-# A run is near the edge from the first step after which this share of the measurements is; of fewer nobody can tell.
+# A run is near the edge from the first step after which this share of the values is; of fewer nobody can tell.
 _MOSTLY, _FEWEST = 0.9, 5
 # A value that changes by less, relative to the first one, is the same.
 _SAME = 0.05
@@ -32,18 +32,21 @@ def edge_sentence(one: Series) -> str:
     last = f"{measured(points)} at step {steps[-1]}"
     count, near = len(values), values >= NEAR
     if (start := near_since(values)) is not None:
-        inside = f"{int(near[start:].sum())} of {count - start} measurements"
-        since = "From its first measurement" if start == 0 else f"From step {steps[start]}"
+        inside = f"{int(near[start:].sum())} of {count - start} finite values"
+        since = "From its first value" if start == 0 else f"From step {steps[start]}"
         return f"{since} on, {name} was at {NEAR:g} or more in {inside}; the last is {last}."
     top = int(values.argmax())
     if not near.any():
         if count == 1:
             return f"{_capital(name)} was measured once, and is {last}, below the edge at 1."
         highest = f"at most {number(values[top])}, at step {steps[top]}"
-        return f"{_capital(name)} stayed below {NEAR:g} in all {count} measurements: it was {highest}, and is {last}."
-    inside = f"{int(near.sum())} of {count} measurements, first at step {steps[np.argmax(near)]}"
-    largest = f"its largest is {number(values[top])} at step {steps[top]}"
-    return f"{_capital(name)} was at {NEAR:g} or more in {inside}, but not lastingly: {largest}, the last {last}."
+        return f"{_capital(name)} stayed below {NEAR:g} in all {count} finite values: it was {highest}, and is {last}."
+    at = np.flatnonzero(near)
+    ends = f", first at step {steps[at[0]]} and last at step {steps[at[-1]]}" if len(at) > 1 else ""
+    return (
+        f"{_capital(name)} was at {NEAR:g} or more in {len(at)} of {count} finite values{ends}: its largest is "
+        f"{number(values[top])} at step {steps[top]}, its last {last}."
+    )
 
 
 def near_since(values: np.ndarray) -> int | None:
@@ -59,16 +62,12 @@ def course_sentence(one: Series) -> str:
     """Return how the first known curvature and the first loss moved from their first value to their last."""
     curvatures = {key: one.values[key].finite for key in one.values if key in EDGES or key == "batch_sharpness"}
     losses = {name: points.finite for name, points in one.losses.items()}
-    parts = []
-    for curves in (curvatures, losses):
-        for key, points in _largest(curves).items():
-            parts.append(f"{symbol(key)} {_moved(points)}")
-    if not parts:
-        return "Neither a curvature nor a loss was logged."
-    return f"{_capital('; '.join(parts))}."
+    parts = [_capital(f"{symbol(key)} {_moved(points)}") for key, points in _first(curvatures).items()]
+    parts += [f"{name} {_moved(points)}" for name, points in _first(losses).items()]
+    return f"{'; '.join(parts)}." if parts else "Neither a curvature nor a loss was logged."
 
 
-def _largest(curves: Mapping[str, Points]) -> dict[str, Points]:
+def _first(curves: Mapping[str, Points]) -> dict[str, Points]:
     """Return the first curve with points, none where there is none."""
     return dict([(key, points) for key, points in curves.items() if points.steps.size][:1])
 
@@ -118,7 +117,7 @@ def _missing(one: Series) -> list[str]:
     if not total:
         return ["no value of a monitor was logged"]
     if not count:
-        return [f"all {total:,} logged values are finite"]
+        return [f"all {total:,} logged values are finite" if total > 1 else "the one logged value is finite"]
     most = max(lost, key=lambda key: lost[key])
     of = f", most of them of {symbol(most)} ({lost[most]} of {len(measured[most])})" if lost[most] < count else ""
     of = of or f", all of {symbol(most)} ({lost[most]} of {len(measured[most])})"
