@@ -42,7 +42,7 @@ def measure(
         ValueError: for a monitor, option or configuration that there is not.
         MisconfigurationException: for what module, data or checkpoints cannot give.
     """
-    from lightning_curvature import evaluate_checkpoints
+    from lightning_curvature.monitors.checkpoints import evaluate_checkpoints
 
     follow = monitor_of(monitor, options)
     module, loader = module_and_data(config, model, data)

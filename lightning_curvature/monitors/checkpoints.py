@@ -86,14 +86,16 @@ def evaluate_checkpoints(
     return Trajectory(steps, names, measured)
 
 
+def _matching(pattern: str) -> list[str]:
+    """Return the files of a folder or a pattern; a path that matches none as it is."""
+    if os.path.isdir(pattern):
+        return glob.glob(os.path.join(glob.escape(pattern), "*.ckpt"))
+    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True) or [pattern]
+
+
 def _paths(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
-    if isinstance(checkpoints, (str, os.PathLike)):
-        pattern = str(checkpoints)
-        if os.path.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), "*.ckpt")
-        paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    else:
-        paths = [str(path) for path in checkpoints]
+    given = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else checkpoints
+    paths = [path for one in given for path in _matching(str(one))]
     missing = [path for path in paths if not os.path.isfile(path)]
     if not paths or missing:
         got = f"{(missing or [str(checkpoints)])[0]!r}, which is none and matches none"
