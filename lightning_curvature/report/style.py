@@ -33,8 +33,8 @@ _STYLES: dict[str, tuple[str, float]] = {
 }
 ALARM, INK = "#c8102e", "#333333"
 # Of a figure, in inches; the legend stands in the right margin, so that all figures have one scale of steps.
-WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 8.4, 0.72, 1.95, 0.34, 0.5, 0.42
-_WRAP = 22
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 8.4, 0.72, 2.05, 0.34, 0.5, 0.42
+_WRAP = 21
 DASHES = ("--", ":", "-.")  # of edges in one frame
 # Curves whose positive values span this factor have a logarithmic axis.
 _SPAN = 100.0
@@ -134,7 +134,7 @@ def tidy(axes: Any, steps: tuple[float, float], title: str = "", last: bool = Tr
 def legend(axes: Any, **handles: Any) -> None:
     """Put the legend to the right of the frame, where it hides nothing."""
     place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.04)}
-    axes.legend(**place, **handles, frameon=False, fontsize=9, handlelength=1.6, labelcolor=INK)
+    axes.legend(**place, **handles, frameon=False, fontsize=8.8, handlelength=1.5, labelcolor=INK)
 
 
 def wrapped(label: str) -> str:

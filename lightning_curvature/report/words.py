@@ -141,7 +141,7 @@ def number(value: float, digits: int = 3) -> str:
     """Return a number with some digits."""
     if not np.isfinite(value):
         return "NaN" if np.isnan(value) else "−∞" if value < 0.0 else "∞"
-    mantissa, e, exponent = f"{value:.{digits}g}".replace("-", "−").partition("e")
+    mantissa, e, exponent = f"{float(f'{value:.{digits}g}'):g}".replace("-", "−").partition("e")
     return f"{mantissa}·10{exponent.lstrip('+').replace('−0', '−').lstrip('0').translate(_RAISED)}" if e else mantissa
 
 

@@ -166,7 +166,8 @@ def test_a_run_has_three_sentences_that_end() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (1234.5, "1.23·10³"),
+        (1234.5, "1230"),
+        (3.456e8, "3.46·10⁸"),
         (-2e-7, "−2·10⁻⁷"),
         (0.25, "0.25"),
         (1e10, "1·10¹⁰"),
