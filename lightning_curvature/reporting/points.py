@@ -40,8 +40,8 @@ def draw_curves(
 
     None without matplotlib.
     """
-    width = min(len(values), 3) or 1
-    height = math.ceil(len(values) / width) or 1
+    height = math.ceil(len(values) / 3) or 1
+    width = math.ceil(len(values) / height) or 1
     figure = new_figure(figsize=(0.4 + 3.4 * width, 0.4 + 2.5 * height), dpi=110)
     if figure is None:
         return None

@@ -87,7 +87,7 @@ def test_ends_of_the_density_are_marked_within_the_picture(known: bool) -> None:
     space = VectorSpace([values])
     pairs = eigenpairs(values.mul, space, largest=1, smallest=1) if known else None
     density = spectral_density(values.mul, space, starts=1, steps=40, deflation=pairs)
-    (axes,) = _density_figure("curvature/spectral_density", 3, density).axes
+    (axes,) = _density_figure("curvature/spectral_density at step 3", density).axes
     curve, *marks = axes.lines
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     # Isolated ends converge within the 40 products, and are known to the search's tolerance.
