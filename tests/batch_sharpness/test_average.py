@@ -87,16 +87,16 @@ def test_coverage_of_the_mean() -> None:
 
 
 def test_means_go_through_a_checkpoint(tmp_path: Path) -> None:
-    def run(epochs: int, ckpt: str | None = None) -> dict[int, dict[str, float]]:
+    def run(name: str, epochs: int, ckpt: Path | None = None) -> dict[int, dict[str, float]]:
         torch.manual_seed(0)
-        capture, keep = Capture(), ModelCheckpoint(tmp_path, save_last=True)
+        capture, keep = Capture(), ModelCheckpoint(tmp_path / name, save_last=True)
         follow = monitor("batch_sharpness", average_over=4, every_n_train_steps=1, num_batches=8, min_batches=4)
         trainer = make_trainer(follow, keep, logger=capture, max_epochs=epochs, enable_checkpointing=True)
         trainer.fit(learner(), loader(), ckpt_path=ckpt)
         return rows(capture)
 
-    whole = run(3)
-    run(1)
-    resumed = run(3, str(tmp_path / "last.ckpt"))
+    whole = run("whole", 3)
+    run("part", 1)
+    resumed = run("rest", 3, tmp_path / "part" / "last.ckpt")
     assert resumed
     assert all(repr(whole[step]) == repr(row) for step, row in resumed.items())

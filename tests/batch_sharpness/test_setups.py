@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
 from lightning_curvature import BatchSharpnessMonitor
+from lightning_curvature.batch_sharpness.measurement import SharpnessMeasurement
 from lightning_curvature.batch_sharpness.options import OF_UPDATES
 from tests.helpers import batch_sharpness
 from tests.helpers.batch_sharpness import DRAWN, Run, Stream, fit, learner, loader, samples, sgd, whole_batches
@@ -167,7 +168,7 @@ def test_data_without_indices(data: Any) -> None:
     run.check()
 
 
-def test_mini_batches_follow_the_size_of_the_steps() -> None:
+def test_mini_batches_follow_the_size_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader with other batches from the second epoch on, and accumulation from the third on."""
 
     class Growing(Classifier):
@@ -180,13 +181,13 @@ def test_mini_batches_follow_the_size_of_the_steps() -> None:
 
     sizes_seen: dict[int, int] = {}
     follow = monitor("batch_sharpness", every_n_train_steps=1)
-    measure = follow._measurement.measure
+    measure = SharpnessMeasurement.measure
 
-    def noted(problem: Any, fail: Any) -> Any:
+    def noted(measurement: SharpnessMeasurement, problem: Any, fail: Any) -> Any:
         sizes_seen[problem.key] = sum(part.size for part in problem.population.draw(0, 0))
-        return measure(problem, fail)
+        return measure(measurement, problem, fail)
 
-    follow._measurement.measure = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(SharpnessMeasurement, "measure", noted)
     module = Scheduled(mlp(4, 3, 3), sgd)
     make_trainer(follow, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(module)
     # 7 steps of 2 samples, 3 of 5, 2 of 10.
