@@ -43,7 +43,7 @@ def evaluate_checkpoints(
     those of its step, and evaluated by :meth:`evaluate`, which see. Module, optimizer and random states come back.
 
     Args:
-        checkpoints: a pattern such as ``"run/*.ckpt"``, a folder, a path, or several paths.
+        checkpoints: a pattern such as ``"run/*.ckpt"``, a folder, a path, or several of them.
         monitors: one, or several that give different values.
         module: a module as it was trained.
         dataloader: a DataLoader, or batches that can be read repeatedly; default: ``probe_dataloader`` of each monitor.
@@ -86,21 +86,19 @@ def evaluate_checkpoints(
     return Trajectory(steps, names, measured)
 
 
-def _matching(pattern: str) -> list[str]:
-    """Return the files of a folder or a pattern; a path that matches none as it is."""
-    if os.path.isdir(pattern):
-        return glob.glob(os.path.join(glob.escape(pattern), "*.ckpt"))
-    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True) or [pattern]
-
-
 def _paths(checkpoints: str | Path | Sequence[str | Path]) -> list[str]:
     given = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else checkpoints
-    paths = [path for one in given for path in _matching(str(one))]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if not paths or missing:
-        got = f"{(missing or [str(checkpoints)])[0]!r}, which is none and matches none"
-        raise sentence("checkpoints", "be files, or a pattern that matches some", got, "give 'run/*.ckpt'")
-    return paths
+    found: dict[str, None] = {}
+    for pattern in map(str, given):
+        folder = os.path.join(glob.escape(pattern), "*.ckpt") if os.path.isdir(pattern) else pattern
+        paths = (
+            [pattern] if os.path.isfile(pattern) else list(filter(os.path.isfile, glob.glob(folder, recursive=True)))
+        )
+        if not paths:
+            got = f"{folder!r}, which is none and matches none"
+            raise sentence("checkpoints", "be files, or patterns that match some", got, "give 'run/*.ckpt'")
+        found |= dict.fromkeys(paths)
+    return list(found)
 
 
 def _load(path: str, weights_only: bool) -> dict[str, Any]:

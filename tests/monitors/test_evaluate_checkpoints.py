@@ -93,7 +93,7 @@ def test_the_step_is_that_of_the_state(run: Any) -> None:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
     groups, state = optimizer.param_groups, optimizer.state
     before = frozen(optimizer.state_dict())
-    found = evaluate_checkpoints(folder / "*6.ckpt", monitor, module, data(), optimizer, trainer=make_trainer())
+    found = evaluate_checkpoints(str(folder / "*6.ckpt"), monitor, module, data(), optimizer, trainer=make_trainer())
     assert frozen(optimizer.state_dict()) == before
     assert optimizer.param_groups is groups
     assert optimizer.state is state
@@ -182,9 +182,7 @@ def test_files_that_do_not_fit(name: str, run: Any, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_evaluated(run: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^checkpoints must be files, or a pattern that matches some, got '.*\*\.ckpt'"
-    ):
+    with pytest.raises(ValueError, match=r"^checkpoints must be files, or patterns that match some, got '.*\*\.ckpt'"):
         evaluate_checkpoints(tmp_path, spectrum(), Learner(), data())
     with pytest.raises(MisconfigurationException, match=r"^StabilityMonitor needs the steps of a fit"):
         evaluate_checkpoints(run[0], StabilityMonitor(), Learner(), data())
