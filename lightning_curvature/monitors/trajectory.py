@@ -70,17 +70,20 @@ class Trajectory:
             writer.writerow(_COLUMNS)
             writer.writerows(["" if value != value else value for value in row] for row in self._rows())
 
-    def plot(self) -> Any:
-        """Return a matplotlib figure of all values over the steps, with bands of errors, and edges where known.
+    def plot(self, *keys: str) -> Any:
+        """Return a matplotlib figure of values over the steps, with bands of errors, and edges where known.
+
+        Args:
+            *keys: which values; default: all but counts, flags and edges.
 
         Raises:
             ModuleNotFoundError: without matplotlib.
         """
         imported("matplotlib", "plot()")
-        keys = self._drawn
-        errors = {key: [one.errors.get(key, math.nan) for one in self.evaluations] for key in keys}
-        edges = {key: [one.edges.get(key, math.nan) for one in self.evaluations] for key in keys}
-        return draw_curves(self.steps, {key: self.curve(key) for key in keys}, errors, edges)
+        names = keys or self._drawn
+        errors = {key: [one.errors.get(key, math.nan) for one in self.evaluations] for key in names}
+        edges = {key: [one.edges.get(key, math.nan) for one in self.evaluations] for key in names}
+        return draw_curves(self.steps, {key: self.curve(key) for key in names}, errors, edges)
 
     def __str__(self) -> str:
         """Return a table with a line for each checkpoint, and the values without counts, flags and edges."""
