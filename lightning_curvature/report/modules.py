@@ -10,7 +10,12 @@ from lightning_curvature.report.style import INK, WIDTH, colour
 
 # More names than this cannot be read: those with the largest values are drawn.
 _DRAWN = 20
-_TITLES = {"hessian_trace": "trace of the diagonal block", "descent": "gᵀΔθ"}
+_TITLES = {
+    "hessian_trace": "trace of the diagonal block",
+    "lambda_dir": "terms of λ_dir",
+    "batch_sharpness": "terms of batch sharpness",
+    "descent": "terms of gᵀΔθ",
+}
 
 
 def draw_modules(runs: Sequence[Series]) -> list[Any]:
