@@ -43,6 +43,7 @@ def _shares(one: Series) -> dict[str, Points]:
 
 DIRECTIONAL = ("lambda_dir", "lambda_fd", "lambda_kl", "lambda_gn", "critical_sharpness")
 SHARPNESS = ("batch_sharpness", "step_sharpness", "modified_batch_sharpness", "update_sharpness", "ias", "gni")
+AVERAGES = tuple(f"{key}_average" for key in SHARPNESS)
 _PLATEAUS = ("plateau_small_batch", "plateau_large_batch")
 
 
@@ -81,7 +82,7 @@ SECTIONS: tuple[Section, ...] = (
         "with momentum it settles between the two plateaus.",
         "BatchSharpnessMonitor()",
         panels(
-            Panel("sharpness, and 2/η", _chosen(*SHARPNESS), ("two_over_lr", *_PLATEAUS)),
+            Panel("sharpness, and 2/η", _chosen(*SHARPNESS, *AVERAGES), ("two_over_lr", *_PLATEAUS)),
             Panel("λ_max of mini-batches, λ_gen", _chosen("lambda_max_b", "lambda_gen"), ("two_over_lr",)),
         ),
     ),

@@ -60,6 +60,7 @@ EDGES: dict[str, str] = {
 # Values whose edge is 1.
 SHARES = ("stability_index",)
 _LOSS = re.compile(r"(^|[/_.\s-])loss($|[/_.\s-])", re.IGNORECASE)
+_AVERAGE = "_average"
 _LARGEST = re.compile(r"lambda_(\d+)")
 
 
@@ -172,6 +173,8 @@ def in_order(keys: Iterable[str]) -> list[str]:
 def symbol(key: str) -> str:
     """Return the key as the field writes it."""
     largest = _LARGEST.fullmatch(key)
+    if key.endswith(_AVERAGE):
+        return f"{symbol(key.removesuffix(_AVERAGE))}, running mean"
     return f"λ_{largest[1]}" if largest else SYMBOLS.get(key, key)
 
 

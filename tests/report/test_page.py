@@ -156,6 +156,11 @@ def test_values_with_edges_of_their_own_have_a_frame_for_each_run() -> None:
     assert frames == [of_run, of_run, ["run\ntr H", "two\ntr H"]]
 
 
+def test_running_means_stand_beside_their_values() -> None:
+    run = of({f"curvature/{key}": [1.0, 2.0] for key in ("gni", "gni_average", "two_over_lr")})
+    assert drawn("sharpness", [run]) == [["GNI", "GNI, running mean", "2/η"]]
+
+
 def test_points_beyond_the_frame_and_missing_ones_are_marked() -> None:
     values = [1.0 + 0.01 * i for i in range(200)]
     values[50], values[60], values[70] = 1e6, math.nan, math.inf
