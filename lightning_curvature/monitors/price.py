@@ -87,11 +87,10 @@ class Price:
 
     def together(self, trainer: pl.Trainer) -> tuple[float, float]:
         """Return seconds of a measurement and its cost in plain steps, by means over the ranks; one all-reduce."""
-        own, add = (
-            torch.tensor([self.cost, self.plain(trainer)], device=trainer.strategy.root_device),
-            sum_over_ranks(trainer),
-        )
-        cost, plain = (own if add is None else add(own) / trainer.world_size).tolist()
+        seconds, add = torch.tensor([self.cost, self.plain(trainer)]), sum_over_ranks(trainer)
+        if add is not None:
+            seconds = add(seconds.to(trainer.strategy.root_device)) / trainer.world_size
+        cost, plain = seconds.tolist()
         return cost, cost / plain
 
     def tell(self, monitor: str, trainer: pl.Trainer, interval: int | None, enough: int = ENOUGH) -> None:
