@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 
-from lightning_curvature.batch_sharpness.average import MEAN
 from lightning_curvature.batch_sharpness.measurement import SharpnessMeasurement
 from lightning_curvature.batch_sharpness.options import (
     OF_UPDATES,
@@ -196,15 +195,11 @@ class BatchSharpnessMonitor(ProbeSetMonitor[SharpnessProblem, BatchSharpnessResu
         index, optimizers = self.options.optimizer_index, trainer.optimizers
         plain = index < len(optimizers) and plateau_note(optimizers[index]) is None
         of_edge = [q for q in self.options.quantities if plain or q in OF_UPDATES]
-        return dict.fromkeys(self._with_means(of_edge), "two_over_lr")
+        return dict.fromkeys(self.options.with_means(of_edge), "two_over_lr")
 
     def charted(self, trainer: pl.Trainer) -> dict[str, list[str]]:
         """Return one chart: all sharpnesses with 2/η, and the plateaus of an optimizer that has others."""
-        return {_CHART: [*self._with_means(self.options.quantities), "two_over_lr", *self._plateaus(trainer)]}
-
-    def _with_means(self, quantities: Sequence[str]) -> list[str]:
-        means = [f"{quantity}{MEAN}" for quantity in quantities] if self.options.average_over > 1 else []
-        return [*quantities, *means]
+        return {_CHART: [*self.options.with_means(self.options.quantities), "two_over_lr", *self._plateaus(trainer)]}
 
     def _plateaus(self, trainer: pl.Trainer) -> dict[str, float]:
         """Return where batch sharpness settles under momentum, by key, if it is measured and has such plateaus."""

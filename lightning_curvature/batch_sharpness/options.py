@@ -86,6 +86,10 @@ class BatchSharpnessOptions(ProbeSetOptions):
         """Relative standard error of a measurement with which the mean over ``average_over`` has ``relative_error``."""
         return self.relative_error * math.sqrt(self.average_over)
 
+    def with_means(self, quantities: Sequence[str]) -> list[str]:
+        """Return the keys of quantities, and of their running means where these are wanted."""
+        return [*quantities, *(f"{quantity}{MEAN}" for quantity in quantities if self.average_over > 1)]
+
     @property
     def exact(self) -> bool:
         """Whether vectors are multiplied by the Hessian of the whole probe set."""
