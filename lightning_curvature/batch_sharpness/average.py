@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Ends of the keys of a mean and of its standard error.
-MEAN, ERROR = "_average", "_average_stderr"
+from lightning_curvature.reporting.names import AVERAGE
+
+# End of the key of the standard error of a mean.
+ERROR = f"{AVERAGE}_stderr"
 
 
 class RunningMeans:
@@ -37,7 +39,7 @@ class RunningMeans:
             if math.isfinite(values[key]):
                 pairs.append((values[key], values[f"{key}_stderr"]))
                 del pairs[: -self._over]
-            found[f"{key}{MEAN}"], found[f"{key}{ERROR}"] = _mean(pairs)
+            found[f"{key}{AVERAGE}"], found[f"{key}{ERROR}"] = _mean(pairs)
         return found
 
 

@@ -6,22 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, sentence, whole
-from lightning_curvature.batch_sharpness.average import ERROR, MEAN
-from lightning_curvature.monitors.names import names
+from lightning_curvature.batch_sharpness.average import ERROR
+from lightning_curvature.monitors.names import SharpnessQuantity, names
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators import Curvature
 from lightning_curvature.operators.exact import CURVATURE
+from lightning_curvature.reporting.names import AVERAGE
 
-Quantity = Literal[
-    "batch_sharpness",
-    "step_sharpness",
-    "modified_batch_sharpness",
-    "update_sharpness",
-    "ias",
-    "gni",
-    "lambda_gen",
-    "lambda_max_b",
-]
+Quantity = SharpnessQuantity
 FullHessian = Literal["pairs", "exact"]
 BatchesAtOnce = int | Literal["auto"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
@@ -88,7 +80,7 @@ class BatchSharpnessOptions(ProbeSetOptions):
 
     def with_means(self, quantities: Sequence[str]) -> list[str]:
         """Return the keys of quantities, and of their running means where these are wanted."""
-        return [*quantities, *(f"{quantity}{MEAN}" for quantity in quantities if self.average_over > 1)]
+        return [*quantities, *(f"{quantity}{AVERAGE}" for quantity in quantities if self.average_over > 1)]
 
     @property
     def exact(self) -> bool:
@@ -101,7 +93,7 @@ class BatchSharpnessOptions(ProbeSetOptions):
         keys: list[str] = []
         for name in names:
             keys += [name, f"{name}_stderr"] + ([f"{name}_batches"] if name in self.drawn else [])
-            keys += [f"{name}{MEAN}", f"{name}{ERROR}"] if self.average_over > 1 else []
+            keys += [f"{name}{AVERAGE}", f"{name}{ERROR}"] if self.average_over > 1 else []
         if "lambda_max_b" in names:
             keys += [f"lambda_max_b_{end}" for end in (*QUANTILES, "unconverged")]
         return keys + (["zero_gradient_batches"] if set(names) & set(self.drawn) else [])

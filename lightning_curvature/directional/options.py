@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from lightning_curvature.arguments import MANY, Rule, positive, sentence, whole
 from lightning_curvature.functional import Likelihood
-from lightning_curvature.monitors.names import ESTIMATOR_KEYS, names
+from lightning_curvature.monitors.names import ESTIMATOR_KEYS, DirectionalEstimator, names
 from lightning_curvature.monitors.options import MonitorOptions, Period
 
-Estimator = Literal["kl", "finite_difference", "hvp", "gauss_newton", "critical", "oscillation"]
+Estimator = DirectionalEstimator
 
 KEYS = ESTIMATOR_KEYS
 _BY_KEY = {name: (key,) for name, key in KEYS.items()}

@@ -162,10 +162,8 @@ class Monitor(Evaluating):
     @guarded
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a checkpoint in the next fit; one that does not fit is left alone, and told."""
-        known, type_of = (
-            {**self.state_types, "interval": int},
-            {key: type(value).__name__ for key, value in state_dict.items()},
-        )
+        known: Mapping[str, type] = {**self.state_types, "interval": int}
+        type_of = {key: type(value).__name__ for key, value in state_dict.items()}
         lacking = sorted(known.keys() - state_dict.keys() - self.state_optional - {"interval"})
         other = sorted(state_dict.keys() - known.keys())
         wrong = [key for key in known if key in state_dict and not isinstance(state_dict[key], known[key])]

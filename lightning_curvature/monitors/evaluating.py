@@ -52,11 +52,16 @@ class Evaluating(Reporter):
             Exception: why nothing could be measured; where a part fails it is NaN with a reason, or raises, as
                 ``on_error`` says.
         """
+        dataloader = self._checked(module, dataloader)
+        return self.evaluate_with(module, dataloader, Optimizers.of(module, optimizer), trainer)
+
+    def _checked(self, module: pl.LightningModule, dataloader: Any) -> Any:
+        """Return the loader that a measurement by hand reads, or raise for what cannot be measured."""
         self.check_at_a_point()
         if dataloader is None and isinstance(self.options, ProbeSetOptions):
             dataloader = self.options.probe_dataloader
         check_by_hand(type(self).__name__, module, dataloader)
-        return self.evaluate_with(module, dataloader, Optimizers.of(module, optimizer), trainer)
+        return dataloader
 
     def check_at_a_point(self) -> None:
         """Raise where what is measured has no value at one point."""
@@ -87,8 +92,7 @@ class Evaluating(Reporter):
         It is timed by the clock, on a machine that shall do nothing else, after the data have been read and a first
         measurement has warmed up. Arguments and errors are those of :meth:`evaluate`, and nothing is changed either.
         """
-        self.check_at_a_point()
-        check_by_hand(type(self).__name__, module, dataloader)
+        dataloader = self._checked(module, dataloader)
         with self._held(module, dataloader, Optimizers.of(module, optimizer), trainer) as (one, holder):
             seconds = one._seconds_by_hand(holder, module, dataloader)
             objective = StepObjective(module, holder.strategy.root_device, None, one.options.objective)

@@ -1,9 +1,40 @@
-"""Names of quantities, as users may look for them: by key, or at another monitor."""
+"""Names of the quantities of all families, as users may look for them: by key, or at another monitor."""
 
 from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
 
 from lightning_curvature.arguments import Rule, spelled
 
+DirectionalEstimator = Literal["kl", "finite_difference", "hvp", "gauss_newton", "critical", "oscillation"]
+SpectrumQuantity = Literal[
+    "lambda_max",
+    "lambda_min",
+    "hessian_trace",
+    "spectral_density",
+    "gauss_newton_lambda_max",
+    "preconditioned_lambda_max",
+    "second_moment_contraction",
+]
+SharpnessQuantity = Literal[
+    "batch_sharpness",
+    "step_sharpness",
+    "modified_batch_sharpness",
+    "update_sharpness",
+    "ias",
+    "gni",
+    "lambda_gen",
+    "lambda_max_b",
+]
+StabilizationQuantity = Literal["delta_1", "delta_2", "delta_2_subspace"]
+NoiseQuantity = Literal[
+    "noise_gamma",
+    "noise_gamma_awd",
+    "noise_commutativity",
+    "noise_alignment",
+    "noise_spearman",
+    "noise_coupling",
+    "noise_awd_chain",
+]
 # Keys of estimators, which are not their names.
 ESTIMATOR_KEYS = {
     "hvp": "lambda_dir",
@@ -13,38 +44,13 @@ ESTIMATOR_KEYS = {
     "critical": "critical_sharpness",
     "oscillation": "lambda_osc",
 }
-# Names of quantities and estimators by the monitor and the option that take them; tests compare them with its options.
+# Names of quantities and estimators by the monitor and the option that take them.
 HOMES: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("DirectionalCurvatureMonitor", "estimators"): tuple(ESTIMATOR_KEYS),
-    ("HessianSpectrumMonitor", "quantities"): (
-        "lambda_max",
-        "lambda_min",
-        "hessian_trace",
-        "spectral_density",
-        "gauss_newton_lambda_max",
-        "preconditioned_lambda_max",
-        "second_moment_contraction",
-    ),
-    ("BatchSharpnessMonitor", "quantities"): (
-        "batch_sharpness",
-        "step_sharpness",
-        "modified_batch_sharpness",
-        "update_sharpness",
-        "ias",
-        "gni",
-        "lambda_gen",
-        "lambda_max_b",
-    ),
-    ("StabilizationMonitor", "quantities"): ("delta_1", "delta_2", "delta_2_subspace"),
-    ("NoiseCovarianceMonitor", "quantities"): (
-        "noise_gamma",
-        "noise_gamma_awd",
-        "noise_commutativity",
-        "noise_alignment",
-        "noise_spearman",
-        "noise_coupling",
-        "noise_awd_chain",
-    ),
+    ("DirectionalCurvatureMonitor", "estimators"): get_args(DirectionalEstimator),
+    ("HessianSpectrumMonitor", "quantities"): get_args(SpectrumQuantity),
+    ("BatchSharpnessMonitor", "quantities"): get_args(SharpnessQuantity),
+    ("StabilizationMonitor", "quantities"): get_args(StabilizationQuantity),
+    ("NoiseCovarianceMonitor", "quantities"): get_args(NoiseQuantity),
 }
 
 

@@ -95,8 +95,7 @@ class Price:
 
     def tell(self, monitor: str, trainer: pl.Trainer, interval: int | None, enough: int = ENOUGH) -> None:
         """Say once what measurements cost, and what one every ``interval`` steps adds to the run."""
-        steps = self.cost / self.plain(trainer, enough)
-        if self._is_told or math.isnan(steps):
+        if self._is_told or not self._begun or math.isnan(steps := self.cost / self.plain(trainer, enough)):
             return
         self._is_told = True
         what = "the measurement took" if self._begun == 1 else "a measurement takes"

@@ -2,25 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from torch import Tensor
 
 from lightning_curvature.arguments import MANY, Rule, whole
 from lightning_curvature.functional.noise import CHAIN
 from lightning_curvature.monitors.modules import unwrapped
-from lightning_curvature.monitors.names import names
+from lightning_curvature.monitors.names import NoiseQuantity, names
 from lightning_curvature.monitors.options import OccasionalOptions, ProbeSamples
 
-Quantity = Literal[
-    "noise_gamma",
-    "noise_gamma_awd",
-    "noise_commutativity",
-    "noise_alignment",
-    "noise_spearman",
-    "noise_coupling",
-    "noise_awd_chain",
-]
+Quantity = NoiseQuantity
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 # Returns inputs (n, …) and class labels (n,) of a batch.
 Pairing = Callable[[Any], tuple[Tensor, Tensor]]

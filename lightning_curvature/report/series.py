@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_curvature.arguments import sentence
 from lightning_curvature.report.reading import Curve, Run
-from lightning_curvature.reporting.names import by_module, full_name, is_diagnostic, over_edge
+from lightning_curvature.reporting.names import AVERAGE, by_module, full_name, is_diagnostic, over_edge
 
 # Keys as the field writes them, in the order of tables; other keys stand as they are, behind these.
 SYMBOLS: dict[str, str] = {
@@ -60,7 +60,6 @@ EDGES: dict[str, str] = {
 # Values whose edge is 1.
 SHARES = ("stability_index",)
 _LOSS = re.compile(r"(^|[/_.\s-])loss($|[/_.\s-])", re.IGNORECASE)
-_AVERAGE = "_average"
 _LARGEST = re.compile(r"lambda_(\d+)")
 
 
@@ -173,8 +172,8 @@ def in_order(keys: Iterable[str]) -> list[str]:
 def symbol(key: str) -> str:
     """Return the key as the field writes it."""
     largest = _LARGEST.fullmatch(key)
-    if key.endswith(_AVERAGE):
-        return f"{symbol(key.removesuffix(_AVERAGE))}, running mean"
+    if key.endswith(AVERAGE):
+        return f"{symbol(key.removesuffix(AVERAGE))}, running mean"
     return f"λ_{largest[1]}" if largest else SYMBOLS.get(key, key)
 
 

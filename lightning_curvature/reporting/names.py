@@ -11,6 +11,8 @@ from collections.abc import Mapping
 _DIAGNOSTIC = re.compile(
     r".*_(error|stderr|upper|converged|unconverged|batches|steps|numerator)|epsilon|validated_sigma.*"
 )
+# End of the key of a running mean.
+AVERAGE = "_average"
 # The line at 1 beside the values over their edges.
 EDGE = "edge"
 # Ends of the keys of errors: standard errors are absolute, estimated errors are relative to the value.

@@ -7,20 +7,12 @@ from typing import Annotated, Literal, get_args
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, whole
 from lightning_curvature.linalg.tracking import RECHECK
 from lightning_curvature.monitors.modules import Patterns
-from lightning_curvature.monitors.names import names
+from lightning_curvature.monitors.names import SpectrumQuantity, names
 from lightning_curvature.monitors.options import Period, ProbeSamples, ProbeSetOptions
 from lightning_curvature.operators.exact import KEEP_GRAPH
 from lightning_curvature.operators.graphs import KeepGraph
 
-Quantity = Literal[
-    "lambda_max",
-    "lambda_min",
-    "hessian_trace",
-    "spectral_density",
-    "gauss_newton_lambda_max",
-    "preconditioned_lambda_max",
-    "second_moment_contraction",
-]
+Quantity = SpectrumQuantity
 Products = Literal["auto", "exact", "difference"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 

@@ -8,11 +8,11 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_curvature.arguments import MANY, Rule, check_count, fraction, positive, whole
-from lightning_curvature.monitors.names import names
+from lightning_curvature.monitors.names import StabilizationQuantity, names
 from lightning_curvature.monitors.options import OccasionalOptions, ascending
 
 Law = Literal["top", "bottom", "random", "gradients"]
-Quantity = Literal["delta_1", "delta_2", "delta_2_subspace"]
+Quantity = StabilizationQuantity
 Estimator = Literal["gaussian_moment", "quadratic", "direct"]
 LAWS: tuple[Law, ...] = get_args(Law)
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
